@@ -1,0 +1,39 @@
+# `make demo` and `make test` need Python 3.10 or newer, and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
+
+.PHONY: demo test test-slow lint format bench clean
+
+# One stamp for each set of extras: installing again is needed only when the requirements change.
+$(VENV)/installed-%: pyproject.toml tests/constraints.txt
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "installing tinyq-lightning[$*] into $(VENV), which takes a minute or two"
+	$(PIP) --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/installed-examples  ## train on the digits, quantize, reload, compare
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/installed-test  ## the tests, without the long ones
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/installed-test  ## the long ones
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-test $(VENV)/installed-lint  ## what CI and pre-commit check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-lint  ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/installed-test  ## layer speed, error and size on this machine
+	$(BIN)/python examples/bench_layers.py
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,46 @@
+"""What can go wrong, named. Every error says what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "EvaluationError",
+    "MissingExtraError",
+    "ModelError",
+    "ReadOnlyWeightError",
+    "SpecError",
+    "TinyQError",
+    "TrainerError",
+]
+
+
+class TinyQError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class SpecError(TinyQError, ValueError):
+    """The spec (YAML, mapping or arguments) asks for something that is not there."""
+
+
+class ModelError(TinyQError, ValueError):
+    """The model cannot be quantized as asked: non-finite, unmaterialized or misplaced weights."""
+
+
+class ReadOnlyWeightError(TinyQError, AttributeError):
+    """Something tried to write the dequantized view of an int8 weight."""
+
+
+class CheckpointError(TinyQError, RuntimeError):
+    """A checkpoint file is missing, damaged, of another kind, or does not fit the model."""
+
+
+class EvaluationError(TinyQError, RuntimeError):
+    """The user's validation or test loop could not be run a second time."""
+
+
+class TrainerError(TinyQError, RuntimeError):
+    """The Trainer is set up in a way that the callback does not support."""
+
+
+class MissingExtraError(TinyQError, ImportError):
+    """An optional dependency is needed and not installed."""
