@@ -1,0 +1,166 @@
+"""Weight quantization math: pure functions on tensors, symmetric int8 with one scale per output row.
+
+The scheme is the usual one for weights (Jacob et al., "Quantization and Training of Neural Networks
+for Efficient Integer-Arithmetic-Only Inference", 2018; Krishnamoorthi's whitepaper, 2018, section
+3.1): per output channel, zero point 0, codes in the restricted range -127…127.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tinyq_lightning.errors import ModelError
+
+__all__ = [
+    "CODE_MAX",
+    "dequantize",
+    "predicted_sqnr_db",
+    "quantize_per_row",
+    "quantize_rows_to_steps",
+    "weight_sqnr_db",
+]
+
+CODE_MAX = 127
+"""Largest code. -128 is never used, so that the range is symmetric and negation is exact."""
+
+# Work happens in blocks of about this many weights: 256 KiB of float32, which stays in a core's cache.
+_BLOCK_WEIGHTS = 65_536
+# The smallest normal float32. A scale below it would be subnormal, too coarse to divide by.
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def _row_blocks(weight: Tensor) -> Iterator[slice]:
+    rows, columns = weight.shape
+    step = max(1, _BLOCK_WEIGHTS // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _checked(weight: Tensor) -> Tensor:
+    if weight.dim() != 2:
+        raise ModelError(f"a weight must have shape [out, in], this one has {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise ModelError(f"a weight must be floating point to be quantized, this one is {weight.dtype}")
+    if weight.is_meta:
+        raise ModelError("the weight is on the meta device and has no values: load the model before quantizing it")
+    return weight.detach()
+
+
+def quantize_per_row(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a weight matrix to int8, symmetrically, one scale per output row.
+
+    ``scale = max|row| / 127`` in float32, whatever the dtype of the weight, and
+    ``code = round(w / scale)``, ties to even. A row of zeros gets the smallest normal float32 as its
+    scale and dequantizes to zeros. The work is done in blocks of rows, so memory beyond the input and
+    the output stays small.
+
+    Args:
+        weight: ``[out, in]``, any floating dtype, any device.
+
+    Returns:
+        codes: ``[out, in]`` int8 in -127…127.
+        scales: ``[out]`` float32, positive.
+
+    Raises:
+        ModelError: the weight is not a floating matrix, is on the meta device, or holds values that
+            are not finite in float32 (the message tells how many).
+    """
+    weight = _checked(weight)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.full((weight.shape[0],), _SMALLEST_SCALE, dtype=torch.float32, device=weight.device)
+    if weight.numel():
+        for rows in _row_blocks(weight):
+            block = weight[rows].to(torch.float32)
+            scale = block.abs().amax(1).div_(CODE_MAX).clamp_min_(_SMALLEST_SCALE)
+            scales[rows] = scale
+            codes[rows] = torch.div(block, scale[:, None]).round_()
+    if not torch.isfinite(scales).all():
+        bad = count_non_finite(weight)
+        raise ModelError(f"{bad} of {weight.numel()} weights are not finite (NaN, infinite, or beyond float32)")
+    return codes, scales
+
+
+def count_non_finite(weight: Tensor) -> int:
+    """How many values of ``weight`` are NaN, infinite, or overflow float32."""
+    return sum(int((~torch.isfinite(weight[rows].detach().to(torch.float32))).sum()) for rows in _row_blocks(weight))
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Floating weights from codes: ``codes * scales[:, None]``.
+
+    Args:
+        codes: ``[out, in]`` int8.
+        scales: ``[out]`` float32.
+        dtype: of the result. The product is rounded once, in float32 (float64 for a float64 result).
+
+    Returns:
+        ``[out, in]`` of ``dtype``.
+    """
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.mul(codes.to(work), scales[:, None]).to(dtype)
+
+
+def weight_sqnr_db(weight: Tensor, codes: Tensor, scales: Tensor) -> float:
+    """Signal to quantization noise ratio of a quantized weight, in decibels.
+
+    ``10·log10(Σ w² / Σ (w − code·scale)²)`` over the whole matrix, summed in float64.
+
+    Args:
+        weight: ``[out, in]``, the float weight.
+        codes: ``[out, in]`` int8.
+        scales: ``[out]`` float32.
+
+    Returns:
+        The ratio in dB; ``inf`` where the codes reproduce the weight exactly (zeros among it).
+    """
+    weight = weight.detach()
+    signal = noise = 0.0
+    for rows in _row_blocks(weight):
+        block = weight[rows].to(torch.float32)
+        error = block - dequantize(codes[rows], scales[rows])
+        signal += block.double().square().sum().item()
+        noise += error.double().square().sum().item()
+    return 10 * math.log10(signal / noise) if signal and noise else math.inf
+
+
+def predicted_sqnr_db(weight: Tensor) -> float:
+    """What :func:`weight_sqnr_db` should come to, from the shape of the distribution alone.
+
+    Uniform rounding noise has variance ``scale²/12`` (Widrow and Kollár, "Quantization Noise", 2008),
+    so for one row the ratio is ``52.87 − 20·log10(max|w| / rms)`` dB. Signal and noise are summed over
+    rows before they are divided.
+
+    Args:
+        weight: ``[out, in]``, any floating dtype.
+
+    Returns:
+        The predicted ratio in dB; ``inf`` for a weight of zeros.
+    """
+    signal = noise = 0.0
+    for rows in _row_blocks(weight):
+        block = weight[rows].detach().double()
+        signal += block.square().sum().item()
+        noise += ((block.abs().amax(1) / CODE_MAX).square() / 12 * block.shape[1]).sum().item()
+    return 10 * math.log10(signal / noise) if noise else math.inf
+
+
+def quantize_rows_to_steps(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Fixed point, row by row: ``x ≈ whole * scale`` with whole numbers in ``-steps…steps``.
+
+    This is dynamic per-token quantization of activations; 127 steps are int8, 32,512 are 16 bits,
+    8,323,072 are 24 bits, the precision of float32.
+
+    Args:
+        x: ``[..., in]`` float32 or float64, with at least one feature.
+        steps: largest whole number.
+
+    Returns:
+        whole: like ``x``, whole numbers held in its floating dtype; NaN where the row is not finite.
+        scale: ``[..., 1]`` like ``x``, the size of one step.
+    """
+    scale = x.abs().amax(-1, keepdim=True).div_(steps).clamp_min_(_SMALLEST_SCALE)
+    return torch.div(x, scale).round_(), scale
