@@ -1,0 +1,306 @@
+"""A spec resolved against one model: one decision for each layer, with its reason."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from tinyq_lightning.errors import ModelError, SpecError
+from tinyq_lightning.layers import QuantizedLinear
+from tinyq_lightning.spec import QuantizationSpec, Rule, nearest, pattern_matches
+from tinyq_lightning.table import format_bytes, format_table
+from tinyq_lightning.weight_math import count_non_finite
+
+__all__ = ["Decision", "Plan", "Site", "check_patterns", "find_sites", "resolve"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one layer.
+
+    Attributes:
+        name: dotted path of the layer; the first, where it has several.
+        method: ``w8a32``, ``w8a16``, ``w8a8`` or ``float``.
+        reason: why: ``spec``, ``rule 2``, ``excluded``, ``tied to embed.weight``, …
+        weight_sqnr_db: signal to quantization noise ratio of the weight in dB; None for a float layer,
+            and until the layer has been quantized.
+        float_bytes: size of weight and bias as floats.
+        bytes: size as the plan has it.
+        aliases: the other paths of a layer that has several.
+    """
+
+    name: str
+    method: str
+    reason: str
+    weight_sqnr_db: float | None
+    float_bytes: int
+    bytes: int
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for every Linear layer of a model, in the order of its modules; iterate over it.
+
+    Attributes:
+        decisions: one for each layer.
+        spec: what was asked for.
+    """
+
+    decisions: tuple[Decision, ...]
+    spec: QuantizationSpec
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.decisions)
+
+    def __len__(self) -> int:
+        return len(self.decisions)
+
+    @property
+    def label(self) -> str:
+        """The method, or ``mixed`` where the plan has several; what files and log keys are named by."""
+        methods = {decision.method for decision in self} - {"float"}
+        if len(methods) > 1:
+            return "mixed"
+        return methods.pop() if methods else self.spec.method
+
+    def to_spec(self) -> QuantizationSpec:
+        """A spec that resolves to exactly this plan on the same model, without a search.
+
+        It is the spec that was asked for, without its budget, preceded by a rule with its reason for
+        each layer that was decided otherwise.
+        """
+        spec = replace(self.spec, budget=None)
+        changed = []
+        for decision in self:
+            wanted = _wanted(spec, (decision.name, *decision.aliases))
+            searched = decision.reason.startswith("budget")
+            if searched and wanted != (decision.method, decision.reason):
+                changed.append(Rule(f"re:{re.escape(decision.name)}", decision.method, decision.reason))
+        return replace(spec, rules=(*changed, *spec.rules))
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The decisions as plain data."""
+        return [{**asdict(decision), "aliases": list(decision.aliases)} for decision in self]
+
+    def table(self) -> str:
+        """The plan as a text table for people."""
+        rows = [
+            [
+                decision.name,
+                decision.method,
+                decision.reason,
+                "" if decision.weight_sqnr_db is None else f"{decision.weight_sqnr_db:.1f}",
+                format_bytes(decision.float_bytes),
+                format_bytes(decision.bytes),
+            ]
+            for decision in self
+        ]
+        before, after = sum(d.float_bytes for d in self), sum(d.bytes for d in self)
+        rows.append([f"{len(self)} layers", "", "", "", format_bytes(before), format_bytes(after)])
+        return format_table(["layer", "method", "reason", "SQNR dB", "float", "now"], rows, left=3)
+
+
+_Owners = dict[int, list[tuple[nn.Module, str]]]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A Linear or quantized layer, and every place in the model that holds it."""
+
+    module: nn.Linear | QuantizedLinear
+    names: tuple[str, ...]
+    places: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def name(self) -> str:
+        """The first of its dotted paths; empty where the layer is the whole model."""
+        return self.names[0]
+
+
+def _walk(module: nn.Module, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[nn.Module, str, str]]:
+    """Every (parent, attribute, dotted path) below ``module``, a shared child at each of its places."""
+    for attribute, child in module._modules.items():
+        if child is None or id(child) in above:
+            continue
+        # torch.compile's wrapper is not a level that users know
+        path = prefix if attribute == "_orig_mod" else f"{prefix}.{attribute}" if prefix else attribute
+        yield module, attribute, path
+        yield from _walk(child, path, (*above, id(module)))
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """All ``nn.Linear`` and quantized layers of ``model``, each once, with all of its places."""
+    found: dict[int, Site] = {}
+    if isinstance(model, nn.Linear | QuantizedLinear):
+        found[id(model)] = Site(model, ("",), ())
+    for parent, attribute, path in _walk(model, "", ()):
+        child = parent._modules[attribute]
+        if isinstance(child, nn.Linear | QuantizedLinear):
+            site = found.get(id(child), Site(child, (), ()))
+            names = site.names if path in site.names else (*site.names, path)
+            known = any(place[0] is parent and place[1] == attribute for place in site.places)
+            places = site.places if known else (*site.places, (parent, attribute))
+            found[id(child)] = Site(child, names, places)
+    return list(found.values())
+
+
+def check_patterns(spec: QuantizationSpec, model: nn.Module) -> None:
+    """Check the spec's patterns against the names in ``model``, without a look at any weight.
+
+    Raises:
+        ModelError: the model has no Linear layer.
+        SpecError: a pattern matches nothing, a rule is shadowed by what stands before it, or nothing is
+            left to quantize.
+    """
+    sites = find_sites(model)
+    if not sites:
+        kinds = Counter(type(m).__name__ for m in model.modules() if not m._modules and m._parameters)
+        has = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4)) or "no layers"
+        raise ModelError(f"{type(model).__name__} has no nn.Linear to quantize (it has {has})")
+    for index, pattern in enumerate(spec.exclude):
+        if not any(pattern_matches(pattern, name) for site in sites for name in site.names):
+            raise SpecError(f"{spec.origin.where('exclude', index)}: {_no_match(pattern, model, sites)}")
+    for index, rule in enumerate(spec.rules):
+        covered = [site for site in sites if any(pattern_matches(rule.match, name) for name in site.names)]
+        where = spec.origin.where("rules", index, "match")
+        if not covered:
+            raise SpecError(f"{where}: {_no_match(rule.match, model, sites)}")
+        if not any(_deciding_rule(spec, site.names) == index for site in covered):
+            by = _excluding(spec, covered[0].names)
+            taker = f"exclude {by!r}" if by else f"rule {(_deciding_rule(spec, covered[0].names) or 0) + 1}"
+            raise SpecError(
+                f"{where}: rule {index + 1} ({rule.match!r}) is shadowed: all that it matches, such as "
+                f"{covered[0].name!r}, is taken by {taker} before it. Move it up, narrow the other, or remove it"
+            )
+    if all(_wanted(spec, site.names)[0] == "float" for site in sites):
+        raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(sites)} Linear layers float")
+
+
+def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site]) -> str:
+    names = [name for site in sites for name in site.names]
+    leaves = {name.split(".")[-1] for name in names}
+    other = next(((n, m) for n, m in model.named_modules() if n and pattern_matches(pattern, n)), None)
+    below = sorted({n for n, _ in model.named_modules() if n.split(".")[-1] == pattern and "." in n})
+    if other and not any(name.startswith(other[0] + ".") for name in names):
+        hint = f" {other[0]!r} is a {type(other[1]).__name__}, which is never quantized"
+    elif below and any(name.startswith(below[0] + ".") for name in names):
+        hint = f" To cover {below[0]!r} and the like, write '*.{pattern}'"
+    else:
+        hint = nearest(pattern, [*names, *leaves], 3)
+    shown = ", ".join(names[:6]) + (f", … ({len(names)} in all)" if len(names) > 6 else "")
+    return f"pattern {pattern!r} matches no Linear layer.{hint or ''} The layers are: {shown}"
+
+
+def _excluding(spec: QuantizationSpec, names: Sequence[str]) -> str | None:
+    return next((p for p in spec.exclude for name in names if pattern_matches(p, name)), None)
+
+
+def _deciding_rule(spec: QuantizationSpec, names: Sequence[str]) -> int | None:
+    if _excluding(spec, names) is not None:
+        return None
+    rules = enumerate(spec.rules)
+    return next((i for i, rule in rules if any(pattern_matches(rule.match, name) for name in names)), None)
+
+
+def _wanted(spec: QuantizationSpec, names: Sequence[str]) -> tuple[str, str]:
+    """Method and reason by the spec alone."""
+    if _excluding(spec, names) is not None:
+        return "float", "excluded"
+    index = _deciding_rule(spec, names)
+    if index is None:
+        return spec.method, "spec"
+    rule = spec.rules[index]
+    return rule.method, rule.reason or f"rule {index + 1}"
+
+
+def resolve(spec: QuantizationSpec, model: nn.Module) -> Plan:
+    """One decision for every Linear layer of ``model``; nothing is changed.
+
+    Raises:
+        ModelError: a layer that would be quantized has no values yet or, unless the spec says
+            ``non_finite: float``, values that are not finite. The message names layers and counts.
+        SpecError: as :func:`check_patterns`.
+    """
+    check_patterns(spec, model)
+    owners = _weight_owners(model)
+    decisions, refused = [], []
+    for site in find_sites(model):
+        method, reason = _wanted(spec, site.names)
+        if isinstance(site.module, QuantizedLinear):
+            method, reason = site.module.method, "already quantized"
+        elif method != "float":
+            stays = _why_float(site, owners)
+            bad = 0 if stays else _check_values(site)
+            if bad and spec.non_finite == "float":
+                stays = "non-finite weights"
+            elif bad:
+                refused.append(f"{site.name}: {bad} of {site.module.weight.numel()}")
+            if stays:
+                method, reason = "float", stays
+        decisions.append(_decision(site, method, reason))
+    if refused:
+        raise ModelError(
+            f"weights that are NaN or infinite cannot be quantized ({'; '.join(refused)}). Find out what made "
+            "them so, exclude these layers, or set non_finite: float to leave them as they are"
+        )
+    return Plan(tuple(decisions), spec)
+
+
+def _decision(site: Site, method: str, reason: str) -> Decision:
+    module = site.module
+    rows, columns = module.out_features, module.in_features
+    bias = module.bias
+    extra = bias.numel() * bias.element_size() if isinstance(bias, torch.Tensor) else 0
+    dtype = module.dtype if isinstance(module, QuantizedLinear) else module.weight.dtype
+    float_bytes = rows * columns * dtype.itemsize + extra
+    quantized = rows * columns + 4 * rows + extra
+    now = float_bytes if method == "float" else quantized
+    return Decision(site.name, method, reason, None, float_bytes, now, site.names[1:])
+
+
+def _weight_owners(model: nn.Module) -> _Owners:
+    """Which modules hold each parameter, by its identity, with the path (``embed.weight``) there."""
+    owners: _Owners = defaultdict(list)
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[id(parameter)].append((module, f"{path}.{name}".removeprefix(".")))
+    return owners
+
+
+def _why_float(site: Site, owners: _Owners) -> str | None:
+    """Why a Linear layer cannot be replaced without a change of meaning; None where it can."""
+    module = site.module
+    if isinstance(module.weight, UninitializedParameter):
+        raise ModelError(f"{site.name}: this LazyLinear has no weight yet: run one batch through the model first")
+    if type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    if not parametrize.is_parametrized(module, "weight"):
+        parameter = module._parameters.get("weight")
+        if parameter is None:
+            return "its weight is computed by a hook"
+        others = [path for owner, path in owners[id(parameter)] if owner is not module]
+        if others:
+            return f"tied to {others[0]}"
+    return None
+
+
+def _check_values(site: Site) -> int:
+    """How many of a layer's weights are not finite."""
+    weight = site.module.weight
+    assert isinstance(weight, torch.Tensor)
+    if weight.is_meta:
+        raise ModelError(f"{site.name}: its weight is on the meta device and has no values: load the model first")
+    # one cheap sum first: it is finite unless a value is not, or the sum itself overflows
+    return 0 if torch.isfinite(weight.detach().sum(dtype=torch.float32)) else count_non_finite(weight)

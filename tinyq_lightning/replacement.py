@@ -1,0 +1,320 @@
+"""Model structure replacement: walk the modules, put quantized layers in the place of ``nn.Linear``.
+
+``quantize`` and ``Quantizer`` do it for good; ``quantized`` puts the float layers back afterwards.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyq_lightning.errors import ModelError, SpecError
+from tinyq_lightning.layers import LAYERS, QuantizedLinear
+from tinyq_lightning.plan import Decision, Plan, Site, find_sites, resolve
+from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
+from tinyq_lightning.weight_math import weight_sqnr_db
+
+__all__ = [
+    "Quantizer",
+    "Swap",
+    "put_layer",
+    "quantize",
+    "quantized",
+    "replace_linear_with_target_and_quantize",
+    "state_bytes",
+]
+
+# Held by reference, so that a handle the user kept still removes its hook.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
+    """Quantize the Linear layers of any ``nn.Module``, in place.
+
+    Float weights are let go layer by layer. Either every layer of the plan is quantized or, where the
+    spec or a weight is refused, none is.
+
+    Args:
+        model: any module with ``nn.Linear`` somewhere below it.
+        spec: a method name, a path to YAML, a mapping, or a ``QuantizationSpec``.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        SpecError: the spec is wrong or does not fit the model.
+        ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
+    """
+    plan = resolve(as_spec(spec), model)
+    _refuse_root(model)
+    sites = find_sites(model)
+    done = []
+    for decision in plan:
+        site = sites.pop(0)
+        layer = _quantized_layer(site.module, decision, plan.spec)
+        if layer is not None:
+            decision = replace(decision, weight_sqnr_db=_sqnr(site.module, layer))
+            put_layer(site, layer)
+        done.append(decision)
+    return Plan(tuple(done), plan.spec)
+
+
+@contextmanager
+def quantized(model: nn.Module, spec: SpecLike) -> Iterator[Plan]:
+    """Quantized inside the block, and the very same float layers back after it, whatever was raised.
+
+    Args:
+        model: any module with ``nn.Linear`` somewhere below it.
+        spec: a method name, a path to YAML, a mapping, or a ``QuantizationSpec``.
+
+    Yields:
+        The plan, with the SQNR of each quantized weight.
+
+    Raises:
+        SpecError: the spec is wrong or does not fit the model.
+        ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
+    """
+    swap = Swap(model, as_spec(spec))
+    with swap:
+        yield swap.plan
+
+
+class Swap:
+    """Quantized layers made beside the float ones, to be put in and taken out again.
+
+    Making it changes nothing in the model. As a context manager it is in inside the block.
+
+    Args:
+        model: any module with ``nn.Linear`` somewhere below it.
+        spec: what to quantize, and how.
+
+    Attributes:
+        plan: the decisions, with the SQNR of each quantized weight.
+
+    Raises:
+        SpecError: the spec does not fit the model.
+        ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
+    """
+
+    def __init__(self, model: nn.Module, spec: QuantizationSpec) -> None:
+        plan = resolve(spec, model)
+        _refuse_root(model)
+        self._pairs: list[tuple[Site, QuantizedLinear]] = []
+        decisions = []
+        for site, decision in zip(find_sites(model), plan, strict=True):
+            layer = _quantized_layer(site.module, decision, spec)
+            if layer is not None:
+                decision = replace(decision, weight_sqnr_db=_sqnr(site.module, layer))
+                self._pairs.append((site, layer))
+            decisions.append(decision)
+        self.plan = Plan(tuple(decisions), spec)
+
+    def put_in(self) -> None:
+        """Quantized layers in the model, in the mode (train or eval) of those they stand for."""
+        for site, layer in self._pairs:
+            layer.train(site.module.training)
+            put_layer(site, layer)
+
+    def take_out(self) -> None:
+        """The float layers back, the same objects."""
+        for site, _ in self._pairs:
+            put_layer(site, site.module)
+
+    @contextmanager
+    def taken_out(self) -> Iterator[None]:
+        """Float inside the block, quantized again after it."""
+        self.take_out()
+        try:
+            yield
+        finally:
+            self.put_in()
+
+    def __enter__(self) -> Swap:
+        self.put_in()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.take_out()
+
+
+class Quantizer:
+    """Quantizes a model in place, as the tutorial has it.
+
+    Args:
+        model: any module with ``nn.Linear`` somewhere below it, or an ``nn.Linear`` itself.
+        logger: told what was done; the logger ``tinyq_lightning`` by default.
+
+    Attributes:
+        quantized_model: the result of :meth:`quantize`, None before it.
+        plan: the plan that was carried out, None before it or where the model is one ``nn.Linear``.
+    """
+
+    def __init__(self, model: nn.Module, logger: logging.Logger | None = None) -> None:
+        self.model = model
+        self.logger = logger or logging.getLogger("tinyq_lightning")
+        self.quantized_model: nn.Module | None = None
+        self.plan: Plan | None = None
+
+    def quantize(self, q_method: str = "w8a32", module_not_to_quantize: Sequence[str] | None = None) -> nn.Module:
+        """Quantize the model in place and return it.
+
+        Args:
+            q_method: ``w8a32``, ``w8a16`` or ``w8a8``.
+            module_not_to_quantize: patterns of layers to leave float; names as in the tutorial do.
+
+        Returns:
+            The quantized model: the same object, or the new layer where the model is one ``nn.Linear``.
+
+        Raises:
+            SpecError: the method is unknown, or a pattern matches nothing.
+            ModelError: a weight cannot be quantized.
+        """
+        exclude = _names(module_not_to_quantize, "module_not_to_quantize")
+        spec = QuantizationSpec.from_dict({"method": q_method, "exclude": exclude})
+        if isinstance(self.model, nn.Linear) and spec.method in LAYERS:
+            target = LAYERS[spec.method]
+            self.quantized_model = replace_linear_with_target_and_quantize(self.model, target, exclude)
+        else:
+            self.plan = quantize(self.model, spec)
+            self.quantized_model = self.model
+            self.logger.info("quantized %s\n%s", type(self.model).__name__, self.plan.table())
+        return self.quantized_model
+
+    def save_model(self, path: str | os.PathLike[str]) -> None:
+        """Write the quantized model's ``state_dict`` to ``path`` with ``torch.save``.
+
+        Raises:
+            ModelError: :meth:`quantize` has not been called.
+        """
+        if self.quantized_model is None:
+            raise ModelError("there is no quantized model to save yet: call quantize() first")
+        torch.save(self.quantized_model.state_dict(), path)
+
+
+def replace_linear_with_target_and_quantize(
+    module: nn.Module, target_class: type[nn.Module], module_name_to_exclude: Sequence[str] | None
+) -> nn.Module:
+    """Replace every ``nn.Linear`` below ``module`` by a ``target_class``, its weight quantized, its bias kept.
+
+    Args:
+        module: where to begin; where it is an ``nn.Linear`` itself, the layer that replaces it is returned.
+        target_class: one of this package's layers, or any class built as ``(in_features, out_features,
+            bias=..., [dtype=...])`` with ``.quantize(weight)`` and a settable ``.bias``.
+        module_name_to_exclude: patterns of layers to leave alone; leaf names as in the tutorial do.
+
+    Returns:
+        ``module``, or the new layer where ``module`` is an ``nn.Linear``.
+
+    Raises:
+        SpecError: a pattern matches nothing.
+        ModelError: a weight cannot be quantized; nothing has been replaced then.
+    """
+    exclude = _names(module_name_to_exclude, "module_name_to_exclude")
+    ours = isinstance(target_class, type) and issubclass(target_class, QuantizedLinear)
+    if not ours and not callable(getattr(target_class, "quantize", None)):
+        raise SpecError(f"target_class {target_class!r} has no .quantize(weight)")
+    if isinstance(module, nn.Linear):
+        if exclude:
+            raise SpecError(f"module is itself an nn.Linear without a name, so nothing can match {exclude}")
+        # a Linear is replaced as the one child of a container; what refuses a child refuses it too
+        container = nn.Sequential(module)
+        replace_linear_with_target_and_quantize(container, target_class, [])
+        if container[0] is module:
+            why = next(iter(resolve(QuantizationSpec(), container))).reason
+            raise ModelError(f"the module is an nn.Linear that cannot be replaced: {why}")
+        return container[0]
+    method = target_class.method if ours else "w8a32"  # type: ignore[attr-defined]
+    spec = QuantizationSpec.from_dict({"method": method, "exclude": exclude})
+    made: list[tuple[Site, nn.Module]] = []
+    for site, decision in zip(find_sites(module), resolve(spec, module), strict=True):
+        if decision.method != "float" and isinstance(site.module, nn.Linear):
+            made.append((site, _target_layer(site.module, target_class)))
+    for site, layer in made:
+        put_layer(site, layer)
+    return module
+
+
+def _target_layer(linear: nn.Linear, target_class: Any) -> nn.Module:
+    if issubclass(target_class, QuantizedLinear):
+        own: nn.Module = target_class.from_linear(linear)
+        _dress(own, linear)
+        return own
+    parameters = inspect.signature(target_class).parameters.values()
+    takes_dtype = any(p.name == "dtype" or p.kind is p.VAR_KEYWORD for p in parameters)
+    dtype = {"dtype": linear.weight.dtype} if takes_dtype else {}
+    layer: nn.Module = target_class(linear.in_features, linear.out_features, bias=linear.bias is not None, **dtype)
+    layer.quantize(linear.weight.detach())  # type: ignore[operator]
+    if linear.bias is not None:
+        layer.bias = linear.bias
+    _dress(layer, linear)
+    return layer
+
+
+def _quantized_layer(module: nn.Module, decision: Decision, spec: QuantizationSpec) -> QuantizedLinear | None:
+    """The layer that takes the place of ``module``, or None where the plan leaves it."""
+    if decision.method == "float" or not isinstance(module, nn.Linear):
+        return None
+    layer = LAYERS[decision.method].from_linear(module)
+    layer.kernel = spec.kernel
+    _dress(layer, module)
+    return layer
+
+
+def _dress(layer: nn.Module, linear: nn.Linear) -> None:
+    """Give ``layer`` the hooks and the mode of the Linear it stands for."""
+    for name in _HOOKS:
+        if hasattr(linear, name):
+            setattr(layer, name, getattr(linear, name))
+    layer.train(linear.training)
+
+
+def _sqnr(module: nn.Module, layer: QuantizedLinear) -> float:
+    assert isinstance(module, nn.Linear)
+    return weight_sqnr_db(module.weight, layer.int8_weights, layer.scales)
+
+
+def put_layer(site: Site, layer: nn.Module) -> None:
+    """Put ``layer`` into every place of ``site``."""
+    for parent, attribute in site.places:
+        parent._modules[attribute] = layer
+
+
+def _refuse_root(model: nn.Module) -> None:
+    if isinstance(model, nn.Linear):
+        raise ModelError(
+            "the model is itself an nn.Linear, which cannot be replaced in place: put it in an nn.Sequential, or use "
+            "replace_linear_with_target_and_quantize, which returns the new layer"
+        )
+
+
+def _names(names: Sequence[str] | None, argument: str) -> list[str]:
+    if isinstance(names, str):
+        raise SpecError(f"{argument} must be a list of names, not the text {names!r}: write [{names!r}]")
+    return list(names or ())
+
+
+def state_bytes(state_dict: Mapping[str, Any]) -> int:
+    """Bytes of the tensors of a state dict, those that are shared counted once."""
+    tensors = {
+        (value.untyped_storage()._cdata, value.storage_offset()): value.numel() * value.element_size()
+        for value in state_dict.values()
+        if isinstance(value, Tensor)
+    }
+    return sum(tensors.values())
