@@ -1,0 +1,69 @@
+"""Lets ``ckpt_path`` of a Trainer be a quantized checkpoint, for a class that knows nothing of quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from tinyq_lightning.checkpoint import check_format, is_quantized
+from tinyq_lightning.errors import TrainerError
+from tinyq_lightning.layers import QuantizedLinear
+from tinyq_lightning.loading import prepare_structure
+from tinyq_lightning.plan import Site
+from tinyq_lightning.replacement import put_layer
+
+__all__ = ["QuantizedStart"]
+
+
+class QuantizedStart:
+    """From ``setup`` to ``teardown``: puts quantized layers in when a quantized checkpoint is restored.
+
+    The hook ``on_load_checkpoint`` of the module is wrapped on the instance, since a callback's own
+    comes after the weights have been loaded.
+
+    Args:
+        trainer: in ``setup``.
+        module: the user's.
+
+    Attributes:
+        label: the method of the quantized checkpoint that was restored, or None.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer, self._module = trainer, module
+        self._made: list[tuple[Site, QuantizedLinear]] = []
+        self.label: str | None = None
+        hook = partial(self._on_load_checkpoint, module.on_load_checkpoint)
+        vars(module)["on_load_checkpoint"] = hook
+
+    def _on_load_checkpoint(self, own: Callable[[Any], Any], checkpoint: dict[str, Any]) -> None:
+        if is_quantized(checkpoint):
+            path = str(self._trainer.ckpt_path)
+            if self._trainer.state.fn == TrainerFn.FITTING:
+                raise TrainerError(
+                    f"{path} is quantized and holds neither float weights nor optimizer states: resume the training "
+                    "from the float checkpoint it was made from"
+                )
+            check_format(checkpoint, path)
+            self._made = prepare_structure(self._module, checkpoint, path)
+            self.label = checkpoint["tinyq"].get("label")
+        own(checkpoint)
+
+    def close(self) -> None:
+        """Float layers again, with the dequantized weights: the module is what was tested, and can train."""
+        vars(self._module).pop("on_load_checkpoint", None)
+        for site, layer in self._made:
+            linear = cast(nn.Linear, site.module)
+            linear.to(layer.scales.device, layer.dtype)
+            with torch.no_grad():
+                linear.weight.data.copy_(layer.dequantize())
+                if linear.bias is not None and layer.bias is not None:
+                    linear.bias.data.copy_(layer.bias)
+            put_layer(site, linear)
+        self._made = []
