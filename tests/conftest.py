@@ -1,0 +1,29 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from models import Net, keeper, loader, trainer
+
+from tinyq_lightning import TinyQCallback
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """The same seed, one thread, and none of Lightning's notes on hardware in every test."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    seed_everything(1, verbose=False)
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    """A run that ended with a quantized checkpoint: its callback, its module, its Trainer."""
+    module, callback = Net(), TinyQCallback("w8a32", report=False)
+    run = trainer(tmp_path, keeper(tmp_path), callback)
+    run.fit(module, loader(shuffle=True), loader(seed=1))
+    return callback, module, run

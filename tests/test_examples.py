@@ -1,0 +1,74 @@
+"""Every example runs as a user runs it, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(folder, *command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = [sys.executable, "-W", "ignore", *map(str, command)]
+    done = subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """What examples/digits.py printed, and where it left its files."""
+    root = tmp_path_factory.mktemp("digits")
+    return run(root, ROOT / "examples" / "digits.py", "--epochs", 2, "--root", root), root
+
+
+def test_digits_ends_with_the_table_and_a_reloaded_model_of_the_same_score(digits):
+    shown, root = digits
+    for text in ("val_acc", "file on disk", "float      ", "quantized  ", "6 of 6 Linear layers in int8 (w8a32)"):
+        assert text in shown
+    assert shown.count("the same") == 2
+    assert "DIFFERENT" not in shown
+    in_memory, reloaded = (
+        line.split("  test_acc")[1] for line in shown.splitlines() if line.startswith("w8a32, ") and "test_acc" in line
+    )
+    assert in_memory == reloaded
+    assert len(list(root.rglob("w8a32-*.ckpt"))) == 1
+
+
+@pytest.mark.parametrize("spec", ["w8a8", "configs/mixed.yaml"])
+def test_evaluate_checkpoint_takes_a_float_file(digits, spec):
+    path = next(path for path in digits[1].rglob("epoch*.ckpt"))
+    spec = ROOT / spec if spec.endswith(".yaml") else spec
+    shown = run(digits[1], ROOT / "examples" / "evaluate_checkpoint.py", path, "--spec", spec)
+    assert "test_acc" in shown
+    assert "SQNR dB" in shown
+
+
+def test_the_cli_experiment_quantizes_what_its_yaml_says(tmp_path):
+    config = ROOT / "configs" / "digits_cli.yaml"
+    shown = run(tmp_path, ROOT / "examples" / "digits_cli.py", "fit", "--config", config, "--trainer.max_epochs", 2)
+    assert "5 of 6 Linear layers in int8 (w8a32)" in shown
+    assert len(list((tmp_path / "runs").rglob("w8a32-*.ckpt"))) == 1
+
+
+def test_the_cli_help_explains_the_callback(tmp_path):
+    shown = run(
+        tmp_path,
+        ROOT / "examples" / "digits_cli.py",
+        "fit",
+        "--trainer.callbacks.help",
+        "tinyq_lightning.TinyQCallback",
+    )
+    assert "patterns of layers to leave float" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short(path):
+    assert len(path.read_text().splitlines()) <= 80
