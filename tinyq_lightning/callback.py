@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from tinyq_lightning.checkpoint import make_checkpoint, quantized_path, save_checkpoint
+from tinyq_lightning.checkpoint import check_folder, make_checkpoint, quantized_path, save_checkpoint
 from tinyq_lightning.errors import SpecError, TinyQError
 from tinyq_lightning.evaluation import (
     Results,
@@ -99,9 +99,10 @@ class TinyQCallback(Callback):
         self._start = QuantizedStart(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A pattern that matches nothing is better known now than after the training."""
+        """What cannot end well is better known now than after the training."""
         if self.spec.when == "fit_end":
             check_patterns(self.spec, pl_module)
+            check_folder(self.spec)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize, evaluate float and int8, save, log, report; leave everything as it was."""

@@ -16,14 +16,15 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from tinyq_lightning.errors import CheckpointError
-from tinyq_lightning.plain import plain, plain_entries, plain_state
+from tinyq_lightning.errors import CheckpointError, SpecError
+from tinyq_lightning.plain import kind_of_config, plain, plain_entries, plain_state
 from tinyq_lightning.plan import Plan
-from tinyq_lightning.spec import Save
+from tinyq_lightning.spec import QuantizationSpec, Save
 from tinyq_lightning.version import __version__
 
 __all__ = [
     "FORMAT_VERSION",
+    "check_folder",
     "check_format",
     "file_sha256",
     "is_quantized",
@@ -75,6 +76,7 @@ def make_checkpoint(
     """
     content: dict[str, Any] = {}
     dropped: list[str] = []
+    hyper_parameters = dict(base.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
     for key, value in base.items():
         if key in _TRAINING_KEYS or key in ("state_dict", "tinyq"):
             continue
@@ -94,6 +96,7 @@ def make_checkpoint(
         "metrics_from": loop,
         "float_sha256": float_sha256,
         "dropped": dropped,
+        "configs": {name: kind for name, value in hyper_parameters.items() if (kind := kind_of_config(value))},
         "versions": {
             "torch": torch.__version__.split("+")[0],
             "lightning": lightning.__version__,
@@ -146,6 +149,7 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
         CheckpointError: it could not be written; what was there before is untouched.
     """
     fs, location = fsspec.core.url_to_fs(os.fspath(path))
+    local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
     folder, _, name = location.rpartition("/")
     temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -155,9 +159,9 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
             with fs.open(temporary, "wb") as file:
                 torch.save(content, file)
                 file.flush()
-                if hasattr(file, "fileno"):
+                if local:
                     os.fsync(file.fileno())
-            if isinstance(fs, fsspec.implementations.local.LocalFileSystem):
+            if local:
                 os.replace(temporary, location)
             else:
                 fs.mv(temporary, location)
@@ -233,6 +237,17 @@ def check_format(content: Any, path: str | os.PathLike[str]) -> None:
     missing = {"plan", "digest", "spec"} - set(content["tinyq"])
     if missing or not isinstance(content.get("state_dict"), Mapping):
         raise CheckpointError(f"{path}: the file is damaged: it has no {', '.join(sorted(missing)) or 'state_dict'}")
+
+
+def check_folder(spec: QuantizationSpec) -> None:
+    """Refuse a ``dirpath`` that is a file.
+
+    Raises:
+        SpecError: it is.
+    """
+    folder = spec.save.dirpath
+    if folder is not None and os.path.isfile(folder):
+        raise SpecError(f"{spec.origin.where('save', 'dirpath')}: dirpath {folder!r} is a file, not a folder")
 
 
 def quantized_path(save: Save, folder: str, stem: str, label: str, taken: Collection[str | None] = ()) -> str:

@@ -34,8 +34,13 @@ def refuse_sharding(trainer: Trainer) -> None:
     """Refuse strategies under which no process holds the whole model.
 
     Raises:
-        TrainerError: the strategy is neither single-device nor DDP.
+        TrainerError: the strategy is neither single-device nor DDP, or of the other package.
     """
+    if not isinstance(trainer, Trainer):
+        raise TrainerError(
+            f"TinyQCallback works with lightning.pytorch, and this is the Trainer of {type(trainer).__module__}: "
+            "import Trainer and LightningModule from lightning.pytorch"
+        )
     strategy = trainer.strategy
     whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
     if not whole:
@@ -126,9 +131,10 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def _loaders(trainer: Trainer) -> list[Any]:
     """The validation dataloaders one by one; those of a fit that never validated are asked for here."""
-    if trainer.val_dataloaders is None:
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if trainer.val_dataloaders is None and loop._data_source.is_defined():
         with _quiet():
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            loop.setup_data()
     loaders = trainer.val_dataloaders
     return [] if loaders is None else list(CombinedLoader(loaders, "sequential").flattened)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tinyq_lightning.checkpoint import check_format, is_quantized, read_checkpoint
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.layers import LAYERS, QuantizedLinear
+from tinyq_lightning.plain import restore_config
 from tinyq_lightning.plan import Site, find_sites
 from tinyq_lightning.replacement import put_layer
 
@@ -142,6 +143,8 @@ def load_quantized(
 def _build(module_class: type[Module], content: Mapping[str, Any], init_args: Mapping[str, Any]) -> Module:
     """An instance from the stored hyper-parameters, by the rules of Lightning's ``load_from_checkpoint``."""
     stored = dict(content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+    for name, kind in content["tinyq"].get("configs", {}).items():
+        stored[name] = restore_config(kind, stored[name])
     by_cli = stored.pop("_instantiator", None) is not None
     takes = inspect.signature(module_class.__init__).parameters
     whole = content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_NAME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Mapping
 from enum import Enum
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from tinyq_lightning.errors import CheckpointError
 
-__all__ = ["plain", "plain_entries", "plain_state"]
+__all__ = ["kind_of_config", "plain", "plain_entries", "plain_state", "restore_config"]
 
 
 def plain_entries(entries: Any, prefix: str, dropped: list[str]) -> dict[str, Any]:
@@ -53,6 +54,8 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, Container):
         return plain(OmegaConf.to_container(value, resolve=True))
+    if isinstance(value, Namespace):
+        return plain(vars(value))
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -98,3 +101,15 @@ def plain_state(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     if hasattr(state_dict, "_metadata"):
         state._metadata = plain(state_dict._metadata)  # type: ignore[attr-defined]
     return state
+
+
+def kind_of_config(value: Any) -> str | None:
+    """What a hyper-parameter must be turned back into where plain data took its place: attributes are read of it."""
+    if isinstance(value, Container):
+        return "omegaconf"
+    return "namespace" if isinstance(value, Namespace) else None
+
+
+def restore_config(kind: str, value: Any) -> Any:
+    """Plain data as what :func:`kind_of_config` saw before."""
+    return OmegaConf.create(value) if kind == "omegaconf" else Namespace(**value)

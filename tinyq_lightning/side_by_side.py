@@ -96,7 +96,7 @@ class TestRun:
 
     def log(self, entries: dict[str, float]) -> None:
         """Log through the module, as its own hook at the end of the epoch would."""
-        self._module.log_dict(entries, sync_dist=self._trainer.world_size > 1)
+        self._module.log_dict(entries, sync_dist=self._trainer.world_size > 1, add_dataloader_idx=False)
 
     def close(self) -> None:
         """The float layers and the module's own hook back."""
