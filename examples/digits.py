@@ -46,7 +46,7 @@ def main() -> None:
         scores[f"{tinyq.plan.label}, quantized in memory"] = trainer.test(net, data, verbose=False)[0]
     scores[f"{tinyq.plan.label}, reloaded from the file"] = trainer.test(reloaded, data, verbose=False)[0]
     for model, values in scores.items():
-        print(f"{model:30}" + "  ".join(f"{name} {value:.6f}" for name, value in values.items()))
+        print(f"{model:31}" + "  ".join(f"{name} {value:.6f}" for name, value in values.items()))
 
     print("\nOn the validation set, the reloaded model beside the table above:\n")
     for name, value in trainer.validate(reloaded, data, verbose=False)[0].items():

@@ -36,7 +36,7 @@ def test_digits_ends_with_the_table_and_a_reloaded_model_of_the_same_score(digit
     assert shown.count("the same") == 2
     assert "DIFFERENT" not in shown
     in_memory, reloaded = (
-        line.split("  test_acc")[1] for line in shown.splitlines() if line.startswith("w8a32, ") and "test_acc" in line
+        line.split("test_acc")[1] for line in shown.splitlines() if line.startswith("w8a32, ") and "test_acc" in line
     )
     assert in_memory == reloaded
     assert len(list(root.rglob("w8a32-*.ckpt"))) == 1
