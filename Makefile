@@ -15,7 +15,7 @@ $(VENV)/installed-%: pyproject.toml tests/constraints.txt
 	@touch $@
 
 demo: $(VENV)/installed-examples  ## train on the digits, quantize, reload, compare
-	$(BIN)/python examples/digits.py
+	$(BIN)/python -W ignore::FutureWarning examples/digits.py
 
 test: $(VENV)/installed-test  ## the tests, without the long ones
 	$(BIN)/python -m pytest -n 2
