@@ -160,3 +160,24 @@ def test_fit_and_test_callbacks_in_one_trainer(tmp_path):
     assert set(at_end.results["val_acc"]) == {"float", "w8a32", "delta"}
     assert set(at_test.results["test_acc"]) == {"float", "w8a8", "delta"}
     assert at_end.float_path == at_test.float_path
+
+
+class Opened:
+    """What a hostile file would have run; a class of this module, so that it can be pickled by name."""
+
+    times = 0
+
+    def __setstate__(self, state):
+        type(self).times += 1
+
+
+def test_a_checkpoint_is_read_once_and_by_lightning(tmp_path):
+    path = trained(tmp_path)
+    content = torch.load(path, weights_only=True)
+    content["extra"] = Opened()
+    content["extra"].value = 1
+    torch.save(content, path)
+    callback = quiet("w8a32", save=False)
+    run = trainer(tmp_path, callback)
+    run.test(Net(), loader(), ckpt_path=path, verbose=False, weights_only=False)
+    assert Opened.times == 1

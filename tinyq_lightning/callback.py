@@ -170,7 +170,8 @@ class TinyQCallback(Callback):
             tested = numbers(trainer.callback_metrics)
             self.results = {name: {str(self._start.label): value} for name, value in tested.items()}
         elif self._run is not None:
-            run, source = self._run, tested_weights(trainer)
+            run = self._run
+            source = tested_weights(trainer, self._start.restored if self._start else None)
             self.float_path = source.path
             with run.swap:
                 outcome = self._save(trainer, pl_module, source, run.float_bytes, "test")

@@ -33,6 +33,7 @@ __all__ = [
     "read_checkpoint",
     "save_checkpoint",
     "stem_of",
+    "without_training_entries",
     "write_checkpoint",
 ]
 
@@ -50,6 +51,11 @@ _TRAINING_KEYS = {
     "MixedPrecision",
     "native_amp_scaling_state",
 }
+
+
+def without_training_entries(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint without optimizer states, loops and the like."""
+    return {key: value for key, value in checkpoint.items() if key not in _TRAINING_KEYS}
 
 
 def make_checkpoint(
@@ -77,8 +83,8 @@ def make_checkpoint(
     content: dict[str, Any] = {}
     dropped: list[str] = []
     hyper_parameters = dict(base.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-    for key, value in base.items():
-        if key in _TRAINING_KEYS or key in ("state_dict", "tinyq"):
+    for key, value in without_training_entries(base).items():
+        if key in ("state_dict", "tinyq"):
             continue
         if key == LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE:
             content[key] = getattr(value, "__name__", str(value))  # a class; Lightning reads its name as well

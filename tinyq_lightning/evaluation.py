@@ -187,6 +187,7 @@ def _silent_trainer(trainer: Trainer) -> Trainer:
             use_distributed_sampler=False,  # the loaders have theirs already
             default_root_dir=trainer.default_root_dir,
         )
+    inner.callbacks = []  # type: ignore[attr-defined]  # packages may register some for every Trainer
     # what `self.current_epoch` and `self.global_step` say inside the user's hooks
     inner.fit_loop.epoch_progress = trainer.fit_loop.epoch_progress
     theirs, ours = trainer.fit_loop.epoch_loop, inner.fit_loop.epoch_loop

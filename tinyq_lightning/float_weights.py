@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import fsspec
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tinyq_lightning.checkpoint import file_sha256, stem_of
+from tinyq_lightning.checkpoint import file_sha256, stem_of, without_training_entries
 
 __all__ = ["FloatWeights", "choose_float_weights"]
 
@@ -21,7 +22,7 @@ class FloatWeights:
 
     Attributes:
         path: the checkpoint that holds them; None where the module does.
-        base: the checkpoint's content, weights included.
+        base: the checkpoint's content, without what only training needs.
         stem: what the quantized file is named after.
         folder: where it goes unless told otherwise.
         note: for people: where the weights come from.
@@ -64,9 +65,8 @@ def choose_float_weights(trainer: Trainer, wanted: str, monitor: str | None) -> 
         why = "" if wanted == "current" else f": no {wanted} checkpoint was saved"
         return current_weights(trainer, f"the weights at the end of training{why}")
     # written by this very run, so it may hold objects of the user's classes
-    base = trainer.strategy.load_checkpoint(path, weights_only=False)
-    folder = path.rpartition("/")[0] or "."
-    return FloatWeights(path, base, stem_of(path), folder, f"{wanted} checkpoint")
+    base = without_training_entries(trainer.strategy.load_checkpoint(path, weights_only=False))
+    return FloatWeights(path, base, stem_of(path), os.path.dirname(path), f"{wanted} checkpoint")
 
 
 def current_weights(trainer: Trainer, note: str) -> FloatWeights:
@@ -76,13 +76,17 @@ def current_weights(trainer: Trainer, note: str) -> FloatWeights:
     return FloatWeights(None, base, stem, trainer.default_root_dir, note)
 
 
-def tested_weights(trainer: Trainer) -> FloatWeights:
-    """The weights that a test run restored, or those of the module where it restored none."""
+def tested_weights(trainer: Trainer, restored: Mapping[str, Any] | None) -> FloatWeights:
+    """The weights that a test run restored, or those of the module where it restored none.
+
+    Args:
+        trainer: in its test loop.
+        restored: the content of the checkpoint, as Lightning read it.
+    """
     path = trainer.ckpt_path
-    if path is None:
+    if path is None or restored is None:
         return current_weights(trainer, "the module's weights: no ckpt_path was given")
-    base = trainer.strategy.load_checkpoint(path, weights_only=False)
-    return FloatWeights(str(path), base, stem_of(path), str(path).rpartition("/")[0] or ".", "ckpt_path")
+    return FloatWeights(str(path), restored, stem_of(path), os.path.dirname(path), "ckpt_path")
 
 
 def _exists(path: str) -> bool:

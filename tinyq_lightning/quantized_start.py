@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from tinyq_lightning.checkpoint import check_format, is_quantized
+from tinyq_lightning.checkpoint import check_format, is_quantized, without_training_entries
 from tinyq_lightning.errors import TrainerError
 from tinyq_lightning.layers import QuantizedLinear
 from tinyq_lightning.loading import prepare_structure
@@ -32,17 +32,20 @@ class QuantizedStart:
         module: the user's.
 
     Attributes:
-        label: the method of the quantized checkpoint that was restored, or None.
+        restored: the content of the checkpoint that was restored, what only training needs left out, or None.
+        label: the method of the checkpoint that was restored, where that is quantized, or None.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, module
         self._made: list[tuple[Site, QuantizedLinear]] = []
+        self.restored: dict[str, Any] | None = None
         self.label: str | None = None
         hook = partial(self._on_load_checkpoint, module.on_load_checkpoint)
         vars(module)["on_load_checkpoint"] = hook
 
     def _on_load_checkpoint(self, own: Callable[[Any], Any], checkpoint: dict[str, Any]) -> None:
+        self.restored = without_training_entries(checkpoint)
         if is_quantized(checkpoint):
             path = str(self._trainer.ckpt_path)
             if self._trainer.state.fn == TrainerFn.FITTING:

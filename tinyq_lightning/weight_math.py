@@ -34,8 +34,10 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def _row_blocks(weight: Tensor) -> Iterator[slice]:
+    if weight.numel() == 0:
+        return
     rows, columns = weight.shape
-    step = max(1, _BLOCK_WEIGHTS // max(1, columns))
+    step = max(1, _BLOCK_WEIGHTS // columns)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -72,12 +74,11 @@ def quantize_per_row(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = _checked(weight)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.full((weight.shape[0],), _SMALLEST_SCALE, dtype=torch.float32, device=weight.device)
-    if weight.numel():
-        for rows in _row_blocks(weight):
-            block = weight[rows].to(torch.float32)
-            scale = block.abs().amax(1).div_(CODE_MAX).clamp_min_(_SMALLEST_SCALE)
-            scales[rows] = scale
-            codes[rows] = torch.div(block, scale[:, None]).round_()
+    for rows in _row_blocks(weight):
+        block = weight[rows].to(torch.float32)
+        scale = block.abs().amax(1).div_(CODE_MAX).clamp_min_(_SMALLEST_SCALE)
+        scales[rows] = scale
+        codes[rows] = torch.div(block, scale[:, None]).round_()
     if not torch.isfinite(scales).all():
         bad = count_non_finite(weight)
         raise ModelError(f"{bad} of {weight.numel()} weights are not finite (NaN, infinite, or beyond float32)")
