@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from models import Net, keeper, loader, trainer
 
 from tinyq_lightning import TinyQCallback
@@ -46,6 +46,16 @@ def test_tensorboard_has_every_entry(logged):
     events.Reload()
     assert set(events.Tags()["scalars"]) >= KEYS
     assert len(events.Scalars("val_acc")) == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # of MLflow's and SQLAlchemy's among themselves
+def test_mlflow_has_every_entry(tmp_path):
+    logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", artifact_location=str(tmp_path / "artifacts"))
+    callback = TinyQCallback("w8a32", report=False)
+    trainer(tmp_path, keeper(tmp_path), callback, logger=logger).fit(Net(), loader(shuffle=True), loader(seed=1))
+    metrics = logger.experiment.get_run(logger.run_id).data.metrics
+    assert set(metrics) >= KEYS
+    assert metrics["tinyq/val_acc/w8a32"] == callback.results["val_acc"]["w8a32"]
 
 
 def test_the_trainers_own_metrics_have_every_entry(logged):
