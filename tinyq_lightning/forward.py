@@ -21,6 +21,7 @@ it is computed in float64, which holds these sums exactly. ``auto`` picks the fa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -149,11 +150,16 @@ def quantized_linear(
     Returns:
         ``[..., out]``.
     """
+    if not input.is_floating_point():
+        raise TypeError(f"the input of a quantized linear layer must have a floating dtype, not {input.dtype}")
+    if input.dim() == 0 or input.shape[-1] != int8_weights.shape[1]:
+        raise ValueError(f"the input must have shape [..., {int8_weights.shape[1]}], got {list(input.shape)}")
     device = input.device.type
-    autocast = torch.is_autocast_enabled(device)
+    available = torch.amp.is_autocast_available(device)  # not on meta
+    autocast = available and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast and input.dtype != torch.float64 else input.dtype
     work = torch.float64 if input.dtype == torch.float64 else torch.float32
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if available else nullcontext():
         x = input.to(work)
         if x.requires_grad and torch.is_grad_enabled():
             out = cast(Tensor, _StraightThrough.apply(x, int8_weights, scales, method, kernel))  # type: ignore[no-untyped-call]

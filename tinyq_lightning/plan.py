@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from tinyq_lightning.spec import QuantizationSpec, Rule, nearest, pattern_matche
 from tinyq_lightning.table import format_bytes, format_table
 from tinyq_lightning.weight_math import count_non_finite
 
-__all__ = ["Decision", "Plan", "Site", "check_patterns", "find_sites", "resolve"]
+__all__ = ["Decision", "Plan", "Site", "check_patterns", "find_sites", "resolve", "steady_weights"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ class Plan:
             searched = decision.reason.startswith("budget")
             if searched and wanted != (decision.method, decision.reason):
                 changed.append(Rule(f"re:{re.escape(decision.name)}", decision.method, decision.reason))
-        return replace(spec, rules=(*changed, *spec.rules))
+        numbered = (replace(rule, reason=rule.reason or f"rule {i + 1}") for i, rule in enumerate(spec.rules))
+        taken = {decision.reason for decision in self}
+        rules = spec.rules if not changed else tuple(rule for rule in numbered if rule.reason in taken)
+        return replace(spec, rules=(*changed, *rules))
 
     def to_list(self) -> list[dict[str, Any]]:
         """The decisions as plain data."""
@@ -181,7 +185,8 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module) -> None:
                 f"{where}: rule {index + 1} ({rule.match!r}) is shadowed: all that it matches, such as "
                 f"{covered[0].name!r}, is taken by {taker} before it. Move it up, narrow the other, or remove it"
             )
-    if all(_wanted(spec, site.names)[0] == "float" for site in sites):
+    wanted = [_wanted(spec, site.names) for site in sites]
+    if all(method == "float" and not reason.startswith("budget") for method, reason in wanted):
         raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(sites)} Linear layers float")
 
 
@@ -222,6 +227,20 @@ def _wanted(spec: QuantizationSpec, names: Sequence[str]) -> tuple[str, str]:
     return rule.method, rule.reason or f"rule {index + 1}"
 
 
+@contextmanager
+def steady_weights(model: nn.Module) -> Iterator[None]:
+    """Parametrizations in eval mode: in training, reading a spectral-normed weight steps its buffers."""
+    lists = [module for module in model.modules() if isinstance(module, parametrize.ParametrizationList)]
+    training = [module for each in lists for module in each.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def resolve(spec: QuantizationSpec, model: nn.Module) -> Plan:
     """One decision for every Linear layer of ``model``; nothing is changed.
 
@@ -233,20 +252,21 @@ def resolve(spec: QuantizationSpec, model: nn.Module) -> Plan:
     check_patterns(spec, model)
     owners = _weight_owners(model)
     decisions, refused = [], []
-    for site in find_sites(model):
-        method, reason = _wanted(spec, site.names)
-        if isinstance(site.module, QuantizedLinear):
-            method, reason = site.module.method, "already quantized"
-        elif method != "float":
-            stays = _why_float(site, owners)
-            bad = 0 if stays else _check_values(site)
-            if bad and spec.non_finite == "float":
-                stays = "non-finite weights"
-            elif bad:
-                refused.append(f"{site.name}: {bad} of {site.module.weight.numel()}")
-            if stays:
-                method, reason = "float", stays
-        decisions.append(_decision(site, method, reason))
+    with steady_weights(model):
+        for site in find_sites(model):
+            method, reason = _wanted(spec, site.names)
+            if isinstance(site.module, QuantizedLinear):
+                method, reason = site.module.method, "already quantized"
+            elif method != "float":
+                stays = _why_float(site, owners)
+                bad = 0 if stays else _check_values(site)
+                if bad and spec.non_finite == "float":
+                    stays = "non-finite weights"
+                elif bad:
+                    refused.append(f"{site.name}: {bad} of {site.module.weight.numel()}")
+                if stays:
+                    method, reason = "float", stays
+            decisions.append(_decision(site, method, reason))
     if refused:
         raise ModelError(
             f"weights that are NaN or infinite cannot be quantized ({'; '.join(refused)}). Find out what made "
@@ -259,7 +279,7 @@ def _decision(site: Site, method: str, reason: str) -> Decision:
     module = site.module
     rows, columns = module.out_features, module.in_features
     bias = module.bias
-    extra = bias.numel() * bias.element_size() if isinstance(bias, torch.Tensor) else 0
+    extra = 0 if bias is None or isinstance(bias, UninitializedParameter) else bias.numel() * bias.element_size()
     dtype = module.dtype if isinstance(module, QuantizedLinear) else module.weight.dtype
     float_bytes = rows * columns * dtype.itemsize + extra
     quantized = rows * columns + 4 * rows + extra
@@ -302,5 +322,9 @@ def _check_values(site: Site) -> int:
     assert isinstance(weight, torch.Tensor)
     if weight.is_meta:
         raise ModelError(f"{site.name}: its weight is on the meta device and has no values: load the model first")
+    if not weight.is_floating_point():
+        raise ModelError(
+            f"{site.name}: its weight is {weight.dtype}, and only floating point can be quantized: exclude it"
+        )
     # one cheap sum first: it is finite unless a value is not, or the sum itself overflows
     return 0 if torch.isfinite(weight.detach().sum(dtype=torch.float32)) else count_non_finite(weight)

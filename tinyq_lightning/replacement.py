@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers import LAYERS, QuantizedLinear
-from tinyq_lightning.plan import Decision, Plan, Site, find_sites, resolve
+from tinyq_lightning.plan import Decision, Plan, Site, find_sites, resolve, steady_weights
 from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
 from tinyq_lightning.weight_math import weight_sqnr_db
 
@@ -68,9 +68,11 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
     done = []
     for decision in plan:
         site = sites.pop(0)
-        layer = _quantized_layer(site.module, decision, plan.spec)
+        with steady_weights(site.module):
+            layer = _quantized_layer(site.module, decision, plan.spec)
         if layer is not None:
-            decision = replace(decision, weight_sqnr_db=_sqnr(site.module, layer))
+            with steady_weights(site.module):
+                decision = replace(decision, weight_sqnr_db=_sqnr(site.module, layer))
             put_layer(site, layer)
         done.append(decision)
     return Plan(tuple(done), plan.spec)
@@ -114,6 +116,10 @@ class Swap:
     """
 
     def __init__(self, model: nn.Module, spec: QuantizationSpec) -> None:
+        with steady_weights(model):
+            self._make(model, spec)
+
+    def _make(self, model: nn.Module, spec: QuantizationSpec) -> None:
         plan = resolve(spec, model)
         _refuse_root(model)
         self._pairs: list[tuple[Site, QuantizedLinear]] = []
@@ -147,7 +153,11 @@ class Swap:
             self.put_in()
 
     def __enter__(self) -> Swap:
-        self.put_in()
+        try:
+            self.put_in()
+        except BaseException:
+            self.take_out()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.forward import KERNELS, METHODS, KernelName
-from tinyq_lightning.origin import Origin, read_yaml
+from tinyq_lightning.origin import Origin, key_path, read_yaml
 
 __all__ = [
     "METHOD_NAMES",
@@ -150,6 +151,8 @@ class QuantizationSpec:
                 begins with the file and the line.
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
+        if not paths:
+            raise SpecError("there is no YAML file to read the spec from")
         origin, configs = Origin(), []
         for each in paths:
             config, lines = read_yaml(each)
@@ -158,16 +161,11 @@ class QuantizationSpec:
         try:
             merged = OmegaConf.merge(*configs)
             for override in overrides:
-                key, equals, text = override.partition("=")
-                if not equals or not key:
-                    raise SpecError(f"override {override!r}: write it as key=value, for example 'method=w8a16'")
-                value = OmegaConf.from_dotlist([f"value={text}"])["value"]
-                OmegaConf.update(merged, key, value, force_add=True)
-                keys = tuple(re.findall(r"[^.\[\]]+", key))
-                origin = origin.over({tuple(int(k) if k.isdigit() else k for k in keys): f"override {override!r}"})
+                _override(merged, override)
+                origin = origin.replaced(key_path(override.partition("=")[0]), f"override {override!r}")
             content = OmegaConf.to_container(merged, resolve=True)
-        except (OmegaConfBaseException, AssertionError, IndexError) as error:
-            raise SpecError(f"{', '.join(map(str, paths))}: {str(error).strip()}") from error
+        except OmegaConfBaseException as error:
+            raise SpecError(origin.explain(error)) from error
         return _parse(content, origin)
 
     @classmethod
@@ -177,10 +175,12 @@ class QuantizationSpec:
         Raises:
             SpecError: an unknown key or method, or a value of the wrong type.
         """
+        if not isinstance(d, Mapping) and not OmegaConf.is_dict(d):
+            raise SpecError(f"a spec must be a mapping, for example {{'method': 'w8a32'}}, not {_shown(d)}")
         try:
             content = OmegaConf.to_container(OmegaConf.create(dict(d)), resolve=True)
         except OmegaConfBaseException as error:
-            raise SpecError(f"spec: {str(error).strip()}") from error
+            raise SpecError(Origin().explain(error)) from error
         return _parse(content, Origin())
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,6 +214,20 @@ class QuantizationSpec:
         return text
 
 
+def _override(config: Any, override: str) -> None:
+    """Set one key of ``config`` as ``override`` (``key=value``) says."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise SpecError(f"override {override!r}: write it as key=value, for example 'method=w8a16'")
+    try:
+        parsed = OmegaConf.from_dotlist([f"value={text}"])  # not resolved here: ${...} is about the whole spec
+        value = cast("dict[str, Any]", OmegaConf.to_container(parsed))["value"]
+        OmegaConf.update(config, key, value, force_add=True)
+    except (OmegaConfBaseException, yaml.YAMLError, AssertionError, IndexError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SpecError(f"override {override!r} ({key}): {reason}") from error
+
+
 SpecLike = str | Path | Mapping[str, Any] | QuantizationSpec
 
 
@@ -224,7 +238,7 @@ def as_spec(spec: SpecLike) -> QuantizationSpec:
         SpecError: a string that is neither a method nor a YAML file, or a spec that is wrong.
     """
     if isinstance(spec, QuantizationSpec):
-        return spec
+        return _parse(spec.to_dict(), spec.origin)
     if isinstance(spec, Mapping) or OmegaConf.is_dict(spec):
         return QuantizationSpec.from_dict(cast("Mapping[str, Any]", spec))
     if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
@@ -285,9 +299,9 @@ class _Reader:
     def items(self, value: Any, key: str) -> list[Any]:
         if value is None:
             return []
-        if not isinstance(value, list):
+        if not isinstance(value, list | tuple):
             self.fail(f"{key} must be a list, not {_shown(value)}", key)
-        return value
+        return list(value)
 
 
 def _shown(value: Any) -> str:
@@ -328,7 +342,7 @@ def _parse_rule(value: Any, reader: _Reader) -> Rule:
 
 
 def _parse_save(value: Any, reader: _Reader) -> Save:
-    given = reader.mapping(value or {}, ("dirpath", "filename"))
+    given = reader.mapping({} if value is None else value, ("dirpath", "filename"))
     save = Save(reader.text(given.get("dirpath"), "dirpath"), reader.text(given.get("filename"), "filename"))
     name = save.filename or ""
     if "/" in name or "\\" in name:
@@ -343,7 +357,7 @@ def _parse_budget(value: Any, reader: _Reader) -> Budget | None:
         return None
     given = reader.mapping(value, ("monitor", "mode", "max_drop"), required=("monitor", "mode", "max_drop"))
     drop = given["max_drop"]
-    number = re.fullmatch(r"\s*([0-9.]+)\s*%\s*", drop) if isinstance(drop, str) else None
+    number = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", drop) if isinstance(drop, str) else None
     if not number and (isinstance(drop, bool) or not isinstance(drop, int | float) or not drop >= 0):
         reader.fail(f"max_drop must be a number of at least 0 or a share such as '1%', not {_shown(drop)}", "max_drop")
     monitor = reader.text(given["monitor"], "monitor")

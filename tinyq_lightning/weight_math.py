@@ -31,6 +31,8 @@ CODE_MAX = 127
 _BLOCK_WEIGHTS = 65_536
 # The smallest normal float32. A scale below it would be subnormal, too coarse to divide by.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+# The largest that does not overflow float32 when it is multiplied by 127 again.
+_LARGEST_SCALE = torch.finfo(torch.float32).max / CODE_MAX * (1 - torch.finfo(torch.float32).eps)
 
 
 def _row_blocks(weight: Tensor) -> Iterator[slice]:
@@ -82,7 +84,7 @@ def quantize_per_row(weight: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(scales).all():
         bad = count_non_finite(weight)
         raise ModelError(f"{bad} of {weight.numel()} weights are not finite (NaN, infinite, or beyond float32)")
-    return codes, scales
+    return codes, scales.clamp_max_(_LARGEST_SCALE)
 
 
 def count_non_finite(weight: Tensor) -> int:
