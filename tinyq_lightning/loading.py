@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from tinyq_lightning.checkpoint import check_format, is_quantized, read_checkpoint
 from tinyq_lightning.errors import CheckpointError
-from tinyq_lightning.layers import LAYERS, QuantizedLinear
+from tinyq_lightning.forward import KernelName
+from tinyq_lightning.layers import LAYERS, Int8Weight, QuantizedEmbedding, float_weight
 from tinyq_lightning.plain import restore_config
-from tinyq_lightning.plan import Site, find_sites
-from tinyq_lightning.replacement import put_layer
+from tinyq_lightning.sites import Site, find_sites
 
 __all__ = ["QuantizedCheckpointMixin", "load_quantized", "prepare_structure"]
 
@@ -27,7 +27,7 @@ Module = TypeVar("Module", bound=LightningModule)
 
 def prepare_structure(
     module: nn.Module, checkpoint: Mapping[str, Any], source: str = "the checkpoint"
-) -> list[tuple[Site, QuantizedLinear]]:
+) -> list[tuple[Site, Int8Weight]]:
     """Put empty quantized layers where the checkpoint's plan has them, for ``load_state_dict`` to fill.
 
     Args:
@@ -39,39 +39,51 @@ def prepare_structure(
         The float layers, each with the layer that took its place.
 
     Raises:
-        CheckpointError: the module has no such Linear, or one of another shape.
+        CheckpointError: the module has no such layer, or one of another shape.
     """
-    sites = {name: site for site in find_sites(module) for name in site.names}
-    state = checkpoint["state_dict"]
-    made = []
-    for entry in checkpoint["tinyq"]["plan"]:
-        name, method = entry["name"], entry["method"]
-        if method == "float":
-            continue
+    entries = [entry for entry in checkpoint["tinyq"]["plan"] if entry["method"] != "float"]
+    # an embedding that the class ties to a layer only later is known by the plan alone
+    found = find_sites(module, embeddings=[entry["name"] for entry in entries])
+    sites = {name: site for site in found for name in site.names}
+    made: dict[str, tuple[Site, Int8Weight]] = {}
+    for entry in entries:
+        name = entry["name"]
         site = sites.get(name)
         if site is None:
             raise CheckpointError(
                 f"{source} has the quantized layer {name!r}, {type(module).__name__} has no Linear layer of that name. "
                 f"It has: {', '.join(sorted(sites)) or 'none'}"
             )
-        if isinstance(site.module, QuantizedLinear):
+        if isinstance(site.module, Int8Weight):
             continue
+        state = checkpoint["state_dict"]
         codes = next((state[f"{n}.int8_weights"] for n in site.names if f"{n}.int8_weights" in state), None)
-        linear = site.module
-        here = (linear.out_features, linear.in_features)
+        here = tuple(site.module.weight.shape)
         if codes is not None and tuple(codes.shape) != here:
             raise CheckpointError(
                 f"layer {name!r} is [{codes.shape[0]}, {codes.shape[1]}] in {source} and [{here[0]}, {here[1]}] in "
                 f"{type(module).__name__}: build it with the arguments it was trained with"
             )
-        weight = linear.weight
-        layer = LAYERS[method](here[1], here[0], linear.bias is not None, dtype=weight.dtype, device=weight.device)
-        layer.kernel = checkpoint["tinyq"]["spec"].get("kernel", "auto")
-        layer.train(linear.training)
-        made.append((site, layer))
-    for site, layer in made:
-        put_layer(site, layer)
-    return made
+        layer = _empty_layer(site, entry["method"], checkpoint["tinyq"]["spec"].get("kernel", "auto"))
+        shared = made.get(entry.get("tied_to"))
+        made[name] = site, layer if shared is None else layer.share(shared[1])
+    for site, layer in made.values():
+        site.put(layer)
+    return list(made.values())
+
+
+def _empty_layer(site: Site, method: str, kernel: KernelName) -> Int8Weight:
+    module = site.module
+    if isinstance(module, nn.Embedding):
+        rows, columns = module.weight.shape
+        embedding = QuantizedEmbedding(rows, columns, module.padding_idx, module.weight.dtype, module.weight.device)
+        return embedding.train(site.training)
+    assert isinstance(module, nn.Linear)
+    weight = float_weight(module)
+    rows, columns = weight.shape
+    layer = LAYERS[method](columns, rows, module.bias is not None, weight.dtype, weight.device)
+    layer.kernel = kernel
+    return layer.train(site.training)
 
 
 class QuantizedCheckpointMixin:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
 
 from tinyq_lightning.errors import ModelError, SpecError
-from tinyq_lightning.layers import QuantizedLinear
+from tinyq_lightning.layers import Int8Weight, QuantizedEmbedding, QuantizedLinear, float_weight
+from tinyq_lightning.sites import Site, find_sites
 from tinyq_lightning.spec import QuantizationSpec, Rule, nearest, pattern_matches
 from tinyq_lightning.table import format_bytes, format_table
 from tinyq_lightning.weight_math import count_non_finite
 
-__all__ = ["Decision", "Plan", "Site", "check_patterns", "find_sites", "resolve", "steady_weights"]
+__all__ = ["Decision", "Plan", "check_patterns", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,11 @@ class Decision:
         reason: why: ``spec``, ``rule 2``, ``excluded``, ``tied to embed.weight``, …
         weight_sqnr_db: signal to quantization noise ratio of the weight in dB; None for a float layer,
             and until the layer has been quantized.
-        float_bytes: size of weight and bias as floats.
+        float_bytes: size of weight and bias as floats. A weight that several layers share counts for the
+            first of them only.
         bytes: size as the plan has it.
         aliases: the other paths of a layer that has several.
+        tied_to: name of the first layer with the very same weight; None where that is this one.
     """
 
     name: str
@@ -45,11 +46,14 @@ class Decision:
     float_bytes: int
     bytes: int
     aliases: tuple[str, ...] = ()
+    tied_to: str | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Decisions for every Linear layer of a model, in the order of its modules; iterate over it.
+    """Decisions for every Linear layer of a model, and every embedding tied to one, in the order of its modules.
+
+    Iterate over it.
 
     Attributes:
         decisions: one for each layer.
@@ -113,50 +117,6 @@ class Plan:
         return format_table(["layer", "method", "reason", "SQNR dB", "float", "now"], rows, left=3)
 
 
-_Owners = dict[int, list[tuple[nn.Module, str]]]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A Linear or quantized layer, and every place in the model that holds it."""
-
-    module: nn.Linear | QuantizedLinear
-    names: tuple[str, ...]
-    places: tuple[tuple[nn.Module, str], ...]
-
-    @property
-    def name(self) -> str:
-        """The first of its dotted paths; empty where the layer is the whole model."""
-        return self.names[0]
-
-
-def _walk(module: nn.Module, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[nn.Module, str, str]]:
-    """Every (parent, attribute, dotted path) below ``module``, a shared child at each of its places."""
-    for attribute, child in module._modules.items():
-        if child is None or id(child) in above:
-            continue
-        # torch.compile's wrapper is not a level that users know
-        path = prefix if attribute == "_orig_mod" else f"{prefix}.{attribute}" if prefix else attribute
-        yield module, attribute, path
-        yield from _walk(child, path, (*above, id(module)))
-
-
-def find_sites(model: nn.Module) -> list[Site]:
-    """All ``nn.Linear`` and quantized layers of ``model``, each once, with all of its places."""
-    found: dict[int, Site] = {}
-    if isinstance(model, nn.Linear | QuantizedLinear):
-        found[id(model)] = Site(model, ("",), ())
-    for parent, attribute, path in _walk(model, "", ()):
-        child = parent._modules[attribute]
-        if isinstance(child, nn.Linear | QuantizedLinear):
-            site = found.get(id(child), Site(child, (), ()))
-            names = site.names if path in site.names else (*site.names, path)
-            known = any(place[0] is parent and place[1] == attribute for place in site.places)
-            places = site.places if known else (*site.places, (parent, attribute))
-            found[id(child)] = Site(child, names, places)
-    return list(found.values())
-
-
 def check_patterns(spec: QuantizationSpec, model: nn.Module) -> None:
     """Check the spec's patterns against the names in ``model``, without a look at any weight.
 
@@ -185,9 +145,9 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module) -> None:
                 f"{where}: rule {index + 1} ({rule.match!r}) is shadowed: all that it matches, such as "
                 f"{covered[0].name!r}, is taken by {taker} before it. Move it up, narrow the other, or remove it"
             )
-    wanted = [_wanted(spec, site.names) for site in sites]
-    if all(method == "float" and not reason.startswith("budget") for method, reason in wanted):
-        raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(sites)} Linear layers float")
+    linears = [site for site in sites if not site.is_embedding]
+    if all(_wanted(spec, site.names)[0] == "float" for site in linears):
+        raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(linears)} Linear layers float")
 
 
 def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site]) -> str:
@@ -242,7 +202,7 @@ def steady_weights(model: nn.Module) -> Iterator[None]:
 
 
 def resolve(spec: QuantizationSpec, model: nn.Module) -> Plan:
-    """One decision for every Linear layer of ``model``; nothing is changed.
+    """One decision for every Linear layer of ``model`` and every embedding tied to one; nothing is changed.
 
     Raises:
         ModelError: a layer that would be quantized has no values yet or, unless the spec says
@@ -250,76 +210,73 @@ def resolve(spec: QuantizationSpec, model: nn.Module) -> Plan:
         SpecError: as :func:`check_patterns`.
     """
     check_patterns(spec, model)
-    owners = _weight_owners(model)
-    decisions, refused = [], []
-    with steady_weights(model):
-        for site in find_sites(model):
-            method, reason = _wanted(spec, site.names)
-            if isinstance(site.module, QuantizedLinear):
-                method, reason = site.module.method, "already quantized"
-            elif method != "float":
-                stays = _why_float(site, owners)
-                bad = 0 if stays else _check_values(site)
-                if bad and spec.non_finite == "float":
-                    stays = "non-finite weights"
-                elif bad:
-                    refused.append(f"{site.name}: {bad} of {site.module.weight.numel()}")
-                if stays:
-                    method, reason = "float", stays
-            decisions.append(_decision(site, method, reason))
+    sites = {site.name: site for site in find_sites(model)}
+    made = {name: _structural(spec, site, sites) for name, site in sites.items()}
+    refused, checked = [], set[str]()
+    for name, site in sites.items():
+        if checked.isdisjoint(site.tied) and all(made[each][0] != "float" for each in (name, *site.tied)):
+            checked.add(name)
+            bad = _check_values(site)
+            if bad and spec.non_finite == "float":
+                made[name] = ("float", "non-finite weights")
+            elif bad:
+                refused.append(f"{name}: {bad} of {site.module.weight.numel()}")
     if refused:
         raise ModelError(
             f"weights that are NaN or infinite cannot be quantized ({'; '.join(refused)}). Find out what made "
             "them so, exclude these layers, or set non_finite: float to leave them as they are"
         )
-    return Plan(tuple(decisions), spec)
+    decisions: dict[str, Decision] = {}
+    for name, site in sites.items():
+        method, reason = made[name]
+        partners = sorted(site.tied, key=lambda other: sites[other].is_embedding)
+        stays_float = next((other for other in partners if made[other][0] == "float"), None)
+        if method != "float" and stays_float is not None:
+            method, reason = "float", f"tied to {stays_float}.weight ({made[stays_float][1]})"
+        tied_to = next((other for other in site.tied if other in decisions), None)
+        decisions[name] = _decision(site, method, reason, tied_to)
+    return Plan(tuple(decisions.values()), spec)
 
 
-def _decision(site: Site, method: str, reason: str) -> Decision:
-    module = site.module
-    rows, columns = module.out_features, module.in_features
-    bias = module.bias
-    extra = 0 if bias is None or isinstance(bias, UninitializedParameter) else bias.numel() * bias.element_size()
-    dtype = module.dtype if isinstance(module, QuantizedLinear) else module.weight.dtype
-    float_bytes = rows * columns * dtype.itemsize + extra
-    quantized = rows * columns + 4 * rows + extra
-    now = float_bytes if method == "float" else quantized
-    return Decision(site.name, method, reason, None, float_bytes, now, site.names[1:])
-
-
-def _weight_owners(model: nn.Module) -> _Owners:
-    """Which modules hold each parameter, by its identity, with the path (``embed.weight``) there."""
-    owners: _Owners = defaultdict(list)
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners[id(parameter)].append((module, f"{path}.{name}".removeprefix(".")))
-    return owners
-
-
-def _why_float(site: Site, owners: _Owners) -> str | None:
-    """Why a Linear layer cannot be replaced without a change of meaning; None where it can."""
-    module = site.module
-    if isinstance(module.weight, UninitializedParameter):
+def _structural(spec: QuantizationSpec, site: Site, sites: Mapping[str, Site]) -> tuple[str, str]:
+    """Method and reason by the spec and by what the layer is, without its values and its ties."""
+    method, reason = _wanted(spec, site.names)
+    if isinstance(site.module, QuantizedLinear):
+        return site.module.method, "already quantized"
+    if site.is_embedding:
+        linears = [sites[name] for name in site.tied if not sites[name].is_embedding]
+        methods = [_structural(spec, linear, sites)[0] for linear in linears]
+        if isinstance(site.module, QuantizedEmbedding):
+            return (methods or ["w8a32"])[0], "already quantized"
+        if reason == "spec":  # nothing names it, so it is what the Linear is
+            method = next((each for each in methods if each != "float"), "float")
+            reason = f"tied to {linears[0].name}.weight"
+    if method != "float" and site.why_float:
+        return "float", site.why_float
+    if method != "float" and isinstance(site.module.weight, UninitializedParameter):
         raise ModelError(f"{site.name}: this LazyLinear has no weight yet: run one batch through the model first")
-    if type(module).forward is not nn.Linear.forward:
-        return f"{type(module).__name__} has a forward of its own"
-    if "forward" in vars(module):
-        return "its forward was replaced"
-    if not parametrize.is_parametrized(module, "weight"):
-        parameter = module._parameters.get("weight")
-        if parameter is None:
-            return "its weight is computed by a hook"
-        others = [path for owner, path in owners[id(parameter)] if owner is not module]
-        if others:
-            return f"tied to {others[0]}"
-    return None
+    return method, reason
+
+
+def _decision(site: Site, method: str, reason: str, tied_to: str | None) -> Decision:
+    module = site.module
+    if isinstance(module, nn.Linear | QuantizedLinear):
+        rows, columns, bias = module.out_features, module.in_features, module.bias
+    else:
+        rows, columns, bias = module.num_embeddings, module.embedding_dim, None
+    extra = bias.numel() * bias.element_size() if isinstance(bias, torch.Tensor) else 0
+    dtype = module.dtype if isinstance(module, Int8Weight) else float_weight(module).dtype
+    float_bytes = extra + (rows * columns * dtype.itemsize if tied_to is None else 0)
+    quantized = extra + (rows * columns + 4 * rows if tied_to is None else 0)
+    now = float_bytes if method == "float" else quantized
+    return Decision(site.name, method, reason, None, float_bytes, now, site.names[1:], tied_to)
 
 
 def _check_values(site: Site) -> int:
     """How many of a layer's weights are not finite."""
-    weight = site.module.weight
-    assert isinstance(weight, torch.Tensor)
+    if isinstance(site.module, Int8Weight):
+        return 0
+    weight = float_weight(site.module)
     if weight.is_meta:
         raise ModelError(f"{site.name}: its weight is on the meta device and has no values: load the model first")
     if not weight.is_floating_point():

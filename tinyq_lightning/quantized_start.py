@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tinyq_lightning.checkpoint import check_format, is_quantized, without_training_entries
 from tinyq_lightning.errors import TrainerError
-from tinyq_lightning.layers import QuantizedLinear
+from tinyq_lightning.layers import Int8Weight
 from tinyq_lightning.loading import prepare_structure
-from tinyq_lightning.plan import Site
-from tinyq_lightning.replacement import put_layer
+from tinyq_lightning.sites import Site
 
 __all__ = ["QuantizedStart"]
 
@@ -38,7 +39,7 @@ class QuantizedStart:
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, module
-        self._made: list[tuple[Site, QuantizedLinear]] = []
+        self._made: list[tuple[Site, Int8Weight]] = []
         self.restored: dict[str, Any] | None = None
         self.label: str | None = None
         hook = partial(self._on_load_checkpoint, module.on_load_checkpoint)
@@ -62,11 +63,15 @@ class QuantizedStart:
         """Float layers again, with the dequantized weights: the module is what was tested, and can train."""
         vars(self._module).pop("on_load_checkpoint", None)
         for site, layer in self._made:
-            linear = cast(nn.Linear, site.module)
+            linear = cast("nn.Linear | nn.Embedding", site.module)
             linear.to(layer.scales.device, layer.dtype)
             with torch.no_grad():
-                linear.weight.data.copy_(layer.dequantize())
-                if linear.bias is not None and layer.bias is not None:
-                    linear.bias.data.copy_(layer.bias)
-            put_layer(site, linear)
+                if parametrize.is_parametrized(linear, "weight"):
+                    with suppress(NotImplementedError):  # a parametrization that has no inverse
+                        linear.weight = layer.weight
+                else:
+                    linear.weight.data.copy_(layer.dequantize())
+                if isinstance(bias := getattr(linear, "bias", None), nn.Parameter):
+                    bias.data.copy_(cast(Tensor, layer.bias))
+            site.put(linear)
         self._made = []

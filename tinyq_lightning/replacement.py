@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.errors import ModelError, SpecError
-from tinyq_lightning.layers import LAYERS, QuantizedLinear
-from tinyq_lightning.plan import Decision, Plan, Site, find_sites, resolve, steady_weights
+from tinyq_lightning.forward import KernelName
+from tinyq_lightning.layers import LAYERS, QuantizedEmbedding, QuantizedLinear, float_weight
+from tinyq_lightning.plan import Decision, Plan, resolve
+from tinyq_lightning.sites import Site, find_sites, is_layer
 from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
 from tinyq_lightning.weight_math import weight_sqnr_db
 
 __all__ = [
     "Quantizer",
     "Swap",
-    "put_layer",
     "quantize",
     "quantized",
     "replace_linear_with_target_and_quantize",
@@ -65,17 +66,14 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
     plan = resolve(as_spec(spec), model)
     _refuse_root(model)
     sites = find_sites(model)
-    done = []
+    made = _Made()
     for decision in plan:
-        site = sites.pop(0)
-        with steady_weights(site.module):
-            layer = _quantized_layer(site.module, decision, plan.spec)
+        site = sites.pop(0)  # with its last holder, a float weight goes
+        _make(site, decision, plan.spec.kernel, LAYERS, made)
+        layer = made[decision.name][1]
         if layer is not None:
-            with steady_weights(site.module):
-                decision = replace(decision, weight_sqnr_db=_sqnr(site.module, layer))
-            put_layer(site, layer)
-        done.append(decision)
-    return Plan(tuple(done), plan.spec)
+            site.put(layer)
+    return Plan(tuple(decision for decision, _ in made.values()), plan.spec)
 
 
 @contextmanager
@@ -122,26 +120,23 @@ class Swap:
     def _make(self, model: nn.Module, spec: QuantizationSpec) -> None:
         plan = resolve(spec, model)
         _refuse_root(model)
-        self._pairs: list[tuple[Site, QuantizedLinear]] = []
-        decisions = []
-        for site, decision in zip(find_sites(model), plan, strict=True):
-            layer = _quantized_layer(site.module, decision, spec)
-            if layer is not None:
-                decision = replace(decision, weight_sqnr_db=_sqnr(site.module, layer))
-                self._pairs.append((site, layer))
-            decisions.append(decision)
-        self.plan = Plan(tuple(decisions), spec)
+        sites, made = find_sites(model), _Made()
+        for site, decision in zip(sites, plan, strict=True):
+            _make(site, decision, spec.kernel, LAYERS, made)
+        self.plan = Plan(tuple(decision for decision, _ in made.values()), spec)
+        layers = (layer for _, layer in made.values())
+        self._pairs = [(site, layer) for site, layer in zip(sites, layers, strict=True) if layer is not None]
 
     def put_in(self) -> None:
         """Quantized layers in the model, in the mode (train or eval) of those they stand for."""
         for site, layer in self._pairs:
-            layer.train(site.module.training)
-            put_layer(site, layer)
+            layer.train(site.training)
+            site.put(layer)
 
     def take_out(self) -> None:
         """The float layers back, the same objects."""
         for site, _ in self._pairs:
-            put_layer(site, site.module)
+            site.put(site.module)
 
     @contextmanager
     def taken_out(self) -> Iterator[None]:
@@ -198,7 +193,7 @@ class Quantizer:
         """
         exclude = _names(module_not_to_quantize, "module_not_to_quantize")
         spec = QuantizationSpec.from_dict({"method": q_method, "exclude": exclude})
-        if isinstance(self.model, nn.Linear) and spec.method in LAYERS:
+        if is_layer(self.model) and spec.method in LAYERS:
             target = LAYERS[spec.method]
             self.quantized_model = replace_linear_with_target_and_quantize(self.model, target, exclude)
         else:
@@ -240,77 +235,94 @@ def replace_linear_with_target_and_quantize(
     ours = isinstance(target_class, type) and issubclass(target_class, QuantizedLinear)
     if not ours and not callable(getattr(target_class, "quantize", None)):
         raise SpecError(f"target_class {target_class!r} has no .quantize(weight)")
-    if isinstance(module, nn.Linear):
+    if is_layer(module):
         if exclude:
-            raise SpecError(f"module is itself an nn.Linear without a name, so nothing can match {exclude}")
-        # a Linear is replaced as the one child of a container; what refuses a child refuses it too
+            raise SpecError(
+                f"module is itself a {type(module).__name__} without a name, so nothing can match {exclude}"
+            )
+        # it is replaced as the one child of a container; what refuses a child refuses it too
         container = nn.Sequential(module)
         replace_linear_with_target_and_quantize(container, target_class, [])
         if container[0] is module:
             why = next(iter(resolve(QuantizationSpec(), container))).reason
-            raise ModelError(f"the module is an nn.Linear that cannot be replaced: {why}")
+            raise ModelError(f"the module is a {type(module).__name__} that cannot be replaced: {why}")
         return container[0]
     method = target_class.method if ours else "w8a32"  # type: ignore[attr-defined]
     spec = QuantizationSpec.from_dict({"method": method, "exclude": exclude})
-    made: list[tuple[Site, nn.Module]] = []
-    for site, decision in zip(find_sites(module), resolve(spec, module), strict=True):
-        if decision.method != "float" and isinstance(site.module, nn.Linear):
-            made.append((site, _target_layer(site.module, target_class)))
-    for site, layer in made:
-        put_layer(site, layer)
+    sites = find_sites(module)
+    layers: list[nn.Module | None]
+    if ours:
+        made = _Made()
+        for site, decision in zip(sites, resolve(spec, module), strict=True):
+            _make(site, decision, spec.kernel, {method: target_class}, made)  # type: ignore[dict-item]
+        layers = [layer for _, layer in made.values()]
+    else:
+        layers = [
+            _target_layer(site, target_class) if decision.method != "float" and _is_plain(site) else None
+            for site, decision in zip(sites, resolve(spec, module), strict=True)
+        ]
+    for site, layer in zip(sites, layers, strict=True):
+        if layer is not None:
+            site.put(layer)
     return module
 
 
-def _target_layer(linear: nn.Linear, target_class: Any) -> nn.Module:
-    if issubclass(target_class, QuantizedLinear):
-        own: nn.Module = target_class.from_linear(linear)
-        _dress(own, linear)
-        return own
+def _is_plain(site: Site) -> bool:
+    """Whether a class that knows nothing of us can stand for the layer: an ``nn.Linear`` on its own."""
+    return site.original is site.module and isinstance(site.module, nn.Linear) and not (site.tied or site.attention)
+
+
+def _target_layer(site: Site, target_class: Any) -> nn.Module:
+    linear = site.module
+    assert isinstance(linear, nn.Linear)
+    weight = float_weight(linear)
     parameters = inspect.signature(target_class).parameters.values()
     takes_dtype = any(p.name == "dtype" or p.kind is p.VAR_KEYWORD for p in parameters)
-    dtype = {"dtype": linear.weight.dtype} if takes_dtype else {}
+    dtype = {"dtype": weight.dtype} if takes_dtype else {}
     layer: nn.Module = target_class(linear.in_features, linear.out_features, bias=linear.bias is not None, **dtype)
-    layer.quantize(linear.weight.detach())  # type: ignore[operator]
+    layer.quantize(weight.detach())  # type: ignore[operator]
     if linear.bias is not None:
         layer.bias = linear.bias
-    _dress(layer, linear)
+    _dress(layer, site)
     return layer
 
 
-def _quantized_layer(module: nn.Module, decision: Decision, spec: QuantizationSpec) -> QuantizedLinear | None:
-    """The layer that takes the place of ``module``, or None where the plan leaves it."""
-    if decision.method == "float" or not isinstance(module, nn.Linear):
-        return None
-    layer = LAYERS[decision.method].from_linear(module)
-    layer.kernel = spec.kernel
-    _dress(layer, module)
-    return layer
+class _Made(dict[str, tuple[Decision, "QuantizedLinear | QuantizedEmbedding | None"]]):
+    """By name: the decision that was carried out, and the layer; None where the model keeps what it has."""
 
 
-def _dress(layer: nn.Module, linear: nn.Linear) -> None:
-    """Give ``layer`` the hooks and the mode of the Linear it stands for."""
-    for name in _HOOKS:
-        if hasattr(linear, name):
-            setattr(layer, name, getattr(linear, name))
-    layer.train(linear.training)
+def _make(
+    site: Site, decision: Decision, kernel: KernelName, layers: Mapping[str, type[QuantizedLinear]], made: _Made
+) -> None:
+    """Make the layer that takes the place of ``site``, if any, after those that it may share its codes with."""
+    module = site.module
+    layer: QuantizedLinear | QuantizedEmbedding | None = None
+    if decision.method != "float" and isinstance(module, nn.Linear | nn.Embedding):
+        first, shares = made[decision.tied_to] if decision.tied_to else (None, None)
+        if isinstance(module, nn.Embedding):
+            layer = QuantizedEmbedding.from_embedding(module, shares)
+        else:
+            layer = linear = layers[decision.method].from_linear(module, shares)
+            linear.kernel = kernel
+        _dress(layer, site)
+        sqnr = first.weight_sqnr_db if first else weight_sqnr_db(float_weight(module), layer.int8_weights, layer.scales)
+        decision = replace(decision, weight_sqnr_db=sqnr)
+    made[decision.name] = decision, layer
 
 
-def _sqnr(module: nn.Module, layer: QuantizedLinear) -> float:
-    assert isinstance(module, nn.Linear)
-    return weight_sqnr_db(module.weight, layer.int8_weights, layer.scales)
-
-
-def put_layer(site: Site, layer: nn.Module) -> None:
-    """Put ``layer`` into every place of ``site``."""
-    for parent, attribute in site.places:
-        parent._modules[attribute] = layer
+def _dress(layer: nn.Module, site: Site) -> None:
+    """Give ``layer`` the hooks, the mode and the users' own attributes of the layer it stands for."""
+    for name, value in vars(site.original).items():
+        if name in _HOOKS or (name not in vars(layer) and name != "_compiled_call_impl"):
+            vars(layer)[name] = value
+    layer.train(site.training)
 
 
 def _refuse_root(model: nn.Module) -> None:
-    if isinstance(model, nn.Linear):
+    if is_layer(model):
         raise ModelError(
-            "the model is itself an nn.Linear, which cannot be replaced in place: put it in an nn.Sequential, or use "
-            "replace_linear_with_target_and_quantize, which returns the new layer"
+            f"the model is itself an nn.{type(model).__name__}, which cannot be replaced in place: put it in an "
+            "nn.Sequential, or use replace_linear_with_target_and_quantize, which returns the new layer"
         )
 
 
