@@ -245,12 +245,12 @@ def _structural(spec: QuantizationSpec, site: Site, sites: Mapping[str, Site]) -
         return site.module.method, "already quantized"
     if site.is_embedding:
         linears = [sites[name] for name in site.tied if not sites[name].is_embedding]
-        methods = [_structural(spec, linear, sites)[0] for linear in linears]
+        theirs = [(linear.name, *_structural(spec, linear, sites)) for linear in linears]
         if isinstance(site.module, QuantizedEmbedding):
-            return (methods or ["w8a32"])[0], "already quantized"
+            return (theirs[0][1] if theirs else method), "already quantized"
         if reason == "spec":  # nothing names it, so it is what the Linear is
-            method = next((each for each in methods if each != "float"), "float")
-            reason = f"tied to {linears[0].name}.weight"
+            name, method, why = next((each for each in theirs if each[1] != "float"), theirs[0])
+            reason = f"tied to {name}.weight" + (f" ({why})" if method == "float" else "")
     if method != "float" and site.why_float:
         return "float", site.why_float
     if method != "float" and isinstance(site.module.weight, UninitializedParameter):
