@@ -220,7 +220,7 @@ def resolve(spec: QuantizationSpec, model: nn.Module) -> Plan:
             if bad and spec.non_finite == "float":
                 made[name] = ("float", "non-finite weights")
             elif bad:
-                refused.append(f"{name}: {bad} of {site.module.weight.numel()}")
+                refused.append(f"{name}: {bad} of {float_weight(site.module).numel()}")
     if refused:
         raise ModelError(
             f"weights that are NaN or infinite cannot be quantized ({'; '.join(refused)}). Find out what made "
@@ -253,7 +253,7 @@ def _structural(spec: QuantizationSpec, site: Site, sites: Mapping[str, Site]) -
             reason = f"tied to {name}.weight" + (f" ({why})" if method == "float" else "")
     if method != "float" and site.why_float:
         return "float", site.why_float
-    if method != "float" and isinstance(site.module.weight, UninitializedParameter):
+    if method != "float" and isinstance(site.module._parameters.get("weight"), UninitializedParameter):
         raise ModelError(f"{site.name}: this LazyLinear has no weight yet: run one batch through the model first")
     return method, reason
 
@@ -264,7 +264,7 @@ def _decision(site: Site, method: str, reason: str, tied_to: str | None) -> Deci
         rows, columns, bias = module.out_features, module.in_features, module.bias
     else:
         rows, columns, bias = module.num_embeddings, module.embedding_dim, None
-    extra = bias.numel() * bias.element_size() if isinstance(bias, torch.Tensor) else 0
+    extra = 0 if bias is None or isinstance(bias, UninitializedParameter) else bias.numel() * bias.element_size()
     dtype = module.dtype if isinstance(module, Int8Weight) else float_weight(module).dtype
     float_bytes = extra + (rows * columns * dtype.itemsize if tied_to is None else 0)
     quantized = extra + (rows * columns + 4 * rows if tied_to is None else 0)

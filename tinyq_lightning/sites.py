@@ -253,11 +253,7 @@ def _why_float(module: nn.Module, base: Any) -> str | None:
         return None  # an error, unless it is left float
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
-    if weight.layout != torch.strided or not weight.is_floating_point():
-        return (
-            f"its weight is {str(weight.layout if weight.layout != torch.strided else weight.dtype).partition('.')[2]}"
-        )
-    return None
+    return None if weight.layout == torch.strided else f"its weight is {str(weight.layout).removeprefix('torch.')}"
 
 
 class _Memory:
