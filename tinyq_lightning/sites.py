@@ -238,19 +238,19 @@ def _why_own_way(module: nn.Module, base: Any) -> str | None:
 
 def _why_float(module: nn.Module, base: Any) -> str | None:
     """Why a layer, taken for itself, cannot be replaced without a change of meaning; None where it can."""
+    weight = module._parameters.get("weight")
+    if isinstance(weight, UninitializedParameter):
+        return None  # an error, unless it is left float
     if why := _why_own_way(module, base):
         return why
     if parametrize.is_parametrized(module, "weight"):
         return None
-    weight = module._parameters.get("weight")
     if weight is None:
         hooks = module._forward_pre_hooks.values()
         named = [
             hook for hook in hooks if "weight" in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
         ]
         return "its weight is computed by " + (f"the hook {type(named[0]).__name__}" if named else "a hook")
-    if isinstance(weight, UninitializedParameter):
-        return None  # an error, unless it is left float
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}"
     return None if weight.layout == torch.strided else f"its weight is {str(weight.layout).removeprefix('torch.')}"
