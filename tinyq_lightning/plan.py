@@ -146,7 +146,8 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module) -> None:
                 f"{covered[0].name!r}, is taken by {taker} before it. Move it up, narrow the other, or remove it"
             )
     linears = [site for site in sites if not site.is_embedding]
-    if all(_wanted(spec, site.names)[0] == "float" for site in linears):
+    wanted = [_wanted(spec, site.names) for site in linears]
+    if all(method == "float" and not reason.startswith("budget") for method, reason in wanted):
         raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(linears)} Linear layers float")
 
 
@@ -185,20 +186,6 @@ def _wanted(spec: QuantizationSpec, names: Sequence[str]) -> tuple[str, str]:
         return spec.method, "spec"
     rule = spec.rules[index]
     return rule.method, rule.reason or f"rule {index + 1}"
-
-
-@contextmanager
-def steady_weights(model: nn.Module) -> Iterator[None]:
-    """Parametrizations in eval mode: in training, reading a spectral-normed weight steps its buffers."""
-    lists = [module for module in model.modules() if isinstance(module, parametrize.ParametrizationList)]
-    training = [module for each in lists for module in each.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def resolve(spec: QuantizationSpec, model: nn.Module) -> Plan:

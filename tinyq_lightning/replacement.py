@@ -114,10 +114,6 @@ class Swap:
     """
 
     def __init__(self, model: nn.Module, spec: QuantizationSpec) -> None:
-        with steady_weights(model):
-            self._make(model, spec)
-
-    def _make(self, model: nn.Module, spec: QuantizationSpec) -> None:
         plan = resolve(spec, model)
         _refuse_root(model)
         sites, made = find_sites(model), _Made()
