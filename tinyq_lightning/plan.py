@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from tinyq_lightning.spec import QuantizationSpec, Rule, nearest, pattern_matche
 from tinyq_lightning.table import format_bytes, format_table
 from tinyq_lightning.weight_math import count_non_finite
 
-__all__ = ["Decision", "Plan", "Site", "check_patterns", "find_sites", "resolve", "steady_weights"]
+__all__ = ["Decision", "Plan", "Present", "Site", "check_patterns", "find_sites", "resolve", "steady_weights"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class Plan:
         return format_table(["layer", "method", "reason", "SQNR dB", "float", "now"], rows, left=3)
 
 
+Present = Callable[[nn.Module], AbstractContextManager[object]]
 _Owners = dict[int, list[tuple[nn.Module, str]]]
 
 
@@ -241,8 +242,13 @@ def steady_weights(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def resolve(spec: QuantizationSpec, model: nn.Module) -> Plan:
+def resolve(spec: QuantizationSpec, model: nn.Module, present: Present = nullcontext) -> Plan:
     """One decision for every Linear layer of ``model``; nothing is changed.
+
+    Args:
+        spec: what was asked for.
+        model: any module with ``nn.Linear`` somewhere below it.
+        present: gives a block in which the weights of a layer have their values, where the model is without.
 
     Raises:
         ModelError: a layer that would be quantized has no values yet or, unless the spec says
@@ -259,7 +265,8 @@ def resolve(spec: QuantizationSpec, model: nn.Module) -> Plan:
                 method, reason = site.module.method, "already quantized"
             elif method != "float":
                 stays = _why_float(site, owners)
-                bad = 0 if stays else _check_values(site)
+                with present(site.module):
+                    bad = 0 if stays else _check_values(site)
                 if bad and spec.non_finite == "float":
                     stays = "non-finite weights"
                 elif bad:

@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers import LAYERS, QuantizedLinear
-from tinyq_lightning.plan import Decision, Plan, Site, find_sites, resolve, steady_weights
+from tinyq_lightning.plan import Decision, Plan, Present, Site, find_sites, resolve, steady_weights
 from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
 from tinyq_lightning.weight_math import weight_sqnr_db
 
@@ -27,6 +27,7 @@ __all__ = [
     "Swap",
     "put_layer",
     "quantize",
+    "quantize_by_layer",
     "quantized",
     "replace_linear_with_target_and_quantize",
     "state_bytes",
@@ -62,18 +63,28 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
         SpecError: the spec is wrong or does not fit the model.
         ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
     """
-    plan = resolve(as_spec(spec), model)
+    return quantize_by_layer(model, as_spec(spec), nullcontext)
+
+
+def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, present: Present) -> Plan:
+    """As :func:`quantize`, for a model whose weights are had one layer at a time.
+
+    Args:
+        model: any module with ``nn.Linear`` somewhere below it.
+        spec: what to quantize, and how.
+        present: gives a block in which the weights of a layer have their values.
+    """
+    plan = resolve(spec, model, present)
     _refuse_root(model)
     sites = find_sites(model)
     done = []
     for decision in plan:
         site = sites.pop(0)
-        with steady_weights(site.module):
+        with present(site.module), steady_weights(site.module):
             layer = _quantized_layer(site.module, decision, plan.spec)
-        if layer is not None:
-            with steady_weights(site.module):
+            if layer is not None:
                 decision = replace(decision, weight_sqnr_db=_sqnr(site.module, layer))
-            put_layer(site, layer)
+                put_layer(site, layer)
         done.append(decision)
     return Plan(tuple(done), plan.spec)
 
