@@ -7,6 +7,7 @@ first, the pickle goes through torch's own weights-only unpickler, and tensors a
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
@@ -102,14 +103,16 @@ class Archive:
         self._prefix = name.removesuffix("data.pkl")
         order = self._bytes(f"{self._prefix}byteorder") if f"{self._prefix}byteorder" in self._records else b"little"
         if order != sys.byteorder.encode():
-            raise CheckpointError(f"its byte order is {order.decode(errors='replace')!r}, this machine's {sys.byteorder!r}")
+            raise CheckpointError(
+                f"its byte order is {order.decode(errors='replace')!r}, this machine's {sys.byteorder!r}"
+            )
         stream = io.BytesIO(self._bytes(name))
         if not weights_only:
             return _TrustingUnpickler(stream, self._storage).load()
         unpickler = _weights_only_unpickler.Unpickler(stream, encoding="utf-8")
-        unpickler.persistent_load = self._storage
+        unpickler.persistent_load = self._storage  # type: ignore[method-assign]
         try:
-            return unpickler.load()
+            return unpickler.load()  # type: ignore[no-untyped-call]
         except pickle.UnpicklingError as error:
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f": {named[1]}" if named else ""
@@ -127,21 +130,27 @@ class Archive:
         record = f"{self._prefix}data/{key}"
         if record not in self._records or self._records[record][1] != numel * dtype.itemsize:
             raise CheckpointError(f"the file is damaged: the record {record!r} is not of the size that its tensor has")
-        storage = torch.UntypedStorage(numel * dtype.itemsize, device="meta")
+        storage = torch.UntypedStorage(numel * dtype.itemsize, device="meta")  # type: ignore[no-untyped-call]
         self._storages[storage._cdata] = (storage, record, numel * dtype.itemsize)
-        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
     def _real(self, tensor: Tensor, read_storage: Callable[[str], torch.UntypedStorage]) -> Tensor:
         plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.is_meta
         known = self._storages.get(tensor.untyped_storage()._cdata) if plain else None
         if known is None:
-            raise CheckpointError(f"{self.path}: it holds a {tensor.layout} {type(tensor).__name__}, not a plain tensor")
+            raise CheckpointError(
+                f"{self.path}: it holds a {tensor.layout} {type(tensor).__name__}, not a plain tensor"
+            )
         _, record, size = known
-        reach = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        reach = tensor.storage_offset() + sum(
+            (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+        )
         # what is expanded costs its full size as soon as it is used
         excess = tensor.numel() and ((reach + 1) * tensor.itemsize > size or tensor.nbytes > max(size, self._size))
         if excess:
-            raise CheckpointError(f"{self.path}: a tensor of shape {list(tensor.shape)} claims more than the file holds")
+            raise CheckpointError(
+                f"{self.path}: a tensor of shape {list(tensor.shape)} claims more than the file holds"
+            )
         values = torch.empty(0, dtype=tensor.dtype)
         return values.set_(read_storage(record), tensor.storage_offset(), tensor.size(), tensor.stride())
 
@@ -153,7 +162,7 @@ class Archive:
         offset, size = self._records[record]
         values = torch.empty(size, dtype=torch.uint8)
         self._file.seek(offset)
-        view, done = memoryview(values.numpy()), 0
+        view, done = values.numpy().data, 0
         while done < size and (count := self._file.readinto(view[done:])):  # type: ignore[attr-defined]
             done += count
         if done < size:
@@ -176,7 +185,7 @@ class _TrustingUnpickler(pickle.Unpickler):
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         if module_name == "torch" and global_name.endswith("Storage") and global_name != "UntypedStorage":
-            return torch.serialization.StorageType(global_name)
+            return torch.serialization.StorageType(global_name)  # type: ignore[no-untyped-call]
         return super().find_class(module_name, global_name)
 
 
@@ -212,9 +221,10 @@ def _with_tensors(value: Any, real: Callable[[Tensor], Tensor], done: dict[int, 
         if isinstance(value, torch.nn.Parameter):
             result = torch.nn.Parameter(result, value.requires_grad)
     elif isinstance(value, dict | list):
-        done[id(value)] = value, value  # before what is in it, which may refer back
-        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            value[key] = _with_tensors(item, real, done)
+        result = copy.copy(value)  # with the attributes that a state dict has
+        done[id(value)] = value, result  # before what is in it, which may refer back
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            result[key] = _with_tensors(item, real, done)
     elif type(value) is tuple:
         result = tuple(_with_tensors(item, real, done) for item in value)
     done[id(value)] = value, result  # the value as well: its id is only its own while it lives

@@ -242,7 +242,9 @@ def check_format(content: Any, path: str | os.PathLike[str]) -> None:
     wrong += [] if isinstance(content.get("state_dict"), dict) else ["state_dict"]
     wrong += [] if "float_sha256" in tinyq else ["float_sha256"]
     decisions = tinyq["plan"] if "plan" not in wrong else []
-    if not all(isinstance(d, dict) and d.get("method") in METHOD_NAMES and isinstance(d.get("name"), str) for d in decisions):
+    if not all(
+        isinstance(d, dict) and d.get("method") in METHOD_NAMES and isinstance(d.get("name"), str) for d in decisions
+    ):
         wrong.append("plan")
     if wrong:
         raise CheckpointError(f"{path}: the file is damaged: it has no {', '.join(wrong)}")

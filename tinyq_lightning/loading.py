@@ -178,7 +178,9 @@ def _built_weightless(
         return module if take_values(module, content["state_dict"]) and not leaves_any() else None
     except CheckpointError:
         raise
-    except Exception:  # whatever a class does in __init__ that cannot be done without values; it is built with them next
+    except (
+        Exception
+    ):  # whatever a class does in __init__ that cannot be done without values; it is built with them next
         return None
 
 
@@ -201,7 +203,7 @@ def _built(
 def _device(map_location: Any) -> torch.device:
     """The device that ``map_location`` of ``torch.load`` means for what lies on the CPU."""
     if callable(map_location):
-        moved = map_location(torch.UntypedStorage(0), "cpu")
+        moved = map_location(torch.UntypedStorage(0), "cpu")  # type: ignore[no-untyped-call]
         return torch.device("cpu") if moved is None else torch.device(moved.device)
     if isinstance(map_location, Mapping):
         map_location = map_location.get("cpu")

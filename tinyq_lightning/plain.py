@@ -49,7 +49,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, PurePath):
         return sys.intern(str(value))
     if isinstance(value, Tensor):
-        return value.detach().cpu().resolve_conj().resolve_neg() if type(value) in (Tensor, nn.Parameter) else _refuse(value)
+        return (
+            value.detach().cpu().resolve_conj().resolve_neg()
+            if type(value) in (Tensor, nn.Parameter)
+            else _refuse(value)
+        )
     if isinstance(value, torch.dtype | torch.device):
         return value
     if isinstance(value, Container):

@@ -39,7 +39,7 @@ def without_weights() -> Iterator[Callable[[], bool]]:
             gc.collect()
         return any(id(tensor) not in known for tensor in _meta_tensors())
 
-    handle = register_module_parameter_registration_hook(move)  # type: ignore[no-untyped-call]
+    handle = register_module_parameter_registration_hook(move)
     try:
         yield leaves_any
     finally:
