@@ -91,9 +91,9 @@ def make_checkpoint(
         if key in ("state_dict", "tinyq"):
             continue
         if key == LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE:
-            content[key] = getattr(value, "__name__", str(value))  # a class; Lightning reads its name as well
+            content[plain(key)] = plain(getattr(value, "__name__", str(value)))  # a class; Lightning reads its name as well
         elif key in (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_parameters"):
-            content[key] = plain_entries(value, key, dropped)
+            content[plain(key)] = plain_entries(value, key, dropped)
         else:
             content |= plain_entries({key: value}, "", dropped)
     content["state_dict"] = plain_state(state_dict)

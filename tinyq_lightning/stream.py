@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from tinyq_lightning.archive import Archive
-from tinyq_lightning.checkpoint import file_sha256, is_quantized, make_checkpoint, without_training
+from tinyq_lightning.checkpoint import file_sha256, is_quantized, make_checkpoint, without_training_entries
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.loading import QuantizedCheckpointMixin, build
 from tinyq_lightning.plan import Present
@@ -57,7 +57,7 @@ def quantize_file(
 
     plan = quantize_by_layer(model.module, spec, present)
     model.fill()
-    base = source.read_all(without_training(source.content))
+    base = source.read_all(_apart_from_weights(source.content))
     return make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)
 
 
@@ -117,7 +117,7 @@ class FloatFile:
         state_dict = self._source.content["state_dict"]
         try:
             with without_weights():
-                module = build(module_class, self._source.read_all(without_training(self._source.content)), init_args)
+                module = build(module_class, self._source.read_all(_apart_from_weights(self._source.content)), init_args)
             if not _loads_as_it_stands(module, state_dict):
                 return None
             # by identity, which a parameter keeps when it moves from layer to layer or gets a value
@@ -132,8 +132,7 @@ class FloatFile:
             return None
 
     def _loaded(self, module_class: type[LightningModule], init_args: Mapping[str, Any]) -> LightningModule:
-        content = self._source.content
-        content = self._source.read_all(without_training(content) | {"state_dict": content["state_dict"]})
+        content = self._source.read_all(without_training_entries(self._source.content))
         try:
             module = build(module_class, content, init_args)
             module.on_load_checkpoint(content)
@@ -144,6 +143,10 @@ class FloatFile:
             message = f"{self._source.path}: it does not fit {module_class.__name__}: {error}"
             raise CheckpointError(message) from error
         return module
+
+
+def _apart_from_weights(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in without_training_entries(content).items() if key != "state_dict"}
 
 
 def _loads_as_it_stands(module: LightningModule, state_dict: Mapping[str, Any]) -> bool:
