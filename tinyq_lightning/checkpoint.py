@@ -91,7 +91,9 @@ def make_checkpoint(
         if key in ("state_dict", "tinyq"):
             continue
         if key == LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE:
-            content[plain(key)] = plain(getattr(value, "__name__", str(value)))  # a class; Lightning reads its name as well
+            content[plain(key)] = plain(
+                getattr(value, "__name__", str(value))
+            )  # a class; Lightning reads its name as well
         elif key in (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_parameters"):
             content[plain(key)] = plain_entries(value, key, dropped)
         else:

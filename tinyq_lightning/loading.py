@@ -243,7 +243,7 @@ def build(module_class: type[Module], content: Mapping[str, Any], init_args: Map
         CheckpointError: the checkpoint names another class than the one given.
     """
     stored = dict(content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-    for name, kind in content["tinyq"].get("configs", {}).items():
+    for name, kind in content.get("tinyq", {}).get("configs", {}).items():
         stored[name] = restore_config(kind, stored[name])
     by_cli = stored.pop("_instantiator", None) is not None
     takes = inspect.signature(module_class.__init__).parameters

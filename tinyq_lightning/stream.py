@@ -117,7 +117,9 @@ class FloatFile:
         state_dict = self._source.content["state_dict"]
         try:
             with without_weights():
-                module = build(module_class, self._source.read_all(_apart_from_weights(self._source.content)), init_args)
+                module = build(
+                    module_class, self._source.read_all(_apart_from_weights(self._source.content)), init_args
+                )
             if not _loads_as_it_stands(module, state_dict):
                 return None
             # by identity, which a parameter keeps when it moves from layer to layer or gets a value
