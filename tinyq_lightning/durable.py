@@ -81,7 +81,8 @@ def _locked_temporary(folder: str) -> Iterator[IO[bytes]]:
             try:
                 yield file
             finally:
-                file.close()
+                with suppress(OSError):  # a full disk fails here once more
+                    file.close()
                 with suppress(FileNotFoundError):
                     os.remove(path)
             return
