@@ -14,7 +14,7 @@ from tinyq_lightning.archive import Archive
 from tinyq_lightning.checkpoint import file_sha256, is_quantized, make_checkpoint, without_training_entries
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.loading import QuantizedCheckpointMixin, build
-from tinyq_lightning.plan import Present
+from tinyq_lightning.plan import Present, find_sites
 from tinyq_lightning.replacement import quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.weightless import put_value, without_weights
@@ -125,6 +125,9 @@ class FloatFile:
             # by identity, which a parameter keeps when it moves from layer to layer or gets a value
             own = module.state_dict(keep_vars=True)
             self._entries = {id(tensor): (tensor, state_dict[name]) for name, tensor in own.items()}
+            layers = [parameter for site in find_sites(module) for parameter in site.module.parameters()]
+            if not all(id(parameter) in self._entries for parameter in layers):
+                return None
             for tensor, entry in self._entries.values():
                 put_value(tensor, torch.empty_like(tensor, dtype=entry.dtype, device="meta"))
             return module
