@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
@@ -40,14 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's modules are importable from their folder
-    warnings.showwarning = _show_warning
-    warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for training
     try:
-        # imported here, since torch and Lightning take seconds and `--help` should not
-        room = "run_commands" if args.command in ("evaluate", "bench") else "file_commands"
-        command = getattr(importlib.import_module(f"tinyq_lightning.{room}"), args.command)
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        answer = command(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for training
+            answer = _command(args.command)(args)
     except TinyQError as error:
         if args.json:
             print(json.dumps({"error": str(error)}))
@@ -58,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(json.dumps(answer.data, indent=2) if args.json else answer.text)
     return 0 if answer.good else 1
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], Any]:
+    """Imported only now, since torch and Lightning take seconds and ``--help`` should not."""
+    room = "run_commands" if name in ("evaluate", "bench") else "file_commands"
+    command: Callable[[argparse.Namespace], Any] = getattr(importlib.import_module(f"tinyq_lightning.{room}"), name)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    return command
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
