@@ -39,6 +39,14 @@ class WithEverything(Net):
         return self.head(x + self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0])
 
 
+class Bounded(Net):
+    """A weight computed from a parameter and buffers that stand in the file."""
+
+    def __init__(self, width=16, lr=0.02):
+        super().__init__(width, lr)
+        self.body[2] = nn.utils.parametrizations.spectral_norm(self.body[2])
+
+
 class RenamesOnLoading(Net):
     """Its hook makes another state dict of the file's."""
 
@@ -76,7 +84,7 @@ def after_training(folder, kind, **settings) -> TinyQCallback:
     return callback
 
 
-KINDS = [(Net, False), (WithEverything, False), (RenamesOnLoading, True), (ReadsItsWeights, True)]
+KINDS = [(Net, False), (WithEverything, False), (Bounded, False), (RenamesOnLoading, True), (ReadsItsWeights, True)]
 KINDS += [(LoadsInItsOwnWay, True)]
 
 

@@ -17,7 +17,7 @@ from tinyq_lightning.loading import QuantizedCheckpointMixin, build
 from tinyq_lightning.plan import Present, find_sites
 from tinyq_lightning.replacement import quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
-from tinyq_lightning.weightless import put_value, without_weights
+from tinyq_lightning.weightless import named_tensors, put_value, without_weights
 
 __all__ = ["FloatFile", "quantize_file"]
 
@@ -94,15 +94,15 @@ class FloatFile:
 
     @contextmanager
     def present(self, layer: nn.Module) -> Iterator[None]:
-        """A block in which the parameters of ``layer`` have their values."""
-        waiting = [parameter for parameter in layer.parameters() if parameter.is_meta]
-        for parameter in waiting:
-            self._read(parameter)
+        """A block in which the parameters and buffers of ``layer`` have their values."""
+        waiting = {id(tensor): tensor for _, tensor in named_tensors(layer) if tensor.is_meta}
+        for tensor in waiting.values():
+            self._read(tensor)
         try:
             yield
         finally:
-            for parameter in waiting:
-                put_value(parameter, torch.empty_like(parameter, device="meta"))
+            for tensor in waiting.values():
+                put_value(tensor, torch.empty_like(tensor, device="meta"))
 
     def fill(self) -> None:
         """Read all that the module still has without values."""
@@ -125,8 +125,8 @@ class FloatFile:
             # by identity, which a parameter keeps when it moves from layer to layer or gets a value
             own = module.state_dict(keep_vars=True)
             self._entries = {id(tensor): (tensor, state_dict[name]) for name, tensor in own.items()}
-            layers = [parameter for site in find_sites(module) for parameter in site.module.parameters()]
-            if not all(id(parameter) in self._entries for parameter in layers):
+            layers = [tensor for site in find_sites(module) for _, tensor in named_tensors(site.module)]
+            if any(tensor.is_meta and id(tensor) not in self._entries for tensor in layers):
                 return None
             for tensor, entry in self._entries.values():
                 put_value(tensor, torch.empty_like(tensor, dtype=entry.dtype, device="meta"))
