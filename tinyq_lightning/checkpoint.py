@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
-import uuid
 import warnings
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, cast
 
 import fsspec
 import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
+from tinyq_lightning.archive import Archive
+from tinyq_lightning.digest import digest_of
+from tinyq_lightning.durable import replace_file
 from tinyq_lightning.errors import CheckpointError, SpecError
 from tinyq_lightning.plain import kind_of_config, plain, plain_entries, plain_state
 from tinyq_lightning.plan import Plan
-from tinyq_lightning.spec import QuantizationSpec, Save
+from tinyq_lightning.spec import METHOD_NAMES, QuantizationSpec, Save
 from tinyq_lightning.version import __version__
 
 __all__ = [
     "FORMAT_VERSION",
+    "check_digests",
     "check_folder",
     "check_format",
     "file_sha256",
@@ -39,6 +41,8 @@ __all__ = [
 
 FORMAT_VERSION = 1
 """Of the ``tinyq`` block. A reader refuses a newer one and reads every older one."""
+
+_LIGHTNING_VERSION = "pytorch-lightning_version"
 
 # What a float checkpoint holds for going on with the training, which an int8 model cannot do.
 _TRAINING_KEYS = {
@@ -64,7 +68,7 @@ def make_checkpoint(
     plan: Plan,
     metrics: Mapping[str, Mapping[str, float]],
     float_sha256: str | None,
-    loop: str,
+    loop: str | None,
 ) -> dict[str, Any]:
     """The content of a quantized checkpoint, plain data and tensors only.
 
@@ -75,7 +79,7 @@ def make_checkpoint(
         plan: what was quantized.
         metrics: before and after.
         float_sha256: of the float file; None where there is none.
-        loop: where the metrics come from, ``validate`` or ``test``.
+        loop: where the metrics come from, ``validate`` or ``test``; not recorded where there are none.
 
     Returns:
         What :func:`write_checkpoint` takes.
@@ -87,9 +91,11 @@ def make_checkpoint(
         if key in ("state_dict", "tinyq"):
             continue
         if key == LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE:
-            content[key] = getattr(value, "__name__", str(value))  # a class; Lightning reads its name as well
+            content[plain(key)] = plain(
+                getattr(value, "__name__", str(value))
+            )  # a class; Lightning reads its name as well
         elif key in (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, "datamodule_hyper_parameters"):
-            content[key] = plain_entries(value, key, dropped)
+            content[plain(key)] = plain_entries(value, key, dropped)
         else:
             content |= plain_entries({key: value}, "", dropped)
     content["state_dict"] = plain_state(state_dict)
@@ -99,7 +105,7 @@ def make_checkpoint(
         "spec": plan.spec.to_dict() | {"save": {"dirpath": None, "filename": None}},  # no paths of this machine
         "plan": plan.to_list(),
         "metrics": {name: dict(values) for name, values in metrics.items()},
-        "metrics_from": loop,
+        "metrics_from": loop if metrics else None,
         "float_sha256": float_sha256,
         "dropped": dropped,
         "configs": {name: kind for name, value in hyper_parameters.items() if (kind := kind_of_config(value))},
@@ -110,7 +116,7 @@ def make_checkpoint(
         },
     }
     content["tinyq"] = plain(tinyq)
-    content["tinyq"]["digest"] = _digest(content)
+    content["tinyq"]["digests"] = plain(_digests(content))
     if dropped:
         warnings.warn(
             f"the quantized checkpoint holds plain data only, so these were left out: {', '.join(dropped)}. Pass them "
@@ -120,16 +126,13 @@ def make_checkpoint(
     return content
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 over every tensor (name, dtype, shape, bytes) and the plan, in order of the names."""
-    digest = hashlib.sha256()
-    tensors = {name: value for name, value in content["state_dict"].items() if isinstance(value, Tensor)}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    tinyq = {key: value for key, value in content["tinyq"].items() if key != "digest"}
-    digest.update(repr(sorted(tinyq.items())).encode())
-    return digest.hexdigest()
+def _digests(content: Mapping[str, Any]) -> dict[str, str]:
+    """The digest of each entry, but for the version that Lightning brings up to date when it reads a file."""
+    parts = {key: value for key, value in content.items() if key != _LIGHTNING_VERSION}
+    parts["tinyq"] = {key: value for key, value in content["tinyq"].items() if key != "digests"}
+    state_dict = content["state_dict"]
+    parts["state_dict"] = [dict(state_dict), getattr(state_dict, "_metadata", None)]
+    return {key: digest_of(value) for key, value in parts.items()}
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str | None:
@@ -145,7 +148,10 @@ def file_sha256(path: str | os.PathLike[str]) -> str | None:
 
 
 def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint whole or not at all: to a temporary name beside it, flushed, then renamed.
+    """Write a checkpoint whole or not at all; see :func:`~tinyq_lightning.durable.replace_file`.
+
+    A quantized checkpoint of another float file that is there already is replaced with a warning; any
+    other file is not.
 
     Args:
         content: from :func:`make_checkpoint`.
@@ -154,28 +160,30 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
     Raises:
         CheckpointError: it could not be written; what was there before is untouched.
     """
-    fs, location = fsspec.core.url_to_fs(os.fspath(path))
-    local = isinstance(fs, fsspec.implementations.local.LocalFileSystem)
-    folder, _, name = location.rpartition("/")
-    temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+    before = _existing(path)
     try:
-        fs.makedirs(folder, exist_ok=True)
-        try:
-            # an open file, not a name: torch.save puts names into the file, and with them their bytes
-            with fs.open(temporary, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                if local:
-                    os.fsync(file.fileno())
-            if local:
-                os.replace(temporary, location)
-            else:
-                fs.mv(temporary, location)
-        finally:
-            if fs.exists(temporary):
-                fs.rm(temporary)
-    except OSError as error:
+        # an open file, not a name: torch.save puts names into the file, and with them their bytes
+        replace_file(path, partial(torch.save, content))
+    except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
         raise CheckpointError(f"{path}: the quantized checkpoint could not be written: {error}") from error
+    if before is not None and before["float_sha256"] != content["tinyq"]["float_sha256"]:
+        warnings.warn(f"{path}: a quantized checkpoint of another float checkpoint was replaced", stacklevel=2)
+
+
+def _existing(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
+    """The ``tinyq`` block of the quantized checkpoint at ``path``; None where there is nothing."""
+    fs, location = fsspec.core.url_to_fs(os.fspath(path))
+    if not fs.exists(location):
+        return None
+    try:
+        with Archive(path) as archive:
+            check_format(archive.content, path)
+            return cast("Mapping[str, Any]", archive.content["tinyq"])
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path}: there is a file already that is not a quantized checkpoint of this version, and it is not "
+            "overwritten: choose another dirpath or filename"
+        ) from error
 
 
 def save_checkpoint(trainer: Trainer, content: Mapping[str, Any], path: str) -> None:
@@ -200,29 +208,18 @@ def is_quantized(checkpoint: Any) -> bool:
     return isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("tinyq"), Mapping)
 
 
-def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a quantized checkpoint; nothing in it is executed.
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a quantized checkpoint onto the CPU; nothing in it is executed.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, not a quantized checkpoint, or of a newer
             format.
     """
-    try:
-        fs, location = fsspec.core.url_to_fs(os.fspath(path))
-        with fs.open(location, "rb") as file:
-            content = torch.load(file, map_location=map_location, weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: there is no such file") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: damaged, or not a quantized checkpoint: it holds more than tensors and plain data"
-        ) from error
-    except Exception as error:  # a damaged archive raises whatever its reader stumbles over
-        raise CheckpointError(f"{path}: the file is damaged or no checkpoint: {error}") from error
-    check_format(content, path)
-    if _digest(content) != content["tinyq"]["digest"]:
-        raise CheckpointError(f"{path}: the file is damaged: its tensors or its plan are not those that were written")
-    return cast("dict[str, Any]", content)
+    with Archive(path) as archive:
+        check_format(archive.content, path)
+        content = cast("dict[str, Any]", archive.read_all(archive.content))
+    check_digests(content, path)
+    return content
 
 
 def check_format(content: Any, path: str | os.PathLike[str]) -> None:
@@ -232,17 +229,49 @@ def check_format(content: Any, path: str | os.PathLike[str]) -> None:
         CheckpointError: it is not.
     """
     if not is_quantized(content):
-        kind = "a float Lightning checkpoint" if "pytorch-lightning_version" in content else "no Lightning checkpoint"
+        lightning_made = isinstance(content, Mapping) and _LIGHTNING_VERSION in content
+        kind = "a float Lightning checkpoint" if lightning_made else "no Lightning checkpoint"
         raise CheckpointError(f"{path}: this is {kind}, not a quantized one")
-    version = content["tinyq"].get("format_version")
+    tinyq = content["tinyq"]
+    version = tinyq.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format version {version!r} is newer than {FORMAT_VERSION}, the newest that tinyq_lightning "
             f"{__version__} reads: upgrade it"
         )
-    missing = {"plan", "digest", "spec"} - set(content["tinyq"])
-    if missing or not isinstance(content.get("state_dict"), Mapping):
-        raise CheckpointError(f"{path}: the file is damaged: it has no {', '.join(sorted(missing)) or 'state_dict'}")
+    kinds = {"spec": dict, "plan": list, "metrics": dict, "digests": dict, "versions": dict, "label": str}
+    wrong = [key for key, kind in kinds.items() if not isinstance(tinyq.get(key), kind)]
+    wrong += [] if isinstance(content.get("state_dict"), dict) else ["state_dict"]
+    wrong += [] if "float_sha256" in tinyq else ["float_sha256"]
+    decisions = tinyq["plan"] if "plan" not in wrong else []
+    if not all(
+        isinstance(d, dict) and d.get("method") in METHOD_NAMES and isinstance(d.get("name"), str) for d in decisions
+    ):
+        wrong.append("plan")
+    if wrong:
+        raise CheckpointError(f"{path}: the file is damaged: it has no {', '.join(wrong)}")
+
+
+def check_digests(content: Mapping[str, Any], path: str | os.PathLike[str], only: Collection[str] = ()) -> None:
+    """Refuse content that is not what was written, bit by bit.
+
+    Args:
+        content: of a quantized checkpoint, with its tensors.
+        path: for the error.
+        only: entries to check; all by default.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    written = content["tinyq"]["digests"]
+    try:
+        found = _digests({key: content[key] for key in only} if only else content)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the file is damaged, or holds more than tensors and plain data") from error
+    names = set(only) or {*written, *found}
+    wrong = sorted(str(name) for name in names if written.get(name) != found.get(name))
+    if wrong:
+        raise CheckpointError(f"{path}: the file is damaged: {', '.join(wrong)} differs from what was written")
 
 
 def check_folder(spec: QuantizationSpec) -> None:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
+import sys
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.parsing import AttributeDict
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
-from tinyq_lightning.checkpoint import check_format, is_quantized, read_checkpoint
-from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.checkpoint import check_digests, check_format, is_quantized, read_checkpoint
+from tinyq_lightning.errors import CheckpointError, ModelError
 from tinyq_lightning.forward import KernelName
 from tinyq_lightning.layers import LAYERS, Int8Weight, QuantizedEmbedding, float_weight
 from tinyq_lightning.plain import restore_config
 from tinyq_lightning.sites import Site, find_sites
+from tinyq_lightning.weightless import take_values, without_weights
 
-__all__ = ["QuantizedCheckpointMixin", "load_quantized", "prepare_structure"]
+__all__ = ["QuantizedCheckpointMixin", "build", "import_class", "load_quantized", "prepare_structure"]
 
+Kind = TypeVar("Kind")
 Module = TypeVar("Module", bound=LightningModule)
 
 
@@ -113,18 +118,46 @@ class QuantizedCheckpointMixin:
 def _prepare_if_quantized(module: Any, checkpoint: dict[str, Any]) -> None:
     if is_quantized(checkpoint):
         check_format(checkpoint, "the checkpoint")
+        check_digests(checkpoint, "the checkpoint", only=("state_dict", "tinyq"))
         prepare_structure(module, checkpoint)
 
 
+@overload
 def load_quantized(
-    path: str | os.PathLike[str], module_class: type[Module], map_location: Any = "cpu", **init_args: Any
-) -> Module:
+    path: str | os.PathLike[str],
+    module_class: type[Module],
+    map_location: Any = "cpu",
+    *,
+    strict: bool | None = None,
+    **init_args: Any,
+) -> Module: ...
+@overload
+def load_quantized(
+    path: str | os.PathLike[str],
+    module_class: str,
+    map_location: Any = "cpu",
+    *,
+    strict: bool | None = None,
+    **init_args: Any,
+) -> LightningModule: ...
+def load_quantized(
+    path: str | os.PathLike[str],
+    module_class: type[LightningModule] | str,
+    map_location: Any = "cpu",
+    *,
+    strict: bool | None = None,
+    **init_args: Any,
+) -> LightningModule:
     """Load a quantized checkpoint into a new module of a class that knows nothing of quantization.
+
+    No float weight takes memory on the way, where the class can be built without their values: the most
+    that is held is the quantized model.
 
     Args:
         path: the file, local or a URL that fsspec knows.
-        module_class: the LightningModule it was made from.
-        map_location: where the tensors go, as in ``torch.load``.
+        module_class: the LightningModule it was made from, or where to import it: ``package.module:Class``.
+        map_location: the device the module goes to, as in ``torch.load``.
+        strict: whether names must match exactly; the module's ``strict_loading`` where None.
         **init_args: arguments of the class, over the hyper-parameters stored in the file.
 
     Returns:
@@ -132,30 +165,97 @@ def load_quantized(
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or does not fit the class.
+        ModelError: there is no such class.
     """
-    content = read_checkpoint(path, map_location)
+    if isinstance(module_class, str):
+        module_class = import_class(module_class, LightningModule)
+    content = read_checkpoint(path)
+    module = _built_weightless(module_class, content, init_args, str(path))
+    if module is None:
+        module = _built(module_class, content, init_args, str(path))
     try:
-        module = _build(module_class, content, init_args)
+        module.load_state_dict(content["state_dict"], strict=module.strict_loading if strict is None else strict)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: the file does not fit {module_class.__name__}: {error}") from error
+    return module.to(_device(map_location)).eval()
+
+
+def _built_weightless(
+    module_class: type[LightningModule], content: Mapping[str, Any], init_args: Mapping[str, Any], source: str
+) -> LightningModule | None:
+    """A module with the memory of the file's tensors for its own; None where the class needs real weights."""
+    try:
+        with without_weights() as leaves_any:
+            module = _built(module_class, content, init_args, source)
+        return module if take_values(module, content["state_dict"]) and not leaves_any() else None
+    except CheckpointError:
+        raise
+    except (
+        Exception
+    ):  # whatever a class does in __init__ that cannot be done without values; it is built with them next
+        return None
+
+
+def _built(
+    module_class: type[LightningModule], content: Mapping[str, Any], init_args: Mapping[str, Any], source: str
+) -> LightningModule:
+    """A module with the structure of the checkpoint, before its values."""
+    try:
+        module = build(module_class, content, init_args)
     except TypeError as error:
         dropped = content["tinyq"].get("dropped")
         hint = f". The file could not hold {', '.join(dropped)}: pass them to load_quantized" if dropped else ""
-        raise CheckpointError(f"{path}: {module_class.__name__} could not be built: {error}{hint}") from error
-    if is_overridden("configure_model", module):
-        module.configure_model()
-    prepare_structure(module, content, str(path))
-    module.on_load_checkpoint(content)
+        raise CheckpointError(f"{source}: {module_class.__name__} could not be built: {error}{hint}") from error
+    prepare_structure(module, content, source)
+    # what the user's hook changes is for this module alone
+    module.on_load_checkpoint({**content, "state_dict": content["state_dict"].copy()})
+    return module
+
+
+def _device(map_location: Any) -> torch.device:
+    """The device that ``map_location`` of ``torch.load`` means for what lies on the CPU."""
+    if callable(map_location):
+        moved = map_location(torch.UntypedStorage(0), "cpu")  # type: ignore[no-untyped-call]
+        return torch.device("cpu") if moved is None else torch.device(moved.device)
+    if isinstance(map_location, Mapping):
+        map_location = map_location.get("cpu")
+    return torch.device("cpu" if map_location is None else map_location)
+
+
+def import_class(path: str, base: type[Kind]) -> type[Kind]:
+    """The class at ``package.module:Class``; ``package.module.Class`` does as well.
+
+    Raises:
+        ModelError: there is none, or it is not a ``base``.
+    """
+    module_name, colon, name = path.partition(":")
+    if not colon:
+        module_name, _, name = path.rpartition(".")
     try:
-        module.load_state_dict(content["state_dict"], strict=module.strict_loading)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: the file does not fit {module_class.__name__}: {error}") from error
-    device = next((value.device for value in content["state_dict"].values() if isinstance(value, Tensor)), "cpu")
-    return module.to(device).eval()
+        found: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ModelError(f"{path!r} cannot be imported: {error}. Write it as package.module:Class") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ModelError(f"{path!r} is not a {base.__name__}")
+    return found
 
 
-def _build(module_class: type[Module], content: Mapping[str, Any], init_args: Mapping[str, Any]) -> Module:
-    """An instance from the stored hyper-parameters, by the rules of Lightning's ``load_from_checkpoint``."""
+def build(module_class: type[Module], content: Mapping[str, Any], init_args: Mapping[str, Any]) -> Module:
+    """An instance from the stored hyper-parameters, by the rules of Lightning's ``load_from_checkpoint``.
+
+    Args:
+        module_class: the class.
+        content: of a checkpoint, float or quantized.
+        init_args: arguments over the stored ones.
+
+    Raises:
+        TypeError: the arguments are not those of the class.
+        CheckpointError: the checkpoint names another class than the one given.
+    """
     stored = dict(content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-    for name, kind in content["tinyq"].get("configs", {}).items():
+    for name, kind in content.get("tinyq", {}).get("configs", {}).items():
         stored[name] = restore_config(kind, stored[name])
     by_cli = stored.pop("_instantiator", None) is not None
     takes = inspect.signature(module_class.__init__).parameters
@@ -172,6 +272,22 @@ def _build(module_class: type[Module], content: Mapping[str, Any], init_args: Ma
     if by_cli:  # LightningCLI stores the objects it built as class_path and init_args
         from lightning.pytorch.cli import instantiate_module
 
-        return instantiate_module(module_class, arguments)
-    arguments.pop("_class_path", None)
-    return module_class(**arguments)
+        _refuse_other_class(arguments.get("_class_path"), module_class)
+        module = instantiate_module(module_class, arguments)
+    else:
+        arguments.pop("_class_path", None)
+        module = module_class(**arguments)
+    if is_overridden("configure_model", module):
+        module.configure_model()
+    return module
+
+
+def _refuse_other_class(class_path: str | None, module_class: type[LightningModule]) -> None:
+    """A file does not decide what is imported: the class it names must be there already, and a fitting one."""
+    module_name, _, name = (class_path or "").rpartition(".")
+    found = getattr(sys.modules.get(module_name), name, None)
+    if class_path is not None and not (isinstance(found, type) and issubclass(found, module_class)):
+        raise CheckpointError(
+            f"the checkpoint was made from {class_path}, which is no {module_class.__name__} that has been imported: "
+            "import it, or give that class"
+        )

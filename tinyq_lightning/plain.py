@@ -49,8 +49,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, PurePath):
         return sys.intern(str(value))
     if isinstance(value, Tensor):
-        return value.detach().cpu() if type(value) in (Tensor, nn.Parameter) else _refuse(value)
-    if isinstance(value, torch.dtype | torch.Size | torch.device):
+        return (
+            value.detach().cpu().resolve_conj().resolve_neg()
+            if type(value) in (Tensor, nn.Parameter)
+            else _refuse(value)
+        )
+    if isinstance(value, torch.dtype | torch.device):
         return value
     if isinstance(value, Container):
         return plain(OmegaConf.to_container(value, resolve=True))

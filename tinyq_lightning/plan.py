@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from tinyq_lightning.spec import QuantizationSpec, Rule, nearest, pattern_matche
 from tinyq_lightning.table import format_bytes, format_table
 from tinyq_lightning.weight_math import count_non_finite
 
-__all__ = ["Decision", "Plan", "check_patterns", "resolve"]
+__all__ = ["Decision", "Plan", "Present", "check_patterns", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ class Plan:
         return format_table(["layer", "method", "reason", "SQNR dB", "float", "now"], rows, left=3)
 
 
+Present = Callable[[nn.Module], AbstractContextManager[object]]
+
+
 def check_patterns(spec: QuantizationSpec, model: nn.Module) -> None:
     """Check the spec's patterns against the names in ``model``, without a look at any weight.
 
@@ -188,8 +192,13 @@ def _wanted(spec: QuantizationSpec, names: Sequence[str]) -> tuple[str, str]:
     return rule.method, rule.reason or f"rule {index + 1}"
 
 
-def resolve(spec: QuantizationSpec, model: nn.Module) -> Plan:
+def resolve(spec: QuantizationSpec, model: nn.Module, present: Present = nullcontext) -> Plan:
     """One decision for every Linear layer of ``model`` and every embedding tied to one; nothing is changed.
+
+    Args:
+        spec: what was asked for.
+        model: any module with ``nn.Linear`` somewhere below it.
+        present: gives a block in which the weights of a layer have their values, where the model is without.
 
     Raises:
         ModelError: a layer that would be quantized has no values yet or, unless the spec says
@@ -203,7 +212,8 @@ def resolve(spec: QuantizationSpec, model: nn.Module) -> Plan:
     for name, site in sites.items():
         if checked.isdisjoint(site.tied) and all(made[each][0] != "float" for each in (name, *site.tied)):
             checked.add(name)
-            bad = _check_values(site)
+            with present(site.module):
+                bad = _check_values(site)
             if bad and spec.non_finite == "float":
                 made[name] = ("float", "non-finite weights")
             elif bad:

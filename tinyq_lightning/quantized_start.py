@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tinyq_lightning.checkpoint import check_format, is_quantized, without_training_entries
+from tinyq_lightning.checkpoint import check_digests, check_format, is_quantized, without_training_entries
 from tinyq_lightning.errors import TrainerError
 from tinyq_lightning.layers import Int8Weight
 from tinyq_lightning.loading import prepare_structure
@@ -55,6 +55,7 @@ class QuantizedStart:
                     "from the float checkpoint it was made from"
                 )
             check_format(checkpoint, path)
+            check_digests(checkpoint, path, only=("state_dict", "tinyq"))
             self._made = prepare_structure(self._module, checkpoint, path)
             self.label = checkpoint["tinyq"].get("label")
         own(checkpoint)

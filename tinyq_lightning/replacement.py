@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.forward import KernelName
 from tinyq_lightning.layers import LAYERS, QuantizedEmbedding, QuantizedLinear, float_weight
-from tinyq_lightning.plan import Decision, Plan, resolve
+from tinyq_lightning.plan import Decision, Plan, Present, resolve
 from tinyq_lightning.sites import Site, find_sites, is_layer
 from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
 from tinyq_lightning.weight_math import weight_sqnr_db
@@ -28,6 +28,7 @@ __all__ = [
     "Quantizer",
     "Swap",
     "quantize",
+    "quantize_by_layer",
     "quantized",
     "replace_linear_with_target_and_quantize",
     "state_bytes",
@@ -63,16 +64,28 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
         SpecError: the spec is wrong or does not fit the model.
         ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
     """
-    plan = resolve(as_spec(spec), model)
+    return quantize_by_layer(model, as_spec(spec), nullcontext)
+
+
+def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, present: Present) -> Plan:
+    """As :func:`quantize`, for a model whose weights are had one layer at a time.
+
+    Args:
+        model: any module with ``nn.Linear`` somewhere below it.
+        spec: what to quantize, and how.
+        present: gives a block in which the weights of a layer have their values.
+    """
+    plan = resolve(spec, model, present)
     _refuse_root(model)
     sites = find_sites(model)
     made = _Made()
     for decision in plan:
         site = sites.pop(0)  # with its last holder, a float weight goes
-        _make(site, decision, plan.spec.kernel, LAYERS, made)
-        layer = made[decision.name][1]
-        if layer is not None:
-            site.put(layer)
+        with present(site.module):
+            _make(site, decision, plan.spec.kernel, LAYERS, made)
+            layer = made[decision.name][1]
+            if layer is not None:
+                site.put(layer)
     return Plan(tuple(decision for decision, _ in made.values()), plan.spec)
 
 
