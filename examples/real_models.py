@@ -7,7 +7,7 @@ text    all-MiniLM-L6-v2 (BERT, 6 layers): Spearman's rho with human similarity 
 dna     Tiara's first stage, an MLP on k-mer frequencies: accuracy on 464 contigs of five kinds of organism
 digits  a small CNN trained on MNIST: accuracy on the 1,797 digits of scikit-learn, which are another data set
 
-Times are of the models' forward passes alone, relative to float, in the order measured; sizes are of the state dict.
+Times are processor time in the forward passes alone, relative to float; sizes are of the state dict.
 """
 
 import argparse
@@ -175,15 +175,15 @@ MODELS = {
 
 @torch.inference_mode()
 def measure(model: Model) -> dict[str, tuple[Scores, int, float]]:
-    """For each method: scores, bytes, and seconds in the forward pass."""
+    """For each method: scores, bytes, and seconds of processor time in the forward pass."""
     pretrained, results = model.load().eval(), {}
     for method in METHODS:
         net = copy.deepcopy(pretrained)
         if method != "float":
             quantize(net, method)
         seconds: list[float] = []
-        net.register_forward_pre_hook(lambda *_, seconds=seconds: seconds.append(-time.perf_counter()))
-        net.register_forward_hook(lambda *_, seconds=seconds: seconds.append(time.perf_counter()))
+        net.register_forward_pre_hook(lambda *_, seconds=seconds: seconds.append(-time.process_time()))
+        net.register_forward_hook(lambda *_, seconds=seconds: seconds.append(time.process_time()))
         results[method] = model.score(net), state_bytes(net.state_dict()), sum(seconds)
     return results
 

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tinyq_lightning import quantize
+from tinyq_lightning.replacement import state_bytes
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "real_models.py"
 # points of the score: a probe of 200 sentences moves by 0.005 for each
@@ -29,3 +33,48 @@ def test_a_pretrained_model_keeps_its_scores_and_loses_its_weight(name, monkeypa
         for score, value in wanted.items():
             assert abs(scores[score] - value) <= (0.005 if score == "polarity" else allowed) + 1e-9, (method, score)
         assert quantized_size < {"text": 0.65, "dna": 0.26, "digits": 0.45}[name] * size
+
+
+WORDS = 64
+BERT = {
+    "vocab_size": WORDS,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+T5 = {"vocab_size": WORDS, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
+GPT2 = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of packages that are not ours
+@pytest.mark.parametrize(
+    ("model", "config", "settings", "tied"),
+    [
+        ("GPT2LMHeadModel", "GPT2Config", GPT2, ["transformer.wte", "lm_head"]),
+        ("LlamaForCausalLM", "LlamaConfig", {**BERT, "tie_word_embeddings": True}, ["model.embed_tokens", "lm_head"]),
+        ("BertForMaskedLM", "BertConfig", BERT, ["bert.embeddings.word_embeddings", "cls.predictions.decoder"]),
+        (
+            "T5ForConditionalGeneration",
+            "T5Config",
+            {**T5, "decoder_start_token_id": 0},
+            ["shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"],
+        ),
+    ],
+    ids=["gpt2", "llama", "bert", "t5"],
+)
+def test_the_architectures_of_transformers_work_with_their_ties(model, config, settings, tied):
+    import transformers
+
+    net = getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
+    words = torch.randint(WORDS, (2, 9))
+    given = {"input_ids": words} | ({"labels": words} if config == "T5Config" else {})
+    with torch.no_grad():
+        wanted, size = net(**given).logits, state_bytes(net.state_dict())
+        plan = quantize(net, "w8a32")
+        got = net(**given).logits
+    assert {decision.method for decision in plan} == {"w8a32"}
+    assert len({net.get_submodule(name).int8_weights.data_ptr() for name in tied}) == 1
+    assert ((got - wanted).norm() / wanted.norm()) < 0.03
+    assert state_bytes(net.state_dict()) == size - sum(decision.float_bytes - decision.bytes for decision in plan)
