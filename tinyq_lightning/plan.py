@@ -16,8 +16,9 @@ from torch.nn.utils import parametrize
 
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers import QuantizedLinear
-from tinyq_lightning.spec import QuantizationSpec, Rule, nearest, pattern_matches
-from tinyq_lightning.table import format_bytes, format_table
+from tinyq_lightning.reading import nearest
+from tinyq_lightning.spec import QuantizationSpec, Rule, pattern_matches
+from tinyq_lightning.table import Table, format_bytes
 from tinyq_lightning.weight_math import count_non_finite
 
 __all__ = ["Decision", "Plan", "Site", "check_patterns", "find_sites", "resolve", "steady_weights"]
@@ -79,7 +80,7 @@ class Plan:
         It is the spec that was asked for, without its budget, preceded by a rule with its reason for
         each layer that was decided otherwise.
         """
-        spec = replace(self.spec, budget=None)
+        spec = replace(self.spec, budget=None, methods=(), keep="all")
         changed = []
         for decision in self:
             wanted = _wanted(spec, (decision.name, *decision.aliases))
@@ -97,6 +98,10 @@ class Plan:
 
     def table(self) -> str:
         """The plan as a text table for people."""
+        return self.as_table().text()
+
+    def as_table(self) -> Table:
+        """A row for each layer, and one for their sum."""
         rows = [
             [
                 decision.name,
@@ -110,7 +115,7 @@ class Plan:
         ]
         before, after = sum(d.float_bytes for d in self), sum(d.bytes for d in self)
         rows.append([f"{len(self)} layers", "", "", "", format_bytes(before), format_bytes(after)])
-        return format_table(["layer", "method", "reason", "SQNR dB", "float", "now"], rows, left=3)
+        return Table(["layer", "method", "reason", "SQNR dB", "float", "now"], rows, left=3)
 
 
 _Owners = dict[int, list[tuple[nn.Module, str]]]
@@ -249,6 +254,11 @@ def resolve(spec: QuantizationSpec, model: nn.Module) -> Plan:
             ``non_finite: float``, values that are not finite. The message names layers and counts.
         SpecError: as :func:`check_patterns`.
     """
+    if spec.methods:
+        raise SpecError(
+            f"{spec.origin.where('method')}: a model is quantized by one method; to compare {', '.join(spec.methods)}, "
+            "give the list to TinyQCallback"
+        )
     check_patterns(spec, model)
     owners = _weight_owners(model)
     decisions, refused = [], []
