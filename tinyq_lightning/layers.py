@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
@@ -84,6 +85,12 @@ class QuantizedLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
             self.int8_weights, self.scales = quantize_per_row(weight)
         return self
+
+    def with_method(self, method: str) -> QuantizedLinear:
+        """This layer with its activations held by another method: the same tensors and hooks, not copies."""
+        layer = copy.copy(self)
+        layer.__class__ = LAYERS[method]
+        return layer
 
     def dequantize(self) -> Tensor:
         """The weight as floats: ``[out, in]`` float32 (float64 where the layer's dtype is that)."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -131,6 +132,26 @@ class Swap:
                 self._pairs.append((site, layer))
             decisions.append(decision)
         self.plan = Plan(tuple(decisions), spec)
+
+    def switched(self, changes: Mapping[str, tuple[str, str]]) -> Swap:
+        """A swap of the same int8 codes with other methods; nothing is quantized again.
+
+        Args:
+            changes: method and reason by the name of a layer that this swap quantizes; ``float`` leaves
+                it alone. Every other layer as in this swap.
+        """
+        other = copy.copy(self)
+        other._pairs = []
+        for site, layer in self._pairs:
+            method, _ = changes.get(site.name, (layer.method, ""))
+            if method != "float":
+                other._pairs.append((site, layer if method == layer.method else layer.with_method(method)))
+        other.plan = Plan(tuple(_changed(decision, changes) for decision in self.plan), self.plan.spec)
+        return other
+
+    def pairs(self) -> Iterator[tuple[str, nn.Module, QuantizedLinear]]:
+        """Name, float layer and quantized layer of each that this swap replaces."""
+        return ((site.name, site.module, layer) for site, layer in self._pairs)
 
     def put_in(self) -> None:
         """Quantized layers in the model, in the mode (train or eval) of those they stand for."""
@@ -285,6 +306,15 @@ def _quantized_layer(module: nn.Module, decision: Decision, spec: QuantizationSp
     layer.kernel = spec.kernel
     _dress(layer, module)
     return layer
+
+
+def _changed(decision: Decision, changes: Mapping[str, tuple[str, str]]) -> Decision:
+    if decision.name not in changes:
+        return decision
+    method, reason = changes[decision.name]
+    if method == "float":
+        return replace(decision, method=method, reason=reason, weight_sqnr_db=None, bytes=decision.float_bytes)
+    return replace(decision, method=method, reason=reason)
 
 
 def _dress(layer: nn.Module, linear: nn.Linear) -> None:
