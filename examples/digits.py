@@ -35,10 +35,7 @@ def main() -> None:
     )
     trainer.fit(DigitsNet(), data)
 
-    print("The plan, layer by layer:\n")
-    print(tinyq.plan.table())
-
-    print("\nOn the test set, which neither training nor quantizing has seen:\n")
+    print("On the test set, which neither training nor quantizing has seen:\n")
     net = DigitsNet.load_from_checkpoint(tinyq.float_path, weights_only=True)
     reloaded = load_quantized(tinyq.quantized_path, DigitsNet)
     scores = {"float checkpoint": trainer.test(net, data, verbose=False)[0]}

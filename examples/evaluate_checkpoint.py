@@ -22,7 +22,6 @@ def main() -> None:
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[tinyq], enable_progress_bar=False)
     # one pass over the test set: the loop tests the int8 model, the float one runs beside it
     trainer.test(DigitsNet(), datamodule=Digits(), ckpt_path=args.checkpoint, weights_only=True, verbose=False)
-    print(tinyq.plan.table())
 
 
 if __name__ == "__main__":

@@ -51,6 +51,16 @@ def test_evaluate_checkpoint_takes_a_float_file(digits, spec):
     assert "SQNR dB" in shown
 
 
+def test_budget_wins_back_what_int8_costs(tmp_path):
+    shown = run(tmp_path, ROOT / "examples" / "budget.py", "--epochs", 4, "--root", tmp_path)
+    assert "budget met: val_acc loses " in shown
+    assert "1 of 6 layers given up" in shown
+    float_, everywhere, within = (float(line.split()[-1]) for line in shown.splitlines() if " test_acc " in line)
+    assert everywhere < float_ - 0.005, "int8 everywhere costs real accuracy"
+    assert within > everywhere
+    assert len(list(tmp_path.glob("w8a8-epoch=*.html"))) == 1
+
+
 def test_the_cli_experiment_quantizes_what_its_yaml_says(tmp_path):
     config = ROOT / "configs" / "digits_cli.yaml"
     shown = run(tmp_path, ROOT / "examples" / "digits_cli.py", "fit", "--config", config, "--trainer.max_epochs", 2)

@@ -51,8 +51,10 @@ def test_tensorboard_has_every_entry(logged):
 @pytest.mark.filterwarnings("ignore")  # of MLflow's and SQLAlchemy's among themselves
 def test_mlflow_has_every_entry(tmp_path):
     logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", artifact_location=str(tmp_path / "artifacts"))
-    callback = TinyQCallback("w8a32", report=False)
+    callback = TinyQCallback("w8a32")
     trainer(tmp_path, keeper(tmp_path), callback, logger=logger).fit(Net(), loader(shuffle=True), loader(seed=1))
+    layers = next((tmp_path / "artifacts").rglob("tinyq/layers/w8a32.txt")).read_text(encoding="utf-8")
+    assert all(decision.name in layers for decision in callback.plan)
     metrics = logger.experiment.get_run(logger.run_id).data.metrics
     assert set(metrics) >= KEYS
     assert metrics["tinyq/val_acc/w8a32"] == callback.results["val_acc"]["w8a32"]

@@ -11,7 +11,9 @@ from torch import nn
 
 from tinyq_lightning import QuantizationSpec, quantize
 from tinyq_lightning.errors import SpecError
-from tinyq_lightning.spec import METHOD_NAMES, Budget, Rule, Save, as_spec, nearest, pattern_matches
+from tinyq_lightning.forward import METHODS
+from tinyq_lightning.reading import nearest
+from tinyq_lightning.spec import METHOD_NAMES, Budget, Rule, Save, as_spec, pattern_matches
 
 FULL = """\
 method: w8a16
@@ -192,7 +194,7 @@ def test_errors_name_the_file_of_several_that_is_wrong(write):
     [
         ("weights: best\nmetod: w8a8", 2, "metod", "unknown key 'metod'. Did you mean 'method'?"),
         ("method: w8a9", 1, "method", "'w8a9' is not a method. Did you mean 'w8a8'? Choose from: w8a32"),
-        ("method: [w8a8]", 1, "method", "list ['w8a8'] is not a method"),
+        ("method: [w8a8, w8a9]", 1, "method.1", "'w8a9' cannot be compared. Did you mean "),
         ("method:", 1, "method", "None is not a method"),
         ("\nwhen: fit_ende", 2, "when", "'fit_ende' is not a when. Did you mean 'fit_end'?"),
         ("weights: bests", 1, "weights", "'bests' is not a weights. Did you mean 'best'"),
@@ -219,7 +221,12 @@ def test_errors_name_the_file_of_several_that_is_wrong(write):
         ("save:\n  filename: a/b", 2, "save.filename", "'a/b' must be a name without folders"),
         ("save:\n  filename: last.ckpt", 2, "save.filename", "'last.ckpt' is one that ckpt_path='last' would pick up"),
         ("save:\n  filename: last-v1", 2, "save.filename", "'last-v1' is one that ckpt_path='last' would pick up"),
-        ("budget: 0.5", 1, "budget", "must be a mapping with the keys monitor, mode, max_drop, not float 0.5"),
+        (
+            "budget: 0.5",
+            1,
+            "budget",
+            "must be a mapping with the keys monitor, mode, max_drop, max_evals, max_seconds, not",
+        ),
         ("budget:\n  monitor: a\n  mode: max", 1, "budget", "the key 'max_drop' is missing"),
         ("budget:\n  monitor: a\n  mode: mix\n  max_drop: 1", 3, "budget.mode", "'mix' is not a mode. Did you mean "),
         ("budget:\n  monitor: 3\n  mode: max\n  max_drop: 1", 2, "budget.monitor", "monitor must be text, not int 3"),
@@ -369,8 +376,10 @@ patterns = text.filter(lambda value: not value.startswith("re:")) | st.sampled_f
     ]
 )
 specs = st.builds(
-    QuantizationSpec,
-    method=st.sampled_from(METHOD_NAMES),
+    lambda methods, **keys: QuantizationSpec(method=methods[0], methods=methods if len(methods) > 1 else (), **keys),
+    methods=st.sampled_from(METHOD_NAMES).map(lambda method: (method,))
+    | st.lists(st.sampled_from(list(METHODS)), min_size=2, unique=True).map(tuple),
+    keep=st.sampled_from(["all", "smallest"]),
     exclude=st.lists(patterns, max_size=3).map(tuple),
     rules=st.lists(st.builds(Rule, patterns, st.sampled_from(METHOD_NAMES), st.none() | text), max_size=3).map(tuple),
     when=st.sampled_from(["fit_end", "test_start"]),
@@ -381,8 +390,10 @@ specs = st.builds(
     | st.builds(
         Budget,
         text,
-        st.sampled_from(["min", "max"]),
+        st.sampled_from(["min", "max", None]),
         st.floats(0, 1e6) | st.integers(0, 100) | st.floats(0, 100).map(lambda x: f"{x:.3f}%"),
+        st.none() | st.integers(1, 100),
+        st.none() | st.floats(0.1, 1e6),
     ),
     save=st.builds(Save, st.none() | text, st.none() | st.sampled_from(["small", "a=1-b", "12", "lasting"])),
 )

@@ -7,26 +7,25 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from tinyq_lightning.arguments import with_arguments
+from tinyq_lightning.budget import Search
 from tinyq_lightning.checkpoint import check_folder, make_checkpoint, quantized_path, save_checkpoint
-from tinyq_lightning.errors import SpecError, TinyQError
-from tinyq_lightning.evaluation import (
-    Results,
-    compare,
-    numbers,
-    refuse_sharding,
-    run_validation,
-    why_no_validation,
-)
+from tinyq_lightning.errors import EvaluationError, SpecError, TinyQError
+from tinyq_lightning.evaluation import Results, numbers, refuse_sharding, why_never_validated, why_no_validation
 from tinyq_lightning.float_weights import FloatWeights, choose_float_weights, tested_weights
 from tinyq_lightning.isolation import preserved
+from tinyq_lightning.measure import MethodsRun, known_mode
+from tinyq_lightning.outcome import Outcome, combined, log_entries, outcome_of_fit, outcome_of_test
 from tinyq_lightning.plan import Plan, check_patterns
 from tinyq_lightning.quantized_start import QuantizedStart
-from tinyq_lightning.replacement import Swap, state_bytes
-from tinyq_lightning.report import Outcome, log_entries, log_outcome
+from tinyq_lightning.report import log_outcomes, log_tables, show
+from tinyq_lightning.report_files import write_report
 from tinyq_lightning.side_by_side import TestRun
-from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
+from tinyq_lightning.spec import SpecOrMethods, as_spec
+from tinyq_lightning.validation_watch import directions
 
 __all__ = ["TinyQCallback"]
 
@@ -39,26 +38,45 @@ class TinyQCallback(Callback):
     model, with the float one beside it on the same batches. Either way the module is float again
     afterwards, with the very same layers and weights.
 
+    With ``monitor`` and ``max_drop``, layers are given up until the metric loses no more than that, as few and
+    as cheaply as a search finds; see :func:`tinyq_lightning.budget.search`. Where no plan is within the
+    budget, the best one found is saved, with a warning.
+
+    Several methods are measured side by side, the float model once, and a file is saved for each.
+
     With either, ``ckpt_path`` of ``test``, ``validate`` and ``predict`` may be a quantized checkpoint.
 
     Args:
-        spec: a method (``w8a32``, ``w8a16``, ``w8a8``), a path to YAML, a mapping, or a QuantizationSpec.
+        spec: a method (``w8a32``, ``w8a16``, ``w8a8``), a list of them, a path to YAML, a mapping, or a
+            QuantizationSpec.
         exclude: patterns of layers to leave float, added to those of the spec.
         when: ``fit_end`` or ``test_start``; over the spec's.
         weights: ``best``, ``last`` or ``current``; over the spec's. Only for ``fit_end``.
-        monitor: name of a logged metric: take the checkpoint of the ModelCheckpoint that monitors it.
-        mode: ``min`` or ``max``; only together with max_drop.
-        max_drop: how much the monitored metric may lose, as a number or a share such as ``1%``.
+        monitor: name of a metric that validation logs: the budget's and, for ``weights``, the metric of the
+            ModelCheckpoint to take them from.
+        mode: ``max`` where more is better, ``min`` where less is; needed with max_drop where the metric is not
+            logged as a torchmetrics object that tells.
+        max_drop: how much the metric may lose, in its unit or as a share of the float value such as ``1%``.
+        keep: of several methods: ``all``, or with a budget the ``smallest`` within it (of several as small,
+            the one that loses least); over the spec's.
         save: whether to write the quantized checkpoint.
         dirpath: its folder; by default that of the float checkpoint, or ``default_root_dir``.
         filename: its name; by default ``<method>-<float stem>.ckpt``.
-        report: whether to print the comparison.
+        report: whether to print the comparison and the layers, give them to the loggers that take tables or
+            text, and write ``.json``, ``.html`` and ``.yaml`` (the plan as a spec) beside the quantized
+            checkpoint. ``full`` adds each layer's output SQNR, crest factor and time, from a few batches.
 
     Attributes:
-        quantized_path: of the file that was written, or None.
+        quantized_path: of the file that was written, of the first among several, or None.
+        quantized_paths: of each file that was written, by method.
         float_path: of the checkpoint that was quantized, or None.
-        plan: the decision for each layer, or None before a run.
-        results: ``{"val_acc": {"float": …, "w8a32": …, "delta": …}}``; empty before a run.
+        plan: the decision for each layer, of the first that was saved among several methods; None before a run.
+        plans: the plan of each method.
+        results: ``{"val_acc": {"float": …, "w8a32": …, "delta": …}}``, or with several methods
+            ``{"val_acc": {"float": …, "w8a32": …, "delta/w8a32": …, "w8a8": …, "delta/w8a8": …}}``. The key is
+            the plan's label (``mixed`` where it mixes methods); among several, the method asked for. Empty
+            before a run.
+        search: what the budget's search measured and chose, of the plan saved; None without a budget.
 
     Raises:
         SpecError: the spec or an argument is wrong.
@@ -66,7 +84,7 @@ class TinyQCallback(Callback):
 
     def __init__(
         self,
-        spec: SpecLike = "w8a32",
+        spec: SpecOrMethods = "w8a32",
         *,
         exclude: Sequence[str] = (),
         when: Literal["fit_end", "test_start"] | None = None,
@@ -74,24 +92,35 @@ class TinyQCallback(Callback):
         monitor: str | None = None,
         mode: Literal["min", "max"] | None = None,
         max_drop: float | str | None = None,
+        keep: Literal["all", "smallest"] | None = None,
         save: bool = True,
         dirpath: str | None = None,
         filename: str | None = None,
-        report: bool = True,
+        report: bool | Literal["full"] = True,
     ) -> None:
-        self.spec = _with_arguments(as_spec(spec), exclude, when, weights, dirpath, filename)
-        self.monitor, self.save, self.report = monitor, save, report
-        if max_drop is not None or mode is not None or self.spec.budget is not None:
-            raise SpecError("budgets (max_drop, mode, `budget:`) are not part of this version: leave them out")
+        if report not in (True, False, "full"):
+            raise SpecError(f"report must be True, False or 'full', not {report!r}")
+        given = {"when": when, "weights": weights, "keep": keep}
+        budget = {"monitor": monitor, "mode": mode, "max_drop": max_drop}
+        self.spec = with_arguments(as_spec(spec), exclude, given, budget, {"dirpath": dirpath, "filename": filename})
+        self.monitor = self.spec.budget.monitor if self.spec.budget else monitor
+        self.save, self.report = save, report
         self._start: QuantizedStart | None = None
-        self._run: TestRun | None = None
+        self._runs: list[TestRun] = []
         self._begin()
 
     def _begin(self) -> None:
-        self.quantized_path: str | None = None
+        self.quantized_paths: dict[str, str] = {}
         self.float_path: str | None = None
         self.plan: Plan | None = None
+        self.plans: dict[str, Plan] = {}
         self.results: Results = {}
+        self.search: Search | None = None
+
+    @property
+    def quantized_path(self) -> str | None:
+        """Of the file that was written, of the first among several, or None."""
+        return next(iter(self.quantized_paths.values()), None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; from here on ``ckpt_path`` may be a quantized file."""
@@ -101,8 +130,19 @@ class TinyQCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What cannot end well is better known now than after the training."""
         if self.spec.when == "fit_end":
-            check_patterns(self.spec, pl_module)
+            for spec in self.spec.each():
+                check_patterns(spec, pl_module)
             check_folder(self.spec)
+            why_not = why_never_validated(trainer, pl_module)
+            if self.spec.budget and why_not:
+                raise EvaluationError(f"the budget's metric {self.spec.budget.monitor!r} cannot be measured: {why_not}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first validation, which is the sanity check before training, shows whether the budget fits the metric."""
+        budget, logged = self.spec.budget, trainer.callback_metrics
+        fits = trainer.state.fn == TrainerFn.FITTING and self.spec.when == "fit_end"
+        if budget and fits and (trainer.sanity_checking or budget.monitor in logged):
+            known_mode(budget, logged, directions(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize, evaluate float and int8, save, log, report; leave everything as it was."""
@@ -117,34 +157,38 @@ class TinyQCallback(Callback):
     def _quantize_after_fit(self, trainer: Trainer, module: LightningModule) -> None:
         source = choose_float_weights(trainer, self.spec.weights, self.monitor)
         self.float_path = source.path
-        why_not = why_no_validation(trainer, module)
+        outcomes = []
         with preserved(module, weights=source.path is not None):
             source.load_into(trainer, module)
-            before = {} if why_not else run_validation(trainer, module)
-            swap = Swap(module, self.spec)
-            self.plan, float_bytes = swap.plan, state_bytes(module.state_dict())
-            with swap:
-                after = run_validation(trainer, module) if before else {}
-                self.results = trainer.strategy.broadcast(compare(before, after, self.plan.label))
-                outcome = self._save(trainer, module, source, float_bytes, "validate")
-        if not before:
-            rank_zero_warn(f"TinyQ: quantized without a comparison: {why_not or 'validation_step logged no metric'}")
-        log_outcome(trainer, outcome)
-        self._tell(trainer, outcome)
+            run = MethodsRun(trainer, module, self.spec, why_no_validation(trainer, module))
+            for measured in run.methods:
+                layers = run.layers if measured.searched or (self.report == "full" and run.before) else {}
+                outcome = outcome_of_fit(run, measured, self._name(measured.plan), layers, source)
+                if measured.kept:
+                    with measured.swap:
+                        outcome = self._save(trainer, module, source, outcome, "validate")
+                outcomes.append(outcome)
+        if run.why_not:
+            rank_zero_warn(f"TinyQ: quantized without a comparison: {run.why_not}")
+        log_outcomes(trainer, outcomes)
+        self._tell(trainer, outcomes)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the quantized layers in: they are what the Trainer tests, with the float ones beside."""
         if self.spec.when != "test_start" or self._tests_a_quantized_file():
             return
         self._begin()
-        first = next((callback._run for callback in _ours(trainer) if callback._run is not None), None)
-        self._run = TestRun(trainer, pl_module, self.spec, first, self._log_results)
-        self.plan = self._run.swap.plan
+        first = next((run for callback in _ours(trainer) for run in callback._runs), None)
+        for spec in self.spec.each():
+            self._runs.append(TestRun(trainer, pl_module, spec, first, self._log_results))
+            first = first or self._runs[0]
+        if self.report == "full":
+            self._runs[0].watch_layers()
 
     def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Have the float step draw the same random numbers as the quantized one."""
-        if self._run is not None:
-            self._run.before_batch()
+        """Have the steps beside draw the same random numbers as the Trainer's own."""
+        for run in self._runs:
+            run.before_batch()
 
     def on_test_batch_end(
         self,
@@ -155,29 +199,35 @@ class TinyQCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Run the same batch through the float model."""
-        if self._run is not None:
-            self._run.after_batch(batch, batch_idx, dataloader_idx)
+        """Run the same batch through the float model, and through each further method."""
+        for run in self._runs:
+            run.after_batch(batch, batch_idx, dataloader_idx)
 
     def _log_results(self, run: TestRun) -> None:
-        self.results = run.results
-        run.log(log_entries(run.swap.plan.label, run.results, run.float_bytes, run.bytes))
+        if run is self._runs[-1]:
+            run.log(log_entries([self._outcome_of_test(each) for each in self._runs]))
+
+    def _outcome_of_test(self, run: TestRun, source: FloatWeights | None = None) -> Outcome:
+        return outcome_of_test(run, self._name(run.swap.plan), self._runs[0].layers, source)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the quantized model; float layers back."""
         if self._tests_a_quantized_file() and self._start is not None:
-            self.quantized_path = str(trainer.ckpt_path)
-            tested = numbers(trainer.callback_metrics)
-            self.results = {name: {str(self._start.label): value} for name, value in tested.items()}
-        elif self._run is not None:
-            run = self._run
-            source = tested_weights(trainer, self._start.restored if self._start else None)
-            self.float_path = source.path
+            label = str(self._start.label)
+            self.quantized_paths = {label: str(trainer.ckpt_path)}
+            self.results = {name: {label: value} for name, value in numbers(trainer.callback_metrics).items()}
+        elif self._runs:
+            self._finish_test(trainer, pl_module)
+
+    def _finish_test(self, trainer: Trainer, module: LightningModule) -> None:
+        source = tested_weights(trainer, self._start.restored if self._start else None)
+        self.float_path = source.path
+        outcomes = []
+        for run in self._runs:
             with run.swap:
-                outcome = self._save(trainer, pl_module, source, run.float_bytes, "test")
-            run.close()
-            self._run = None
-            self._tell(trainer, outcome)
+                outcomes.append(self._save(trainer, module, source, self._outcome_of_test(run, source), "test"))
+        self._let_go_of_runs()
+        self._tell(trainer, outcomes)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The module as it was."""
@@ -188,66 +238,58 @@ class TinyQCallback(Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        if self._run is not None:
-            self._run.close()
+        self._let_go_of_runs()
         if self._start is not None:
             self._start.close()
-        self._run = self._start = None
+        self._start = None
+
+    def _let_go_of_runs(self) -> None:
+        for run in self._runs:
+            run.close()
+        self._runs = []
 
     def _tests_a_quantized_file(self) -> bool:
         return self._start is not None and self._start.label is not None
 
+    def _name(self, plan: Plan) -> str:
+        """Of a method's figures: among several methods, what was asked for tells them apart."""
+        return plan.spec.method if self.spec.methods else plan.label
+
     def _save(
-        self, trainer: Trainer, module: LightningModule, source: FloatWeights, float_bytes: int, loop: str
+        self, trainer: Trainer, module: LightningModule, source: FloatWeights, outcome: Outcome, loop: str
     ) -> Outcome:
         """Write the file, unless it is not wanted; the module holds its quantized layers."""
-        assert self.plan is not None
-        state_dict = module.state_dict()
-        if self.save:
-            taken = {callback.quantized_path for callback in _ours(trainer)}
-            path = quantized_path(self.spec.save, source.folder, source.stem, self.plan.label, taken)
-            content = make_checkpoint(source.base, state_dict, self.plan, self.results, source.sha256, loop)
-            save_checkpoint(trainer, content, path)
-            self.quantized_path = path
-            if source.path is None:
-                rank_zero_info(f"TinyQ: {source.note}; the quantized checkpoint is {path}")
-        return Outcome(
-            self.plan,
-            self.results,
-            float_bytes,
-            state_bytes(state_dict),
-            source.path,
-            self.quantized_path,
-            source.note,
+        self.plan, self.search = self.plan or outcome.plan, self.search or outcome.search
+        if not self.save:
+            return outcome
+        plan = outcome.plan
+        taken = {path for callback in _ours(trainer) for path in callback.quantized_paths.values()}
+        path = quantized_path(self.spec.save, source.folder, source.stem, plan.label, taken)
+        content = make_checkpoint(
+            source.base, module.state_dict(), plan, outcome.results_as(plan.label), source.sha256, loop
         )
+        save_checkpoint(trainer, content, path)
+        self.quantized_paths[outcome.name] = path
+        if source.path is None:
+            rank_zero_info(f"TinyQ: {source.note}; the quantized checkpoint is {path}")
+        return replace(outcome, quantized_path=path)
 
-    def _tell(self, trainer: Trainer, outcome: Outcome) -> None:
+    def _tell(self, trainer: Trainer, outcomes: list[Outcome]) -> None:
+        """Results to who asks for them, the report to who wants one, and a warning where a budget was not met."""
+        self.results = combined(outcomes)
+        self.plans = {outcome.name: outcome.plan for outcome in outcomes}
+        for outcome in outcomes:
+            if outcome.search is not None and not outcome.search.met:
+                rank_zero_warn(f"TinyQ: {outcome.name}: {outcome.verdict()}")
         if self.report:
-            trainer.print(f"\n{outcome.table()}\n")
+            show(trainer, outcomes)
+            log_tables(trainer, outcomes)
+            write_report(trainer, outcomes)
 
 
 def _ours(trainer: Trainer) -> list[TinyQCallback]:
     """All callbacks of this kind in the run; there may be one for each method."""
     return [callback for callback in trainer.callbacks if isinstance(callback, TinyQCallback)]  # type: ignore[attr-defined]
-
-
-def _with_arguments(
-    spec: QuantizationSpec,
-    exclude: Sequence[str],
-    when: Any,
-    weights: Any,
-    dirpath: str | None,
-    filename: str | None,
-) -> QuantizationSpec:
-    """The spec with what was given as arguments; they are read as the YAML is, and refused as it is."""
-    if isinstance(exclude, str):
-        raise SpecError(f"exclude must be a list of patterns, not the text {exclude!r}: write [{exclude!r}]")
-    given = {"when": when, "weights": weights}
-    content = spec.to_dict() | {name: value for name, value in given.items() if value is not None}
-    content["exclude"] = [*content["exclude"], *exclude]
-    save = {"dirpath": dirpath, "filename": filename}
-    content["save"] = content["save"] | {name: str(value) for name, value in save.items() if value is not None}
-    return replace(QuantizationSpec.from_dict(content), origin=spec.origin)
 
 
 def _training_is_safe(error: Exception, float_path: str | None) -> TinyQError:

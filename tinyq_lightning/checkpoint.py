@@ -102,7 +102,7 @@ def make_checkpoint(
     tinyq = {
         "format_version": FORMAT_VERSION,
         "label": plan.label,
-        "spec": plan.spec.to_dict() | {"save": {"dirpath": None, "filename": None}},  # no paths of this machine
+        "spec": plan.to_spec().to_dict() | {"save": {"dirpath": None, "filename": None}},  # no paths of this machine
         "plan": plan.to_list(),
         "metrics": {name: dict(values) for name, values in metrics.items()},
         "metrics_from": loop if metrics else None,

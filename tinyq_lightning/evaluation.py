@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, cast
 
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -20,10 +21,36 @@ from torch import Tensor
 
 from tinyq_lightning.errors import EvaluationError, TrainerError
 from tinyq_lightning.isolation import rewound_randomness
+from tinyq_lightning.validation_watch import ValidationWatch
 
-__all__ = ["compare", "numbers", "refuse_sharding", "run_validation", "why_no_validation"]
+__all__ = [
+    "Results",
+    "Validation",
+    "compare",
+    "numbers",
+    "refuse_sharding",
+    "run_validation",
+    "why_never_validated",
+    "why_no_validation",
+]
 
 Results = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What one run of the validation loop gave.
+
+    Attributes:
+        metrics: every logged metric by its name.
+        higher_is_better: by metric, where the logged torchmetrics object tells.
+        seconds_per_batch: median over the batches.
+    """
+
+    metrics: dict[str, float]
+    higher_is_better: dict[str, bool]
+    seconds_per_batch: float
+
 
 # Set up once, for the fit; a second time they would rebuild the layers or the data under evaluation.
 _SETUP_HOOKS = ("prepare_data", "setup", "teardown", "configure_model", "configure_callbacks")
@@ -51,18 +78,25 @@ def refuse_sharding(trainer: Trainer) -> None:
         )
 
 
-def why_no_validation(trainer: Trainer, module: LightningModule) -> str | None:
-    """Why the user's validation loop cannot be run, or None where it can."""
+def why_never_validated(trainer: Trainer, module: LightningModule) -> str | None:
+    """What can be said of :func:`why_no_validation` before there are dataloaders."""
     if not is_overridden("validation_step", module):
         return f"{type(module).__name__} has no validation_step"
     if trainer.limit_val_batches == 0:
         return "limit_val_batches is 0"
+    return None
+
+
+def why_no_validation(trainer: Trainer, module: LightningModule) -> str | None:
+    """Why the user's validation loop cannot be run, or None where it can."""
+    if why_not := why_never_validated(trainer, module):
+        return why_not
     if not _loaders(trainer):
         return "there is no validation dataloader, or it is empty"
     return None
 
 
-def run_validation(trainer: Trainer, module: LightningModule) -> dict[str, float]:
+def run_validation(trainer: Trainer, module: LightningModule, batches: int | None = None) -> Validation:
     """What the user's validation loop logs on the weights that ``module`` holds now.
 
     A second, silent Trainer runs it over the dataloaders of the first: same batches, same limits, same
@@ -72,15 +106,17 @@ def run_validation(trainer: Trainer, module: LightningModule) -> dict[str, float
     Args:
         trainer: the user's, at the end of a fit.
         module: the user's.
+        batches: at most so many of each dataloader; None: as many as the user's Trainer takes.
 
     Returns:
-        Every logged metric by its name.
+        What was logged, and how long it took; the same on every process, for them to decide alike.
 
     Raises:
         EvaluationError: the loop failed.
     """
     loaders = trainer.val_dataloaders
-    inner = _silent_trainer(trainer)
+    watch = ValidationWatch()
+    inner = _silent_trainer(trainer, watch, batches)
     data: dict[str, Any] = {"dataloaders": loaders}
     shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, _nothing))]
     if (datamodule := _datamodule(trainer)) is not None:  # for its transfer hooks, and for `self.trainer.datamodule`
@@ -95,7 +131,8 @@ def run_validation(trainer: Trainer, module: LightningModule) -> dict[str, float
                 f"the validation loop of {type(module).__name__} failed when it was run again for the comparison: "
                 f"{type(error).__name__}: {error}"
             ) from error
-    return numbers(inner.callback_metrics)
+    result = Validation(numbers(inner.callback_metrics), watch.higher_is_better, watch.seconds_per_batch)
+    return trainer.strategy.broadcast(result)
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -163,7 +200,10 @@ class _JoinedDDPStrategy(DDPStrategy):
         self._launcher = None
 
 
-def _silent_trainer(trainer: Trainer) -> Trainer:
+def _silent_trainer(trainer: Trainer, watch: ValidationWatch, batches: int | None) -> Trainer:
+    limit = trainer.limit_val_batches
+    if batches is not None:
+        limit = min(limit, batches) if isinstance(limit, int) else batches
     strategy: Strategy | str = "auto"
     devices: Any = trainer.num_devices if trainer.strategy.root_device.type == "cpu" else trainer.device_ids
     if isinstance(trainer.strategy, DDPStrategy):
@@ -178,7 +218,7 @@ def _silent_trainer(trainer: Trainer) -> Trainer:
             num_nodes=trainer.num_nodes,
             strategy=strategy,
             plugins=[trainer.precision_plugin],
-            limit_val_batches=trainer.limit_val_batches,
+            limit_val_batches=limit,
             logger=_SilentLogger(trainer),
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -187,7 +227,7 @@ def _silent_trainer(trainer: Trainer) -> Trainer:
             use_distributed_sampler=False,  # the loaders have theirs already
             default_root_dir=trainer.default_root_dir,
         )
-    inner.callbacks = []  # type: ignore[attr-defined]  # packages may register some for every Trainer
+    inner.callbacks = [watch]  # type: ignore[attr-defined]  # packages may register some for every Trainer
     # what `self.current_epoch` and `self.global_step` say inside the user's hooks
     inner.fit_loop.epoch_progress = trainer.fit_loop.epoch_progress
     theirs, ours = trainer.fit_loop.epoch_loop, inner.fit_loop.epoch_loop

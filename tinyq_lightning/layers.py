@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, MutableMapping
 from typing import Any, ClassVar
@@ -182,6 +183,12 @@ class QuantizedLinear(Int8Weight):
             layer.share(shares)
         layer.bias = linear.bias
         return layer.train(linear.training)
+
+    def with_method(self, method: str) -> QuantizedLinear:
+        """This layer with its activations held by another method: the same tensors and hooks, not copies."""
+        layer = copy.copy(self)
+        layer.__class__ = LAYERS[method]
+        return layer
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[..., in]`` → ``[..., out]``, of the dtype that ``nn.Linear`` would give."""

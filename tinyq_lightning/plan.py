@@ -15,9 +15,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers import Int8Weight, QuantizedEmbedding, QuantizedLinear, float_weight
+from tinyq_lightning.reading import nearest
 from tinyq_lightning.sites import Site, find_sites
-from tinyq_lightning.spec import QuantizationSpec, Rule, nearest, pattern_matches
-from tinyq_lightning.table import format_bytes, format_table
+from tinyq_lightning.spec import QuantizationSpec, Rule, pattern_matches
+from tinyq_lightning.table import Table, format_bytes
 from tinyq_lightning.weight_math import count_non_finite
 
 __all__ = ["Decision", "Plan", "Present", "check_patterns", "resolve"]
@@ -84,7 +85,7 @@ class Plan:
         It is the spec that was asked for, without its budget, preceded by a rule with its reason for
         each layer that was decided otherwise.
         """
-        spec = replace(self.spec, budget=None)
+        spec = replace(self.spec, budget=None, methods=(), keep="all")
         changed = []
         for decision in self:
             wanted = _wanted(spec, (decision.name, *decision.aliases))
@@ -102,6 +103,10 @@ class Plan:
 
     def table(self) -> str:
         """The plan as a text table for people."""
+        return self.as_table().text()
+
+    def as_table(self) -> Table:
+        """A row for each layer, and one for their sum."""
         rows = [
             [
                 decision.name,
@@ -115,7 +120,7 @@ class Plan:
         ]
         before, after = sum(d.float_bytes for d in self), sum(d.bytes for d in self)
         rows.append([f"{len(self)} layers", "", "", "", format_bytes(before), format_bytes(after)])
-        return format_table(["layer", "method", "reason", "SQNR dB", "float", "now"], rows, left=3)
+        return Table(["layer", "method", "reason", "SQNR dB", "float", "now"], rows, left=3)
 
 
 Present = Callable[[nn.Module], AbstractContextManager[object]]
@@ -205,6 +210,11 @@ def resolve(spec: QuantizationSpec, model: nn.Module, present: Present = nullcon
             ``non_finite: float``, values that are not finite. The message names layers and counts.
         SpecError: as :func:`check_patterns`.
     """
+    if spec.methods:
+        raise SpecError(
+            f"{spec.origin.where('method')}: a model is quantized by one method; to compare {', '.join(spec.methods)}, "
+            "give the list to TinyQCallback"
+        )
     check_patterns(spec, model)
     sites = {site.name: site for site in find_sites(model)}
     made = {name: _structural(spec, site, sites) for name, site in sites.items()}

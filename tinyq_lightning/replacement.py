@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -135,6 +136,44 @@ class Swap:
         self.plan = Plan(tuple(decision for decision, _ in made.values()), spec)
         layers = (layer for _, layer in made.values())
         self._pairs = [(site, layer) for site, layer in zip(sites, layers, strict=True) if layer is not None]
+
+    def switched(self, changes: Mapping[str, tuple[str, str]]) -> Swap:
+        """A swap of the same int8 codes with other methods; nothing is quantized again.
+
+        Args:
+            changes: method and reason by the name of a layer that this swap quantizes; ``float`` leaves
+                it alone, and with it those that share its weight. Every other layer as in this swap.
+        """
+        ties = {site.name: site.tied for site, _ in self._pairs}
+        floats = {name: change for name, change in changes.items() if change[0] == "float"}
+        changes = {**changes, **{other: change for name, change in floats.items() for other in ties[name]}}
+        other = copy.copy(self)
+        other._pairs = []
+        for site, layer in self._pairs:
+            method, _ = changes.get(site.name, ("", ""))
+            if method in LAYERS and isinstance(layer, QuantizedLinear) and method != layer.method:
+                layer = layer.with_method(method)
+            if method != "float":
+                other._pairs.append((site, layer))
+        other.plan = Plan(tuple(_changed(decision, changes) for decision in self.plan), self.plan.spec)
+        return other
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Float inside the block, with each layer called as a module: no fused kernels that go past them."""
+        for site, _ in self._pairs:
+            site.open()
+        try:
+            yield
+        finally:
+            self.take_out()
+
+    def pairs(self) -> Iterator[tuple[str, nn.Module, QuantizedLinear]]:
+        """Name, float layer and quantized layer of each Linear that this swap replaces."""
+        for site, layer in self._pairs:
+            if isinstance(layer, QuantizedLinear):
+                assert isinstance(site.module, nn.Linear)
+                yield site.name, site.module, layer
 
     def put_in(self) -> None:
         """Quantized layers in the model, in the mode (train or eval) of those they stand for."""
@@ -317,6 +356,15 @@ def _make(
         sqnr = first.weight_sqnr_db if first else weight_sqnr_db(float_weight(module), layer.int8_weights, layer.scales)
         decision = replace(decision, weight_sqnr_db=sqnr)
     made[decision.name] = decision, layer
+
+
+def _changed(decision: Decision, changes: Mapping[str, tuple[str, str]]) -> Decision:
+    if decision.name not in changes:
+        return decision
+    method, reason = changes[decision.name]
+    if method == "float":
+        return replace(decision, method=method, reason=reason, weight_sqnr_db=None, bytes=decision.float_bytes)
+    return replace(decision, method=method, reason=reason)
 
 
 def _dress(layer: nn.Module, site: Site) -> None:

@@ -8,9 +8,12 @@ would break those with persistent workers.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from statistics import median
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -22,6 +25,7 @@ from torch import Tensor
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.evaluation import Results, compare, numbers
 from tinyq_lightning.isolation import Attributes, RandomState, rewound_randomness
+from tinyq_lightning.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
 from tinyq_lightning.replacement import Swap, state_bytes
 from tinyq_lightning.spec import QuantizationSpec
 
@@ -46,6 +50,7 @@ class TestRun:
         results: float, quantized and delta of each metric, once the epoch has ended.
         float_bytes: of the float state dict's tensors.
         bytes: of the quantized state dict's tensors.
+        layers: output errors by layer, once those were watched.
 
     Raises:
         EvaluationError: ``test_step`` takes an iterator, from which a batch can be read only once.
@@ -70,6 +75,11 @@ class TestRun:
             )
         self._trainer, self._module, self._first, self._on_results = trainer, module, first, on_results
         self.results: Results = {}
+        self.layers: dict[str, LayerError] = {}
+        self._watching = ExitStack()
+        self._own_seconds: list[float] = []
+        self._beside_seconds: list[float] = []
+        self._began = 0.0
         self._float_metrics: dict[str, float] = {}
         self._own_hook: Callable[[], Any] = first._own_hook if first else module.on_test_epoch_end
         with ExitStack() as stack:
@@ -89,10 +99,30 @@ class TestRun:
     def before_batch(self) -> None:
         """The Trainer's own step on a batch is about to begin."""
         self._beside.before_batch()
+        self._began = time.perf_counter()
 
     def after_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """The Trainer's own step has ended; run the user's hooks and step beside it."""
+        start = time.perf_counter()
+        self._own_seconds.append(start - self._began)
         self._beside.after_batch(batch, batch_idx, dataloader_idx)
+        self._beside_seconds.append(time.perf_counter() - start)
+        if len(self._own_seconds) == SIGNAL_BATCHES:
+            self._watching.close()
+
+    def watch_layers(self) -> None:
+        """Have the layers measured on the first batches, as the Trainer's own steps run them."""
+        self.layers = self._watching.enter_context(measured_layers(self.swap))
+
+    @property
+    def float_seconds(self) -> float:
+        """Median time of a batch with float layers; NaN where there was none."""
+        return self._first.float_seconds if self._first else _median(self._beside_seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Median time of a batch with quantized layers; NaN where there was none."""
+        return _median(self._beside_seconds if self._first else self._own_seconds)
 
     def log(self, entries: dict[str, float]) -> None:
         """Log through the module, as its own hook at the end of the epoch would."""
@@ -100,12 +130,14 @@ class TestRun:
 
     def close(self) -> None:
         """The float layers and the module's own hook back."""
+        self._watching.close()
         vars(self._module).pop("on_test_epoch_end", None)
         if self._first is None:
             self.swap.take_out()
 
     def _end_epoch(self, inner: Callable[[], Any]) -> None:
         inner()
+        self._watching.close()
         beside = self._beside.finish(self._own_hook)
         label = self.swap.plan.label
         if self._first:
@@ -115,6 +147,10 @@ class TestRun:
             results = compare(beside, numbers(self._trainer.callback_metrics), label)
         self.results = self._trainer.strategy.broadcast(results)
         self._on_results(self)
+
+
+def _median(seconds: list[float]) -> float:
+    return median(seconds) if seconds else math.nan
 
 
 class _World:

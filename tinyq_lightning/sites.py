@@ -81,14 +81,25 @@ class Site:
         back = layer is self.module
         for parent, attribute in self.places:
             parent._modules[attribute] = self.original if back else layer
+        if not back:
+            self.open()
+            return
+        if self.attention:
+            for parent, attribute in self.attention.places:
+                parent._modules[attribute] = self.attention.module
+        for encoder_layer, value in self.encoder_layers:
+            encoder_layer.activation_relu_or_gelu = value
+
+    def open(self) -> None:
+        """Have what is above the layer call it as a module, whether it is float or quantized."""
         if self.attention:
             self.attention.opened.training = self.training
             for parent, attribute in self.attention.places:
-                parent._modules[attribute] = self.attention.module if back else self.attention.opened
-        for encoder_layer, value in self.encoder_layers:
+                parent._modules[attribute] = self.attention.opened
+        for encoder_layer, _ in self.encoder_layers:
             # 0 has its forward call the layers. Otherwise, in eval mode, it hands their float weights to a
             # fused kernel: made anew from the codes on each call.
-            encoder_layer.activation_relu_or_gelu = value if back else 0
+            encoder_layer.activation_relu_or_gelu = 0
 
 
 def is_layer(module: object) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.forward import KERNELS, METHODS, KernelName
 from tinyq_lightning.origin import Origin, key_path, read_yaml
+from tinyq_lightning.reading import Reader, nearest, shown
 
 __all__ = [
     "METHOD_NAMES",
@@ -25,23 +26,19 @@ __all__ = [
     "Rule",
     "Save",
     "SpecLike",
+    "SpecOrMethods",
     "as_spec",
-    "nearest",
     "pattern_matches",
 ]
 
 When = Literal["fit_end", "test_start"]
 Weights = Literal["best", "last", "current"]
 NonFinite = Literal["error", "float"]
+Mode = Literal["min", "max"]
+Keep = Literal["all", "smallest"]
 
 METHOD_NAMES = (*METHODS, "float")
 """What may stand for ``method``; ``float`` leaves a layer alone."""
-
-
-def nearest(word: str, known: Iterable[str], count: int = 1) -> str:
-    """``Did you mean 'x'?``, or nothing where no known word is near."""
-    close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
@@ -87,13 +84,29 @@ class Budget:
 
     Attributes:
         monitor: name of the logged metric.
-        mode: ``max`` where more is better, ``min`` where less is.
+        mode: ``max`` where more is better, ``min`` where less is; None: what the logged torchmetrics
+            object says of itself.
         max_drop: the loss allowed, as a number in the metric's unit or ``"1%"`` of the float value.
+        max_evals: validation loops that the search may run, past those of the float model and of the
+            plan as asked for; None: as many as the search ever needs.
+        max_seconds: time after which the search begins no further validation loop; None: no limit.
     """
 
     monitor: str
-    mode: Literal["min", "max"]
+    mode: Mode | None
     max_drop: float | str
+    max_evals: int | None = None
+    max_seconds: float | None = None
+
+    def allowed(self, float_value: float) -> float:
+        """The loss allowed, in the metric's unit."""
+        if isinstance(self.max_drop, str):
+            return float(self.max_drop.rstrip(" %")) / 100 * abs(float_value)
+        return self.max_drop
+
+    def lost(self, float_value: float, value: float) -> float:
+        """How much worse ``value`` is than the float model's; negative where it is better."""
+        return float_value - value if self.mode == "max" else value - float_value
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,8 @@ class QuantizationSpec:
         non_finite: ``error`` refuses a layer with NaN or infinite weights, ``float`` leaves it alone.
         budget: how much a metric may lose, or None.
         save: where the file goes.
+        methods: where a run is to compare several methods, all of them, ``method`` the first; else empty.
+        keep: which of several methods' files are written: ``all``, or with a budget the ``smallest``.
         origin: where each key was written, for errors.
     """
 
@@ -136,6 +151,8 @@ class QuantizationSpec:
     non_finite: NonFinite = "error"
     budget: Budget | None = None
     save: Save = field(default_factory=Save)
+    methods: tuple[str, ...] = ()
+    keep: Keep = "all"
     origin: Origin = field(default_factory=Origin, compare=False, repr=False)
 
     @classmethod
@@ -176,7 +193,7 @@ class QuantizationSpec:
             SpecError: an unknown key or method, or a value of the wrong type.
         """
         if not isinstance(d, Mapping) and not OmegaConf.is_dict(d):
-            raise SpecError(f"a spec must be a mapping, for example {{'method': 'w8a32'}}, not {_shown(d)}")
+            raise SpecError(f"a spec must be a mapping, for example {{'method': 'w8a32'}}, not {shown(d)}")
         try:
             content = OmegaConf.to_container(OmegaConf.create(dict(d)), resolve=True)
         except OmegaConfBaseException as error:
@@ -189,22 +206,22 @@ class QuantizationSpec:
             {"match": rule.match, "method": rule.method} | ({"reason": rule.reason} if rule.reason else {})
             for rule in self.rules
         ]
-        budget = self.budget and {
-            "monitor": self.budget.monitor,
-            "mode": self.budget.mode,
-            "max_drop": self.budget.max_drop,
-        }
         return {
-            "method": self.method,
+            "method": list(self.methods) or self.method,
             "exclude": list(self.exclude),
             "rules": rules,
             "when": self.when,
             "weights": self.weights,
             "kernel": self.kernel,
             "non_finite": self.non_finite,
-            "budget": budget,
+            "budget": self.budget and asdict(self.budget),
             "save": {"dirpath": self.save.dirpath, "filename": self.save.filename},
+            "keep": self.keep,
         }
+
+    def each(self) -> tuple[QuantizationSpec, ...]:
+        """One spec for each method asked for."""
+        return tuple(replace(self, method=method, methods=(), keep="all") for method in self.methods or (self.method,))
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The spec as YAML text, also written to ``path`` where one is given."""
@@ -229,10 +246,11 @@ def _override(config: Any, override: str) -> None:
 
 
 SpecLike = str | Path | Mapping[str, Any] | QuantizationSpec
+SpecOrMethods = str | list[str] | Path | Mapping[str, Any] | QuantizationSpec
 
 
-def as_spec(spec: SpecLike) -> QuantizationSpec:
-    """A spec from a method name, a YAML path, a mapping, or a spec.
+def as_spec(spec: SpecOrMethods) -> QuantizationSpec:
+    """A spec from a method name, several of them, a YAML path, a mapping, or a spec.
 
     Raises:
         SpecError: a string that is neither a method nor a YAML file, or a spec that is wrong.
@@ -245,78 +263,23 @@ def as_spec(spec: SpecLike) -> QuantizationSpec:
         return QuantizationSpec.from_yaml(spec)
     if isinstance(spec, str):
         return QuantizationSpec.from_dict({"method": spec})
+    if isinstance(spec, list | tuple) or OmegaConf.is_list(spec):
+        return QuantizationSpec.from_dict({"method": list(spec)})
     raise SpecError(
         f"a spec is a method name, a path to YAML, a mapping or a QuantizationSpec, not {type(spec).__name__}"
     )
 
 
-class _Reader:
-    """Takes typed values out of plain data; every error says where the value was written."""
-
-    def __init__(self, origin: Origin, path: tuple[str | int, ...] = ()) -> None:
-        self.origin, self.path = origin, path
-
-    def fail(self, message: str, *keys: str | int) -> NoReturn:
-        raise SpecError(f"{self.origin.where(*self.path, *keys)}: {message}")
-
-    def below(self, *keys: str | int) -> _Reader:
-        return _Reader(self.origin, (*self.path, *keys))
-
-    def mapping(self, value: Any, known: Sequence[str], required: Sequence[str] = ()) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            self.fail(f"this must be a mapping with the keys {', '.join(known)}, not {_shown(value)}")
-        for key in value:
-            if key not in known:
-                self.fail(f"unknown key {key!r}.{nearest(str(key), known)} Keys are: {', '.join(known)}", key)
-        for key in required:
-            if value.get(key) is None:
-                self.fail(f"the key {key!r} is missing")
-        return value
-
-    def choice(self, value: Any, known: Sequence[str], key: str) -> Any:
-        if value not in known:
-            hint = nearest(value, known) if isinstance(value, str) else ""
-            self.fail(f"{_shown(value)} is not a {key}.{hint} Choose from: {', '.join(known)}", key)
-        return value
-
-    def text(self, value: Any, key: str) -> str | None:
-        if value is not None and (not isinstance(value, str) or not value):
-            self.fail(f"{key} must be text, not {_shown(value)}", key)
-        return value
-
-    def pattern(self, value: Any, key: str | int) -> str:
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)  # the leaf names of nn.Sequential, which YAML reads as numbers
-        if not isinstance(value, str) or not value:
-            self.fail(f"a pattern must be text, not {_shown(value)}: put it in quotes", key)
-        if value.startswith("re:"):
-            try:
-                re.compile(value[3:])
-            except re.error as error:
-                self.fail(f"pattern {value!r} is not a regular expression: {error}", key)
-        return value
-
-    def items(self, value: Any, key: str) -> list[Any]:
-        if value is None:
-            return []
-        if not isinstance(value, list | tuple):
-            self.fail(f"{key} must be a list, not {_shown(value)}", key)
-        return list(value)
-
-
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {value!r}" if not isinstance(value, str) else repr(value)
-
-
-_KEYS = ("method", "exclude", "rules", "when", "weights", "kernel", "non_finite", "budget", "save")
+_KEYS = ("method", "exclude", "rules", "when", "weights", "kernel", "non_finite", "budget", "save", "keep")
 
 
 def _parse(content: Any, origin: Origin) -> QuantizationSpec:
-    reader = _Reader(origin)
+    reader = Reader(origin)
     given = reader.mapping({} if content is None else content, _KEYS)
     exclude = reader.below("exclude")
+    method, methods = _parse_method(given.get("method", "w8a32"), reader)
     return QuantizationSpec(
-        method=reader.choice(given.get("method", "w8a32"), METHOD_NAMES, "method"),
+        method=method,
         exclude=tuple(exclude.pattern(p, i) for i, p in enumerate(reader.items(given.get("exclude"), "exclude"))),
         rules=tuple(
             _parse_rule(rule, reader.below("rules", i))
@@ -328,11 +291,30 @@ def _parse(content: Any, origin: Origin) -> QuantizationSpec:
         non_finite=reader.choice(given.get("non_finite", "error"), ("error", "float"), "non_finite"),
         budget=_parse_budget(given.get("budget"), reader.below("budget")),
         save=_parse_save(given.get("save"), reader.below("save")),
+        methods=methods,
+        keep=reader.choice(given.get("keep", "all"), ("all", "smallest"), "keep"),
         origin=origin,
     )
 
 
-def _parse_rule(value: Any, reader: _Reader) -> Rule:
+def _parse_method(value: Any, reader: Reader) -> tuple[str, tuple[str, ...]]:
+    """The method, or the first of a list and all of it."""
+    if not isinstance(value, list):
+        return reader.choice(value, METHOD_NAMES, "method"), ()
+    below = reader.below("method")
+    for index, method in enumerate(value):
+        if method not in METHODS:
+            hint = nearest(method, METHODS) if isinstance(method, str) else ""
+            why = " The float model is measured in any case." if method == "float" else hint
+            below.fail(f"{shown(method)} cannot be compared.{why} Choose from: {', '.join(METHODS)}", index)
+        if method in value[:index]:
+            below.fail(f"{method!r} is in the list twice", index)
+    if not value:
+        below.fail(f"the list of methods is empty. Choose from: {', '.join(METHODS)}")
+    return value[0], tuple(value) if len(value) > 1 else ()
+
+
+def _parse_rule(value: Any, reader: Reader) -> Rule:
     given = reader.mapping(value, ("match", "method", "reason"), required=("match", "method"))
     return Rule(
         reader.pattern(given["match"], "match"),
@@ -341,7 +323,7 @@ def _parse_rule(value: Any, reader: _Reader) -> Rule:
     )
 
 
-def _parse_save(value: Any, reader: _Reader) -> Save:
+def _parse_save(value: Any, reader: Reader) -> Save:
     given = reader.mapping({} if value is None else value, ("dirpath", "filename"))
     save = Save(reader.text(given.get("dirpath"), "dirpath"), reader.text(given.get("filename"), "filename"))
     name = save.filename or ""
@@ -352,13 +334,26 @@ def _parse_save(value: Any, reader: _Reader) -> Save:
     return save
 
 
-def _parse_budget(value: Any, reader: _Reader) -> Budget | None:
+def _parse_budget(value: Any, reader: Reader) -> Budget | None:
     if value is None:
         return None
-    given = reader.mapping(value, ("monitor", "mode", "max_drop"), required=("monitor", "mode", "max_drop"))
-    drop = given["max_drop"]
-    number = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", drop) if isinstance(drop, str) else None
-    if not number and (isinstance(drop, bool) or not isinstance(drop, int | float) or not drop >= 0):
-        reader.fail(f"max_drop must be a number of at least 0 or a share such as '1%', not {_shown(drop)}", "max_drop")
-    monitor = reader.text(given["monitor"], "monitor")
-    return Budget(cast(str, monitor), reader.choice(given["mode"], ("min", "max"), "mode"), drop)
+    known = ("monitor", "mode", "max_drop", "max_evals", "max_seconds")
+    given = reader.mapping(value, known, required=("monitor", "max_drop"))
+    mode, evals, seconds = (given.get(key) for key in ("mode", "max_evals", "max_seconds"))
+    drop: Any = given["max_drop"]
+    share = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", drop) if isinstance(drop, str) else None
+    if not share and not _is_number(drop):
+        reader.fail(f"max_drop must be a number of at least 0 or a share such as '1%', not {shown(drop)}", "max_drop")
+    if evals is not None and not (isinstance(evals, int) and not isinstance(evals, bool) and evals >= 1):
+        reader.fail(f"max_evals must be a whole number of at least 1, not {shown(evals)}", "max_evals")
+    if seconds is not None and not (_is_number(seconds) and seconds > 0):
+        reader.fail(f"max_seconds must be a number above 0, not {shown(seconds)}", "max_seconds")
+    if mode is not None:
+        reader.choice(mode, ("min", "max"), "mode")
+    monitor = cast(str, reader.text(given["monitor"], "monitor"))
+    return Budget(monitor, mode, drop.strip() if isinstance(drop, str) else drop, evals, seconds)
+
+
+def _is_number(value: Any) -> bool:
+    """Finite and not negative."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

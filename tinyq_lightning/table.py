@@ -3,8 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-__all__ = ["format_bytes", "format_table"]
+__all__ = ["Table", "format_bytes", "format_table"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns.
+
+    Attributes:
+        header: one title for each column.
+        rows: the cells.
+        left: how many columns, from the first, are aligned to the left; the others to the right.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+
+    def text(self) -> str:
+        """Aligned, for a screen."""
+        return format_table(self.header, self.rows, self.left)
+
+    def markdown(self) -> str:
+        """For loggers that show Markdown."""
+        rule = [":--" if column < self.left else "--:" for column in range(len(self.header))]
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in (self.header, rule, *self.rows)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -1,0 +1,225 @@
+"""After a fit: each method measured with the user's own loop, and brought within the budget where there is one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from lightning.pytorch import LightningModule, Trainer
+from tqdm.auto import tqdm
+
+from tinyq_lightning.budget import Changes, Layer, Search, evaluation_limit, loses, search
+from tinyq_lightning.errors import EvaluationError, SpecError
+from tinyq_lightning.evaluation import Validation, run_validation
+from tinyq_lightning.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
+from tinyq_lightning.plan import Plan
+from tinyq_lightning.reading import nearest
+from tinyq_lightning.replacement import Swap, state_bytes
+from tinyq_lightning.spec import Budget, Mode, QuantizationSpec
+
+__all__ = ["Measured", "MethodsRun", "known_mode"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One method on one model.
+
+    Attributes:
+        method: what was asked for.
+        swap: its layers; they are out of the model.
+        after: what the validation loop gave with them in; None where there is no loop to run.
+        bytes: tensors of the state dict with them in.
+        search: what the budget's search did; None without a budget.
+        kept: whether it is to be saved.
+    """
+
+    method: str
+    swap: Swap
+    after: Validation | None
+    bytes: int
+    search: Search | None = None
+    kept: bool = True
+
+    @property
+    def plan(self) -> Plan:
+        """The decision for each layer."""
+        return self.swap.plan
+
+    @property
+    def searched(self) -> bool:
+        """Whether a search looked for another plan than the one asked for."""
+        return self.search is not None and len(self.search.trials) > 1
+
+
+class MethodsRun:
+    """Measures each method that a spec names; with a budget, brings it within that.
+
+    Making it measures the float model. Wrap it in ``preserved``; the module is float before and after.
+
+    Args:
+        trainer: the user's, at the end of a fit.
+        module: the user's.
+        spec: one method or several.
+        why_not: why there is no validation loop to run, or None.
+
+    Attributes:
+        before: of the float model; None where there is nothing to compare.
+        why_not: why there is nothing to compare, or None.
+        float_bytes: tensors of the float state dict.
+
+    Raises:
+        EvaluationError: the budget's metric cannot be measured.
+        SpecError: the budget's metric is not logged, or nothing tells which way it is better.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, spec: QuantizationSpec, why_not: str | None) -> None:
+        self._trainer, self._module, self._spec = trainer, module, spec
+        self._began = time.monotonic()
+        if spec.budget and why_not:
+            raise EvaluationError(f"the budget's metric {spec.budget.monitor!r} cannot be measured: {why_not}")
+        before = None if why_not else run_validation(trainer, module)
+        self.why_not = why_not or (None if before and before.metrics else "validation_step logged no metric")
+        self.before = before if before and before.metrics else None
+        self.float_bytes = state_bytes(module.state_dict())
+        self._float_value = math.nan
+        if spec.budget and before:
+            budget = known_mode(spec.budget, before.metrics, before.higher_is_better)
+            self._spec = replace(spec, budget=budget)
+            self._float_value = before.metrics[budget.monitor]
+            if not math.isfinite(self._float_value):
+                raise EvaluationError(
+                    f"the float model's {budget.monitor} is {self._float_value}, so no loss can be measured from it"
+                )
+
+    @cached_property
+    def methods(self) -> list[Measured]:
+        """Each method, measured and within the budget; with ``keep: smallest`` that holds of the one kept only.
+
+        It is the smallest within the budget, of several as small the one that loses least. Only where
+        none is within it does a search begin, from the one that loses least.
+
+        Raises:
+            ModelError: a weight cannot be quantized.
+        """
+        measured = self._as_asked
+        budget = self._spec.budget
+        if budget is None:
+            return measured
+        if self._spec.keep == "smallest":
+            allowed = budget.allowed(self._float_value)
+
+            def cost(each: Measured) -> tuple[bool, int, float]:
+                lost = self._lost(budget, each)
+                within = lost <= allowed
+                return not within, each.bytes if within else 0, lost
+
+            best = min(measured, key=cost)
+            measured = [replace(each, kept=each is best) for each in measured]
+        return [self._within_budget(budget, each) if each.kept else each for each in measured]
+
+    @cached_property
+    def layers(self) -> dict[str, LayerError]:
+        """The output errors of all quantized layers by every method, from the first batches of the loop."""
+        swap = self._as_asked[0].swap
+        with measured_layers(swap) as errors, swap.opened():
+            run_validation(self._trainer, self._module, batches=SIGNAL_BATCHES)
+        shared: dict[str, LayerError] = self._trainer.strategy.broadcast(errors)
+        return shared
+
+    @cached_property
+    def _as_asked(self) -> list[Measured]:
+        return [self._measure(spec.method, Swap(self._module, spec)) for spec in self._spec.each()]
+
+    def _measure(self, method: str, swap: Swap) -> Measured:
+        with swap:
+            after = run_validation(self._trainer, self._module) if self.before else None
+            return Measured(method, swap, after, state_bytes(self._module.state_dict()))
+
+    def _lost(self, budget: Budget, measured: Measured) -> float:
+        lost = budget.lost(self._float_value, _value(budget, measured))
+        return math.inf if math.isnan(lost) else lost
+
+    def _out_of_time(self, budget: Budget) -> bool:
+        late = budget.max_seconds is not None and time.monotonic() - self._began >= budget.max_seconds
+        return bool(self._trainer.strategy.broadcast(late))
+
+    def _within_budget(self, budget: Budget, asked: Measured) -> Measured:
+        exceeds = self._lost(budget, asked) > budget.allowed(self._float_value)
+        errors = self.layers if exceeds and not self._out_of_time(budget) else {}
+        linear = {name for name, _, _ in asked.swap.pairs()}
+        layers = [
+            Layer(
+                decision.name,
+                decision.method,
+                decision.float_bytes - decision.bytes,
+                errors[decision.name].output_sqnr_db if decision.name in errors else {},
+            )
+            for decision in asked.plan
+            if decision.name in linear
+        ]
+        measured = [asked]
+
+        def measure(changes: Changes) -> float:
+            swap = asked.swap.switched({name: (method, "budget") for name, method in changes.items()})
+            measured.append(self._measure(asked.method, swap))
+            bar.update()
+            return _value(budget, measured[-1])
+
+        shown = self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None and exceeds
+        disable = None if shown else True  # None: unless it goes to a terminal
+        with tqdm(
+            total=evaluation_limit(len(layers)), initial=2, desc="TinyQ budget", disable=disable, leave=False
+        ) as bar:
+            found = search(
+                layers, budget, self._float_value, _value(budget, asked), measure, lambda: self._out_of_time(budget)
+            )
+        reasons = _reasons(budget, asked.plan, errors, found)
+        return replace(measured[found.chosen], swap=asked.swap.switched(reasons), search=found)
+
+
+def known_mode(budget: Budget, names: Mapping[str, object], higher_is_better: Mapping[str, bool]) -> Budget:
+    """The budget with its mode, from the logged metrics.
+
+    Args:
+        budget: as the spec has it.
+        names: what was logged, by name.
+        higher_is_better: by metric, where the logged torchmetrics object tells.
+
+    Raises:
+        SpecError: the metric was not logged, or nothing tells which way it is better.
+    """
+    monitor = budget.monitor
+    if monitor not in names:
+        logged = ", ".join(sorted(name for name in names if not name.startswith("tinyq/"))) or "nothing"
+        raise SpecError(f"budget: validation logs no metric {monitor!r}.{nearest(monitor, names)} It logs: {logged}")
+    if budget.mode is not None:
+        return budget
+    if monitor not in higher_is_better:
+        raise SpecError(
+            f"budget: mode is needed, since {monitor!r} is not logged as a torchmetrics object that tells it: "
+            "mode='max' where higher is better, mode='min' where lower is"
+        )
+    mode: Mode = "max" if higher_is_better[monitor] else "min"
+    return replace(budget, mode=mode)
+
+
+def _value(budget: Budget, measured: Measured) -> float:
+    return math.nan if measured.after is None else measured.after.metrics.get(budget.monitor, math.nan)
+
+
+def _reasons(
+    budget: Budget, asked: Plan, errors: Mapping[str, LayerError], found: Search
+) -> dict[str, tuple[str, str]]:
+    """For each layer that was changed, its method and why, with the numbers."""
+    methods = {decision.name: decision.method for decision in asked}
+    effect = f"{budget.monitor} lost {found.trials[0].lost:.3g}, now {loses(found.best)}"
+    reasons = {}
+    for name, method in found.best.changes.items():
+        sqnr = errors[name].output_sqnr_db if name in errors else {}
+        shown = [f"{sqnr[each]:.1f} dB in {each}" for each in dict.fromkeys((methods[name], method)) if each in sqnr]
+        signal = f"output SQNR {', '.join(shown)}" if shown else "not called in the first batches"
+        reasons[name] = (method, f"budget: {signal}; {effect}")
+    return reasons

@@ -1,0 +1,148 @@
+"""The report beside the checkpoint: JSON to read by programs, HTML to look at, and the spec that was resolved."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import fsspec
+import yaml
+from lightning.pytorch import Trainer
+
+from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.html_report import html_report
+from tinyq_lightning.outcome import Outcome, combined
+from tinyq_lightning.version import __version__
+
+__all__ = ["report_content", "resolved_yaml", "write_report"]
+
+
+def write_report(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
+    """Write ``.json``, ``.html`` and ``.yaml`` beside each quantized checkpoint, on rank 0.
+
+    Raises:
+        CheckpointError: on every rank, where a file could not be written; the checkpoints stand.
+    """
+    failure: str | None = None
+    if trainer.is_global_zero:
+        try:
+            for outcome in outcomes:
+                if outcome.quantized_path is not None:
+                    _write(outcome, report_content(outcome, outcomes))
+        except OSError as error:
+            failure = f"the report could not be written: {error}; the quantized checkpoint stands"
+    failure = trainer.strategy.broadcast(failure)
+    if failure is not None:
+        raise CheckpointError(failure)
+
+
+def _write(outcome: Outcome, content: dict[str, Any]) -> None:
+    stem = str(outcome.quantized_path).removesuffix(".ckpt")
+    resolved = resolved_yaml(outcome)
+    _write_text(f"{stem}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    _write_text(f"{stem}.yaml", resolved)
+    _write_text(f"{stem}.html", html_report(content, resolved))
+
+
+def _write_text(path: str, text: str) -> None:
+    """Whole or not at all, as the checkpoint is."""
+    fs, location = fsspec.core.url_to_fs(path)
+    folder, _, name = location.rpartition("/")
+    temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with fs.open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+        if isinstance(fs, fsspec.implementations.local.LocalFileSystem):
+            os.replace(temporary, location)
+        else:
+            fs.mv(temporary, location)
+    finally:
+        if fs.exists(temporary):
+            fs.rm(temporary)
+
+
+def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[str, Any]:
+    """The report as plain data, what JSON holds. Numbers that are not finite are None; sizes are in bytes.
+
+    Args:
+        outcome: what the report is about.
+        outcomes: all methods of the run, for the comparison.
+    """
+    plan, found = outcome.plan, outcome.search
+    methods = outcomes or [outcome]
+    layers = []
+    for decision in plan.to_list():
+        error = outcome.layers.get(decision["name"])
+        layers.append(decision | (asdict(error) if error else {}))
+    budget: dict[str, Any] | None = None
+    if plan.spec.budget and found:
+        budget = asdict(plan.spec.budget) | {
+            "allowed": found.allowed,
+            "met": found.met,
+            "stopped_by": found.stopped_by,
+            "trials": [asdict(trial) for trial in found.trials],
+            "chosen": found.chosen,
+        }
+    content = {
+        "format_version": 1,
+        "tinyq_lightning": __version__,
+        "method": outcome.name,
+        "label": plan.label,
+        "note": outcome.note,
+        "float_checkpoint": outcome.float_path and os.path.basename(outcome.float_path),
+        "quantized_checkpoint": outcome.quantized_path and os.path.basename(outcome.quantized_path),
+        "metrics": combined(methods),
+        "bytes": {"float": outcome.float_bytes} | {each.name: each.bytes for each in methods},
+        "seconds_per_batch": {"float": outcome.float_seconds} | {each.name: each.seconds for each in methods},
+        "budget": budget,
+        "verdict": outcome.verdict(),
+        "layers": layers,
+        "spec": plan.to_spec().to_dict(),
+    }
+    finite: dict[str, Any] = _finite(content)
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def resolved_yaml(outcome: Outcome) -> str:
+    """The spec that gives this plan again without a search, with why for each layer as comments."""
+    plan = outcome.plan
+    spec = plan.to_spec()
+    content = spec.to_dict()
+    rules = content.pop("rules")
+    del content["budget"]
+    name = os.path.basename(outcome.quantized_path or "the quantized checkpoint")
+    lines = [f"# The plan of {name} as a spec. It gives the same layers again, without a search:"]
+    lines += [f'# TinyQCallback("{name.removesuffix(".ckpt")}.yaml")']
+    for metric, values in outcome.results.items():
+        lines.append(f"# {metric}: float {values['float']:.6g}, quantized {values[outcome.name]:.6g}")
+    if verdict := outcome.verdict():
+        lines.append(f"# {verdict}")
+    lines += ["", _yaml({"method": content.pop("method"), "exclude": content.pop("exclude")})]
+    if rules:
+        lines.append("rules:  # the first that matches decides")
+        for rule in rules:
+            first, *more = _yaml(rule).splitlines()
+            lines += [f"- {first}", *(f"  {line}" for line in more)]
+    else:
+        lines.append("rules: []")
+    lines += [_yaml(content), "", "# Layer by layer, and why:"]
+    lines += [f"#   {line}" for line in plan.table().splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(content: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=1000)
+    return text.rstrip("\n")
