@@ -356,7 +356,7 @@ def test_dirpath_filename_and_save_false(tmp_path):
     assert unsaved.results["val_acc"]
 
 
-@pytest.mark.parametrize("filename", ["last", "last.ckpt", "last-v1", "last-w8a32", "a/b"])
+@pytest.mark.parametrize("filename", ["last", "last.ckpt", "last-v1", "last-w8a32", "a/b", "{epoch}-{val_acc:.2f}"])
 def test_a_filename_that_lightning_would_take_for_its_own_is_refused(filename):
     with pytest.raises(SpecError, match="filename"):
         TinyQCallback("w8a32", filename=filename)
@@ -383,6 +383,11 @@ def test_a_pattern_that_matches_nothing_stops_the_run_before_it_trains(tmp_path)
     with pytest.raises(SpecError, match=r"'haed' matches no Linear layer\. Did you mean 'head'"):
         fit(tmp_path, quiet("w8a32", exclude=["haed"]), module=Counts())
     assert Counts.steps == 0
+
+
+def test_a_monitor_that_no_checkpoint_watches_stops_the_run_before_it_trains(tmp_path):
+    with pytest.raises(SpecError, match=r"no ModelCheckpoint monitors 'val_ac'\. Did you mean 'val_acc'"):
+        fit(tmp_path, quiet("w8a32", monitor="val_ac"))
 
 
 def test_a_folder_that_is_a_file_stops_the_run_before_it_trains(tmp_path):
@@ -423,6 +428,18 @@ def test_an_interrupted_fit_is_left_alone(tmp_path, raised, caught):
     assert callback.quantized_path is None
     assert callback.results == {}
     assert "on_load_checkpoint" not in vars(module)
+
+
+def test_an_interrupted_fit_says_how_to_quantize_what_there_is(tmp_path, capsys):
+    class Stops(Net):
+        def on_train_epoch_end(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        fit(tmp_path, quiet("w8a32"), module=Stops())
+    shown = capsys.readouterr().out
+    assert "nothing was quantized" in shown
+    assert "when='test_start'" in shown
 
 
 def test_sharding_strategies_are_refused_with_a_way_out(tmp_path):

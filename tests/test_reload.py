@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tinyq_lightning import QuantizedCheckpointMixin, TinyQCallback, load_quantized, quantized
-from tinyq_lightning.errors import CheckpointError, TrainerError
+from tinyq_lightning.errors import CheckpointError, ModelError, TrainerError
 
 
 class MixedIn(QuantizedCheckpointMixin, Net):
@@ -119,6 +119,13 @@ def test_a_plain_class_fails_loudly(fitted, tmp_path):
         trainer(tmp_path).test(Net(), loader(), ckpt_path=callback.quantized_path, verbose=False, weights_only=True)
 
 
+def test_the_mixin_refuses_to_resume_and_to_stand_last(fitted, tmp_path):
+    with pytest.raises(TrainerError, match="resume the training from the float checkpoint"):
+        trainer(tmp_path).fit(MixedIn(), loader(), loader(), ckpt_path=fitted[0].quantized_path, weights_only=True)
+    with pytest.raises(ModelError, match="QuantizedCheckpointMixin first"):
+        type("Last", (Net, QuantizedCheckpointMixin), {})
+
+
 def test_resuming_a_training_from_the_file_is_refused(fitted, tmp_path):
     callback, _, _ = fitted
     run = trainer(tmp_path, TinyQCallback("w8a32", report=False))
@@ -178,6 +185,8 @@ def test_entries_of_the_users_hooks_come_over_and_what_cannot_is_named(tmp_path)
     run = trainer(tmp_path, keeper(tmp_path), callback)
     with pytest.warns(UserWarning, match=r"left out: hyper_parameters\.activation"):
         run.fit(Keeps(activation=nn.GELU()), loader(), loader(seed=1))
+    with pytest.raises(CheckpointError, match=r"could not hold activation.*load_quantized\(path, Keeps, activation="):
+        load_quantized(callback.quantized_path, Keeps)
     module = load_quantized(callback.quantized_path, Keeps, activation=nn.ReLU())
     assert module.vocabulary == {"a": 1, "b": [2, 3]}
     assert isinstance(module.hparams.activation, nn.ReLU)

@@ -8,7 +8,7 @@ from lightning.pytorch import seed_everything
 from models import Net, NetOfHooks, keeper, loader, trainer
 
 from tinyq_lightning import TinyQCallback, load_quantized
-from tinyq_lightning.errors import EvaluationError, SpecError
+from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
 from tinyq_lightning.layers import QuantizedLinear
 
 
@@ -138,6 +138,12 @@ def test_a_step_that_takes_an_iterator_is_refused(tmp_path):
 
     with pytest.raises(EvaluationError, match="dataloader_iter"):
         trainer(tmp_path, quiet("w8a32")).test(Iterates(), loader(), verbose=False)
+
+
+def test_a_module_that_is_quantized_already_is_not_compared_with_itself(fitted, tmp_path):
+    module = load_quantized(fitted[0].quantized_path, Net)
+    with pytest.raises(ModelError, match=r"nothing to quantize.*head: already quantized"):
+        trainer(tmp_path, quiet("w8a8")).test(module, loader(), verbose=False)
 
 
 def test_a_pattern_that_matches_nothing_is_named(tmp_path):

@@ -15,7 +15,7 @@ from tinyq_lightning.budget import Search
 from tinyq_lightning.checkpoint import check_folder, make_checkpoint, quantized_path, save_checkpoint
 from tinyq_lightning.errors import EvaluationError, SpecError, TinyQError
 from tinyq_lightning.evaluation import Results, numbers, refuse_sharding, why_never_validated, why_no_validation
-from tinyq_lightning.float_weights import FloatWeights, choose_float_weights, tested_weights
+from tinyq_lightning.float_weights import FloatWeights, check_monitor, choose_float_weights, tested_weights
 from tinyq_lightning.isolation import preserved
 from tinyq_lightning.measure import MethodsRun, known_mode
 from tinyq_lightning.outcome import Outcome, combined, log_entries, outcome_of_fit, outcome_of_test
@@ -28,6 +28,8 @@ from tinyq_lightning.spec import SpecOrMethods, as_spec
 from tinyq_lightning.validation_watch import directions
 
 __all__ = ["TinyQCallback"]
+
+_AGAIN = "TinyQCallback(..., when='test_start') with Trainer.test(model, ckpt_path=...) quantizes a float checkpoint."
 
 
 class TinyQCallback(Callback):
@@ -133,6 +135,8 @@ class TinyQCallback(Callback):
             for spec in self.spec.each():
                 check_patterns(spec, pl_module)
             check_folder(self.spec)
+            if self.spec.weights != "current" and self.spec.budget is None:
+                check_monitor(trainer, self.monitor)
             why_not = why_never_validated(trainer, pl_module)
             if self.spec.budget and why_not:
                 raise EvaluationError(f"the budget's metric {self.spec.budget.monitor!r} cannot be measured: {why_not}")
@@ -236,6 +240,12 @@ class TinyQCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The module as it was, since Lightning calls no teardown after an exception."""
         self._let_go()
+        if (
+            isinstance(exception, KeyboardInterrupt)
+            and trainer.state.fn == TrainerFn.FITTING
+            and self.spec.when == "fit_end"
+        ):
+            trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {_AGAIN}")
 
     def _let_go(self) -> None:
         self._let_go_of_runs()
@@ -297,7 +307,4 @@ def _training_is_safe(error: Exception, float_path: str | None) -> TinyQError:
     kind = type(error) if isinstance(error, TinyQError) else TinyQError
     told = str(error) if isinstance(error, TinyQError) else f"{type(error).__name__}: {error}"
     where = f"; the float checkpoint is {float_path}" if float_path else ""
-    again = (
-        "TinyQCallback(..., when='test_start') with Trainer.test(model, ckpt_path=...) quantizes it without training"
-    )
-    return kind(f"Quantizing failed: {told}\nThe training had finished and its results are safe{where}. {again}.")
+    return kind(f"Quantizing failed: {told}\nThe training had finished and its results are safe{where}. {_AGAIN}")

@@ -12,8 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tinyq_lightning.checkpoint import file_sha256, stem_of, without_training_entries
+from tinyq_lightning.errors import SpecError
+from tinyq_lightning.reading import nearest
 
-__all__ = ["FloatWeights", "choose_float_weights"]
+__all__ = ["FloatWeights", "check_monitor", "choose_float_weights", "tested_weights"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,24 @@ class FloatWeights:
             trainer.strategy.load_model_state_dict(content, strict=module.strict_loading)
 
 
+def check_monitor(trainer: Trainer, monitor: str | None) -> None:
+    """Refuse a metric that no ModelCheckpoint of the run monitors.
+
+    Raises:
+        SpecError: there are ModelCheckpoints, and all of them monitor other metrics.
+    """
+    monitored = [keeper.monitor for keeper in _keepers(trainer) if keeper.monitor is not None]
+    if monitor is not None and monitored and monitor not in monitored:
+        raise SpecError(
+            f"monitor: no ModelCheckpoint monitors {monitor!r}.{nearest(monitor, monitored)} "
+            f"Monitored: {', '.join(monitored)}"
+        )
+
+
+def _keepers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
+
+
 def choose_float_weights(trainer: Trainer, wanted: str, monitor: str | None) -> FloatWeights:
     """The weights that ``wanted`` names: ``best``, ``last`` or ``current``.
 
@@ -57,16 +77,17 @@ def choose_float_weights(trainer: Trainer, wanted: str, monitor: str | None) -> 
         wanted: which.
         monitor: prefer the ModelCheckpoint that monitors this metric.
     """
-    keepers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
-    keepers.sort(key=lambda keeper: monitor is not None and keeper.monitor != monitor)
-    paths = [getattr(keeper, f"{wanted}_model_path", "") for keeper in keepers]
-    path = next((path for path in paths if path and _exists(path)), None)
-    if path is None:
+    keepers = sorted(_keepers(trainer), key=lambda keeper: monitor is not None and keeper.monitor != monitor)
+    paths = ((keeper, getattr(keeper, f"{wanted}_model_path", "")) for keeper in keepers)
+    keeper, path = next(((keeper, path) for keeper, path in paths if path and _exists(path)), (None, None))
+    if keeper is None or path is None:
         why = "" if wanted == "current" else f": no {wanted} checkpoint was saved"
         return current_weights(trainer, f"the weights at the end of training{why}")
     # written by this very run, so it may hold objects of the user's classes
     base = without_training_entries(trainer.strategy.load_checkpoint(path, weights_only=False))
-    return FloatWeights(path, base, stem_of(path), os.path.dirname(path), f"{wanted} checkpoint")
+    by = f" ({keeper.monitor})" if wanted == "best" and keeper.monitor else ""
+    kind = "latest" if wanted == "best" and not by else wanted
+    return FloatWeights(path, base, stem_of(path), os.path.dirname(path), f"{kind} checkpoint{by}")
 
 
 def current_weights(trainer: Trainer, note: str) -> FloatWeights:

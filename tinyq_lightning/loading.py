@@ -10,21 +10,30 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, overload
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.parsing import AttributeDict
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf import OmegaConf
 from torch import nn
 
 from tinyq_lightning.checkpoint import check_digests, check_format, is_quantized, read_checkpoint
-from tinyq_lightning.errors import CheckpointError, ModelError
+from tinyq_lightning.errors import CheckpointError, ModelError, TrainerError
 from tinyq_lightning.forward import KernelName
 from tinyq_lightning.layers import LAYERS, Int8Weight, QuantizedEmbedding, float_weight
 from tinyq_lightning.plain import restore_config
 from tinyq_lightning.sites import Site, find_sites
 from tinyq_lightning.weightless import take_values, without_weights
 
-__all__ = ["QuantizedCheckpointMixin", "build", "import_class", "load_quantized", "prepare_structure"]
+__all__ = [
+    "QuantizedCheckpointMixin",
+    "build",
+    "import_class",
+    "load_quantized",
+    "prepare_structure",
+    "refuse_resuming",
+]
 
 Kind = TypeVar("Kind")
 Module = TypeVar("Module", bound=LightningModule)
@@ -100,6 +109,11 @@ class QuantizedCheckpointMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if LightningModule in order and order.index(LightningModule) < order.index(QuantizedCheckpointMixin):
+            raise ModelError(
+                f"write QuantizedCheckpointMixin first: class {cls.__name__}(QuantizedCheckpointMixin, ...)"
+            )
         own = cls.__dict__.get("on_load_checkpoint")
         if own is not None:
 
@@ -117,6 +131,9 @@ class QuantizedCheckpointMixin:
 
 def _prepare_if_quantized(module: Any, checkpoint: dict[str, Any]) -> None:
     if is_quantized(checkpoint):
+        refuse_resuming(getattr(module, "_trainer", None), "the checkpoint")
+        if left_out := _left_out(checkpoint):
+            rank_zero_warn(f"the quantized checkpoint does not hold {', '.join(left_out)}: give them as they were")
         check_format(checkpoint, "the checkpoint")
         check_digests(checkpoint, "the checkpoint", only=("state_dict", "tinyq"))
         prepare_structure(module, checkpoint)
@@ -169,6 +186,8 @@ def load_quantized(
     """
     if isinstance(module_class, str):
         module_class = import_class(module_class, LightningModule)
+    if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
+        raise ModelError(f"load_quantized takes a LightningModule class, not {module_class!r:.80}")
     content = read_checkpoint(path)
     module = _built_weightless(module_class, content, init_args, str(path))
     if module is None:
@@ -200,16 +219,45 @@ def _built(
     module_class: type[LightningModule], content: Mapping[str, Any], init_args: Mapping[str, Any], source: str
 ) -> LightningModule:
     """A module with the structure of the checkpoint, before its values."""
+    takes = inspect.signature(module_class.__init__).parameters
+    missing = [name for name in _left_out(content) if name in takes and name not in init_args]
+    if missing:
+        raise CheckpointError(
+            f"{source}: the file could not hold {', '.join(missing)}, which {module_class.__name__} was made with: "
+            f"give it as it was, as in load_quantized(path, {module_class.__name__}, {missing[0]}=...)"
+        )
     try:
         module = build(module_class, content, init_args)
     except TypeError as error:
-        dropped = content["tinyq"].get("dropped")
-        hint = f". The file could not hold {', '.join(dropped)}: pass them to load_quantized" if dropped else ""
-        raise CheckpointError(f"{source}: {module_class.__name__} could not be built: {error}{hint}") from error
+        name = module_class.__name__
+        raise CheckpointError(
+            f"{source}: {name} could not be built: {error}. The file holds what save_hyperparameters saved; give the "
+            f"rest, as in load_quantized(path, {name}, argument=...)"
+        ) from error
     prepare_structure(module, content, source)
     # what the user's hook changes is for this module alone
     module.on_load_checkpoint({**content, "state_dict": content["state_dict"].copy()})
     return module
+
+
+def _left_out(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Hyper-parameters that the file could not hold."""
+    prefix = f"{LightningModule.CHECKPOINT_HYPER_PARAMS_KEY}."
+    dropped = checkpoint["tinyq"].get("dropped", ())
+    return [name.removeprefix(prefix) for name in dropped if name.startswith(prefix)]
+
+
+def refuse_resuming(trainer: Trainer | None, source: str) -> None:
+    """Refuse to go on training from a quantized checkpoint.
+
+    Raises:
+        TrainerError: the Trainer is fitting.
+    """
+    if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        raise TrainerError(
+            f"{source} is quantized and holds neither float weights nor optimizer states: resume the training from the "
+            "float checkpoint it was made from"
+        )
 
 
 def _device(map_location: Any) -> torch.device:

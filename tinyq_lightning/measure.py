@@ -131,7 +131,7 @@ class MethodsRun:
 
     @cached_property
     def _as_asked(self) -> list[Measured]:
-        return [self._measure(spec.method, Swap(self._module, spec)) for spec in self._spec.each()]
+        return [self._measure(spec.method, Swap(self._module, spec).or_refuse()) for spec in self._spec.each()]
 
     def _measure(self, method: str, swap: Swap) -> Measured:
         with swap:

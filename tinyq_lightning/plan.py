@@ -68,6 +68,9 @@ class Plan:
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
 
+    def __str__(self) -> str:
+        return self.table()
+
     def __len__(self) -> int:
         return len(self.decisions)
 
@@ -166,9 +169,9 @@ def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site]) -> str:
     other = next(((n, m) for n, m in model.named_modules() if n and pattern_matches(pattern, n)), None)
     below = sorted({n for n, _ in model.named_modules() if n.split(".")[-1] == pattern and "." in n})
     if other and not any(name.startswith(other[0] + ".") for name in names):
-        hint = f" {other[0]!r} is a {type(other[1]).__name__}, which is never quantized"
+        hint = f" {other[0]!r} is a {type(other[1]).__name__}, which is never quantized."
     elif below and any(name.startswith(below[0] + ".") for name in names):
-        hint = f" To cover {below[0]!r} and the like, write '*.{pattern}'"
+        hint = f" To cover {below[0]!r} and the like, write '*.{pattern}'."
     else:
         hint = nearest(pattern, [*names, *leaves], 3)
     shown = ", ".join(names[:6]) + (f", … ({len(names)} in all)" if len(names) > 6 else "")

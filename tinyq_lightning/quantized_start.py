@@ -9,14 +9,13 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tinyq_lightning.checkpoint import check_digests, check_format, is_quantized, without_training_entries
-from tinyq_lightning.errors import TrainerError
 from tinyq_lightning.layers import Int8Weight
-from tinyq_lightning.loading import prepare_structure
+from tinyq_lightning.loading import prepare_structure, refuse_resuming
 from tinyq_lightning.sites import Site
 
 __all__ = ["QuantizedStart"]
@@ -49,15 +48,12 @@ class QuantizedStart:
         self.restored = without_training_entries(checkpoint)
         if is_quantized(checkpoint):
             path = str(self._trainer.ckpt_path)
-            if self._trainer.state.fn == TrainerFn.FITTING:
-                raise TrainerError(
-                    f"{path} is quantized and holds neither float weights nor optimizer states: resume the training "
-                    "from the float checkpoint it was made from"
-                )
+            refuse_resuming(self._trainer, path)
             check_format(checkpoint, path)
             check_digests(checkpoint, path, only=("state_dict", "tinyq"))
             self._made = prepare_structure(self._module, checkpoint, path)
             self.label = checkpoint["tinyq"].get("label")
+            rank_zero_info(f"TinyQ: {path} is quantized already ({self.label}), and is run as it is")
         own(checkpoint)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ __all__ = ["Reader", "nearest", "shown"]
 
 def nearest(word: str, known: Iterable[str], count: int = 1) -> str:
     """``Did you mean 'x'?``, or nothing where no known word is near."""
-    close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(word, dict.fromkeys(known), n=count, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

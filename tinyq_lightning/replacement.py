@@ -137,6 +137,17 @@ class Swap:
         layers = (layer for _, layer in made.values())
         self._pairs = [(site, layer) for site, layer in zip(sites, layers, strict=True) if layer is not None]
 
+    def or_refuse(self) -> Swap:
+        """This swap, where there is something to put in.
+
+        Raises:
+            ModelError: there is nothing, as where the model is quantized already.
+        """
+        if not self._pairs:
+            why = "; ".join(f"{decision.name}: {decision.reason}" for decision in self.plan)
+            raise ModelError(f"there is nothing to quantize ({why})")
+        return self
+
     def switched(self, changes: Mapping[str, tuple[str, str]]) -> Swap:
         """A swap of the same int8 codes with other methods; nothing is quantized again.
 

@@ -85,7 +85,7 @@ class TestRun:
         with ExitStack() as stack:
             if first is not None:
                 stack.enter_context(first.swap.taken_out())
-            self.swap: Swap = Swap(module, spec)
+            self.swap: Swap = Swap(module, spec).or_refuse()
             self.float_bytes = state_bytes(module.state_dict())
             with self.swap:
                 self.bytes = state_bytes(module.state_dict())

@@ -331,6 +331,8 @@ def _parse_save(value: Any, reader: Reader) -> Save:
         reader.fail(f"filename {name!r} must be a name without folders: use dirpath for those", "filename")
     if re.match(r"last(-v?\d+)?(\.|-|$)", name):
         reader.fail(f"filename {name!r} is one that ckpt_path='last' would pick up: begin it otherwise", "filename")
+    if "{" in name:
+        reader.fail(f"filename {name!r} is taken as it is: nothing is put in for braces", "filename")
     return save
 
 
