@@ -42,7 +42,7 @@ $(VENV)/pretrained: $(VENV)/installed-models
 	@touch $@
 
 real-models: $(VENV)/pretrained  ## what int8 costs three pretrained models
-	$(BIN)/python -W ignore examples/real_models.py
+	$(BIN)/python -W ignore examples/real_models
 
 clean:
 	rm -rf $(VENV) runs

@@ -79,6 +79,6 @@ def test_the_cli_help_explains_the_callback(tmp_path):
     assert "patterns of layers to leave float" in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short(path):
     assert len(path.read_text().splitlines()) <= 80

@@ -1,9 +1,8 @@
-"""Three pretrained models lose next to nothing: examples/real_models.py run whole."""
+"""Three pretrained models lose next to nothing: examples/real_models run whole."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from tinyq_lightning import quantize
 from tinyq_lightning.replacement import state_bytes
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "real_models.py"
+SCRIPT = Path(__file__).parent.parent / "examples" / "real_models"
 # points of the score: a probe of 200 sentences moves by 0.005 for each
 ALLOWED = {"w8a32": 0.002, "w8a16": 0.002, "w8a8": 0.005}
 
@@ -22,11 +21,8 @@ ALLOWED = {"w8a32": 0.002, "w8a16": 0.002, "w8a8": 0.005}
 @pytest.mark.parametrize("name", ["text", "dna", "digits"])
 def test_a_pretrained_model_keeps_its_scores_and_loses_its_weight(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    spec = importlib.util.spec_from_file_location("real_models", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "real_models", script)  # dataclasses look their module up
-    spec.loader.exec_module(script)
-    results = script.measure(script.MODELS[name])
+    monkeypatch.syspath_prepend(SCRIPT)
+    results = runpy.run_path(str(SCRIPT))["measure"](name)
     wanted, size, _ = results["float"]
     for method, allowed in ALLOWED.items():
         scores, quantized_size, _ = results[method]
