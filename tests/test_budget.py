@@ -18,6 +18,7 @@ from torch import nn
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
 from tinyq_lightning.budget import LADDER, Layer, evaluation_limit, search
 from tinyq_lightning.errors import EvaluationError, SpecError
+from tinyq_lightning.replacement import Swap
 from tinyq_lightning.spec import Budget
 
 # The search alone, on layers made up
@@ -361,3 +362,51 @@ def test_a_float_metric_that_is_not_a_number_is_refused(tmp_path):
 def test_other_runs_of_the_trainer_ask_nothing_of_the_budget(tmp_path):
     callback = TinyQCallback("w8a8", monitor="val_loss", max_drop=0.1)
     assert trainer(tmp_path, callback).validate(Net(), loader(seed=1), verbose=False)
+
+
+class Tied(Net):
+    """Attention, and a head tied to an embedding."""
+
+    def __init__(self, width: int = 16):
+        super().__init__(width)
+        del self.body
+        self.embed = nn.Embedding(FEATURES, width)
+        layer = nn.TransformerEncoderLayer(width, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.out = nn.Linear(width, FEATURES, bias=False)
+        self.out.weight = self.embed.weight
+        self.head = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x):
+        tokens = Deep.blind(self.embed.weight * x[..., None])
+        return self.head(self.out(Deep.blind(self.encoder(tokens).mean(1))))
+
+
+def test_attention_and_tied_layers_are_searched_and_stay_tied(tmp_path):
+    module = Tied()
+    trainer(tmp_path, max_epochs=4, limit_val_batches=0).fit(module, loader(384, shuffle=True), loader(seed=1))
+    with torch.no_grad():  # for features that are always zero
+        module.out.weight[:, 0] = 400
+        module.encoder.layers[0].self_attn.in_proj_weight[:, 0] = 400
+    callback = TinyQCallback("w8a8", weights="current", monitor="val_loss", mode="min", max_drop=1e-3, report="full")
+    trainer(tmp_path, callback, max_epochs=0).fit(module, loader(), loader(seed=1))
+    report = json.loads(Path(callback.quantized_path).with_suffix(".json").read_text())
+    linears = [layer for layer in report["layers"] if layer["name"] != "embed"]
+    assert all(layer["output_sqnr_db"] for layer in linears), "attention's projections are measured too"
+    methods = {decision.name: decision.method for decision in callback.plan}
+    given_up = {name for name, method in methods.items() if method == "float"}
+    assert given_up == {"embed", "out", "encoder.layers.0.self_attn.in_proj"}
+    assert next(d.reason for d in callback.plan if d.name == "embed").startswith("tied to out.weight (budget: output")
+    again = TinyQCallback(Path(callback.quantized_path).with_suffix(".yaml"))
+    trainer(tmp_path / "again", again, max_epochs=0).fit(module, loader(), loader(seed=1))
+    assert list(again.plan) == list(callback.plan)
+    assert Path(again.quantized_path).read_bytes() == Path(callback.quantized_path).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["w8a16", "float"])
+def test_a_tied_embedding_follows_its_linear_as_the_written_spec_has_it(method):
+    module = Tied()
+    switched = Swap(module, QuantizationSpec(method="w8a8")).switched({"out": (method, "budget: costs 0.1")})
+    assert list(Swap(module, switched.plan.to_spec()).plan) == list(switched.plan)
+    with switched:
+        assert isinstance(module.out, nn.Linear) == isinstance(module.embed, nn.Embedding) == (method == "float")

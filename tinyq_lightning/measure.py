@@ -149,17 +149,7 @@ class MethodsRun:
     def _within_budget(self, budget: Budget, asked: Measured) -> Measured:
         exceeds = self._lost(budget, asked) > budget.allowed(self._float_value)
         errors = self.layers if exceeds and not self._out_of_time(budget) else {}
-        linear = {name for name, _, _ in asked.swap.pairs()}
-        layers = [
-            Layer(
-                decision.name,
-                decision.method,
-                decision.float_bytes - decision.bytes,
-                errors[decision.name].output_sqnr_db if decision.name in errors else {},
-            )
-            for decision in asked.plan
-            if decision.name in linear
-        ]
+        layers = _layers(asked, errors)
         measured = [asked]
 
         def measure(changes: Changes) -> float:
@@ -204,6 +194,19 @@ def known_mode(budget: Budget, names: Mapping[str, object], higher_is_better: Ma
         )
     mode: Mode = "max" if higher_is_better[monitor] else "min"
     return replace(budget, mode=mode)
+
+
+def _layers(asked: Measured, errors: Mapping[str, LayerError]) -> list[Layer]:
+    """What the search decides on: each Linear, those that share a weight as one."""
+    decisions = {decision.name: decision for decision in asked.plan}
+    ties = asked.swap.ties()
+    layers: dict[str, Layer] = {}
+    for name, _, layer in asked.swap.pairs():
+        if not any(other in layers for other in ties[name]):
+            shared = [decisions[each] for each in (name, *ties[name])]
+            extra = sum(decision.float_bytes - decision.bytes for decision in shared)
+            layers[name] = Layer(name, layer.method, extra, errors[name].output_sqnr_db if name in errors else {})
+    return list(layers.values())
 
 
 def _value(budget: Budget, measured: Measured) -> float:

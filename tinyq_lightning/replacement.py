@@ -152,21 +152,25 @@ class Swap:
         """A swap of the same int8 codes with other methods; nothing is quantized again.
 
         Args:
-            changes: method and reason by the name of a layer that this swap quantizes; ``float`` leaves
-                it alone, and with it those that share its weight. Every other layer as in this swap.
+            changes: method and reason by the name of a Linear that this swap quantizes; ``float`` leaves it
+                alone. What shares its weight follows; every other layer is as in this swap.
         """
-        ties = {site.name: site.tied for site, _ in self._pairs}
-        floats = {name: change for name, change in changes.items() if change[0] == "float"}
-        changes = {**changes, **{other: change for name, change in floats.items() for other in ties[name]}}
         other = copy.copy(self)
         other._pairs = []
+        decisions = {decision.name: decision for decision in self.plan}
         for site, layer in self._pairs:
-            method, _ = changes.get(site.name, ("", ""))
-            if method in LAYERS and isinstance(layer, QuantizedLinear) and method != layer.method:
-                layer = layer.with_method(method)
-            if method != "float":
+            decision = decisions[site.name]
+            source = next((name for name in (site.name, *site.tied) if name in changes), None)
+            if source is not None:
+                method, reason = changes[source]
+                if isinstance(layer, QuantizedEmbedding):  # its reason is the one that its spec resolves to
+                    reason = f"tied to {source}.weight ({reason})" if method == "float" else decision.reason
+                elif method != "float":
+                    layer = layer.with_method(method)
+                decisions[site.name] = decision = _changed(decision, method, reason)
+            if decision.method != "float":
                 other._pairs.append((site, layer))
-        other.plan = Plan(tuple(_changed(decision, changes) for decision in self.plan), self.plan.spec)
+        other.plan = Plan(tuple(decisions.values()), self.plan.spec)
         return other
 
     @contextmanager
@@ -178,6 +182,10 @@ class Swap:
             yield
         finally:
             self.take_out()
+
+    def ties(self) -> dict[str, tuple[str, ...]]:
+        """The names of those that share a weight with a layer, by its name."""
+        return {site.name: site.tied for site, _ in self._pairs}
 
     def pairs(self) -> Iterator[tuple[str, nn.Module, QuantizedLinear]]:
         """Name, float layer and quantized layer of each Linear that this swap replaces."""
@@ -369,10 +377,7 @@ def _make(
     made[decision.name] = decision, layer
 
 
-def _changed(decision: Decision, changes: Mapping[str, tuple[str, str]]) -> Decision:
-    if decision.name not in changes:
-        return decision
-    method, reason = changes[decision.name]
+def _changed(decision: Decision, method: str, reason: str) -> Decision:
     if method == "float":
         return replace(decision, method=method, reason=reason, weight_sqnr_db=None, bytes=decision.float_bytes)
     return replace(decision, method=method, reason=reason)
