@@ -11,6 +11,8 @@ from models import Net, keeper, loader, trainer
 
 from tinyq_lightning import TinyQCallback
 
+collect_ignore = ["scripts"]  # run by tests, in processes of their own
+
 
 @pytest.fixture(autouse=True)
 def _same_start():

@@ -19,7 +19,7 @@ from tinyq_lightning.replacement import state_bytes
 from tinyq_lightning.sites import find_sites
 from tinyq_lightning.weight_math import predicted_sqnr_db
 
-pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")]
 
 many = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
