@@ -76,7 +76,7 @@ def written_commands() -> list[str]:
     """The commands that the README, the format page and the help texts show."""
     pages = [ROOT / "README.md", ROOT / "tinyq_lightning" / "FORMAT.md", ROOT / "tinyq_lightning" / "cli.py"]
     text = "\n".join(page.read_text() for page in pages)
-    return list(dict.fromkeys(re.findall(r"^[ \"$]*(tinyq-lightning [a-z]+ .*?)\"?,?$", text, re.M)))
+    return list(dict.fromkeys(re.findall(r"^[ \"$]*(tinyq-lightning [a-z]+ \S.*?)\"?,?$", text, re.M)))
 
 
 def ready(command: str, folder) -> str:
