@@ -21,7 +21,7 @@ __all__ = ["replace_file"]
 _ENDING = ".tinyq-tmp"
 
 
-def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], None]) -> None:
+def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
     """Put what ``write`` writes at ``path``: killed at any moment, there is the former file or the new one.
 
     A killed process can leave a hidden file that ends in ``.tinyq-tmp``; the next call for the same folder
@@ -50,7 +50,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], None
             fs.rm(temporary)
 
 
-def _replace_local(target: str, write: Callable[[IO[bytes]], None]) -> None:
+def _replace_local(target: str, write: Callable[[IO[bytes]], object]) -> None:
     folder = os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
     _remove_leftovers(folder)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import fsspec
 import yaml
 from lightning.pytorch import Trainer
 
+from tinyq_lightning.durable import replace_file
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.html_report import html_report
 from tinyq_lightning.outcome import Outcome, combined
@@ -50,20 +49,7 @@ def _write(outcome: Outcome, content: dict[str, Any]) -> None:
 
 
 def _write_text(path: str, text: str) -> None:
-    """Whole or not at all, as the checkpoint is."""
-    fs, location = fsspec.core.url_to_fs(path)
-    folder, _, name = location.rpartition("/")
-    temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        with fs.open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        if isinstance(fs, fsspec.implementations.local.LocalFileSystem):
-            os.replace(temporary, location)
-        else:
-            fs.mv(temporary, location)
-    finally:
-        if fs.exists(temporary):
-            fs.rm(temporary)
+    replace_file(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[str, Any]:
