@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tinyq_lightning import w8_a8_forward, w8_a16_forward, w8_a32_forward
-from tinyq_lightning.forward import KERNELS, METHODS, choose_kernel, quantized_linear
+from tinyq_lightning.forward import METHODS, quantized_linear
 from tinyq_lightning.weight_math import dequantize, quantize_per_row
 
 FORWARDS = {"w8a32": w8_a32_forward, "w8a16": w8_a16_forward, "w8a8": w8_a8_forward}
@@ -18,6 +18,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6, torch.float64: 1e-13}
 
 each_method = pytest.mark.parametrize("method", FORWARDS)
+KERNELS = ("reference", "exact")
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
@@ -66,17 +67,10 @@ def test_forward_is_the_formula_in_float64_rounded_to_the_inputs_dtype(method, b
 
 
 @each_method
-def test_int8_kernel_is_the_formula_too(method):
+def test_exact_kernel_is_the_formula_too(method):
     codes, scales, b = layer(columns=300)
     x = normal(7, 300, seed=5)
-    assert_near(run(method, "int8", x, codes, scales, b), formula(method, x, codes, scales, b), 2e-6)
-
-
-@each_method
-def test_auto_kernel_is_the_formula_too(method):
-    codes, scales, b = layer(columns=300)
-    x = normal(7, 300, seed=5)
-    assert_near(run(method, "auto", x, codes, scales, b), formula(method, x, codes, scales, b), 2e-6)
+    assert_near(run(method, "exact", x, codes, scales, b), formula(method, x, codes, scales, b), 2e-6)
 
 
 @each_method
@@ -93,13 +87,6 @@ def test_each_method_holds_activations_more_finely_than_the_next():
     exact = x.double() @ dequantize(codes, scales, torch.float64).T
     error = [(f(x, codes, scales).double() - exact).norm() / exact.norm() for f in FORWARDS.values()]
     assert error[0] < 1e-6 < error[1] < 1e-4 < error[2] < 0.03
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_only_the_int8_kernel_is_int8(kernel):
-    assert choose_kernel(kernel) in ("int8", "reference")
-    if kernel != "auto":
-        assert choose_kernel(kernel) == kernel
 
 
 # --- shapes ---
@@ -289,31 +276,31 @@ def threads():
 @each_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [1, 63, 1024])
-def test_int8_kernel_gives_a_row_the_same_bits_alone_in_any_batch_and_for_1_and_2_threads(
+def test_exact_kernel_gives_a_row_the_same_bits_alone_in_any_batch_and_for_1_and_2_threads(
     method, dtype, columns, threads
 ):
     codes, scales, b = layer(columns, 200)
     x = normal(65, columns, dtype=dtype)
-    whole = run(method, "int8", x, codes, scales, b)
+    whole = run(method, "exact", x, codes, scales, b)
     for count in (1, 2):
         threads(count)
-        assert torch.equal(run(method, "int8", x, codes, scales, b), whole)
+        assert torch.equal(run(method, "exact", x, codes, scales, b), whole)
         for part in (slice(0, 1), slice(7, 9), slice(30, 65), slice(1, 64)):
-            assert torch.equal(run(method, "int8", x[part], codes, scales, b), whole[part])
-        assert torch.equal(run(method, "int8", x[3], codes, scales, b), whole[3])
-        assert torch.equal(run(method, "int8", x.flip(0), codes, scales, b), whole.flip(0))
+            assert torch.equal(run(method, "exact", x[part], codes, scales, b), whole[part])
+        assert torch.equal(run(method, "exact", x[3], codes, scales, b), whole[3])
+        assert torch.equal(run(method, "exact", x.flip(0), codes, scales, b), whole.flip(0))
         assert torch.equal(
-            run(method, "int8", x[:64].view(4, 2, 8, columns), codes, scales, b).flatten(0, 2), whole[:64]
+            run(method, "exact", x[:64].view(4, 2, 8, columns), codes, scales, b).flatten(0, 2), whole[:64]
         )
 
 
 @given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 80), st.integers(1, 9), st.sampled_from([*FORWARDS]))
 @settings(deadline=None, max_examples=150)
-def test_int8_kernel_gives_the_same_bits_row_by_row(seed, rows, columns, outputs, method):
+def test_exact_kernel_gives_the_same_bits_row_by_row(seed, rows, columns, outputs, method):
     codes, scales, b = layer(columns, outputs, seed=seed)
     x = normal(rows, columns, seed=seed) * 2.0 ** torch.arange(rows).remainder(9).sub(4)[:, None]
-    whole = run(method, "int8", x, codes, scales, b)
-    assert torch.equal(whole, torch.stack([run(method, "int8", row, codes, scales, b) for row in x]))
+    whole = run(method, "exact", x, codes, scales, b)
+    assert torch.equal(whole, torch.stack([run(method, "exact", row, codes, scales, b) for row in x]))
 
 
 # --- unusual rows ---

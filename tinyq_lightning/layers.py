@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
-from collections.abc import Callable, MutableMapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import Self
 
-from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
-from tinyq_lightning.forward import METHODS, KernelName, quantized_linear
-from tinyq_lightning.weight_math import dequantize, quantize_per_row
+from tinyq_lightning.errors import ModelError
+from tinyq_lightning.forward import (
+    FORMS,
+    INPUT_DTYPES,
+    METHODS,
+    Choice,
+    KernelName,
+    choose_kernel,
+    packed_linear,
+    quantized_linear,
+)
+from tinyq_lightning.forward.operator import number_layer, packed_layer
+from tinyq_lightning.forward.packed import Seen
+from tinyq_lightning.forward.reference import input_gradient
+from tinyq_lightning.forward.tracing import in_transform, is_exporting, outside_modes
+from tinyq_lightning.int8_weight import Int8Weight
 
 __all__ = [
     "LAYERS",
@@ -27,92 +36,6 @@ __all__ = [
     "W8A32LinearLayer",
     "float_weight",
 ]
-
-# Where codes that several layers share were moved to by the first of them, so that the others follow it.
-_moved: MutableMapping[Tensor, weakref.ref[Tensor]] = WeakTensorKeyDictionary()
-
-
-class Int8Weight(nn.Module):
-    """A matrix held as int8 codes with one float32 scale per row; what quantized layers have in common.
-
-    The buffers ``int8_weights`` ``[rows, columns]`` int8 and ``scales`` ``[rows]`` float32 keep their
-    dtypes under ``.half()``, ``.to(torch.bfloat16)`` and every Lightning precision; :attr:`dtype`
-    follows, and with it the dequantized :attr:`weight`. Layers that share them still do after ``.to``,
-    ``deepcopy`` and pickling.
-    """
-
-    int8_weights: Tensor
-    scales: Tensor
-    dtype: torch.dtype
-
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.register_buffer("int8_weights", torch.zeros(rows, columns, dtype=torch.int8, device=device))
-        self.register_buffer("scales", torch.ones(rows, dtype=torch.float32, device=device))
-
-    def quantize(self, weight: Tensor) -> Self:
-        """Take ``weight`` ``[rows, columns]``, any floating dtype, as this layer's weight, quantized to int8.
-
-        The codes are made on the weight's device. Returns the layer.
-
-        Raises:
-            ModelError: the shape is another, or the weight cannot be quantized.
-        """
-        if weight.shape != self.int8_weights.shape:
-            wanted = list(self.int8_weights.shape)
-            raise ModelError(f"{type(self).__name__} takes a weight of shape {wanted}, got {list(weight.shape)}")
-        with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
-            self.int8_weights, self.scales = quantize_per_row(weight)
-        return self
-
-    def share(self, other: Int8Weight) -> Self:
-        """Take the codes and scales of ``other``: the same memory, not a copy. Returns the layer."""
-        self.int8_weights, self.scales = other.int8_weights, other.scales
-        return self
-
-    def dequantize(self) -> Tensor:
-        """The weight as floats: ``[rows, columns]`` float32 (float64 where the layer's dtype is that)."""
-        work = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return dequantize(self.int8_weights, self.scales, work)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dequantized weight in the layer's dtype, made anew on each read; read only."""
-        return dequantize(self.int8_weights, self.scales, self.dtype)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            raise ReadOnlyWeightError(
-                f"the weight of {type(self).__name__} is a read-only view of its int8 codes: call .quantize(weight) to "
-                "replace it, or assign before quantizing"
-            )
-        super().__setattr__(name, value)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Casts are for the bias and the dequantized view. Codes and scales move, but keep dtype and bits:
-        # a bfloat16 scale alone costs 0.2 % of accuracy, and lets 128 wrap round to -128.
-        kept = {name: getattr(self, name) for name in ("int8_weights", "scales")}
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device)).dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if after is not None and after is not before:
-                self._buffers[name] = _follow(before, after)
-        return self
-
-
-def _follow(before: Tensor, after: Tensor) -> Tensor:
-    """``after``, of the dtype that ``before`` had; or what another layer has made of ``before`` there."""
-    if after.dtype != before.dtype:
-        after = before.to(after.device)
-    if after is before:
-        return after
-    first = _moved[before]() if before in _moved else None
-    if first is not None and first.device == after.device:
-        return first
-    _moved[before] = weakref.ref(after)
-    return after
 
 
 def float_weight(module: nn.Module) -> Tensor:
@@ -161,6 +84,9 @@ class QuantizedLinear(Int8Weight):
         self.in_features = in_features
         self.out_features = out_features
         self.kernel: KernelName = "auto"
+        self._choice: Choice | None = None
+        self._number = number_layer(self)
+        self._parts: dict[tuple[int | None, int | None], tuple[Seen, QuantizedLinear]] = {}
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros, requires_grad=False))
 
@@ -186,22 +112,90 @@ class QuantizedLinear(Int8Weight):
 
     def with_method(self, method: str) -> QuantizedLinear:
         """This layer with its activations held by another method: the same tensors and hooks, not copies."""
-        layer = copy.copy(self)
-        layer.__class__ = LAYERS[method]
+        layer = object.__new__(LAYERS[method])
+        vars(layer).update(vars(self))
+        layer._choice, layer._number, layer._parts = None, number_layer(layer), {}
         return layer
+
+    @property
+    def choice(self) -> Choice:
+        """The kernel that the layer takes for inputs on the CPU, and why."""
+        if self._choice is None:
+            self._choice = choose_kernel(self.kernel, METHODS[self.method], self.out_features, self.in_features)
+        return self._choice
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[..., in]`` → ``[..., out]``, of the dtype that ``nn.Linear`` would give."""
         if input.is_nested:
             return self._forward_nested(input)
-        method = METHODS[self.method]
-        return quantized_linear(method, self.kernel, input, self.int8_weights, self.scales, self.bias)
+        if torch.compiler.is_compiling():
+            return self._forward_traced(input)
+        return self._linear(input, self._parameters["bias"])
 
     def forward_rows(self, input: Tensor, rows: slice) -> Tensor:
         """The part of the output that a slice of the weight's rows gives: ``[..., in]`` → ``[..., rows]``."""
         bias = None if self.bias is None else self.bias[rows]
-        method = METHODS[self.method]
-        return quantized_linear(method, self.kernel, input, self.int8_weights[rows], self.scales[rows], bias)
+        if torch.compiler.is_compiling():
+            return self._formula(input, self._codes_in_graph()[rows], self.scales[rows], bias)
+        return self._part(rows)._linear(input, bias)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of the input ``[..., in]`` from that of the output ``[..., out]``, both float32."""
+        return input_gradient(grad, self.int8_weights, self.scales)
+
+    def _linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        if type(input) is Tensor and input.is_cpu and input.dtype in INPUT_DTYPES and not in_transform():
+            choice = self._choice or self.choice
+            if choice.kernel in FORMS and input.dim() and input.size(-1) == self.in_features:
+                few = choice.few_rows and input.numel() < choice.few_rows * self.in_features
+                form = self.form("float32" if few else choice.kernel)
+                if form is not None:
+                    return packed_linear(METHODS[self.method], form, input, cast(Tensor, self._buffers["scales"]), bias)
+        return self._formula(input, self.int8_weights, self.scales, bias)
+
+    def _formula(self, input: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        kernel: Literal["exact", "reference"] = "exact" if self.kernel == "int8" else "reference"
+        return quantized_linear(METHODS[self.method], kernel, input, codes, scales, bias)
+
+    def _forward_traced(self, input: Tensor) -> Tensor:
+        """One operator in a compiled graph; the formula in an exported one, which runs without this package."""
+        wants_bias = self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled()
+        on_cpu = input.device.type == "cpu" and input.dtype in INPUT_DTYPES
+        if is_exporting() or not on_cpu or wants_bias or not self._packs():
+            return self._formula(input, self._codes_in_graph(), self.scales, self.bias)
+        autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if autocast else input.dtype
+        return packed_layer(input, self._number, self.out_features, dtype)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _packs(self) -> bool:
+        return self.choice.kernel in FORMS
+
+    def _codes_in_graph(self) -> Tensor:
+        codes = self._buffers["int8_weights"]
+        return self._constant_codes() if codes is None else codes
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _constant_codes(self) -> Tensor:
+        with outside_modes():
+            return self.int8_weights
+
+    def _part(self, rows: slice) -> QuantizedLinear:
+        """A layer of some of the rows."""
+        codes, found = self.int8_weights, self._parts.get((rows.start, rows.stop))
+        if found is None or not found[0].is_still(codes):
+            layer = type(self)(self.in_features, len(codes[rows]), bias=False, dtype=self.dtype, device="meta")
+            layer.kernel = self.kernel
+            layer.int8_weights, layer.scales = codes[rows], self.scales[rows]
+            found = self._parts[rows.start, rows.stop] = Seen(codes), layer
+        return found[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_choice": None, "_parts": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = number_layer(self)
 
     def _forward_nested(self, input: Tensor) -> Tensor:
         """One product over the tokens of all sequences."""
@@ -230,6 +224,9 @@ class QuantizedLinear(Int8Weight):
             if not isinstance(value, nn.Parameter):
                 value = nn.Parameter(value.detach(), requires_grad=False)
         super().__setattr__(name, value)
+        if name == "kernel":
+            self._choice = None
+            self._parts = {}
 
 
 class W8A32LinearLayer(QuantizedLinear):

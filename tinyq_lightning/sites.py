@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from tinyq_lightning.attention import QuantizedMultiheadAttention, in_projections, linear_with
+from tinyq_lightning.int8_weight import Int8Weight
 from tinyq_lightning.layers import QuantizedEmbedding, QuantizedLinear
 
 __all__ = ["Attention", "Site", "find_sites", "is_layer"]
@@ -274,6 +275,8 @@ class _Memory:
         self._by_storage: dict[int, list[tuple[nn.Module, str, str, Tensor]]] = defaultdict(list)
         for path, module in model.named_modules():
             path = path.replace("_orig_mod.", "").removesuffix("_orig_mod")
+            if isinstance(module, Int8Weight):
+                module.unpack()
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if _has_memory(tensor):
                     entry = (module, name, f"{path}.{name}".removeprefix("."), tensor)

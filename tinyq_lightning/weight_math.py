@@ -17,6 +17,7 @@ from tinyq_lightning.errors import ModelError
 
 __all__ = [
     "CODE_MAX",
+    "activation_steps",
     "dequantize",
     "predicted_sqnr_db",
     "quantize_per_row",
@@ -151,6 +152,19 @@ def predicted_sqnr_db(weight: Tensor) -> float:
     return 10 * math.log10(signal / noise) if noise else math.inf
 
 
+def activation_steps(x: Tensor, steps: int) -> Tensor:
+    """The size of one step in each row of fixed point: ``max|row| / steps``.
+
+    Args:
+        x: ``[..., in]`` float32 or float64, with at least one feature.
+        steps: largest whole number.
+
+    Returns:
+        ``[..., 1]`` like ``x``, positive; not finite where the row is not.
+    """
+    return x.abs().amax(-1, keepdim=True).div_(steps).clamp_min_(_SMALLEST_SCALE)
+
+
 def quantize_rows_to_steps(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Fixed point, row by row: ``x ≈ whole * scale`` with whole numbers in ``-steps…steps``.
 
@@ -165,5 +179,5 @@ def quantize_rows_to_steps(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         whole: like ``x``, whole numbers held in its floating dtype; NaN where the row is not finite.
         scale: ``[..., 1]`` like ``x``, the size of one step.
     """
-    scale = x.abs().amax(-1, keepdim=True).div_(steps).clamp_min_(_SMALLEST_SCALE)
+    scale = activation_steps(x, steps)
     return torch.div(x, scale).round_(), scale

@@ -1,0 +1,72 @@
+"""Linear layers by int8 products: the activations as fixed point, in int8 digits.
+
+Each row is ``x = step · n`` with whole numbers ``n``, written in balanced base 256: digits of
+-128…127. Then ``x @ qᵀ`` is one int8 product for each digit, summed exactly, and the parts are put together
+by powers of 256. The digits of all rows are stacked, so that the weights are read once. No sum is ever
+rounded on the way, so a row's result does not depend on its batch, nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tinyq_lightning.forward.methods import Method
+from tinyq_lightning.forward.processor import Packed, int8_product
+from tinyq_lightning.weight_math import activation_steps
+
+__all__ = ["fixed_point_product"]
+
+# Half of each digit's range, in every digit: added to a number, it makes its bytes the digits plus 128.
+_OFFSET = {1: 0x80, 2: 0x8080, 3: 0x808080}
+# Added to a float32, it leaves nothing after the point, rounded to even as by `round`, and the number in the low bits.
+_ROUNDING = 1.5 * 2**23
+# With so few rows operators cost more than bytes do.
+_FEW_ROWS = 4
+
+
+def fixed_point_product(method: Method, x: Tensor, packed: Packed, scales: Tensor, zero_points: Tensor) -> Tensor:
+    """``x @ (q * s)ᵀ`` with the activations held in ``method.digits`` int8 digits.
+
+    Args:
+        method: how finely activations are held.
+        x: ``[rows, in]`` float32, contiguous.
+        packed: the codes, from :func:`~tinyq_lightning.forward.processor.pack_int8`.
+        scales: ``[out]`` float32.
+        zero_points: ``[out]`` int32, zeros.
+
+    Returns:
+        ``[rows, out]`` float32. A row with NaN or infinity gives no finite value.
+    """
+    rows, columns = x.shape
+    step = activation_steps(x, method.steps)
+    digits = _digits(x / step, method.digits)
+    parts = int8_product(digits.view(-1, columns), packed, scales, zero_points)
+    if method.digits == 1:
+        return parts.mul_(step)
+    low, *higher = parts.view(method.digits, rows, -1).unbind()
+    for place, part in enumerate(higher, 1):
+        low.add_(part, alpha=256**place)
+    return low.mul_(step)
+
+
+def _digits(numbers: Tensor, count: int) -> Tensor:
+    """The digits of floating ``numbers``, rounded: ``[rows, in]`` float32 → ``[count, rows, in]`` uint8, each plus 128.
+
+    ``numbers`` is overwritten.
+    """
+    if count == 3:  # too large to round by adding
+        whole = numbers.round_().to(torch.int32).add_(_OFFSET[3])
+    else:
+        whole = numbers.add_(_ROUNDING + _OFFSET[count]).view(torch.int32)
+    if count == 1:
+        return whole.to(torch.uint8)
+    rows, columns = whole.shape
+    if rows <= _FEW_ROWS:
+        return whole.view(torch.uint8).view(rows, columns, 4)[..., :count].permute(2, 0, 1).contiguous()
+    digits = torch.empty(count, rows, columns, dtype=torch.uint8)
+    for place in range(count):
+        digits[place].copy_(whole)
+        if place < count - 1:
+            whole.bitwise_right_shift_(8)
+    return digits

@@ -1,0 +1,34 @@
+"""The methods: how finely each holds its activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["METHODS", "Method"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one method holds its activations.
+
+    Attributes:
+        name: as users write it.
+        steps: largest whole number of the activations' fixed point.
+        digits: how many int8 digits of base 256 hold such a number.
+        float_activations: the formula takes the activations as they are.
+    """
+
+    name: str
+    steps: int
+    digits: int
+    float_activations: bool = False
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("w8a32", 127 * 256 * 256, digits=3, float_activations=True),
+        Method("w8a16", 127 * 256, digits=2),
+        Method("w8a8", 127, digits=1),
+    )
+}

@@ -1,0 +1,204 @@
+"""A layer's weights in the form that a kernel multiplies, and the product with them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import MutableMapping
+from typing import ClassVar, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from typing_extensions import override
+
+from tinyq_lightning.forward.choice import Implementation
+from tinyq_lightning.forward.fixed_point import fixed_point_product
+from tinyq_lightning.forward.methods import Method
+from tinyq_lightning.forward.processor import float16_product, pack_float16, pack_int8, unpack_float16, unpack_int8
+from tinyq_lightning.forward.reference import input_gradient
+from tinyq_lightning.weight_math import dequantize, quantize_rows_to_steps
+
+__all__ = ["FORMS", "CodeHolder", "Float32Weights", "Seen", "WeightForm", "weight_form"]
+
+
+class Seen:
+    """A tensor as it was at one moment. Does not keep it alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._ref = TensorWeakRef(tensor)
+        self._version = _version(tensor)
+
+    def tensor(self) -> Tensor | None:
+        """The tensor, while anybody has it."""
+        return cast("Tensor | None", self._ref())
+
+    def is_still(self, tensor: Tensor) -> bool:
+        """Whether this is the tensor, and nothing has been written to it since."""
+        return self._ref() is tensor and _version(tensor) == self._version
+
+    def was_written(self) -> bool:
+        """Whether something has been written to it since, as far as anybody can see."""
+        tensor = self._ref()
+        return tensor is not None and _version(tensor) != self._version
+
+
+def _version(tensor: Tensor) -> int:
+    """Grows with each write to the tensor; -1 where torch does not count them."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class WeightForm(ABC):
+    """Weights ``q * s`` laid out for one kernel, on the CPU.
+
+    Args:
+        codes: ``q``, ``[out, in]`` int8.
+        scales: ``s``, ``[out]`` float32.
+    """
+
+    holds_codes: ClassVar[bool]
+    """Whether the codes can be had back, so that they need not be kept beside."""
+
+    @abstractmethod
+    def __init__(self, codes: Tensor, scales: Tensor) -> None: ...
+
+    @abstractmethod
+    def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
+        """Whether it was made from these, as they are now. No codes stand for those that a form holds itself."""
+
+    @abstractmethod
+    def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ (q * s)ᵀ + bias``: ``[rows, in]`` float32, contiguous → ``[rows, out]`` float32, new memory."""
+
+    @abstractmethod
+    def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
+        """``grad @ (q * s)``, the gradient of ``x``: ``[rows, out]`` float32 → ``[rows, in]`` float32."""
+
+
+class Float32Weights(WeightForm):
+    """A float copy of the weights, ``[out, in]`` float32."""
+
+    holds_codes = False
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        self.weight = dequantize(codes, scales)
+        self._codes, self._codes_version = codes, _version(codes)
+        self._scales, self._scales_version = scales, _version(scales)
+
+    @override
+    def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
+        # Asked on each call of layers so small that a microsecond counts.
+        if codes is not None and not (
+            codes is self._codes and (self._codes_version < 0 or codes._version == self._codes_version)
+        ):
+            return False
+        return scales is self._scales and (self._scales_version < 0 or scales._version == self._scales_version)
+
+    @override
+    def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        if method.float_activations:
+            return nn.functional.linear(x, self.weight, bias)
+        whole, step = quantize_rows_to_steps(x, method.steps)
+        return _scaled(nn.functional.linear(whole, self.weight), step, bias)
+
+    @override
+    def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
+        return grad @ self.weight
+
+
+class CodeHolder(WeightForm):
+    """A form that holds the codes and gives them back: the very tensor, while anybody still has it."""
+
+    holds_codes = True
+
+    @abstractmethod
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        self._codes = Seen(codes)
+
+    @override
+    def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
+        return not self._codes.was_written() if codes is None else self._codes.is_still(codes)
+
+    def gave(self, codes: Tensor) -> bool:
+        """Whether these are the codes that it was made from or has given back, whatever was written to them since."""
+        return self._codes.tensor() is codes
+
+    def codes(self) -> Tensor:
+        """The codes ``[out, in]`` int8."""
+        codes = self._codes.tensor()
+        if codes is None:
+            with torch.inference_mode(False), torch.no_grad():
+                codes = self._unpacked()
+            self._codes = Seen(codes)
+        return codes
+
+    @abstractmethod
+    def _unpacked(self) -> Tensor: ...
+
+    @override
+    def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
+        return input_gradient(grad, self.codes(), scales)
+
+
+class Float16Weights(CodeHolder):
+    """The codes in two bytes each, for activations in float32."""
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__(codes, scales)
+        self._packed = pack_float16(codes)
+
+    @override
+    def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        if method.float_activations:
+            return _scaled(float16_product(x, self._packed), scales, bias)
+        whole, step = quantize_rows_to_steps(x, method.steps)
+        return _scaled(float16_product(whole, self._packed).mul_(scales), step, bias)
+
+    @override
+    def _unpacked(self) -> Tensor:
+        return unpack_float16(self._packed)
+
+
+class Int8Weights(CodeHolder):
+    """The codes in one byte each, for exact products of whole numbers."""
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__(codes, scales)
+        self._packed = pack_int8(codes)
+        self._zero_points = torch.zeros(len(codes), dtype=torch.int32)
+
+    @override
+    def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        out = fixed_point_product(method, x, self._packed, scales, self._zero_points)
+        # Not fused with the multiplication by the step before it: whether that rounds once or twice may depend on
+        # a row's place in its batch.
+        return out if bias is None else out.add_(bias)
+
+    @override
+    def _unpacked(self) -> Tensor:
+        return unpack_int8(self._packed)
+
+
+def _scaled(out: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    return out.mul_(factor) if bias is None else torch.addcmul(bias, out, factor, out=out)
+
+
+FORMS: dict[Implementation, type[WeightForm]] = {
+    "float32": Float32Weights,
+    "float16": Float16Weights,
+    "int8": Int8Weights,
+}
+"""The form of the weights that each kernel takes; the others take the codes as they are."""
+
+# Layers that share codes share what is made of them.
+_made: MutableMapping[Tensor, WeakValueDictionary[str, WeightForm]] = WeakTensorKeyDictionary()
+
+
+def weight_form(kernel: Implementation, codes: Tensor, scales: Tensor) -> WeightForm:
+    """The form that ``kernel`` takes, made from codes ``[out, in]`` int8 and scales ``[out]`` float32 on the CPU."""
+    known = _made.setdefault(codes, WeakValueDictionary())
+    form = known.get(kernel)
+    if form is None or not form.is_of(codes, scales):
+        with torch.inference_mode(False), torch.no_grad():  # can be trained past later
+            form = known[kernel] = FORMS[kernel](codes, scales)
+    return form
