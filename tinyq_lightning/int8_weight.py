@@ -118,9 +118,9 @@ class Int8Weight(nn.Module):
         return {**vars(self), "_buffers": {**self._buffers, "int8_weights": self.int8_weights}, "_forms": {}}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        held = self._buffers["int8_weights"]
-        self._buffers["int8_weights"] = self.int8_weights
+        held, codes = self._buffers["int8_weights"], self.int8_weights
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}int8_weights"] = codes  # not an alias: layers that share them give the same tensor
         self._buffers["int8_weights"] = held
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

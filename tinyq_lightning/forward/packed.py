@@ -99,7 +99,7 @@ class Float32Weights(WeightForm):
         if method.float_activations:
             return nn.functional.linear(x, self.weight, bias)
         whole, step = quantize_rows_to_steps(x, method.steps)
-        return _scaled(nn.functional.linear(whole, self.weight), step, bias)
+        return _plus(nn.functional.linear(whole, self.weight).mul_(step), bias)
 
     @override
     def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
@@ -150,9 +150,9 @@ class Float16Weights(CodeHolder):
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         if method.float_activations:
-            return _scaled(float16_product(x, self._packed), scales, bias)
+            return _plus(float16_product(x, self._packed).mul_(scales), bias)
         whole, step = quantize_rows_to_steps(x, method.steps)
-        return _scaled(float16_product(whole, self._packed).mul_(scales), step, bias)
+        return _plus(float16_product(whole, self._packed).mul_(scales).mul_(step), bias)
 
     @override
     def _unpacked(self) -> Tensor:
@@ -169,18 +169,16 @@ class Int8Weights(CodeHolder):
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        out = fixed_point_product(method, x, self._packed, scales, self._zero_points)
-        # Not fused with the multiplication by the step before it: whether that rounds once or twice may depend on
-        # a row's place in its batch.
-        return out if bias is None else out.add_(bias)
+        return _plus(fixed_point_product(method, x, self._packed, scales, self._zero_points), bias)
 
     @override
     def _unpacked(self) -> Tensor:
         return unpack_int8(self._packed)
 
 
-def _scaled(out: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-    return out.mul_(factor) if bias is None else torch.addcmul(bias, out, factor, out=out)
+def _plus(out: Tensor, bias: Tensor | None) -> Tensor:
+    # Not fused with the multiplication before it: that may round once or twice, by a row's place in its batch.
+    return out if bias is None else out.add_(bias)
 
 
 FORMS: dict[Implementation, type[WeightForm]] = {
