@@ -77,14 +77,32 @@ def with_products(monkeypatch, int8=False, float16=False):
 
 
 @each_method
-def test_with_vnni_small_layers_keep_a_float_copy_middling_ones_for_few_rows_and_large_ones_none(method, monkeypatch):
+def test_with_vnni_layers_take_int8_and_small_ones_a_float_copy_for_few_rows(method, monkeypatch):
     with_products(monkeypatch, int8=True)
     small, middling, large = (choose_kernel("auto", METHODS[method], size, size) for size in (384, 768, 2048))
-    assert small == Choice("float32", "too small for int8 to be faster")
-    assert middling.kernel == "int8"
-    assert middling.few_rows > 1
-    assert f"float32 below {middling.few_rows} rows" in middling.reason
-    assert large == Choice("int8", "the processor has int8 products")
+    assert {small.kernel, middling.kernel, large.kernel} == {"int8"}
+    assert small.few_rows > middling.few_rows > large.few_rows == 0
+    assert f"which pay from {middling.few_rows} rows" in middling.reason
+    assert large.reason == "the processor has int8 products"
+
+
+def test_finer_methods_need_more_rows_for_int8_to_pay(monkeypatch):
+    with_products(monkeypatch, int8=True)
+    rows = [choose_kernel("auto", METHODS[method], 384, 384).few_rows for method in ("w8a32", "w8a16", "w8a8")]
+    assert rows == sorted(rows, reverse=True)
+
+
+@each_method
+def test_a_layer_takes_a_float_copy_below_the_rows_where_int8_pays(method, monkeypatch):
+    with_products(monkeypatch, int8=True)
+    layer = random_layer(method, 300, 400)
+    rows = layer.choice.few_rows
+    layer(normal(rows - 1, 400))
+    assert set(layer._forms) == {"float32"}
+    layer(normal(rows, 400))
+    assert set(layer._forms) == {"int8", "float32"} or set(layer._forms) == {"int8"}
+    out = layer(normal(rows - 1, 400))
+    assert relative_error(out, exact(layer, normal(rows - 1, 400))) < 0.02
 
 
 @each_method
@@ -445,7 +463,7 @@ def test_copies_of_a_packed_layer_have_the_same_bits_and_are_apart(kernel, copie
 
 
 def test_casts_leave_the_weights_packed_and_moves_take_them_along(kernel):
-    layer, codes, x = packed_layer()
+    layer, _, x = packed_layer()
     layer(x)
     layer.bfloat16()
     assert holds_plain_codes(layer) == (kernel == "float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -20,12 +21,13 @@ Implementation = Literal["int8", "float16", "float32", "exact", "reference"]
 LONGEST_SUM = (2**31 - 1) // (127 * 128)
 """Features whose products of digit and code, 128·127 at most each, are sure to fit an int32 sum."""
 
-# Up to so many weights, what is done around a product costs more than a product of int8 or float16 saves. See
-# examples/bench for float16; for int8 these are the figures of a prototype on a processor with AVX512-VNNI.
-_TOO_SMALL: dict[Implementation, int] = {"int8": 384 * 384, "float16": 512 * 512}
-# Up to so many, int8 wins with many rows only: the layer keeps both forms of its weights.
-_FEW_ROWS_UP_TO = 1024 * 1024
-_FEW_ROWS = {"w8a32": 16, "w8a16": 8, "w8a8": 4}
+# What is done around an int8 product costs as much as float32 needs for so many products of a weight and an
+# activation, beyond what the product saves. From the prototypes of this kernel on AVX512-VNNI.
+_INT8_PAYS_FROM = {"w8a32": 11_000_000, "w8a16": 2_800_000, "w8a8": 1_300_000}
+# Layers of more weights take it for any number of rows: reading a quarter of the bytes pays for itself.
+_INT8_ALWAYS_FROM = 1_200_000
+# Up to so many weights float16 is no faster than float32. Measured on AVX2.
+_FLOAT16_PAYS_FROM = 512 * 512
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,15 @@ def choose_kernel(kernel: KernelName, method: Method, out_features: int, in_feat
 def _fastest(method: Method, out_features: int, in_features: int) -> Choice:
     weights = out_features * in_features
     lacking = _lacking_int8(in_features)
-    best: Implementation = "reference" if lacking else "int8"
-    if lacking and has_float16_product():
-        best = "float16"
-    if best in _TOO_SMALL and weights <= _TOO_SMALL[best]:
-        return Choice("float32", f"too small for {best} to be faster")
-    if best == "int8":
-        few = _FEW_ROWS[method.name] if weights <= _FEW_ROWS_UP_TO else 0
-        return Choice("int8", "the processor has int8 products" + (f"; float32 below {few} rows" * bool(few)), few)
-    return Choice(best, lacking)
+    if not lacking:
+        if weights >= _INT8_ALWAYS_FROM:
+            return Choice("int8", "the processor has int8 products")
+        rows = math.ceil(_INT8_PAYS_FROM[method.name] / weights)
+        return Choice("int8", f"the processor has int8 products, which pay from {rows:,} rows", rows)
+    if has_float16_product():
+        small = weights <= _FLOAT16_PAYS_FROM
+        return Choice("float32", "too small for float16 to pay") if small else Choice("float16", lacking)
+    return Choice("reference", lacking)
 
 
 def _lacking_int8(in_features: int) -> str:
