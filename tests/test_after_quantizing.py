@@ -131,7 +131,7 @@ def test_a_model_moves_to_another_device_and_back_to_memory():
     model(words())
 
 
-def test_the_summary_shows_the_layers_and_what_can_be_trained():
+def test_lightnings_own_summary_shows_the_layers_and_what_can_be_trained():
     model = quantized_language()
     model.example_input_array = words()
     summary = ModelSummary(model, max_depth=-1)

@@ -21,12 +21,15 @@ from tinyq_lightning.version import __version__
 if TYPE_CHECKING:
     from tinyq_lightning.callback import TinyQCallback
     from tinyq_lightning.loading import QuantizedCheckpointMixin, load_quantized
+    from tinyq_lightning.model_summary import QuantizedModelSummary, summarize
 
 # Lightning takes seconds to import, so the names that need it are looked up when they are first touched.
 _LIGHTNING_NAMES = {
     "TinyQCallback": "tinyq_lightning.callback",
     "QuantizedCheckpointMixin": "tinyq_lightning.loading",
+    "QuantizedModelSummary": "tinyq_lightning.model_summary",
     "load_quantized": "tinyq_lightning.loading",
+    "summarize": "tinyq_lightning.model_summary",
 }
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "Plan",
     "QuantizationSpec",
     "QuantizedCheckpointMixin",
+    "QuantizedModelSummary",
     "Quantizer",
     "TinyQCallback",
     "TinyQError",
@@ -45,6 +49,7 @@ __all__ = [
     "quantize",
     "quantized",
     "replace_linear_with_target_and_quantize",
+    "summarize",
     "w8_a8_forward",
     "w8_a16_forward",
     "w8_a32_forward",
