@@ -120,7 +120,7 @@ def test_an_error_while_writing_leaves_the_former_file(tmp_path):
         file.write(b"half")
         raise OSError("no space left")
 
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(CheckpointError, match=r"file: the file could not be written: no space left"):
         replace_file(path, fail)
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("file", b"before")]
 

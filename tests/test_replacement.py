@@ -20,7 +20,7 @@ from tinyq_lightning import (
     quantized,
     replace_linear_with_target_and_quantize,
 )
-from tinyq_lightning.errors import ModelError, SpecError
+from tinyq_lightning.errors import CheckpointError, ModelError, SpecError
 from tinyq_lightning.layers import LAYERS, QuantizedLinear
 from tinyq_lightning.replacement import Swap, state_bytes
 from tinyq_lightning.weight_math import quantize_per_row, weight_sqnr_db
@@ -740,6 +740,26 @@ def test_quantizer_saves_a_state_dict_that_loads_bit_equal(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     x = torch.randn(3, 6)
     assert torch.equal(other(x), model(x))
+
+
+def test_quantizer_leaves_the_former_file_where_it_cannot_write(tmp_path):
+    path = tmp_path / "model.pt"
+    quantizer = Quantizer(Net())
+    quantizer.quantize()
+    quantizer.save_model(path)
+    before = path.read_bytes()
+    quantizer.model.register_buffer("odd", torch.zeros(2), persistent=True)
+    quantizer.model._buffers["odd"] = Unsavable()
+    with pytest.raises(CheckpointError, match=r"model\.pt: the file could not be written: no bytes"):
+        quantizer.save_model(path)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        quantizer.save_model(tmp_path)  # a folder
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("model.pt", before)]
+
+
+class Unsavable(torch.Tensor):
+    def __reduce_ex__(self, protocol):
+        raise OSError("no bytes")
 
 
 def test_quantizer_refuses_wrong_arguments_and_changes_nothing():

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from models import CLASSES, FEATURES, Net, keeper, loader, trainer
 from torch import nn
 
-from tinyq_lightning import QuantizationSpec, TinyQCallback
+from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
+from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.html_report import html_report
 
 HERE = Path(__file__).parent
@@ -132,6 +133,15 @@ def test_at_test_time_the_report_is_written_as_well(tmp_path):
     assert report["metrics"] == callback.results
     assert all(layer["output_sqnr_db"]["w8a8"] > 20 for layer in report["layers"])
     assert report["seconds_per_batch"]["float"] > 0
+
+
+def test_a_report_that_cannot_be_written_says_so_and_leaves_the_checkpoint(tmp_path):
+    (tmp_path / "q.html").mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"(?s)report is not whole, the quantized checkpoint stands: .*q\.html: .*safe"
+    ):
+        fit(tmp_path, TinyQCallback(filename="q"))
+    assert load_quantized(tmp_path / "q.ckpt", Net)
 
 
 def test_the_yaml_says_why_for_each_layer_and_is_a_spec(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,7 +13,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from tinyq_lightning.arguments import with_arguments
 from tinyq_lightning.budget import Search
-from tinyq_lightning.checkpoint import check_folder, make_checkpoint, quantized_path, save_checkpoint
+from tinyq_lightning.checkpoint import (
+    check_folder,
+    make_checkpoint,
+    quantized_path,
+    write_checkpoint,
+    write_on_rank_zero,
+)
 from tinyq_lightning.errors import EvaluationError, SpecError, TinyQError
 from tinyq_lightning.evaluation import Results, numbers, refuse_sharding, why_never_validated, why_no_validation
 from tinyq_lightning.float_weights import FloatWeights, check_monitor, choose_float_weights, tested_weights
@@ -278,7 +285,7 @@ class TinyQCallback(Callback):
         content = make_checkpoint(
             source.base, module.state_dict(), plan, outcome.results_as(plan.label), source.sha256, loop
         )
-        save_checkpoint(trainer, content, path)
+        write_on_rank_zero(trainer, partial(write_checkpoint, content, path))
         self.quantized_paths[outcome.name] = path
         if source.path is None:
             rank_zero_info(f"TinyQ: {source.note}; the quantized checkpoint is {path}")

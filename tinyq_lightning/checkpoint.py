@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -33,10 +33,10 @@ __all__ = [
     "make_checkpoint",
     "quantized_path",
     "read_checkpoint",
-    "save_checkpoint",
     "stem_of",
     "without_training_entries",
     "write_checkpoint",
+    "write_on_rank_zero",
 ]
 
 FORMAT_VERSION = 1
@@ -161,11 +161,8 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
         CheckpointError: it could not be written; what was there before is untouched.
     """
     before = _existing(path)
-    try:
-        # an open file, not a name: torch.save puts names into the file, and with them their bytes
-        replace_file(path, partial(torch.save, content))
-    except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
-        raise CheckpointError(f"{path}: the quantized checkpoint could not be written: {error}") from error
+    # an open file, not a name: torch.save puts names into the file, and with them their bytes
+    replace_file(path, partial(torch.save, content))
     if before is not None and before["float_sha256"] != content["tinyq"]["float_sha256"]:
         warnings.warn(f"{path}: a quantized checkpoint of another float checkpoint was replaced", stacklevel=2)
 
@@ -186,16 +183,16 @@ def _existing(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
         ) from error
 
 
-def save_checkpoint(trainer: Trainer, content: Mapping[str, Any], path: str) -> None:
-    """Write a checkpoint on rank 0, and have every rank know whether that went well.
+def write_on_rank_zero(trainer: Trainer, write: Callable[[], object]) -> None:
+    """Call ``write`` on rank 0, and have every rank know whether that went well.
 
     Raises:
-        CheckpointError: on every rank, where rank 0 could not write it.
+        CheckpointError: on every rank, where ``write`` raised one.
     """
     failure: str | None = None
     if trainer.is_global_zero:
         try:
-            write_checkpoint(content, path)
+            write()
         except CheckpointError as error:
             failure = str(error)
     failure = trainer.strategy.broadcast(failure)

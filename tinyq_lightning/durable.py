@@ -9,7 +9,10 @@ from contextlib import contextmanager, suppress
 from typing import IO
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+
+from tinyq_lightning.errors import CheckpointError
 
 try:
     import fcntl
@@ -32,12 +35,19 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], obje
         write: fills the open file.
 
     Raises:
-        OSError: it could not be written; what was there before is untouched.
+        CheckpointError: it could not be written; what was there before is untouched.
     """
     fs, location = fsspec.core.url_to_fs(os.fspath(path))
-    if isinstance(fs, LocalFileSystem):
-        _replace_local(os.path.realpath(location), write)
-        return
+    try:
+        if isinstance(fs, LocalFileSystem):
+            _replace_local(os.path.realpath(location), write)
+        else:
+            _replace_remote(fs, location, write)
+    except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
+        raise CheckpointError(f"{path}: the file could not be written: {error}") from error
+
+
+def _replace_remote(fs: AbstractFileSystem, location: str, write: Callable[[IO[bytes]], object]) -> None:
     folder = fs._parent(location)
     temporary = f"{folder}/{_temporary_name()}"
     fs.makedirs(folder, exist_ok=True)

@@ -12,11 +12,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tinyq_lightning.durable import replace_file
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.forward import KernelName
 from tinyq_lightning.layers import LAYERS, QuantizedEmbedding, QuantizedLinear, float_weight
@@ -270,14 +272,18 @@ class Quantizer:
         return self.quantized_model
 
     def save_model(self, path: str | os.PathLike[str]) -> None:
-        """Write the quantized model's ``state_dict`` to ``path`` with ``torch.save``.
+        """Write the quantized model's ``state_dict`` to ``path`` as ``torch.save`` does, whole or not at all.
+
+        Args:
+            path: local, or a URL that fsspec knows. Folders are made, a file that is there is replaced.
 
         Raises:
             ModelError: :meth:`quantize` has not been called.
+            CheckpointError: it could not be written; what was there before is untouched.
         """
         if self.quantized_model is None:
             raise ModelError("there is no quantized model to save yet: call quantize() first")
-        torch.save(self.quantized_model.state_dict(), path)
+        replace_file(path, partial(torch.save, self.quantized_model.state_dict()))
 
 
 def replace_linear_with_target_and_quantize(

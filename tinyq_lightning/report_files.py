@@ -7,11 +7,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
 
+from tinyq_lightning.checkpoint import write_on_rank_zero
 from tinyq_lightning.durable import replace_file
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.html_report import html_report
@@ -27,25 +29,20 @@ def write_report(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     Raises:
         CheckpointError: on every rank, where a file could not be written; the checkpoints stand.
     """
-    failure: str | None = None
-    if trainer.is_global_zero:
-        try:
-            for outcome in outcomes:
-                if outcome.quantized_path is not None:
-                    _write(outcome, report_content(outcome, outcomes))
-        except OSError as error:
-            failure = f"the report could not be written: {error}; the quantized checkpoint stands"
-    failure = trainer.strategy.broadcast(failure)
-    if failure is not None:
-        raise CheckpointError(failure)
+    write_on_rank_zero(trainer, partial(_write, outcomes))
 
 
-def _write(outcome: Outcome, content: dict[str, Any]) -> None:
-    stem = str(outcome.quantized_path).removesuffix(".ckpt")
-    resolved = resolved_yaml(outcome)
-    _write_text(f"{stem}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    _write_text(f"{stem}.yaml", resolved)
-    _write_text(f"{stem}.html", html_report(content, resolved))
+def _write(outcomes: Sequence[Outcome]) -> None:
+    try:
+        for outcome in outcomes:
+            if outcome.quantized_path is not None:
+                stem, content = outcome.quantized_path.removesuffix(".ckpt"), report_content(outcome, outcomes)
+                resolved = resolved_yaml(outcome)
+                _write_text(f"{stem}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+                _write_text(f"{stem}.yaml", resolved)
+                _write_text(f"{stem}.html", html_report(content, resolved))
+    except CheckpointError as error:
+        raise CheckpointError(f"the report is not whole, the quantized checkpoint stands: {error}") from error
 
 
 def _write_text(path: str, text: str) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,14 +58,7 @@ def write_safetensors(content: Mapping[str, Any], path: str | os.PathLike[str]) 
         "state_dict_metadata": json.dumps(_encoded(getattr(content["state_dict"], "_metadata", None), {}, {})),
     }
     data = save(tensors, metadata)
-
-    def write(file: IO[bytes]) -> None:
-        file.write(data)
-
-    try:
-        replace_file(path, write)
-    except OSError as error:
-        raise CheckpointError(f"{path}: it could not be written: {error}") from error
+    replace_file(path, lambda file: file.write(data))
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
