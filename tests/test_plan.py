@@ -305,7 +305,7 @@ def test_a_pattern_far_from_every_layer_gets_the_list_of_layers():
 
 
 def test_a_pattern_for_what_is_no_linear_says_what_that_is():
-    with pytest.raises(SpecError, match=r"'embed' is an? Embedding, which is never quantized"):
+    with pytest.raises(SpecError, match=r"'embed' is there, but is never quantized: its type is Embedding\."):
         resolve(spec(exclude=["embed"]), Net())
 
 

@@ -259,7 +259,7 @@ def subclassed():
         (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "w8a32", "spec"),
         (lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), "w8a32", "spec"),
         (sparse, "float", "its weight is sparse_coo"),
-        (subclassed, "float", "its weight is a OtherTensor"),
+        (subclassed, "float", "its weight has the type OtherTensor"),
         (lambda: nn.Linear(4, 4).requires_grad_(False), "w8a32", "spec"),
         (lambda: nn.Linear(4, 4).bfloat16(), "w8a32", "spec"),
         (lambda: nn.Linear(4, 4).half(), "w8a32", "spec"),

@@ -169,7 +169,7 @@ def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site]) -> str:
     other = next(((n, m) for n, m in model.named_modules() if n and pattern_matches(pattern, n)), None)
     below = sorted({n for n, _ in model.named_modules() if n.split(".")[-1] == pattern and "." in n})
     if other and not any(name.startswith(other[0] + ".") for name in names):
-        hint = f" {other[0]!r} is a {type(other[1]).__name__}, which is never quantized."
+        hint = f" {other[0]!r} is there, but is never quantized: its type is {type(other[1]).__name__}."
     elif below and any(name.startswith(below[0] + ".") for name in names):
         hint = f" To cover {below[0]!r} and the like, write '*.{pattern}'."
     else:

@@ -81,7 +81,8 @@ class Reader:
         if value is None:
             return []
         if not isinstance(value, list | tuple):
-            self.fail(f"{key} must be a list, not {shown(value)}", key)
+            cure = f": write [{value}]" if isinstance(value, str) else ""
+            self.fail(f"{key} must be a list, not {shown(value)}{cure}", key)
         return list(value)
 
 

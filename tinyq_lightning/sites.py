@@ -222,7 +222,7 @@ def _why_closed(module: nn.MultiheadAttention) -> str | None:
     if why := _why_own_way(module, nn.MultiheadAttention):
         return why
     if not isinstance(module.out_proj, nn.Linear):
-        return f"its out_proj is a {type(module.out_proj).__name__}"
+        return f"its out_proj has the type {type(module.out_proj).__name__}"
     held = {*module._modules, *module._buffers, *module._parameters}
     if more := sorted(held - _HELD_BY_ATTENTION):
         return f"it holds {', '.join(more)} besides what nn.MultiheadAttention does"
@@ -264,7 +264,7 @@ def _why_float(module: nn.Module, base: Any) -> str | None:
         ]
         return "its weight is computed by " + (f"the hook {type(named[0]).__name__}" if named else "a hook")
     if type(weight) is not nn.Parameter:
-        return f"its weight is a {type(weight).__name__}"
+        return f"its weight has the type {type(weight).__name__}"
     return None if weight.layout == torch.strided else f"its weight is {str(weight.layout).removeprefix('torch.')}"
 
 
