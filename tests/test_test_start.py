@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import seed_everything
 from models import Net, NetOfHooks, keeper, loader, trainer
 
-from tinyq_lightning import TinyQCallback, load_quantized
+from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
 from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
 from tinyq_lightning.layers import QuantizedLinear
 
@@ -58,9 +58,41 @@ def test_several_dataloaders_and_several_callbacks(tmp_path):
         int8 = separately_tested(tmp_path, load_quantized(callback.quantized_path, Net), *loaders)
         assert {name: values["float"] for name, values in callback.results.items()} == floats
         assert {name: values[method] for name, values in callback.results.items()} == int8
-        assert f"tinyq/test_acc/dataloader_idx_1/{method}" in returned
+        for name, value in int8.items():
+            assert returned[f"tinyq/{name}/{method}"] == pytest.approx(value)
+            delta = "delta" if method == "w8a32" else f"delta/{method}"
+            assert returned[f"tinyq/{name}/{delta}"] == pytest.approx(value - floats[name], abs=1e-6)
     assert returned["test_acc/dataloader_idx_0"] == callbacks[0].results["test_acc/dataloader_idx_0"]["w8a32"]
     assert not any(isinstance(each, QuantizedLinear) for each in module.modules())
+
+
+@pytest.mark.parametrize("argument", [{"weights": "last"}, {"weights": "best"}, {"monitor": "val_acc"}])
+def test_an_argument_that_a_test_run_does_not_look_at_is_refused_by_name(argument):
+    ((name, value),) = argument.items()
+    with pytest.raises(
+        SpecError, match=f"argument: {name}='{value}' chooses weights at the end of a fit.*leave {name}"
+    ):
+        TinyQCallback("w8a32", when="test_start", **argument)
+
+
+def test_a_spec_that_a_test_run_does_not_look_at_is_refused_by_line_and_one_for_fits_may_be_used_again(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("method: w8a32\nwhen: test_start\nweights: last\n")
+    with pytest.raises(SpecError, match=r"spec\.yaml:3 \(weights\): weights='last' chooses"):
+        TinyQCallback(str(path))
+    path.write_text("method: w8a32\nweights: last\n")
+    assert TinyQCallback(str(path), when="test_start").spec.weights == "last"
+    assert TinyQCallback(QuantizationSpec.from_dict({"when": "test_start"})).spec.when == "test_start"
+
+
+def test_callbacks_of_one_method_have_keys_of_their_own(tmp_path):
+    path, callbacks = trained(tmp_path), [quiet("w8a8"), quiet("w8a8", exclude=["body"])]
+    for _ in range(2):
+        run = trainer(tmp_path, *callbacks)
+        (returned,) = run.test(Net(), loader(seed=2), ckpt_path=path, verbose=False, weights_only=True)
+        for callback, name in zip(callbacks, ("w8a8", "w8a8-v1"), strict=True):
+            assert returned[f"tinyq/test_loss/{name}"] == pytest.approx(callback.results["test_loss"][name])
+        assert returned["tinyq/size_mb/w8a8"] < returned["tinyq/size_mb/w8a8-v1"]
 
 
 def test_the_module_is_float_again_and_trains(tmp_path):

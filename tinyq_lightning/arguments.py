@@ -43,7 +43,22 @@ def with_arguments(
         raise SpecError("mode belongs to a budget: give max_drop as well, or leave it out")
     result = replace(QuantizationSpec.from_dict(content), origin=spec.origin)
     _refuse_contradictions(result)
+    if result.when == "test_start":
+        _refuse_idle(spec, {**_given(keys), **limits})
     return result
+
+
+def _refuse_idle(spec: QuantizationSpec, given: Mapping[str, Any]) -> None:
+    """Refuse what only the end of a fit looks at, in a callback that acts at the start of a test."""
+    idle = {name: given[name] for name in ("weights", "monitor") if name in given}
+    if spec.when == "test_start" and spec.weights != "best":  # a spec that is written whole has the default
+        idle.setdefault("weights", spec.weights)
+    for name, value in idle.items():
+        where = "argument" if name in given else spec.origin.where(name)
+        raise SpecError(
+            f"{where}: {name}={value!r} chooses weights at the end of a fit, and with when='test_start' those tested "
+            f"are quantized: leave {name} out, and give Trainer.test the checkpoint as ckpt_path"
+        )
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
