@@ -333,6 +333,43 @@ def test_a_metric_that_is_not_logged_is_named_before_training_with_those_that_ar
     assert run.global_step == 0
 
 
+class LogsLater(Net):
+    """Logs nothing, or but the loss, in the sanity check."""
+
+    def __init__(self, in_sanity_check=()):
+        super().__init__()
+        self.in_sanity_check = in_sanity_check
+
+    def log(self, name, *args, **kwargs):
+        if not self.trainer.sanity_checking or name in self.in_sanity_check:
+            super().log(name, *args, **kwargs)
+
+    def validation_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        self.val_acc(logits, batch[1])
+        self.log("val_acc", self.val_acc)
+        self.log("val_loss", nn.functional.cross_entropy(logits, batch[1]))
+
+
+def test_a_sanity_check_in_which_nothing_is_logged_refuses_nothing(tmp_path):
+    callback = TinyQCallback("w8a8", monitor="val_acc", max_drop=0.1, report=False)
+    trainer(tmp_path, keeper(tmp_path), callback).fit(LogsLater(), loader(), loader(seed=1))
+    assert callback.search.met
+
+
+def test_a_metric_that_the_sanity_check_lacks_is_refused_with_the_cure(tmp_path):
+    def run(**settings):
+        callback = TinyQCallback("w8a8", monitor="val_acc", max_drop=0.1, report=False)
+        trainer(tmp_path, keeper(tmp_path), callback, **settings).fit(
+            LogsLater(in_sanity_check=["val_loss"]), loader(), loader(seed=1)
+        )
+        return callback
+
+    with pytest.raises(SpecError, match=r"It logs: val_loss\. This was the sanity check.*num_sanity_val_steps=0"):
+        run()
+    assert run(num_sanity_val_steps=0).search.met
+
+
 def test_without_a_sanity_check_a_metric_that_is_not_logged_leaves_the_training_safe(tmp_path):
     callback = TinyQCallback("w8a8", monitor="val_ac", max_drop=0.1)
     run = trainer(tmp_path, keeper(tmp_path), callback, num_sanity_val_steps=0)

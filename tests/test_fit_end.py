@@ -346,6 +346,26 @@ def test_two_callbacks_in_one_run_leave_a_file_each(tmp_path):
     assert {"tinyq/val_acc/w8a32", "tinyq/val_acc/w8a8"} <= set(run.callback_metrics)
 
 
+def test_callbacks_of_one_method_have_keys_of_their_own_in_every_fit(tmp_path):
+    callbacks = [quiet("w8a32"), quiet("w8a32", exclude=["head"]), quiet(["w8a32", "w8a8"]), quiet(when="test_start")]
+    run, module = fit(tmp_path, *callbacks)
+    for _ in range(2):
+        names = [list(callback.plans) for callback in callbacks]
+        assert names == [["w8a32"], ["w8a32-v1"], ["w8a32-v2", "w8a8"], []]
+        logged = {name: value.item() for name, value in run.callback_metrics.items()}
+        for callback in callbacks[:3]:
+            for name, plan in callback.plans.items():
+                assert logged[f"tinyq/val_loss/{name}"] == pytest.approx(callback.results["val_loss"][name])
+                quantized = sum(decision.method != "float" for decision in plan)
+                assert logged[f"tinyq/size_mb/{name}"] < logged["tinyq/size_mb/float"]
+                assert quantized == (2 if name == "w8a32-v1" else 3)
+        assert logged["tinyq/val_loss/delta"] == pytest.approx(callbacks[0].results["val_loss"]["delta"])
+        assert logged["tinyq/val_loss/delta/w8a32-v1"] == pytest.approx(callbacks[1].results["val_loss"]["delta"])
+        assert callbacks[1].quantized_paths.keys() == {"w8a32-v1"}
+        run.fit_loop.max_epochs += 1
+        run.fit(module, loader(shuffle=True), loader(seed=1))
+
+
 def test_dirpath_filename_and_save_false(tmp_path):
     named = quiet("w8a32", dirpath=tmp_path / "deep" / "er", filename="small")
     unsaved = quiet("w8a16", save=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -37,6 +38,7 @@ from tinyq_lightning.validation_watch import directions
 __all__ = ["TinyQCallback"]
 
 _AGAIN = "TinyQCallback(..., when='test_start') with Trainer.test(model, ckpt_path=...) quantizes a float checkpoint."
+_ONLY_LATER = ". This was the sanity check: where the metric is logged only after it, set num_sanity_val_steps=0"
 
 
 class TinyQCallback(Callback):
@@ -116,6 +118,7 @@ class TinyQCallback(Callback):
         self.save, self.report = save, report
         self._start: QuantizedStart | None = None
         self._runs: list[TestRun] = []
+        self._earlier: list[TinyQCallback] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -134,6 +137,8 @@ class TinyQCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; from here on ``ckpt_path`` may be a quantized file."""
         refuse_sharding(trainer)
+        earlier = takewhile(lambda each: each is not self, _ours(trainer))
+        self._earlier = [each for each in earlier if each.spec.when == self.spec.when]
         self._start = QuantizedStart(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -152,8 +157,9 @@ class TinyQCallback(Callback):
         """The first validation, which is the sanity check before training, shows whether the budget fits the metric."""
         budget, logged = self.spec.budget, trainer.callback_metrics
         fits = trainer.state.fn == TrainerFn.FITTING and self.spec.when == "fit_end"
-        if budget and fits and (trainer.sanity_checking or budget.monitor in logged):
-            known_mode(budget, logged, directions(trainer))
+        sanity = trainer.sanity_checking and logged  # one that logs nothing tells nothing of the loops to come
+        if budget and fits and (sanity or budget.monitor in logged):
+            known_mode(budget, logged, directions(trainer), _ONLY_LATER if sanity else "")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize, evaluate float and int8, save, log, report; leave everything as it was."""
@@ -181,7 +187,7 @@ class TinyQCallback(Callback):
                 outcomes.append(outcome)
         if run.why_not:
             rank_zero_warn(f"TinyQ: quantized without a comparison: {run.why_not}")
-        log_outcomes(trainer, outcomes)
+        log_outcomes(trainer, outcomes, alone=not self._earlier)
         self._tell(trainer, outcomes)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,7 +222,7 @@ class TinyQCallback(Callback):
 
     def _log_results(self, run: TestRun) -> None:
         if run is self._runs[-1]:
-            run.log(log_entries([self._outcome_of_test(each) for each in self._runs]))
+            run.log(log_entries([self._outcome_of_test(each) for each in self._runs], alone=not self._earlier))
 
     def _outcome_of_test(self, run: TestRun, source: FloatWeights | None = None) -> Outcome:
         return outcome_of_test(run, self._name(run.swap.plan), self._runs[0].layers, source)
@@ -269,8 +275,19 @@ class TinyQCallback(Callback):
         return self._start is not None and self._start.label is not None
 
     def _name(self, plan: Plan) -> str:
-        """Of a method's figures: among several methods, what was asked for tells them apart."""
+        """Of a method's figures; versioned, as a file's name is, where an earlier callback of the run has it."""
+        label = self._label(plan)
+        version = self._labels_before().count(label)
+        return f"{label}-v{version}" if version else label
+
+    def _label(self, plan: Plan) -> str:
+        """Among several methods, what was asked for tells them apart."""
         return plan.spec.method if self.spec.methods else plan.label
+
+    def _labels_before(self) -> list[str]:
+        """Of all that the callbacks before this one quantize in the same run."""
+        plans = ((each, [*each.plans.values(), *(run.swap.plan for run in each._runs)]) for each in self._earlier)
+        return [each._label(plan) for each, theirs in plans for plan in theirs]
 
     def _save(
         self, trainer: Trainer, module: LightningModule, source: FloatWeights, outcome: Outcome, loop: str

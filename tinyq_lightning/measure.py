@@ -170,13 +170,16 @@ class MethodsRun:
         return replace(measured[found.chosen], swap=asked.swap.switched(reasons), search=found)
 
 
-def known_mode(budget: Budget, names: Mapping[str, object], higher_is_better: Mapping[str, bool]) -> Budget:
+def known_mode(
+    budget: Budget, names: Mapping[str, object], higher_is_better: Mapping[str, bool], advice: str = ""
+) -> Budget:
     """The budget with its mode, from the logged metrics.
 
     Args:
         budget: as the spec has it.
         names: what was logged, by name.
         higher_is_better: by metric, where the logged torchmetrics object tells.
+        advice: what the error about a metric that was not logged ends with.
 
     Raises:
         SpecError: the metric was not logged, or nothing tells which way it is better.
@@ -184,7 +187,9 @@ def known_mode(budget: Budget, names: Mapping[str, object], higher_is_better: Ma
     monitor = budget.monitor
     if monitor not in names:
         logged = ", ".join(sorted(name for name in names if not name.startswith("tinyq/"))) or "nothing"
-        raise SpecError(f"budget: validation logs no metric {monitor!r}.{nearest(monitor, names)} It logs: {logged}")
+        raise SpecError(
+            f"budget: validation logs no metric {monitor!r}.{nearest(monitor, names)} It logs: {logged}{advice}"
+        )
     if budget.mode is not None:
         return budget
     if monitor not in higher_is_better:

@@ -117,8 +117,10 @@ def _renamed(results: Results, label: str, name: str) -> Results:
 
 def combined(outcomes: Sequence[Outcome]) -> Results:
     """Results of one method as they are; of several, side by side, with a ``delta/<method>`` for each."""
-    if len(outcomes) == 1:
-        return outcomes[0].results
+    return outcomes[0].results if len(outcomes) == 1 else _beside_one_another(outcomes)
+
+
+def _beside_one_another(outcomes: Sequence[Outcome]) -> Results:
     together: Results = {}
     for outcome in outcomes:
         for metric, values in outcome.results.items():
@@ -127,13 +129,17 @@ def combined(outcomes: Sequence[Outcome]) -> Results:
     return together
 
 
-def log_entries(outcomes: Sequence[Outcome]) -> dict[str, float]:
+def log_entries(outcomes: Sequence[Outcome], alone: bool = True) -> dict[str, float]:
     """The entries for loggers: ``tinyq/<metric>/float``, ``…/<method>``, ``…/delta``, ``tinyq/size_mb/…``.
 
     Several methods have ``…/delta/<method>`` each. Sizes are megabytes of 10⁶ bytes of the state dict's
     tensors.
+
+    Args:
+        outcomes: of one callback.
+        alone: whether no other callback of the run has logged a ``…/delta``.
     """
-    values = combined(outcomes)
+    values = combined(outcomes) if alone else _beside_one_another(outcomes)
     entries = {f"tinyq/{metric}/{key}": value for metric, row in values.items() for key, value in row.items()}
     sizes = {"float": outcomes[0].float_bytes} | {outcome.name: outcome.bytes for outcome in outcomes}
     return entries | {f"tinyq/size_mb/{key}": size / 1e6 for key, size in sizes.items()}

@@ -130,9 +130,9 @@ def _print_table(table: Table) -> None:
     print(table.text())
 
 
-def log_outcomes(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
+def log_outcomes(trainer: Trainer, outcomes: Sequence[Outcome], alone: bool) -> None:
     """Put the entries into every logger, ``callback_metrics`` and ``logged_metrics``, after a fit."""
-    entries = log_entries(outcomes)
+    entries = log_entries(outcomes, alone)
     tensors = {name: torch.tensor(value) for name, value in entries.items()}
     trainer.callback_metrics.update(tensors)
     trainer.logged_metrics.update(tensors)
