@@ -119,6 +119,7 @@ def test_the_plan_is_the_same_each_time_and_its_bytes_are_those_of_the_state_dic
     before = state_bytes(model.state_dict())
     done = quantize(model, spec)
     assert [(d.name, d.method, d.reason) for d in done] == [(d.name, d.method, d.reason) for d in plan]
+    assert all(d.bytes <= d.float_bytes for d in done)
     saved = sum(d.float_bytes - d.bytes for d in done)
     assert state_bytes(model.state_dict()) == before - saved
 

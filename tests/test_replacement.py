@@ -482,11 +482,13 @@ def trees(draw, depth=3):
 @settings(deadline=None, max_examples=100)
 def test_any_tree_is_replaced_whole_and_restored_whole(model, method):
     before = snapshot(model)
-    paths = {name: id(m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    paths = {name: id(m) for name, m in linears.items()}
     with quantized(model, method) as plan:
         assert {name for d in plan for name in (d.name, *d.aliases)} == set(paths)
         now = dict(model.named_modules(remove_duplicate=False))
-        assert all(type(now[name]) is LAYERS[method] for name in paths)
+        for name, linear in linears.items():
+            assert now[name] is linear if linear.in_features == 1 else type(now[name]) is LAYERS[method]
         for one, same in paths.items():  # shared before, shared now
             assert all((now[one] is now[other]) == (same == paths[other]) for other in paths)
     assert_untouched(model, before)
@@ -652,6 +654,21 @@ def test_a_root_linear_that_cannot_be_replaced_is_refused_with_the_reason():
     nn.init.constant_(linear.weight, torch.nan)
     with pytest.raises(ModelError, match="4 of 4"):
         replace_linear_with_target_and_quantize(linear, W8A32LinearLayer, [])
+
+
+def test_layers_that_int8_makes_no_smaller_are_replaced_too_and_left_by_quantize():
+    def narrow():
+        return nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 2))
+
+    for target in (W8A16LinearLayer, Foreign):
+        model = replace_linear_with_target_and_quantize(narrow(), target, [])
+        assert [type(layer) for layer in model] == [target, target]
+    assert type(replace_linear_with_target_and_quantize(nn.Linear(1, 3), W8A8LinearLayer, [])) is W8A8LinearLayer
+    model = narrow()
+    quantizer = Quantizer(model)
+    quantizer.quantize()
+    assert [type(layer) for layer in model] == [nn.Linear, W8A32LinearLayer]
+    assert [decision.bytes for decision in quantizer.plan] == [4 * 3 + 4 * 3, 2 * 3 + 4 * 2 + 4 * 2]
 
 
 def test_excluded_names_are_leaf_names_and_patterns():

@@ -207,6 +207,18 @@ class OnlyBuiltOtherwise(nn.Linear):
         nn.init.ones_(self.weight)
 
 
+def test_a_tied_weight_that_int8_makes_no_smaller_stays_one_float():
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 1), "head": nn.Linear(1, 9), "plain": nn.Linear(4, 4)})
+    model["head"].weight = model["embed"].weight
+    plan = quantize(model)
+    assert [(d.name, d.method) for d in plan] == [("embed", "float"), ("head", "float"), ("plain", "w8a32")]
+    assert {d.reason for d in plan if d.method == "float"} == {
+        "int8 is no smaller: 1 + 4 bytes a row, 4 as float",
+        "tied to head.weight (int8 is no smaller: 1 + 4 bytes a row, 4 as float)",
+    }
+    assert model["head"].weight is model["embed"].weight
+
+
 class OwnForward(nn.Linear):
     def forward(self, x):
         return super().forward(x) + 1
@@ -261,11 +273,14 @@ def subclassed():
         (sparse, "float", "its weight is sparse_coo"),
         (subclassed, "float", "its weight has the type OtherTensor"),
         (lambda: nn.Linear(4, 4).requires_grad_(False), "w8a32", "spec"),
-        (lambda: nn.Linear(4, 4).bfloat16(), "w8a32", "spec"),
-        (lambda: nn.Linear(4, 4).half(), "w8a32", "spec"),
+        (lambda: nn.Linear(5, 4).bfloat16(), "w8a32", "spec"),
+        (lambda: nn.Linear(5, 4).half(), "w8a32", "spec"),
         (lambda: nn.Linear(4, 4).double(), "w8a32", "spec"),
         (lambda: W8A32LinearLayer(4, 4), "w8a32", "already quantized"),
-        (lambda: nn.Linear(1, 1), "w8a32", "spec"),
+        (lambda: nn.Linear(1, 1), "float", "int8 is no smaller: 1 + 4 bytes a row, 4 as float"),
+        (lambda: nn.Linear(4, 9).half(), "float", "int8 is no smaller: 4 + 4 bytes a row, 8 as float"),
+        (lambda: nn.Linear(2, 1), "w8a32", "spec"),
+        (lambda: nn.Linear(1, 3).double(), "w8a32", "spec"),
         (lambda: torch.compile(nn.Linear(4, 4), backend="eager"), "w8a32", "spec"),
     ],
     ids=lambda each: getattr(each, "__name__", None),
@@ -275,7 +290,7 @@ def test_each_kind_of_linear_has_a_decision_and_works_on(make, method, reason):
     dtype = next((p.dtype for p in model["layer"].parameters()), torch.float32)
     layer, wanted = model.eval()["layer"], None
     x = torch.randn(3, getattr(layer, "_orig_mod", layer).in_features, dtype=dtype)
-    if not reason.startswith("its weight is a") and reason != "its weight is sparse_coo":
+    if not reason.startswith("its weight has") and reason != "its weight is sparse_coo":
         wanted = layer(x)
     plan = {d.name: d for d in quantize(model)}
     assert (plan["layer"].method, plan["layer"].reason) == (method, reason)

@@ -16,12 +16,14 @@ from torch.nn.parameter import UninitializedParameter
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers import Int8Weight, QuantizedEmbedding, QuantizedLinear, float_weight
 from tinyq_lightning.reading import nearest
-from tinyq_lightning.sites import Site, find_sites
+from tinyq_lightning.sites import Layer, Site, find_sites
 from tinyq_lightning.spec import QuantizationSpec, Rule, pattern_matches
 from tinyq_lightning.table import Table, format_bytes
 from tinyq_lightning.weight_math import count_non_finite
 
-__all__ = ["Decision", "Plan", "Present", "check_patterns", "resolve"]
+__all__ = ["Decision", "Plan", "Present", "check_patterns", "resolve", "why_left_float"]
+
+_SCALE_BYTES = 4  # one float32 a row
 
 
 @dataclass(frozen=True)
@@ -200,13 +202,29 @@ def _wanted(spec: QuantizationSpec, names: Sequence[str]) -> tuple[str, str]:
     return rule.method, rule.reason or f"rule {index + 1}"
 
 
-def resolve(spec: QuantizationSpec, model: nn.Module, present: Present = nullcontext) -> Plan:
+def why_left_float(site: Site) -> str | None:
+    """Why a layer stays float whatever the spec says: it cannot be replaced, or a file would not shrink by it."""
+    if site.why_float or isinstance(site.module._parameters.get("weight"), UninitializedParameter):
+        return site.why_float
+    columns, size = _shape(site.module)[1], _dtype(site.module).itemsize
+    if columns + _SCALE_BYTES < columns * size:
+        return None
+    return f"int8 is no smaller: {columns} + {_SCALE_BYTES} bytes a row, {columns * size} as float"
+
+
+def resolve(
+    spec: QuantizationSpec,
+    model: nn.Module,
+    present: Present = nullcontext,
+    why_left: Callable[[Site], str | None] = why_left_float,
+) -> Plan:
     """One decision for every Linear layer of ``model`` and every embedding tied to one; nothing is changed.
 
     Args:
         spec: what was asked for.
         model: any module with ``nn.Linear`` somewhere below it.
         present: gives a block in which the weights of a layer have their values, where the model is without.
+        why_left: why a layer stays float whatever the spec says; None where it need not.
 
     Raises:
         ModelError: a layer that would be quantized has no values yet or, unless the spec says
@@ -220,7 +238,7 @@ def resolve(spec: QuantizationSpec, model: nn.Module, present: Present = nullcon
         )
     check_patterns(spec, model)
     sites = {site.name: site for site in find_sites(model)}
-    made = {name: _structural(spec, site, sites) for name, site in sites.items()}
+    made = {name: _structural(spec, site, sites, why_left) for name, site in sites.items()}
     refused, checked = [], set[str]()
     for name, site in sites.items():
         if checked.isdisjoint(site.tied) and all(made[each][0] != "float" for each in (name, *site.tied)):
@@ -248,38 +266,46 @@ def resolve(spec: QuantizationSpec, model: nn.Module, present: Present = nullcon
     return Plan(tuple(decisions.values()), spec)
 
 
-def _structural(spec: QuantizationSpec, site: Site, sites: Mapping[str, Site]) -> tuple[str, str]:
+def _structural(
+    spec: QuantizationSpec, site: Site, sites: Mapping[str, Site], why_left: Callable[[Site], str | None]
+) -> tuple[str, str]:
     """Method and reason by the spec and by what the layer is, without its values and its ties."""
     method, reason = _wanted(spec, site.names)
     if isinstance(site.module, QuantizedLinear):
         return site.module.method, "already quantized"
     if site.is_embedding:
         linears = [sites[name] for name in site.tied if not sites[name].is_embedding]
-        theirs = [(linear.name, *_structural(spec, linear, sites)) for linear in linears]
+        theirs = [(linear.name, *_structural(spec, linear, sites, why_left)) for linear in linears]
         if isinstance(site.module, QuantizedEmbedding):
             return (theirs[0][1] if theirs else method), "already quantized"
         if reason == "spec":  # nothing names it, so it is what the Linear is
             name, method, why = next((each for each in theirs if each[1] != "float"), theirs[0])
             reason = f"tied to {name}.weight" + (f" ({why})" if method == "float" else "")
-    if method != "float" and site.why_float:
-        return "float", site.why_float
+    if method != "float" and (left := why_left(site)):
+        return "float", left
     if method != "float" and isinstance(site.module._parameters.get("weight"), UninitializedParameter):
         raise ModelError(f"{site.name}: this LazyLinear has no weight yet: run one batch through the model first")
     return method, reason
 
 
 def _decision(site: Site, method: str, reason: str, tied_to: str | None) -> Decision:
-    module = site.module
-    if isinstance(module, nn.Linear | QuantizedLinear):
-        rows, columns, bias = module.out_features, module.in_features, module.bias
-    else:
-        rows, columns, bias = module.num_embeddings, module.embedding_dim, None
+    rows, columns = _shape(site.module)
+    bias = site.module.bias if isinstance(site.module, nn.Linear | QuantizedLinear) else None
     extra = 0 if bias is None or isinstance(bias, UninitializedParameter) else bias.numel() * bias.element_size()
-    dtype = module.dtype if isinstance(module, Int8Weight) else float_weight(module).dtype
-    float_bytes = extra + (rows * columns * dtype.itemsize if tied_to is None else 0)
-    quantized = extra + (rows * columns + 4 * rows if tied_to is None else 0)
+    float_bytes = extra + (rows * columns * _dtype(site.module).itemsize if tied_to is None else 0)
+    quantized = extra + (rows * (columns + _SCALE_BYTES) if tied_to is None else 0)
     now = float_bytes if method == "float" else quantized
     return Decision(site.name, method, reason, None, float_bytes, now, site.names[1:], tied_to)
+
+
+def _shape(layer: Layer) -> tuple[int, int]:
+    if isinstance(layer, nn.Embedding | QuantizedEmbedding):
+        return layer.num_embeddings, layer.embedding_dim
+    return layer.out_features, layer.in_features
+
+
+def _dtype(layer: Layer) -> torch.dtype:
+    return layer.dtype if isinstance(layer, Int8Weight) else float_weight(layer).dtype
 
 
 def _check_values(site: Site) -> int:

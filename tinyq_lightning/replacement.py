@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -291,6 +292,8 @@ def replace_linear_with_target_and_quantize(
 ) -> nn.Module:
     """Replace every ``nn.Linear`` below ``module`` by a ``target_class``, its weight quantized, its bias kept.
 
+    Unlike :func:`quantize` also those that int8 does not make smaller: a target class may have other reasons.
+
     Args:
         module: where to begin; where it is an ``nn.Linear`` itself, the layer that replaces it is returned.
         target_class: one of this package's layers, or any class built as ``(in_features, out_features,
@@ -317,22 +320,22 @@ def replace_linear_with_target_and_quantize(
         container = nn.Sequential(module)
         replace_linear_with_target_and_quantize(container, target_class, [])
         if container[0] is module:
-            why = next(iter(resolve(QuantizationSpec(), container))).reason
+            why = find_sites(container)[0].why_float or f"a {target_class.__name__} can stand for an nn.Linear only"
             raise ModelError(f"the module is a {type(module).__name__} that cannot be replaced: {why}")
         return container[0]
     method = target_class.method if ours else "w8a32"  # type: ignore[attr-defined]
     spec = QuantizationSpec.from_dict({"method": method, "exclude": exclude})
-    sites = find_sites(module)
+    sites, plan = find_sites(module), resolve(spec, module, why_left=attrgetter("why_float"))
     layers: list[nn.Module | None]
     if ours:
         made = _Made()
-        for site, decision in zip(sites, resolve(spec, module), strict=True):
+        for site, decision in zip(sites, plan, strict=True):
             _make(site, decision, spec.kernel, {method: target_class}, made)  # type: ignore[dict-item]
         layers = [layer for _, layer in made.values()]
     else:
         layers = [
             _target_layer(site, target_class) if decision.method != "float" and _is_plain(site) else None
-            for site, decision in zip(sites, resolve(spec, module), strict=True)
+            for site, decision in zip(sites, plan, strict=True)
         ]
     for site, layer in zip(sites, layers, strict=True):
         if layer is not None:
