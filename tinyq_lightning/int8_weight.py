@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.forward import CodeHolder, Implementation, WeightForm, weight_form
+from tinyq_lightning.read_only import read_only
 from tinyq_lightning.weight_math import dequantize, quantize_per_row
 
 __all__ = ["Int8Weight"]
@@ -110,8 +111,8 @@ class Int8Weight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight in the layer's dtype, made anew on each read; read only."""
-        return dequantize(self.int8_weights, self.scales, self.dtype)
+        """The dequantized weight in the layer's dtype, made anew on each read; in-place methods are errors."""
+        return read_only(dequantize(self.int8_weights, self.scales, self.dtype))
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles have the plain codes, and pack them for themselves.

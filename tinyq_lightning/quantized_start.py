@@ -65,7 +65,7 @@ class QuantizedStart:
             with torch.no_grad():
                 if parametrize.is_parametrized(linear, "weight"):
                     with suppress(NotImplementedError):  # a parametrization that has no inverse
-                        linear.weight = layer.weight
+                        linear.weight = layer.dequantize().to(layer.dtype)
                 else:
                     linear.weight.data.copy_(layer.dequantize())
                 if isinstance(bias := getattr(linear, "bias", None), nn.Parameter):
