@@ -14,7 +14,7 @@ from test_after_quantizing import Adapted, Language, words
 from torch import nn
 
 from tinyq_lightning import QuantizedModelSummary, model_summary, quantize, summarize
-from tinyq_lightning.layers import Int8Weight
+from tinyq_lightning.int8_weight import Int8Weight
 
 
 class Adapter(Net):
@@ -49,6 +49,15 @@ def test_a_float_module_has_the_summary_that_lightning_gives_it():
     model = Language()
     model.example_input_array = words()
     assert str(summarize(model, max_depth=2)) == str(lightnings(model, max_depth=2))
+
+
+def test_flops_are_those_of_the_float_module():
+    model = Net()
+    model.example_input_array = torch.randn(5, 8)
+    before = lightnings(model)
+    quantize(model)
+    model(torch.randn(3, 8))  # from here on the weights may be packed
+    assert summarize(model).total_flops == before.total_flops > 0
 
 
 def test_the_size_is_a_byte_a_weight_four_a_scale_and_the_rest_as_it_is():
