@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from tinyq_lightning.archive import Archive
+from tinyq_lightning.construction import import_class
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.loading import import_class
 from tinyq_lightning.plan import Present
 from tinyq_lightning.table import format_bytes
 

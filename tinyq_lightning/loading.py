@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar, overload
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.parsing import AttributeDict
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from omegaconf import OmegaConf
 from torch import nn
 
 from tinyq_lightning.checkpoint import check_digests, check_format, is_quantized, read_checkpoint
+from tinyq_lightning.construction import build, import_class
 from tinyq_lightning.errors import CheckpointError, ModelError, TrainerError
 from tinyq_lightning.forward import KernelName
 from tinyq_lightning.layers import LAYERS, Int8Weight, QuantizedEmbedding, float_weight
-from tinyq_lightning.plain import restore_config
 from tinyq_lightning.sites import Site, find_sites
 from tinyq_lightning.weightless import take_values, without_weights
 
 __all__ = [
     "QuantizedCheckpointMixin",
-    "build",
-    "import_class",
     "load_quantized",
     "prepare_structure",
     "refuse_resuming",
 ]
 
-Kind = TypeVar("Kind")
 Module = TypeVar("Module", bound=LightningModule)
 
 
@@ -268,74 +260,3 @@ def _device(map_location: Any) -> torch.device:
     if isinstance(map_location, Mapping):
         map_location = map_location.get("cpu")
     return torch.device("cpu" if map_location is None else map_location)
-
-
-def import_class(path: str, base: type[Kind]) -> type[Kind]:
-    """The class at ``package.module:Class``; ``package.module.Class`` does as well.
-
-    Raises:
-        ModelError: there is none, or it is not a ``base``.
-    """
-    module_name, colon, name = path.partition(":")
-    if not colon:
-        module_name, _, name = path.rpartition(".")
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ModelError(f"{path!r} cannot be imported: {error}. Write it as package.module:Class") from error
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise ModelError(f"{path!r} is not a {base.__name__}")
-    return found
-
-
-def build(module_class: type[Module], content: Mapping[str, Any], init_args: Mapping[str, Any]) -> Module:
-    """An instance from the stored hyper-parameters, by the rules of Lightning's ``load_from_checkpoint``.
-
-    Args:
-        module_class: the class.
-        content: of a checkpoint, float or quantized.
-        init_args: arguments over the stored ones.
-
-    Raises:
-        TypeError: the arguments are not those of the class.
-        CheckpointError: the checkpoint names another class than the one given.
-    """
-    stored = dict(content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-    for name, kind in content.get("tinyq", {}).get("configs", {}).items():
-        stored[name] = restore_config(kind, stored[name])
-    by_cli = stored.pop("_instantiator", None) is not None
-    takes = inspect.signature(module_class.__init__).parameters
-    whole = content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_NAME)
-    if isinstance(whole, str) and whole in takes and takes[whole].kind is not inspect.Parameter.VAR_KEYWORD:
-        is_config = content.get(LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE) is not None
-        stored = {whole: OmegaConf.create(stored) if is_config else AttributeDict(stored)}
-    arguments = stored | dict(init_args)
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values()):
-        arguments = {name: value for name, value in arguments.items() if name in takes or name == "_class_path"}
-        unknown = set(init_args) - set(takes)
-        if unknown:
-            raise TypeError(f"it takes no argument {', '.join(sorted(unknown))}")
-    if by_cli:  # LightningCLI stores the objects it built as class_path and init_args
-        from lightning.pytorch.cli import instantiate_module
-
-        _refuse_other_class(arguments.get("_class_path"), module_class)
-        module = instantiate_module(module_class, arguments)
-    else:
-        arguments.pop("_class_path", None)
-        module = module_class(**arguments)
-    if is_overridden("configure_model", module):
-        module.configure_model()
-    return module
-
-
-def _refuse_other_class(class_path: str | None, module_class: type[LightningModule]) -> None:
-    """A file does not decide what is imported: the class it names must be there already, and a fitting one."""
-    module_name, _, name = (class_path or "").rpartition(".")
-    found = getattr(sys.modules.get(module_name), name, None)
-    if class_path is not None and not (isinstance(found, type) and issubclass(found, module_class)):
-        raise CheckpointError(
-            f"the checkpoint was made from {class_path}, which is no {module_class.__name__} that has been imported: "
-            "import it, or give that class"
-        )

@@ -12,8 +12,9 @@ from tinyq_lightning.archive import Archive
 from tinyq_lightning.benchmark import Timing, example_input, time_layers, time_model
 from tinyq_lightning.checkpoint import check_format, is_quantized, read_checkpoint
 from tinyq_lightning.command import Answer, file_size, model_class
+from tinyq_lightning.construction import build, import_class
 from tinyq_lightning.errors import EvaluationError
-from tinyq_lightning.loading import build, import_class, load_quantized
+from tinyq_lightning.loading import load_quantized
 from tinyq_lightning.replacement import state_bytes
 from tinyq_lightning.stream import FloatFile
 from tinyq_lightning.table import format_bytes, format_table

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from tinyq_lightning.archive import Archive
 from tinyq_lightning.checkpoint import file_sha256, is_quantized, make_checkpoint, without_training_entries
+from tinyq_lightning.construction import build
 from tinyq_lightning.errors import CheckpointError
-from tinyq_lightning.loading import QuantizedCheckpointMixin, build
+from tinyq_lightning.loading import QuantizedCheckpointMixin
 from tinyq_lightning.plan import Present
 from tinyq_lightning.replacement import quantize_by_layer
 from tinyq_lightning.sites import find_sites
