@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -13,8 +12,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from tinyq_lightning.attention import QuantizedMultiheadAttention, in_projections, linear_with
-from tinyq_lightning.int8_weight import Int8Weight
 from tinyq_lightning.layers import QuantizedEmbedding, QuantizedLinear
+from tinyq_lightning.memory_map import MemoryMap
 
 __all__ = ["Attention", "Site", "find_sites", "is_layer"]
 
@@ -268,50 +267,9 @@ def _why_float(module: nn.Module, base: Any) -> str | None:
     return None if weight.layout == torch.strided else f"its weight is {str(weight.layout).removeprefix('torch.')}"
 
 
-class _Memory:
-    """Which parameters and buffers of a model have which memory."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._by_storage: dict[int, list[tuple[nn.Module, str, str, Tensor]]] = defaultdict(list)
-        for path, module in model.named_modules():
-            path = path.replace("_orig_mod.", "").removesuffix("_orig_mod")
-            if isinstance(module, Int8Weight):
-                module.unpack()
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if _has_memory(tensor):
-                    entry = (module, name, f"{path}.{name}".removeprefix("."), tensor)
-                    self._by_storage[tensor.untyped_storage()._cdata].append(entry)
-
-    def holders(self, tensor: Tensor) -> Iterator[tuple[nn.Module, str, str, bool]]:
-        """Each (module, attribute, dotted path) with some of its memory, and whether it is the very same elements."""
-        if _has_memory(tensor):
-            start, end = _extent(tensor)
-            for module, name, path, other in self._by_storage[tensor.untyped_storage()._cdata]:
-                first, last = _extent(other)
-                if first < end and start < last:
-                    yield module, name, path, _layout(other) == _layout(tensor)
-
-
-def _has_memory(tensor: Tensor | None) -> TypeGuard[Tensor]:
-    if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
-        return False
-    return tensor.layout == torch.strided and tensor.numel() > 0
-
-
-def _layout(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First byte in its storage, and the one after the last."""
-    start = tensor.storage_offset()
-    last = start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(start) * tensor.element_size(), int(last + 1) * tensor.element_size()
-
-
 def _with_ties(sites: list[Site], model: nn.Module, embeddings: Collection[str]) -> list[Site]:
     """The sites with their ties, without the embeddings that have none."""
-    memory = _Memory(model)
+    memory = MemoryMap(model)
     by_parameter = {(id(site.parameter[0]), site.parameter[1]): site for site in sites}
     tied = []
     for site in sites:
