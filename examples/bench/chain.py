@@ -5,7 +5,8 @@ import copy
 
 import torch
 from contenders import BFLOAT16, build
-from timing import compare, show, summary
+from summary import show, summary
+from timing import compare
 from torch import nn
 
 from tinyq_lightning.table import Table
@@ -15,6 +16,8 @@ LAYERS = 6
 
 def measure(args: argparse.Namespace) -> list[dict]:
     names, cells = [name for name in args.contenders if name not in BFLOAT16], []
+    if args.quick:
+        names = names[:2]  # compiling takes seconds for each
     for width in (64,) if args.quick else (768, 2048):
         network = nn.Sequential(*(module for _ in range(LAYERS) for module in (nn.Linear(width, width), nn.ReLU())))
         networks, failed = build(names, network)
@@ -25,7 +28,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
             for mode in ("eager", "compiled"):
                 torch.compiler.reset()
                 runs = networks if mode == "eager" else {name: torch.compile(net) for name, net in networks.items()}
-                here = compare({name: lambda net=net: net(x) for name, net in runs.items()}, wanted, {}, args)
+                calls = {name: lambda net=net, x=x: net(x) for name, net in runs.items()}
+                here = compare(calls, wanted, {}, args)
                 column = f"{width} wide, {rows} row{'s' * (rows > 1)}, {mode}"
                 show(column, here)
                 place = {"part": "chain", "column": column, "width": width, "rows": rows, "mode": mode}

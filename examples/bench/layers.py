@@ -9,7 +9,8 @@ import argparse
 
 import torch
 from contenders import BFLOAT16, METHODS, OVER, build
-from timing import compare, show, summary
+from summary import show, summary
+from timing import compare
 from torch import Tensor, nn
 
 from tinyq_lightning.table import Table

@@ -13,14 +13,11 @@ INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 def describe() -> dict[str, str]:
     """Processor, its instructions as torch uses them, how busy it was, and the versions of all that is timed."""
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.13 and later
-    if not known:
-        vnni = "unknown"
-    else:
-        vnni = ", ".join(name for name in INT8_INSTRUCTIONS if known.get(name)) or "no"
+    vnni = ", ".join(name for name in INT8_INSTRUCTIONS if known.get(name)) or "no"
     return {
         "processor": known.get("cpu_name") or platform.processor() or platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "VNNI": vnni,
+        "VNNI": vnni if known else "unknown",
         "cores": str(os.cpu_count()),
         "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
         "python": platform.python_version(),

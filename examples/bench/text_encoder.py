@@ -5,9 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from contenders import METHODS, build
-from timing import compare, show, summary
+from summary import show, summary
+from timing import compare
 
 from tinyq_lightning.table import Table
 
@@ -30,7 +30,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     cells = [{"part": "text_encoder", **cell} for cell in failed]
     for batch, tokens in SHAPES[: 1 if args.quick else None]:
         ids = words[: batch * tokens].view(batch, tokens)
-        calls = {name: lambda net=net: net(input_ids=ids).last_hidden_state for name, net in networks.items()}
+        calls = {name: lambda net=net, ids=ids: net(input_ids=ids).last_hidden_state for name, net in networks.items()}
         here = compare(calls, dict.fromkeys(networks, calls["float32"]().double()), {}, args)
         column = f"{batch} × {tokens}"
         show(f"MiniLM {column}", here)

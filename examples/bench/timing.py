@@ -1,15 +1,11 @@
 """Calls that take turns, so that a machine's moods meet all of them, and what their times say."""
 
 import argparse
-import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
-
-from tinyq_lightning.table import Table
 
 
 def rounds(calls: Mapping[str, Callable[[], object]], seconds: float, count: int) -> dict[str, list[float]]:
@@ -62,30 +58,3 @@ def compare(
             ratios = [other / own for other, own in zip(taken[base], times, strict=True)]
             cells[name] |= {"over": base, "ratio": statistics.median(ratios), "spread": spread(ratios)}
     return list(cells.values())
-
-
-def show(place: str, cells: Sequence[dict]) -> None:
-    """One line of progress, on standard error."""
-    figures = (f"{cell['contender']} {cell['ratio']:.2f}" for cell in cells if "ratio" in cell)
-    print(place, *figures, sep="  ", file=sys.stderr, flush=True)
-
-
-def summary(cells: Sequence[dict]) -> Table:
-    """Contenders × columns: geometric mean (worst … best) of the ratios; last, median spread and median error."""
-    done = [cell for cell in cells if "ratio" in cell]
-    columns = list(dict.fromkeys(cell["column"] for cell in done))
-    rows = []
-    for name in dict.fromkeys(cell["contender"] for cell in done):
-        own = [cell for cell in done if cell["contender"] == name]
-        means = (_mean([cell["ratio"] for cell in own if cell["column"] == column]) for column in columns)
-        middle = {key: statistics.median(cell[key] for cell in own) for key in ("spread", "error")}
-        rows.append([name, *means, f"±{middle['spread']:.0%}", f"{middle['error']:.1e}"])
-    return Table(["", *columns, "spread", "error"], rows)
-
-
-def _mean(ratios: Sequence[float]) -> str:
-    if not ratios:
-        return "–"
-    low, high = min(ratios), max(ratios)
-    mean = math.exp(statistics.fmean(map(math.log, ratios)))
-    return f"{mean:.2f} ({low:.2f} … {high:.2f})" if low < high else f"{mean:.2f}"
