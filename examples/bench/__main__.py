@@ -8,18 +8,18 @@ text_encoder  a pretrained one, as ``examples/real_models`` installs it
 memory        what quantizing and a quantized model take
 quantizing    GB/s of float32 weights, beside memcpy
 
-Speeds are float32 time / time in one process, above 1 is faster than float: medians of rounds in which all take
-turns. The spread is half the distance between the quartiles of the rounds: on a machine with other work to do it
-tells which figures to believe. Tables go to standard output, progress to standard error.
-Peers come with ``pip install '.[bench]'``; those that are missing, or cannot run a shape, are named at the end.
+Speeds are float32 time / time, above 1 is faster: medians of rounds in which all take turns. The spread, half the
+distance between the rounds' quartiles, tells which figures to believe. Peers come with ``pip install '.[bench]'``.
 """
 
 import argparse
 import importlib
 import json
 import logging
+import os
 import sys
 import warnings
+from collections import Counter
 
 import torch
 from contenders import BUILDS, OVER
@@ -51,6 +51,12 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    with open(args.json or os.devnull, "w") as file:  # not when all is measured: the path may be wrong
+        json.dump(measure(args), file, indent=1)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Every figure, printed in tables as it is had."""
     warnings.filterwarnings("ignore")  # of peers, about their own code
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
@@ -59,18 +65,15 @@ def main() -> None:
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ", end="\n\n")
     for name in args.parts:
         part = importlib.import_module(name)
-        with torch.inference_mode():
-            found = part.measure(args)
+        found = part.measure(args)
         cells += found
         if any("failed" not in cell for cell in found):
             title, table = part.table(found)
             print(title, table.markdown() if args.markdown else table.text(), sep="\n\n", end="\n\n", flush=True)
-    failed = {(cell["contender"], cell["failed"]): None for cell in cells if "failed" in cell}
-    for contender, why in failed:
-        print(f"skipped: {contender}: {why}", file=sys.stderr)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": machine, "cells": cells}, file, indent=1)
+    failed = Counter((cell["contender"], cell["failed"]) for cell in cells if "failed" in cell)
+    for (contender, why), times in failed.items():
+        print(f"skipped, {times}×: {contender}: {why}", file=sys.stderr)
+    return {"machine": machine, "cells": cells}
 
 
 if __name__ == "__main__":

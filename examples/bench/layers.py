@@ -33,6 +33,7 @@ def exact_weight(name: str, network: nn.Module, linear: nn.Linear) -> Tensor:
     return (weight / scale).round() * scale
 
 
+@torch.inference_mode()
 def measure(args: argparse.Namespace) -> list[dict]:
     cells = []
     for threads in args.threads:

@@ -12,7 +12,7 @@ INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 def describe() -> dict[str, str]:
     """Processor, its instructions as torch uses them, how busy it was, and the versions of all that is timed."""
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # torch 2.13 and later
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # older torch has none
     vnni = ", ".join(name for name in INT8_INSTRUCTIONS if known.get(name)) or "no"
     return {
         "processor": known.get("cpu_name") or platform.processor() or platform.machine(),

@@ -19,7 +19,7 @@ LAYERS = 4
 def measure(args: argparse.Namespace) -> list[dict]:
     width = 256 if args.quick else 4096
     network = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(LAYERS)))
-    weights = [layer.weight for layer in network]
+    weights = [layer.weight.detach() for layer in network]
     copies = [torch.empty_like(weight).fill_(1) for weight in weights]  # pages that are there already
     taken: dict[str, list[float]] = {}
     threads = torch.get_num_threads()

@@ -3,6 +3,7 @@
 import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from tinyq_lightning.table import Table
@@ -15,21 +16,26 @@ def show(place: str, cells: Sequence[dict]) -> None:
 
 
 def summary(cells: Sequence[dict]) -> Table:
-    """Contenders × columns: geometric mean (worst … best) of the ratios; last, median spread and median error."""
+    """Contenders × columns: geometric mean (worst … best) of the ratios; last, median spread and median error.
+
+    A contender that could not run all cells of a column is not comparable there: how many it ran is told.
+    """
     done = [cell for cell in cells if "ratio" in cell]
     columns = list(dict.fromkeys(cell["column"] for cell in done))
+    most = Counter(cell["column"] for cell in done if cell["contender"] == "float32")
     rows = []
     for name in dict.fromkeys(cell["contender"] for cell in done):
         own = [cell for cell in done if cell["contender"] == name]
-        means = (_mean([cell["ratio"] for cell in own if cell["column"] == column]) for column in columns)
+        means = [_mean([cell["ratio"] for cell in own if cell["column"] == column], most[column]) for column in columns]
         middle = {key: statistics.median(cell[key] for cell in own) for key in ("spread", "error")}
         rows.append([name, *means, f"±{middle['spread']:.0%}", f"{middle['error']:.1e}"])
     return Table(["", *columns, "spread", "error"], rows)
 
 
-def _mean(ratios: Sequence[float]) -> str:
+def _mean(ratios: Sequence[float], most: int) -> str:
     if not ratios:
         return "–"
     low, high = min(ratios), max(ratios)
     mean = math.exp(statistics.fmean(map(math.log, ratios)))
-    return f"{mean:.2f} ({low:.2f} … {high:.2f})" if low < high else f"{mean:.2f}"
+    shown = f"{mean:.2f} ({low:.2f} … {high:.2f})" if low < high else f"{mean:.2f}"
+    return shown if len(ratios) == most else f"{shown} in {len(ratios)} of {most}"

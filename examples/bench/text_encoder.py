@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from contenders import METHODS, build
 from summary import show, summary
 from timing import compare
@@ -15,6 +16,7 @@ CONTENDERS = ("float32", *METHODS, "torch-w8a8")
 SHAPES = [(1, 16), (1, 128), (32, 64)]  # batch, tokens
 
 
+@torch.inference_mode()
 def measure(args: argparse.Namespace) -> list[dict]:
     sys.path.append(str(Path(__file__).parents[1] / "real_models"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
