@@ -5,7 +5,7 @@ import copy
 
 import torch
 import torch._dynamo.config
-from contenders import BFLOAT16, build
+from contenders import BFLOAT16, build, kernels
 from summary import show, summary
 from timing import compare
 from torch import nn
@@ -33,7 +33,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
                 torch.compiler.reset()
                 runs = networks if mode == "eager" else {name: torch.compile(net) for name, net in networks.items()}
                 calls = {name: lambda net=net, x=x: net(x) for name, net in runs.items()}
-                here = compare(calls, wanted, {}, args)
+                here = compare(calls, wanted, {}, args, {name: kernels(net, rows) for name, net in networks.items()})
                 column = f"{width} wide, {rows} row{'s' * (rows > 1)}, {mode}"
                 show(column, here)
                 place = {"part": "chain", "column": column, "width": width, "rows": rows, "mode": mode}

@@ -8,6 +8,7 @@ import peers
 from torch import nn
 
 from tinyq_lightning import quantize
+from tinyq_lightning.layers import QuantizedLinear
 
 METHODS = ("w8a32", "w8a16", "w8a8")
 
@@ -47,3 +48,9 @@ def build(names: Sequence[str], network: nn.Module) -> tuple[dict[str, nn.Module
         except Exception as failure:
             failed.append({"contender": name, "failed": f"{type(failure).__name__}: {failure}".splitlines()[0]})
     return made, failed
+
+
+def kernels(network: nn.Module, rows: int) -> str:
+    """What the quantized layers of a network compute ``rows`` rows with; empty where none is this project's."""
+    choices = [layer.choice for layer in network.modules() if isinstance(layer, QuantizedLinear)]
+    return ", ".join(sorted({"float32" if rows < choice.few_rows else choice.kernel for choice in choices}))

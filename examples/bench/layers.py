@@ -8,7 +8,7 @@ layers, with the weights rounded to int8 per row for peers, with the float weigh
 import argparse
 
 import torch
-from contenders import BFLOAT16, METHODS, OVER, build
+from contenders import BFLOAT16, METHODS, OVER, build, kernels
 from summary import show, summary
 from timing import compare
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def _one_shape(out_features: int, in_features: int, args: argparse.Namespace) ->
         inputs = {name: x.bfloat16() if name in BFLOAT16 else x for name in networks}
         calls = {name: lambda net=net, x=inputs[name]: net(x) for name, net in networks.items()}
         wanted = {name: inputs[name].double() @ weights[name].T + linear.bias.double() for name in networks}
-        here = compare(calls, wanted, OVER, args)
+        here = compare(calls, wanted, OVER, args, {name: kernels(net, rows) for name, net in networks.items()})
         show(f"{out_features:>5}×{in_features:<5} rows {rows:<4}", here)
         cells += [{**shape, "rows": rows, **cell} for cell in here]
     return cells

@@ -11,12 +11,15 @@ from tinyq_lightning.table import Table
 
 def show(place: str, cells: Sequence[dict]) -> None:
     """One line of progress, on standard error."""
-    figures = (f"{cell['contender']} {cell['ratio']:.2f}" for cell in cells if "ratio" in cell)
+    done = (cell for cell in cells if "ratio" in cell)
+    figures = (
+        f"{cell['contender']} {cell['ratio']:.2f}" + f" ({cell['kernel']})" * bool(cell["kernel"]) for cell in done
+    )
     print(place, *figures, sep="  ", file=sys.stderr, flush=True)
 
 
 def summary(cells: Sequence[dict]) -> Table:
-    """Contenders × columns: geometric mean (worst … best) of the ratios; last, median spread and median error.
+    """Contenders × columns: geometric mean (worst … best) of the ratios; then median spread, median error, kernels.
 
     A contender that could not run all cells of a column is not comparable there: how many it ran is told.
     """
@@ -28,8 +31,9 @@ def summary(cells: Sequence[dict]) -> Table:
         own = [cell for cell in done if cell["contender"] == name]
         means = [_mean([cell["ratio"] for cell in own if cell["column"] == column], most[column]) for column in columns]
         middle = {key: statistics.median(cell[key] for cell in own) for key in ("spread", "error")}
-        rows.append([name, *means, f"±{middle['spread']:.0%}", f"{middle['error']:.1e}"])
-    return Table(["", *columns, "spread", "error"], rows)
+        kernels = ", ".join(sorted({cell["kernel"] for cell in own}))
+        rows.append([name, *means, f"±{middle['spread']:.0%}", f"{middle['error']:.1e}", kernels])
+    return Table(["", *columns, "spread", "error", "kernel"], rows)
 
 
 def _mean(ratios: Sequence[float], most: int) -> str:

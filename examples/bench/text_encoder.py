@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from contenders import METHODS, build
+from contenders import METHODS, build, kernels
 from summary import show, summary
 from timing import compare
 
@@ -33,7 +33,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
     for batch, tokens in SHAPES[: 1 if args.quick else None]:
         ids = words[: batch * tokens].view(batch, tokens)
         calls = {name: lambda net=net, ids=ids: net(input_ids=ids).last_hidden_state for name, net in networks.items()}
-        here = compare(calls, dict.fromkeys(networks, calls["float32"]().double()), {}, args)
+        taken = {name: kernels(net, batch * tokens) for name, net in networks.items()}
+        here = compare(calls, dict.fromkeys(networks, calls["float32"]().double()), {}, args, taken)
         column = f"{batch} × {tokens}"
         show(f"MiniLM {column}", here)
         place = {"part": "text_encoder", "column": column, "batch": batch, "tokens": tokens}

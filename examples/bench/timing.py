@@ -41,12 +41,14 @@ def compare(
     wanted: Mapping[str, Tensor],
     over: Mapping[str, str],
     args: argparse.Namespace,
+    kernels: Mapping[str, str],
 ) -> list[dict]:
     """One cell for each call: its error, its time, and the time of another (``over``) over that; or why it failed."""
     cells: dict[str, dict] = {}
     for name, call in calls.items():
         try:
-            cells[name] = {"contender": name, "error": relative_error(call(), wanted[name])}
+            error = relative_error(call(), wanted[name])
+            cells[name] = {"contender": name, "kernel": kernels[name], "error": error}
         except Exception as failure:  # that a peer cannot run a shape is a result
             cells[name] = {"contender": name, "failed": f"{type(failure).__name__}: {failure}".splitlines()[0]}
     running = {name: call for name, call in calls.items() if "failed" not in cells[name]}
