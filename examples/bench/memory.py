@@ -10,6 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from tinyq_lightning.table import Table, format_bytes
 
 WIDTH, DEPTH = 4096, 12
@@ -22,16 +25,27 @@ SHOWN = {
 }
 
 
+def write_float_checkpoint(path: Path, width: int, depth: int) -> None:
+    """As Lightning writes one of ``wide.Wide``, whose import would take longer than all else here."""
+    layers = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+    content = {
+        "state_dict": {f"layers.{name}": tensor for name, tensor in layers.state_dict().items()},
+        "hyper_parameters": {"width": width, "depth": depth},
+        "pytorch-lightning_version": "2.6.6",
+        "epoch": 0,
+        "global_step": 0,
+    }
+    torch.save(content, path)
+
+
 def measure(args: argparse.Namespace) -> list[dict]:
     if not Path("/proc/self/status").exists():
         return [{"part": "memory", "contender": "memory", "failed": "it reads /proc, which only Linux has"}]
-    import wide
-
     width, depth = (512, 4) if args.quick else (WIDTH, DEPTH)
     float_bytes = depth * (width * width + width) * 4
     cells: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        wide.write(Path(folder, "float.ckpt"), width, depth)
+        write_float_checkpoint(Path(folder, "float.ckpt"), width, depth)
         for process in PROCESSES:
             command = [sys.executable, "-W", "ignore", "memory_tasks.py", process, folder, str(width), str(depth)]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent)

@@ -23,11 +23,7 @@ def resident(key: str) -> int:
 
 
 def in_memory(folder: Path, width: int, depth: int) -> dict[str, tuple[int, int]]:
-    warm = nn.Sequential(nn.Linear(width, width // 4))
-    quantize(warm)
-    warm(torch.randn(1, width))  # what the first product of a process brings with it is not the model's
-    del warm
-    gc.collect()
+    # No warm-up: what it left free in the heap would hide as much of what comes.
     before = resident("VmRSS")
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
     float_model = resident("VmRSS")
