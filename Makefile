@@ -32,7 +32,7 @@ format: $(VENV)/installed-lint  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# make bench BENCH=--markdown prints the tables as the README has them.
+# About a quarter of an hour on an idle machine. `make bench BENCH=--markdown` prints the tables as the README has them.
 bench: $(VENV)/installed-test $(VENV)/installed-bench $(VENV)/pretrained  ## speed, error and memory, beside peers
 	$(BIN)/python examples/bench --grid medium small --threads 1 2 $(BENCH)
 
