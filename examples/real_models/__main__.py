@@ -31,10 +31,7 @@ METHODS = ("float", "w8a32", "w8a16", "w8a8")
 @torch.inference_mode()
 def measure(name: str) -> dict[str, tuple[dict[str, float], int, float]]:
     """For each method: scores, bytes, and seconds of processor time in the forward pass."""
-    try:
-        model = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"{error.name} is not installed. To have all that this script needs:\n{INSTALL}") from error
+    model = importlib.import_module(name)
     pretrained, results = model.load().eval(), {}
     for method in METHODS:
         net = copy.deepcopy(pretrained)
@@ -58,7 +55,10 @@ def main() -> None:
     print(f"{args.threads} thread(s)\n")
     rows = []
     for name in args.models:
-        results = measure(name)
+        try:
+            results = measure(name)
+        except ModuleNotFoundError as error:
+            raise SystemExit(f"{error.name} is not installed. To have all this script needs:\n{INSTALL}") from error
         rows += [
             [name, score, *(f"{results[method][0][score]:.4f}" for method in METHODS)] for score in results["float"][0]
         ]

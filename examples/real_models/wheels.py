@@ -10,10 +10,14 @@ pip install --no-deps --ignore-requires-python tiara==1.0.2"""
 
 
 def folder_of(package: str) -> Path:
-    """Where a package is installed."""
+    """Where a package is installed.
+
+    Raises:
+        ModuleNotFoundError: it is not.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"{package} is not installed. To have all that this script needs:\n{INSTALL}")
+        raise ModuleNotFoundError(f"{package} is not installed", name=package)
     return Path(spec.submodule_search_locations[0])
 
 

@@ -1,0 +1,46 @@
+"""Six Linear layers with ReLU between them, eager and compiled: weights that are not in cache when they are needed."""
+
+import argparse
+import copy
+
+import torch
+import torch._dynamo.config
+from contenders import BFLOAT16, build, kernels
+from summary import show, summary
+from timing import compare
+from torch import nn
+
+from tinyq_lightning.table import Table
+
+LAYERS = 6
+
+
+@torch.inference_mode()
+def measure(args: argparse.Namespace) -> list[dict]:
+    names, cells = [name for name in args.contenders if name not in BFLOAT16], []
+    if args.quick:
+        names = names[:2]  # compiling takes seconds for each
+    # All compile nn.Sequential.forward: past the limit, 8 by default, the others would run eagerly without a word.
+    torch._dynamo.config.recompile_limit = 8 * len(names)
+    for width in (64,) if args.quick else (768, 2048):
+        network = nn.Sequential(*(module for _ in range(LAYERS) for module in (nn.Linear(width, width), nn.ReLU())))
+        networks, failed = build(names, network)
+        cells += [{"part": "chain", "width": width, **cell} for cell in failed]
+        for rows in (1,) if args.quick else (1, 64):
+            x = torch.randn(rows, width)
+            wanted = dict.fromkeys(networks, copy.deepcopy(network).double()(x.double()))
+            for mode in ("eager", "compiled"):
+                torch.compiler.reset()
+                runs = networks if mode == "eager" else {name: torch.compile(net) for name, net in networks.items()}
+                calls = {name: lambda net=net, x=x: net(x) for name, net in runs.items()}
+                here = compare(calls, wanted, {}, args, {name: kernels(net, rows) for name, net in networks.items()})
+                column = f"{width} wide, {rows} row{'s' * (rows > 1)}, {mode}"
+                show(column, here)
+                place = {"part": "chain", "column": column, "width": width, "rows": rows, "mode": mode}
+                cells += [{**place, **cell} for cell in here]
+    return cells
+
+
+def table(cells: list[dict]) -> tuple[str, Table]:
+    title = f"{LAYERS} Linear layers with ReLU: float32 time / time in the same mode; output's error against float64"
+    return title, summary(cells)
