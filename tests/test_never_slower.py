@@ -15,6 +15,7 @@ from torch import nn
 
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized, quantize, quantized
 from tinyq_lightning.budget import Layer
+from tinyq_lightning.cli import main
 from tinyq_lightning.errors import EvaluationError, SpecError
 from tinyq_lightning.replacement import Swap
 
@@ -399,21 +400,13 @@ def test_without_a_run_it_is_refused_with_the_way_to_go(ask, tmp_path):
     assert isinstance(model.head, nn.Linear)
 
 
-def test_the_command_line_refuses_it_as_well(tmp_path, fitted):
-    (tmp_path / "spec.yaml").write_text("never_slower: true\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    command = [sys.executable, "-m", "tinyq_lightning", "quantize", fitted[0].float_path, "--model", "models:Net"]
-    done = subprocess.run(
-        [*command, "--spec", "spec.yaml", "--output", "q.ckpt"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "Give never_slower to TinyQCallback" in done.stderr
-    assert not (tmp_path / "q.ckpt").exists()
+def test_the_command_line_refuses_it_as_well(tmp_path, fitted, capsys):
+    spec, output = tmp_path / "spec.yaml", tmp_path / "q.ckpt"
+    spec.write_text("never_slower: true\n")
+    given = ["quantize", fitted[0].float_path, "--model", "models:Net", "--spec", str(spec), "--output", str(output)]
+    assert main(given) == 1
+    assert "Give never_slower to TinyQCallback" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_a_value_that_is_neither_true_nor_false_is_refused():
