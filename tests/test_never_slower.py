@@ -253,6 +253,22 @@ def test_fused_attention_costs_a_further_loop_only_where_something_is_left_float
     assert Encoder.loops == loops
 
 
+def test_compiled_layers_whose_calls_hooks_do_not_see_are_counted_once_they_are_quantized(tmp_path, timer):
+    class Compiled(Loops):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.compile(self.body, backend="eager")
+
+    module, Compiled.loops = Compiled(), 0
+    before = trainer(tmp_path, inference_mode=False)
+    before.validate(module, loader(seed=1, count=200), verbose=False)  # compiles it, without our hooks
+    timer[16], Compiled.loops = 2.0, 0
+    callback = TinyQCallback("w8a8", weights="current", never_slower=True, report=False)
+    fit(tmp_path, callback, module)
+    assert methods_of(callback.plan) == {"body.0": "float", "body.2": "float", "head": "w8a8"}
+    assert Compiled.loops == 3
+
+
 def test_two_linears_that_share_a_weight_are_left_float_together(tmp_path, timer):
     class Shared(Loops):
         def __init__(self):

@@ -62,8 +62,9 @@ class MethodsRun:
 
     With ``never_slower``, layers that int8 makes slower are left float first: that loses no accuracy, and
     the search for a plan within the budget has fewer to decide on. It skips methods that are slower than
-    float. Calls are counted while the float model runs; where torch runs attention in a fused kernel, which
-    calls no layers, while that of the first method does, which is measured anew if it changes.
+    float. Calls are counted while the float model runs. Where that does not show every layer's (torch's
+    fused attention and compiled modules call none), they are counted while the model of the first method
+    runs, which is measured anew if it changes.
 
     Making it measures the float model. Wrap it in ``preserved``; the module is float before and after.
 
@@ -146,7 +147,8 @@ class MethodsRun:
     @cached_property
     def _as_asked(self) -> list[Measured]:
         measured: dict[Swap, Measured] = {}
-        if self.stopwatch and not self.stopwatch.calls:
+        if self.stopwatch and not self._trainer.strategy.broadcast(self.stopwatch.saw_all):
+            self.stopwatch.calls.clear()
             first = self._swaps[0]
             with self.stopwatch.watching(first):
                 measured[first] = self._measure(first)

@@ -143,6 +143,11 @@ class Stopwatch:
         """In the order of their measurement."""
         return list(self._timings.values())
 
+    @property
+    def saw_all(self) -> bool:
+        """Whether each layer that was watched was called, and there was one."""
+        return bool(self.calls) and all(self.calls.values())
+
     @contextmanager
     def watching(self, swap: Swap) -> Iterator[None]:
         """Count the calls of the layers of ``swap`` in the block; see :func:`counted_calls`."""
