@@ -29,15 +29,15 @@ class Call:
         dtype: of the input.
         autocast: the dtype that autocast computes in; None outside of autocast.
         device: of the input.
-        part: first row of the weight that is used and the one after the last, where attention takes its
-            projections apart; None for all of it.
+        part: start and stop of the slice of the weight's rows that is used, where attention takes its
+            projections apart; None for all of them.
     """
 
     rows: int
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     device: str = "cpu"
-    part: tuple[int, int] | None = None
+    part: tuple[int | None, int | None] | None = None
 
 
 @contextmanager
@@ -62,8 +62,7 @@ class _Tally:
     """Counts the calls of one layer."""
 
     def __init__(self, layer: QuantizedLinear, calls: Counter[Call]) -> None:
-        self._layer, self._calls = layer, calls
-        self._forward_rows = layer.forward_rows
+        self._calls, self._forward_rows = calls, layer.forward_rows
 
     def before_forward(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -71,11 +70,10 @@ class _Tally:
             self._note(x, None)
 
     def forward_rows(self, input: Tensor, rows: slice) -> Tensor:
-        start, stop, _ = rows.indices(self._layer.out_features)
-        self._note(input, (start, stop))
+        self._note(input, (rows.start, rows.stop))
         return self._forward_rows(input, rows)
 
-    def _note(self, x: Tensor, part: tuple[int, int] | None) -> None:
+    def _note(self, x: Tensor, part: tuple[int | None, int | None] | None) -> None:
         device = x.device.type
         on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         autocast = torch.get_autocast_dtype(device) if on else None

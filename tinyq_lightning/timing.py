@@ -39,13 +39,16 @@ SPEEDUP_LOST = 0.95
 """Float time over int8 time below which int8 has lost; what lies nearer to 1 is noise."""
 
 SECONDS = 0.03
-"""What timing one shape and call takes, unless a warm-up and :data:`ROUNDS` rounds take longer."""
+"""Processor time for one shape and call, unless a warm-up and :data:`ROUNDS` rounds take longer."""
 
 ROUNDS = 3
-"""At least so many rounds of each, float and int8 in turn; small layers have hundreds in their time."""
+"""At least so many rounds, float and int8 in turn; small layers have hundreds in their time."""
 
 # Layers of one shape that take turns, where so many fit into the time.
 _TURNS = 8
+
+# How many times its processor time a shape may take on a machine that is busy with other things.
+_PATIENCE = 10
 
 
 @dataclass(frozen=True)
@@ -200,8 +203,10 @@ def _shape(layer: QuantizedLinear) -> Shape:
 def time_call(layers: Sequence[tuple[nn.Linear, QuantizedLinear]], call: Call) -> tuple[float, float]:
     """Median milliseconds of one call, of the float and of the quantized layer, in inference mode.
 
-    Float and int8 take turns in short rounds, so that the machine's moods meet both; in a round the
-    layers take turns. No global random state is used, and the layers are left as they are.
+    Float and int8 take turns call by call, so that the machine's moods meet both, and so do the layers. What
+    a busy machine takes away counts for neither: the time to spend is processor time, and a median of short
+    calls does not see the few that were interrupted. No global random state is used, and the layers are left
+    as they are.
 
     Args:
         layers: of one shape, float and quantized.
@@ -211,19 +216,21 @@ def time_call(layers: Sequence[tuple[nn.Linear, QuantizedLinear]], call: Call) -
         values = torch.randn(call.rows, layers[0][0].in_features, generator=torch.Generator().manual_seed(0))
         x = values.to(call.device, call.dtype)
         runs = [_runs(*layers[0], x, call)]
-        _round(runs[0], call)
-        turns = int(SECONDS / ROUNDS / _round(runs[0], call))
-        for module, layer in layers[1 : min(_TURNS, turns)]:
+        warm = [sum(_seconds(run, call) for run in runs[0]) for _ in range(2)]
+        for module, layer in layers[1 : min(_TURNS, int(SECONDS / ROUNDS / warm[1]))]:
             runs.append(_runs(module, layer, x, call))
-            _round(runs[-1], call)
-    sides = [[pair[side] for pair in runs] for side in (0, 1)]
-    seconds: list[list[float]] = [[], []]
+            for run in runs[-1]:
+                _seconds(run, call)
+    taken: tuple[list[float], list[float]] = ([], [])
     with torch.inference_mode():
-        start = time.perf_counter()
-        while len(seconds[1]) < ROUNDS or time.perf_counter() - start < SECONDS:
-            for side, taken in zip(sides, seconds, strict=True):
-                taken.append(_round(side, call) / len(side))
-    return 1000 * median(seconds[0]), 1000 * median(seconds[1])
+        busy, start = time.thread_time(), time.perf_counter()
+        while len(taken[0]) < ROUNDS * len(runs) or (
+            time.thread_time() - busy < SECONDS and time.perf_counter() - start < _PATIENCE * SECONDS
+        ):
+            for pair in runs:
+                for run, seconds in zip(pair, taken, strict=True):
+                    seconds.append(_seconds(run, call))
+    return 1000 * median(taken[0]), 1000 * median(taken[1])
 
 
 def _runs(module: nn.Linear, layer: QuantizedLinear, x: Tensor, call: Call) -> tuple[_Run, _Run]:
@@ -235,12 +242,14 @@ def _runs(module: nn.Linear, layer: QuantizedLinear, x: Tensor, call: Call) -> t
     if call.part is None:
         return partial(linear_with(weight, bias).forward, x), partial(layer.forward, x)
     rows = slice(*call.part)
-    float_run = partial(nn.functional.linear, x, weight[rows], None if bias is None else bias[rows])
-    return float_run, partial(layer.forward_rows, x, rows)
+
+    def float_rows() -> Tensor:
+        return nn.functional.linear(x, weight[rows], None if bias is None else bias[rows])
+
+    return float_rows, partial(layer.forward_rows, x, rows)
 
 
-def _round(runs: Sequence[_Run], call: Call) -> float:
-    """Seconds that all of ``runs`` take, one after the other."""
+def _seconds(run: _Run, call: Call) -> float:
     device = torch.device(call.device).type
     wait = _nothing if device == "cpu" else getattr(torch, device).synchronize
     # no cache of cast weights: the model has each cast once in a step
@@ -248,8 +257,7 @@ def _round(runs: Sequence[_Run], call: Call) -> float:
     with autocast:
         wait()
         start = time.perf_counter()
-        for run in runs:
-            run()
+        run()
         wait()
         return time.perf_counter() - start
 
