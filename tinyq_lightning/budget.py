@@ -36,18 +36,22 @@ class Layer:
         method: what the plan as asked for gives it.
         extra_bytes: what the layer takes more as float than as int8.
         sqnr_db: output SQNR in dB by method; a method that is missing counts as exact.
+        too_slow: methods that are not to be tried.
     """
 
     name: str
     method: str
     extra_bytes: int
     sqnr_db: Mapping[str, float]
+    too_slow: frozenset[str] = frozenset()
 
     def rungs(self) -> list[tuple[str, float]]:
         """The methods worth trying from the layer's own up, with their SQNR; ``float`` is the last."""
         own = LADDER.index(self.method)
         found: list[tuple[str, float]] = []
         for method in LADDER[own:-1]:
+            if method in self.too_slow:
+                continue
             db = self.sqnr_db.get(method, math.inf)
             db = -math.inf if math.isnan(db) else db
             if not found or db >= found[-1][1] + _RUNG_DB:

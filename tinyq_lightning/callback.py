@@ -21,11 +21,11 @@ from tinyq_lightning.checkpoint import (
     write_checkpoint,
     write_on_rank_zero,
 )
-from tinyq_lightning.errors import EvaluationError, SpecError, TinyQError
+from tinyq_lightning.errors import SpecError, TinyQError
 from tinyq_lightning.evaluation import Results, numbers, refuse_sharding, why_never_validated, why_no_validation
 from tinyq_lightning.float_weights import FloatWeights, check_monitor, choose_float_weights, tested_weights
 from tinyq_lightning.isolation import preserved
-from tinyq_lightning.measure import MethodsRun, known_mode
+from tinyq_lightning.measure import MethodsRun, known_mode, refuse_without_validation
 from tinyq_lightning.outcome import Outcome, combined, log_entries, outcome_of_fit, outcome_of_test
 from tinyq_lightning.plan import Plan, check_patterns
 from tinyq_lightning.quantized_start import QuantizedStart
@@ -33,6 +33,7 @@ from tinyq_lightning.report import log_outcomes, log_tables, show
 from tinyq_lightning.report_files import write_report
 from tinyq_lightning.side_by_side import TestRun
 from tinyq_lightning.spec import SpecOrMethods, as_spec
+from tinyq_lightning.timing import Stopwatch
 from tinyq_lightning.validation_watch import directions
 
 __all__ = ["TinyQCallback"]
@@ -70,6 +71,8 @@ class TinyQCallback(Callback):
         max_drop: how much the metric may lose, in its unit or as a share of the float value such as ``1%``.
         keep: of several methods: ``all``, or with a budget the ``smallest`` within it (of several as small,
             the one that loses least); over the spec's.
+        never_slower: whether to time the layers as the evaluation calls them, and to leave float those that int8
+            makes slower on this machine; over the spec's.
         save: whether to write the quantized checkpoint.
         dirpath: its folder; by default that of the float checkpoint, or ``default_root_dir``.
         filename: its name; by default ``<method>-<float stem>.ckpt``.
@@ -104,6 +107,7 @@ class TinyQCallback(Callback):
         mode: Literal["min", "max"] | None = None,
         max_drop: float | str | None = None,
         keep: Literal["all", "smallest"] | None = None,
+        never_slower: bool | None = None,
         save: bool = True,
         dirpath: str | None = None,
         filename: str | None = None,
@@ -111,7 +115,7 @@ class TinyQCallback(Callback):
     ) -> None:
         if report not in (True, False, "full"):
             raise SpecError(f"report must be True, False or 'full', not {report!r}")
-        given = {"when": when, "weights": weights, "keep": keep}
+        given = {"when": when, "weights": weights, "keep": keep, "never_slower": never_slower}
         budget = {"monitor": monitor, "mode": mode, "max_drop": max_drop}
         self.spec = with_arguments(as_spec(spec), exclude, given, budget, {"dirpath": dirpath, "filename": filename})
         self.monitor = self.spec.budget.monitor if self.spec.budget else monitor
@@ -149,9 +153,7 @@ class TinyQCallback(Callback):
             check_folder(self.spec)
             if self.spec.weights != "current" and self.spec.budget is None:
                 check_monitor(trainer, self.monitor)
-            why_not = why_never_validated(trainer, pl_module)
-            if self.spec.budget and why_not:
-                raise EvaluationError(f"the budget's metric {self.spec.budget.monitor!r} cannot be measured: {why_not}")
+            refuse_without_validation(self.spec, why_never_validated(trainer, pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first validation, which is the sanity check before training, shows whether the budget fits the metric."""
@@ -196,29 +198,24 @@ class TinyQCallback(Callback):
             return
         self._begin()
         first = next((run for callback in _ours(trainer) for run in callback._runs), None)
+        stopwatch = Stopwatch() if self.spec.never_slower else None
         for spec in self.spec.each():
-            self._runs.append(TestRun(trainer, pl_module, spec, first, self._log_results))
+            self._runs.append(TestRun(trainer, pl_module, spec, first, self._log_results, stopwatch))
             first = first or self._runs[0]
         if self.report == "full":
             self._runs[0].watch_layers()
 
-    def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Have the steps beside draw the same random numbers as the Trainer's own."""
         for run in self._runs:
-            run.before_batch()
+            run.before_batch(*args, **kwargs)
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Run the same batch through the float model, and through each further method."""
         for run in self._runs:
-            run.after_batch(batch, batch_idx, dataloader_idx)
+            run.after_batch(*args, **kwargs)
 
     def _log_results(self, run: TestRun) -> None:
         if run is self._runs[-1]:
@@ -313,8 +310,8 @@ class TinyQCallback(Callback):
         self.results = combined(outcomes)
         self.plans = {outcome.name: outcome.plan for outcome in outcomes}
         for outcome in outcomes:
-            if outcome.search is not None and not outcome.search.met:
-                rank_zero_warn(f"TinyQ: {outcome.name}: {outcome.verdict()}")
+            for warning in outcome.warnings():
+                rank_zero_warn(f"TinyQ: {outcome.name}: {warning}")
         if self.report:
             show(trainer, outcomes)
             log_tables(trainer, outcomes)

@@ -45,6 +45,8 @@ def _lead(content: Mapping[str, Any]) -> str:
     if verdict := content["verdict"]:
         kind = "met" if content["budget"]["met"] else "missed"
         text += f'<p class="verdict {kind}">{escape(verdict[0].upper() + verdict[1:])}.</p>'
+    if found := content["never_slower"]:
+        text += f"<p>{escape(found['verdict'][0].upper() + found['verdict'][1:])}.</p>"
     return text
 
 

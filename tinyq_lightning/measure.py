@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lightning.pytorch import LightningModule, Trainer
 from tqdm.auto import tqdm
 
-from tinyq_lightning.budget import Changes, Layer, Search, evaluation_limit, loses, search
+from tinyq_lightning.budget import LADDER, Changes, Layer, Search, evaluation_limit, loses, search
 from tinyq_lightning.errors import EvaluationError, SpecError
 from tinyq_lightning.evaluation import Validation, run_validation
 from tinyq_lightning.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
@@ -19,8 +21,9 @@ from tinyq_lightning.plan import Plan
 from tinyq_lightning.reading import nearest
 from tinyq_lightning.replacement import Swap, state_bytes
 from tinyq_lightning.spec import Budget, Mode, QuantizationSpec
+from tinyq_lightning.timing import Stopwatch
 
-__all__ = ["Measured", "MethodsRun", "known_mode"]
+__all__ = ["Measured", "MethodsRun", "known_mode", "refuse_without_validation"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ class Measured:
 class MethodsRun:
     """Measures each method that a spec names; with a budget, brings it within that.
 
+    With ``never_slower``, layers that int8 makes slower are left float first: that loses no accuracy, and
+    the search for a plan within the budget has fewer to decide on. It skips methods that are slower than
+    float. Calls are counted while the float model runs. Where that does not show every layer's (torch's
+    fused attention and compiled modules call none), they are counted while the model of the first method
+    runs, which is measured anew if it changes.
+
     Making it measures the float model. Wrap it in ``preserved``; the module is float before and after.
 
     Args:
@@ -69,18 +78,20 @@ class MethodsRun:
         before: of the float model; None where there is nothing to compare.
         why_not: why there is nothing to compare, or None.
         float_bytes: tensors of the float state dict.
+        stopwatch: what was timed for ``never_slower``; None where nothing is to be.
 
     Raises:
-        EvaluationError: the budget's metric cannot be measured.
+        EvaluationError: the budget's metric cannot be measured, or ``never_slower`` has no loop to go by.
         SpecError: the budget's metric is not logged, or nothing tells which way it is better.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, spec: QuantizationSpec, why_not: str | None) -> None:
         self._trainer, self._module, self._spec = trainer, module, spec
         self._began = time.monotonic()
-        if spec.budget and why_not:
-            raise EvaluationError(f"the budget's metric {spec.budget.monitor!r} cannot be measured: {why_not}")
-        before = None if why_not else run_validation(trainer, module)
+        refuse_without_validation(spec, why_not)
+        self.stopwatch = Stopwatch() if spec.never_slower else None
+        with self._watching_float():
+            before = None if why_not else run_validation(trainer, module)
         self.why_not = why_not or (None if before and before.metrics else "validation_step logged no metric")
         self.before = before if before and before.metrics else None
         self.float_bytes = state_bytes(module.state_dict())
@@ -123,20 +134,59 @@ class MethodsRun:
     @cached_property
     def layers(self) -> dict[str, LayerError]:
         """The output errors of all quantized layers by every method, from the first batches of the loop."""
-        swap = self._as_asked[0].swap
+        swap = self._swaps[0]
         with measured_layers(swap) as errors, swap.opened():
             run_validation(self._trainer, self._module, batches=SIGNAL_BATCHES)
         shared: dict[str, LayerError] = self._trainer.strategy.broadcast(errors)
         return shared
 
     @cached_property
-    def _as_asked(self) -> list[Measured]:
-        return [self._measure(spec.method, Swap(self._module, spec).or_refuse()) for spec in self._spec.each()]
+    def _swaps(self) -> list[Swap]:
+        return [Swap(self._module, spec).or_refuse() for spec in self._spec.each()]
 
-    def _measure(self, method: str, swap: Swap) -> Measured:
+    @cached_property
+    def _as_asked(self) -> list[Measured]:
+        measured: dict[Swap, Measured] = {}
+        if self.stopwatch and not self._trainer.strategy.broadcast(self.stopwatch.saw_all):
+            self.stopwatch.calls.clear()
+            first = self._swaps[0]
+            with self.stopwatch.watching(first):
+                measured[first] = self._measure(first)
+        faster = [self._without_slower(swap) for swap in self._swaps]
+        return [measured.get(swap) or self._measure(swap) for swap in faster]
+
+    def _watching_float(self) -> AbstractContextManager[None]:
+        """Count calls while the float model runs, unless hooks would have it take another path than without."""
+        if self.stopwatch is None or self._swaps[0].fused:
+            return nullcontext()
+        return self.stopwatch.watching(self._swaps[0])
+
+    def _without_slower(self, swap: Swap) -> Swap:
+        changes = self._slower(swap)
+        return swap.switched(changes) if changes else swap
+
+    def _slower(self, swap: Swap) -> dict[str, tuple[str, str]]:
+        """What rank 0 finds slower than float, on every rank."""
+        if self.stopwatch is None:
+            return {}
+        found = self.stopwatch.slower(swap) if self._trainer.is_global_zero else {}
+        shared: dict[str, tuple[str, str]] = self._trainer.strategy.broadcast(found)
+        return shared
+
+    def _too_slow(self, swap: Swap) -> dict[str, frozenset[str]]:
+        """By layer, which of the methods above its own would be slower than float."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for level, method in enumerate(LADDER[:-1] if self.stopwatch else ()):
+            raised = {name: (method, "") for name, _, layer in swap.pairs() if layer.method in LADDER[:level]}
+            for name in self._slower(swap.switched(raised)) if raised else ():
+                found[name].add(method)
+        return {name: frozenset(methods) for name, methods in found.items()}
+
+    def _measure(self, swap: Swap) -> Measured:
         with swap:
-            after = run_validation(self._trainer, self._module) if self.before else None
-            return Measured(method, swap, after, state_bytes(self._module.state_dict()))
+            runs = self.before or self.stopwatch
+            after = run_validation(self._trainer, self._module) if runs else None
+            return Measured(swap.plan.spec.method, swap, after, state_bytes(self._module.state_dict()))
 
     def _lost(self, budget: Budget, measured: Measured) -> float:
         lost = budget.lost(self._float_value, _value(budget, measured))
@@ -149,12 +199,12 @@ class MethodsRun:
     def _within_budget(self, budget: Budget, asked: Measured) -> Measured:
         exceeds = self._lost(budget, asked) > budget.allowed(self._float_value)
         errors = self.layers if exceeds and not self._out_of_time(budget) else {}
-        layers = _layers(asked, errors)
+        layers = _layers(asked, errors, self._too_slow(asked.swap) if exceeds else {})
         measured = [asked]
 
         def measure(changes: Changes) -> float:
             swap = asked.swap.switched({name: (method, "budget") for name, method in changes.items()})
-            measured.append(self._measure(asked.method, swap))
+            measured.append(self._measure(swap))
             bar.update()
             return _value(budget, measured[-1])
 
@@ -168,6 +218,18 @@ class MethodsRun:
             )
         reasons = _reasons(budget, asked.plan, errors, found)
         return replace(measured[found.chosen], swap=asked.swap.switched(reasons), search=found)
+
+
+def refuse_without_validation(spec: QuantizationSpec, why_not: str | None) -> None:
+    """Refuse a spec that needs the validation loop, where ``why_not`` says why it cannot be run.
+
+    Raises:
+        EvaluationError: it has a budget, or ``never_slower``.
+    """
+    if spec.budget and why_not:
+        raise EvaluationError(f"the budget's metric {spec.budget.monitor!r} cannot be measured: {why_not}")
+    if spec.never_slower and why_not:
+        raise EvaluationError(f"never_slower times layers at the row counts of the validation loop, but {why_not}")
 
 
 def known_mode(
@@ -201,7 +263,7 @@ def known_mode(
     return replace(budget, mode=mode)
 
 
-def _layers(asked: Measured, errors: Mapping[str, LayerError]) -> list[Layer]:
+def _layers(asked: Measured, errors: Mapping[str, LayerError], too_slow: Mapping[str, frozenset[str]]) -> list[Layer]:
     """What the search decides on: each Linear, those that share a weight as one."""
     decisions = {decision.name: decision for decision in asked.plan}
     ties = asked.swap.ties()
@@ -210,7 +272,8 @@ def _layers(asked: Measured, errors: Mapping[str, LayerError]) -> list[Layer]:
         if not any(other in layers for other in ties[name]):
             shared = [decisions[each] for each in (name, *ties[name])]
             extra = sum(decision.float_bytes - decision.bytes for decision in shared)
-            layers[name] = Layer(name, layer.method, extra, errors[name].output_sqnr_db if name in errors else {})
+            sqnr = errors[name].output_sqnr_db if name in errors else {}
+            layers[name] = Layer(name, layer.method, extra, sqnr, too_slow.get(name, frozenset()))
     return list(layers.values())
 
 

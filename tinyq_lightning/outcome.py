@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import nan
 
@@ -13,6 +13,7 @@ from tinyq_lightning.layer_errors import LayerError
 from tinyq_lightning.measure import Measured, MethodsRun
 from tinyq_lightning.plan import Plan
 from tinyq_lightning.side_by_side import TestRun
+from tinyq_lightning.timing import Stopwatch
 
 __all__ = ["Outcome", "combined", "log_entries", "outcome_of_fit", "outcome_of_test"]
 
@@ -34,6 +35,7 @@ class Outcome:
         float_path: the float checkpoint, or None.
         quantized_path: the file, or None where none was written.
         note: where the weights come from.
+        stopwatch: what the run timed for ``never_slower``, or None.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Outcome:
     float_path: str | None = None
     quantized_path: str | None = None
     note: str = ""
+    stopwatch: Stopwatch | None = None
 
     def results_as(self, label: str) -> Results:
         """The results under another name than the column's."""
@@ -69,6 +72,21 @@ class Outcome:
             f"the {found.allowed:.4g} allowed; this is the best plan found ({tried}{stop})"
         )
 
+    def speed_verdict(self) -> str | None:
+        """What ``never_slower`` came to, in a sentence; None without it."""
+        if self.stopwatch is None:
+            return None
+        left = sum("left float: " in decision.reason for decision in self.plan)
+        timed, seconds = len(self.stopwatch.timings), self.stopwatch.seconds
+        return f"never slower: {left} of {len(self.plan)} layers left float ({timed} timings took {seconds:.2g} s)"
+
+    def warnings(self) -> Iterator[str]:
+        """What a user should not miss."""
+        if self.search is not None and not self.search.met:
+            yield str(self.verdict())
+        if self.stopwatch and all(decision.method == "float" for decision in self.plan):
+            yield "int8 is slower than float here in every layer, so never_slower has left all of them float"
+
 
 def outcome_of_fit(
     run: MethodsRun, measured: Measured, name: str, layers: Mapping[str, LayerError], source: FloatWeights
@@ -87,6 +105,7 @@ def outcome_of_fit(
         layers=layers,
         float_path=source.path,
         note=source.note,
+        stopwatch=run.stopwatch,
     )
 
 
@@ -105,6 +124,7 @@ def outcome_of_test(
         layers=layers,
         float_path=source.path if source else None,
         note=source.note if source else "",
+        stopwatch=run.stopwatch,
     )
 
 

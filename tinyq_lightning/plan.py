@@ -52,6 +52,11 @@ class Decision:
     aliases: tuple[str, ...] = ()
     tied_to: str | None = None
 
+    @property
+    def measured(self) -> bool:
+        """Whether a run decided so from what it measured, not the spec."""
+        return _is_measured(self.reason)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -85,7 +90,7 @@ class Plan:
         return methods.pop() if methods else self.spec.method
 
     def to_spec(self) -> QuantizationSpec:
-        """A spec that resolves to exactly this plan on the same model, without a search.
+        """A spec that resolves to exactly this plan on the same model, without a search or any timing.
 
         It is the spec that was asked for, without its budget, preceded by a rule with its reason for
         each layer that was decided otherwise.
@@ -94,8 +99,7 @@ class Plan:
         changed = []
         for decision in self:
             wanted = _wanted(spec, (decision.name, *decision.aliases))
-            searched = decision.reason.startswith("budget")
-            if searched and wanted != (decision.method, decision.reason):
+            if decision.measured and wanted != (decision.method, decision.reason):
                 changed.append(Rule(f"re:{re.escape(decision.name)}", decision.method, decision.reason))
         numbered = (replace(rule, reason=rule.reason or f"rule {i + 1}") for i, rule in enumerate(spec.rules))
         taken = {decision.reason for decision in self}
@@ -161,8 +165,12 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module) -> None:
             )
     linears = [site for site in sites if not site.is_embedding]
     wanted = [_wanted(spec, site.names) for site in linears]
-    if all(method == "float" and not reason.startswith("budget") for method, reason in wanted):
+    if all(method == "float" and not _is_measured(reason) for method, reason in wanted):
         raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(linears)} Linear layers float")
+
+
+def _is_measured(reason: str) -> bool:
+    return reason.startswith(("budget", "left float"))
 
 
 def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site]) -> str:
@@ -229,12 +237,18 @@ def resolve(
     Raises:
         ModelError: a layer that would be quantized has no values yet or, unless the spec says
             ``non_finite: float``, values that are not finite. The message names layers and counts.
-        SpecError: as :func:`check_patterns`.
+        SpecError: as :func:`check_patterns`; or the spec asks for what only a run can decide.
     """
     if spec.methods:
         raise SpecError(
             f"{spec.origin.where('method')}: a model is quantized by one method; to compare {', '.join(spec.methods)}, "
             "give the list to TinyQCallback"
+        )
+    if spec.never_slower:
+        raise SpecError(
+            f"{spec.origin.where('never_slower')}: layers are timed at the row counts of an evaluation, which there is "
+            "none of here. Give never_slower to TinyQCallback; the YAML that its run leaves beside the checkpoint has "
+            "the layers left float as rules, and is good here as well"
         )
     check_patterns(spec, model)
     sites = {site.name: site for site in find_sites(model)}

@@ -57,6 +57,12 @@ class Reader:
             self.fail(f"{shown(value)} is not a {key}.{hint} Choose from: {', '.join(known)}", key)
         return value
 
+    def flag(self, value: Any, key: str) -> bool:
+        """True or false."""
+        if not isinstance(value, bool):
+            self.fail(f"{key} must be true or false, not {shown(value)}", key)
+        return value
+
     def text(self, value: Any, key: str) -> str | None:
         """Text or None."""
         if value is not None and (not isinstance(value, str) or not value):

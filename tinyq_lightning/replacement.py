@@ -144,9 +144,10 @@ class Swap:
         """This swap, where there is something to put in.
 
         Raises:
-            ModelError: there is nothing, as where the model is quantized already.
+            ModelError: there is nothing, as where the model is quantized already; where a run found
+                that no layer is better off in int8, that is what was asked for.
         """
-        if not self._pairs:
+        if not self._pairs and not any(decision.measured for decision in self.plan):
             why = "; ".join(f"{decision.name}: {decision.reason}" for decision in self.plan)
             raise ModelError(f"there is nothing to quantize ({why})")
         return self
@@ -186,11 +187,16 @@ class Swap:
         finally:
             self.take_out()
 
+    @property
+    def fused(self) -> bool:
+        """Whether torch may run float layers in fused kernels, which call none of them unless they have hooks."""
+        return any(site.attention or site.encoder_layers for site, _ in self._pairs)
+
     def ties(self) -> dict[str, tuple[str, ...]]:
         """The names of those that share a weight with a layer, by its name."""
         return {site.name: site.tied for site, _ in self._pairs}
 
-    def pairs(self) -> Iterator[tuple[str, nn.Module, QuantizedLinear]]:
+    def pairs(self) -> Iterator[tuple[str, nn.Linear, QuantizedLinear]]:
         """Name, float layer and quantized layer of each Linear that this swap replaces."""
         for site, layer in self._pairs:
             if isinstance(layer, QuantizedLinear):

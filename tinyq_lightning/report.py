@@ -88,7 +88,7 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
         _print_table(_shortened(layer_table(first)))
     print()
     for each in outcomes:
-        if verdict := each.verdict():
+        for verdict in filter(None, (each.verdict(), each.speed_verdict())):
             print(verdict if len(outcomes) == 1 else f"{each.name}: {verdict}")
     if first.float_path:
         print(f"float      {first.float_path}")

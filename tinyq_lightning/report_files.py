@@ -84,6 +84,7 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
         "seconds_per_batch": {"float": outcome.float_seconds} | {each.name: each.seconds for each in methods},
         "budget": budget,
         "verdict": outcome.verdict(),
+        "never_slower": outcome.stopwatch and {"verdict": outcome.speed_verdict()} | outcome.stopwatch.to_dict(),
         "layers": layers,
         "spec": plan.to_spec().to_dict(),
     }
@@ -100,7 +101,7 @@ def _finite(value: Any) -> Any:
 
 
 def resolved_yaml(outcome: Outcome) -> str:
-    """The spec that gives this plan again without a search, with why for each layer as comments."""
+    """The spec that gives this plan again without a search or timing, with why for each layer as comments."""
     plan = outcome.plan
     spec = plan.to_spec()
     content = spec.to_dict()
@@ -111,8 +112,7 @@ def resolved_yaml(outcome: Outcome) -> str:
     lines += [f'# TinyQCallback("{name.removesuffix(".ckpt")}.yaml")']
     for metric, values in outcome.results.items():
         lines.append(f"# {metric}: float {values['float']:.6g}, quantized {values[outcome.name]:.6g}")
-    if verdict := outcome.verdict():
-        lines.append(f"# {verdict}")
+    lines += [f"# {verdict}" for verdict in (outcome.verdict(), outcome.speed_verdict()) if verdict]
     lines += ["", _yaml({"method": content.pop("method"), "exclude": content.pop("exclude")})]
     if rules:
         lines.append("rules:  # the first that matches decides")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from statistics import median
 from typing import Any
@@ -28,6 +28,7 @@ from tinyq_lightning.isolation import Attributes, RandomState, rewound_randomnes
 from tinyq_lightning.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
 from tinyq_lightning.replacement import Swap, state_bytes
 from tinyq_lightning.spec import QuantizationSpec
+from tinyq_lightning.timing import Stopwatch
 
 __all__ = ["TestRun"]
 
@@ -44,9 +45,13 @@ class TestRun:
         spec: what to quantize.
         first: the run whose layers the Trainer tests already, or None where this is the first.
         on_results: called once the epoch has ended, where the module may still log.
+        stopwatch: for ``never_slower``: a dataloader is read once, so the first batch decides which layers are
+            left float, in a rehearsal that leaves no trace. The module's own hooks at the start have run with
+            all layers by then. Runs that share a stopwatch rehearse once. None: nothing is timed.
 
     Attributes:
         swap: the quantized layers.
+        stopwatch: as given.
         results: float, quantized and delta of each metric, once the epoch has ended.
         float_bytes: of the float state dict's tensors.
         bytes: of the quantized state dict's tensors.
@@ -67,6 +72,7 @@ class TestRun:
         spec: QuantizationSpec,
         first: TestRun | None,
         on_results: Callable[[TestRun], None],
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         if is_param_in_hook_signature(module.test_step, "dataloader_iter", explicit=True):
             raise EvaluationError(
@@ -74,6 +80,7 @@ class TestRun:
                 "quantized results cannot be had in one run: let it take the batch"
             )
         self._trainer, self._module, self._first, self._on_results = trainer, module, first, on_results
+        self.stopwatch = stopwatch
         self.results: Results = {}
         self.layers: dict[str, LayerError] = {}
         self._watching = ExitStack()
@@ -81,6 +88,8 @@ class TestRun:
         self._beside_seconds: list[float] = []
         self._began = 0.0
         self._float_metrics: dict[str, float] = {}
+        self._undecided = stopwatch is not None
+        self._rehearsal: _World | None = None
         self._own_hook: Callable[[], Any] = first._own_hook if first else module.on_test_epoch_end
         with ExitStack() as stack:
             if first is not None:
@@ -92,16 +101,36 @@ class TestRun:
             if first:
                 stack.enter_context(self.swap)
             self._beside = _World(trainer, module)
+            if stopwatch and not stopwatch.calls:
+                with nullcontext() if first else self.swap, stopwatch.watching(self.swap):
+                    self._rehearsal = _World(trainer, module)  # the layers are watched in this world only
         if first is None:
             self.swap.put_in()
         vars(module)["on_test_epoch_end"] = partial(self._end_epoch, module.on_test_epoch_end)
 
-    def before_batch(self) -> None:
+    def before_batch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The Trainer's own step on a batch is about to begin."""
+        if self._undecided:
+            self._leave_slower_float(batch, batch_idx, dataloader_idx)
         self._beside.before_batch()
         self._began = time.perf_counter()
 
-    def after_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+    def _leave_slower_float(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        self._undecided = False
+        if self._rehearsal is not None:
+            with rewound_randomness():
+                self._rehearsal.before_batch()
+                self._rehearsal.after_batch(batch, batch_idx, dataloader_idx)
+            self._rehearsal = None
+        found = self.stopwatch.slower(self.swap) if self.stopwatch and self._trainer.is_global_zero else {}
+        if changes := self._trainer.strategy.broadcast(found):
+            with self._beside.entered() if self._first else nullcontext():  # the world that holds its layers
+                self.swap.take_out()
+                self.swap = self.swap.switched(changes)
+                self.swap.put_in()
+                self.bytes = state_bytes(self._module.state_dict())
+
+    def after_batch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The Trainer's own step has ended; run the user's hooks and step beside it."""
         start = time.perf_counter()
         self._own_seconds.append(start - self._began)
@@ -174,7 +203,7 @@ class _World:
         self._random = RandomState()
         if not self._started:
             self._started = True
-            with self._entered():
+            with self.entered():
                 call._call_lightning_module_hook(self._trainer, "on_test_start")
                 call._call_lightning_module_hook(self._trainer, "on_test_epoch_start")
 
@@ -182,7 +211,7 @@ class _World:
         trainer, loop = self._trainer, self._loop
         several = loop._is_sequential and loop.num_dataloaders > 1
         kwargs = loop._build_kwargs(batch, batch_idx, dataloader_idx if several else None)
-        with rewound_randomness(), self._entered():
+        with rewound_randomness(), self.entered():
             if self._random is not None:
                 self._random.put_back()
             if several and dataloader_idx != self._dataloader:
@@ -200,7 +229,7 @@ class _World:
         """The user's hook at the end of the epoch, and all that was logged in this world, by name."""
         if not self._started:
             return {}
-        with self._entered():
+        with self.entered():
             self._collect()
             self._results.dataloader_idx = None
             self._module._current_fx_name = "on_test_epoch_end"
@@ -213,7 +242,7 @@ class _World:
         self._metrics |= self._results.metrics(on_step=False)["callback"]
 
     @contextmanager
-    def _entered(self) -> Iterator[None]:
+    def entered(self) -> Iterator[None]:
         """This world's attributes in the module, its results in the loop."""
         here, connector = Attributes(self._module), self._trainer._logger_connector
         fx, results = connector._current_fx, self._loop._results

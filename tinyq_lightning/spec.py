@@ -139,6 +139,7 @@ class QuantizationSpec:
         save: where the file goes.
         methods: where a run is to compare several methods, all of them, ``method`` the first; else empty.
         keep: which of several methods' files are written: ``all``, or with a budget the ``smallest``.
+        never_slower: whether a run is to time the layers, and to leave float those that int8 makes slower.
         origin: where each key was written, for errors.
     """
 
@@ -153,6 +154,7 @@ class QuantizationSpec:
     save: Save = field(default_factory=Save)
     methods: tuple[str, ...] = ()
     keep: Keep = "all"
+    never_slower: bool = False
     origin: Origin = field(default_factory=Origin, compare=False, repr=False)
 
     @classmethod
@@ -206,7 +208,7 @@ class QuantizationSpec:
             {"match": rule.match, "method": rule.method} | ({"reason": rule.reason} if rule.reason else {})
             for rule in self.rules
         ]
-        return {
+        content = {
             "method": list(self.methods) or self.method,
             "exclude": list(self.exclude),
             "rules": rules,
@@ -218,10 +220,13 @@ class QuantizationSpec:
             "save": {"dirpath": self.save.dirpath, "filename": self.save.filename},
             "keep": self.keep,
         }
+        # only where it is asked for, which a file's spec never does: what was timed is among its rules
+        return content | ({"never_slower": True} if self.never_slower else {})
 
     def each(self) -> tuple[QuantizationSpec, ...]:
-        """One spec for each method asked for."""
-        return tuple(replace(self, method=method, methods=(), keep="all") for method in self.methods or (self.method,))
+        """One spec for each method asked for, without what is a run's to decide among them and from timings."""
+        one = replace(self, methods=(), keep="all", never_slower=False)
+        return tuple(replace(one, method=method) for method in self.methods or (self.method,))
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The spec as YAML text, also written to ``path`` where one is given."""
@@ -270,7 +275,19 @@ def as_spec(spec: SpecOrMethods) -> QuantizationSpec:
     )
 
 
-_KEYS = ("method", "exclude", "rules", "when", "weights", "kernel", "non_finite", "budget", "save", "keep")
+_KEYS = (
+    "method",
+    "exclude",
+    "rules",
+    "when",
+    "weights",
+    "kernel",
+    "non_finite",
+    "budget",
+    "save",
+    "keep",
+    "never_slower",
+)
 
 
 def _parse(content: Any, origin: Origin) -> QuantizationSpec:
@@ -293,6 +310,7 @@ def _parse(content: Any, origin: Origin) -> QuantizationSpec:
         save=_parse_save(given.get("save"), reader.below("save")),
         methods=methods,
         keep=reader.choice(given.get("keep", "all"), ("all", "smallest"), "keep"),
+        never_slower=reader.flag(given.get("never_slower", False), "never_slower"),
         origin=origin,
     )
 
