@@ -17,9 +17,11 @@ from tinyq_lightning.errors import ModelError
 
 __all__ = [
     "CODE_MAX",
+    "count_non_finite",
     "dequantize",
     "predicted_sqnr_db",
     "quantize_per_row",
+    "quantize_per_row_with_sqnr",
     "quantize_rows_to_steps",
     "weight_sqnr_db",
 ]
@@ -27,31 +29,29 @@ __all__ = [
 CODE_MAX = 127
 """Largest code. -128 is never used, so that the range is symmetric and negation is exact."""
 
-# Work happens in blocks of about this many weights: 256 KiB of float32, which stays in a core's cache.
-_BLOCK_WEIGHTS = 65_536
+# Work happens in blocks of about this many weights: fewer, and calling the operators costs as much as their work;
+# more, and a block leaves the cache between one operator and the next.
+_BLOCK_WEIGHTS = 262_144
 # The smallest normal float32. A scale below it would be subnormal, too coarse to divide by.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # The largest that does not overflow float32 when it is multiplied by 127 again.
 _LARGEST_SCALE = torch.finfo(torch.float32).max / CODE_MAX * (1 - torch.finfo(torch.float32).eps)
 
 
-def _row_blocks(weight: Tensor) -> Iterator[slice]:
+def _block_rows(weight: Tensor) -> int:
+    return max(1, min(weight.shape[0], _BLOCK_WEIGHTS // max(1, weight.shape[1])))
+
+
+def _row_blocks(weight: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of rows, with the same rows of what lies beside; none where there is no weight."""
     if weight.numel() == 0:
-        return
-    rows, columns = weight.shape
-    step = max(1, _BLOCK_WEIGHTS // columns)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+        return iter(())
+    return zip(*(torch.split(each, _block_rows(weight)) for each in (weight, *beside)), strict=True)
 
 
-def _checked(weight: Tensor) -> Tensor:
-    if weight.dim() != 2:
-        raise ModelError(f"a weight must have shape [out, in], this one has {tuple(weight.shape)}")
-    if not weight.is_floating_point():
-        raise ModelError(f"a weight must be floating point to be quantized, this one is {weight.dtype}")
-    if weight.is_meta:
-        raise ModelError("the weight is on the meta device and has no values: load the model before quantizing it")
-    return weight.detach()
+def _buffer(weight: Tensor) -> Tensor:
+    """Memory for one block of rows in float32."""
+    return torch.empty(_block_rows(weight), weight.shape[1], dtype=torch.float32, device=weight.device)
 
 
 def quantize_per_row(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,23 +73,65 @@ def quantize_per_row(weight: Tensor) -> tuple[Tensor, Tensor]:
         ModelError: the weight is not a floating matrix, is on the meta device, or holds values that
             are not finite in float32 (the message tells how many).
     """
-    weight = _checked(weight)
+    weight, codes, scales = _with_outputs(weight)
+    for quotients, _, out in _quotients(weight, scales, codes):
+        out.copy_(quotients.round_())
+    return codes, _finished(scales, weight)
+
+
+def quantize_per_row_with_sqnr(weight: Tensor) -> tuple[Tensor, Tensor, float]:
+    """As :func:`quantize_per_row`, and :func:`weight_sqnr_db` of the result from the same pass over the weight."""
+    weight, codes, scales = _with_outputs(weight)
+    rounded, sqnr = _buffer(weight), _Sqnr(weight)
+    for quotients, scale, out in _quotients(weight, scales, codes):
+        whole = torch.round(quotients, out=rounded[: len(out)])
+        out.copy_(whole)
+        sqnr.add(quotients, whole, scale)
+    return codes, _finished(scales, weight), sqnr.db()
+
+
+def _with_outputs(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if weight.dim() != 2:
+        raise ModelError(f"a weight must have shape [out, in], this one has {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise ModelError(f"a weight must be floating point to be quantized, this one is {weight.dtype}")
+    if weight.is_meta:
+        raise ModelError("the weight is on the meta device and has no values: load the model before quantizing it")
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.full((weight.shape[0],), _SMALLEST_SCALE, dtype=torch.float32, device=weight.device)
-    for rows in _row_blocks(weight):
-        block = weight[rows].to(torch.float32)
-        scale = block.abs().amax(1).div_(CODE_MAX).clamp_min_(_SMALLEST_SCALE)
-        scales[rows] = scale
-        codes[rows] = torch.div(block, scale[:, None]).round_()
+    scales = torch.full((len(weight), 1), _SMALLEST_SCALE, dtype=torch.float32, device=weight.device)
+    return weight.detach(), codes, scales
+
+
+def _quotients(weight: Tensor, scales: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each block of rows over its scales, which are filled in; the scales; and the place of its codes.
+
+    The quotients of one block lie where those of the next will be.
+    """
+    buffer = _buffer(weight)
+    for block, scale, out in _row_blocks(weight, scales, codes):
+        block = block.to(torch.float32).contiguous()
+        # the greatest and the least are only read; absolute values would have to be written before they are
+        torch.maximum(block.amax(1, True), block.amin(1, True).neg_(), out=scale)
+        scale.div_(CODE_MAX).clamp_min_(_SMALLEST_SCALE)
+        yield torch.div(block, scale, out=buffer[: len(block)]), scale, out
+
+
+def _finished(scales: Tensor, weight: Tensor) -> Tensor:
     if not torch.isfinite(scales).all():
         bad = count_non_finite(weight)
         raise ModelError(f"{bad} of {weight.numel()} weights are not finite (NaN, infinite, or beyond float32)")
-    return codes, scales.clamp_max_(_LARGEST_SCALE)
+    return scales.clamp_max_(_LARGEST_SCALE).view(-1)
 
 
 def count_non_finite(weight: Tensor) -> int:
     """How many values of ``weight`` are NaN, infinite, or overflow float32."""
-    return sum(int((~torch.isfinite(weight[rows].detach().to(torch.float32))).sum()) for rows in _row_blocks(weight))
+    count = 0
+    for (block,) in _row_blocks(weight.detach()):
+        block = block.to(torch.float32)
+        # one cheap sum first: it is finite unless a value is not, or the sum itself overflows
+        if not math.isfinite(block.sum().item()):
+            count += int((~torch.isfinite(block)).sum())
+    return count
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -110,7 +152,8 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
 def weight_sqnr_db(weight: Tensor, codes: Tensor, scales: Tensor) -> float:
     """Signal to quantization noise ratio of a quantized weight, in decibels.
 
-    ``10·log10(Σ w² / Σ (w − code·scale)²)`` over the whole matrix, summed in float64.
+    ``10·log10(Σ w² / Σ (w − code·scale)²)`` over the whole matrix. Rounding of the float32 quotient
+    ``w / scale`` bounds it at about 140 dB.
 
     Args:
         weight: ``[out, in]``, the float weight.
@@ -118,16 +161,37 @@ def weight_sqnr_db(weight: Tensor, codes: Tensor, scales: Tensor) -> float:
         scales: ``[out]`` float32.
 
     Returns:
-        The ratio in dB; ``inf`` where the codes reproduce the weight exactly (zeros among it).
+        The ratio in dB; ``inf`` where all weights are whole multiples of their scales (zeros among them).
     """
-    weight = weight.detach()
-    signal = noise = 0.0
-    for rows in _row_blocks(weight):
-        block = weight[rows].to(torch.float32)
-        error = block - dequantize(codes[rows], scales[rows])
-        signal += block.double().square().sum().item()
-        noise += error.double().square().sum().item()
-    return 10 * math.log10(signal / noise) if signal and noise else math.inf
+    weight, scales = weight.detach(), scales.detach()[:, None]
+    sqnr, buffer = _Sqnr(weight), _buffer(weight)
+    for block, code, scale in _row_blocks(weight, codes, scales):
+        quotients = torch.div(block.to(torch.float32), scale, out=buffer[: len(block)])
+        sqnr.add(quotients, code.to(torch.float32), scale)
+    return sqnr.db()
+
+
+class _Sqnr:
+    """Signal and noise of a weight, block by block.
+
+    Both are measured in steps of each row's scale, where no square can overflow or vanish in float32.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._norms = torch.empty(_block_rows(weight), 2, dtype=torch.float32, device=weight.device)
+        self._power = torch.zeros(2, dtype=torch.float64, device=weight.device)
+
+    def add(self, quotients: Tensor, codes: Tensor, scale: Tensor) -> None:
+        """Count a block in, ``scale`` being ``[rows, 1]``; the quotients are overwritten."""
+        norms = self._norms[: len(scale)]
+        signal, noise = norms.unbind(1)
+        torch.linalg.vector_norm(quotients, dim=1, out=signal)
+        torch.linalg.vector_norm(quotients.sub_(codes), dim=1, out=noise)
+        self._power += norms.double().mul_(scale).square_().sum(0)
+
+    def db(self) -> float:
+        signal, noise = self._power.tolist()
+        return 10 * math.log10(signal / noise) if signal and noise else math.inf
 
 
 def predicted_sqnr_db(weight: Tensor) -> float:
@@ -144,8 +208,8 @@ def predicted_sqnr_db(weight: Tensor) -> float:
         The predicted ratio in dB; ``inf`` for a weight of zeros.
     """
     signal = noise = 0.0
-    for rows in _row_blocks(weight):
-        block = weight[rows].detach().double()
+    for (block,) in _row_blocks(weight.detach()):
+        block = block.double()
         signal += block.square().sum().item()
         noise += ((block.abs().amax(1) / CODE_MAX).square() / 12 * block.shape[1]).sum().item()
     return 10 * math.log10(signal / noise) if noise else math.inf
