@@ -22,7 +22,8 @@ from tinyq_lightning import (
 )
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers import LAYERS, QuantizedLinear
-from tinyq_lightning.replacement import Swap, state_bytes
+from tinyq_lightning.replacement import state_bytes
+from tinyq_lightning.swap import Swap
 from tinyq_lightning.weight_math import quantize_per_row, weight_sqnr_db
 
 each_method = pytest.mark.parametrize("method", LAYERS)

@@ -5,47 +5,32 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.errors import ModelError, SpecError
-from tinyq_lightning.forward import KernelName
-from tinyq_lightning.layers import LAYERS, QuantizedEmbedding, QuantizedLinear, float_weight
-from tinyq_lightning.plan import Decision, Plan, Present, resolve
+from tinyq_lightning.layers import LAYERS, QuantizedLinear, float_weight
+from tinyq_lightning.making import Made, dress, make, refuse_root
+from tinyq_lightning.plan import Plan, Present, resolve
 from tinyq_lightning.sites import Site, find_sites, is_layer
 from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
-from tinyq_lightning.weight_math import weight_sqnr_db
+from tinyq_lightning.swap import Swap
 
 __all__ = [
     "Quantizer",
-    "Swap",
     "quantize",
     "quantize_by_layer",
     "quantized",
     "replace_linear_with_target_and_quantize",
     "state_bytes",
 ]
-
-# Held by reference, so that a handle the user kept still removes its hook.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
@@ -77,13 +62,13 @@ def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, present: Present
         present: gives a block in which the weights of a layer have their values.
     """
     plan = resolve(spec, model, present)
-    _refuse_root(model)
+    refuse_root(model)
     sites = find_sites(model)
-    made = _Made()
+    made = Made()
     for decision in plan:
         site = sites.pop(0)  # with its last holder, a float weight goes
         with present(site.module):
-            _make(site, decision, plan.spec.kernel, LAYERS, made)
+            make(site, decision, plan.spec.kernel, LAYERS, made)
             layer = made[decision.name][1]
             if layer is not None:
                 site.put(layer)
@@ -108,122 +93,6 @@ def quantized(model: nn.Module, spec: SpecLike) -> Iterator[Plan]:
     swap = Swap(model, as_spec(spec))
     with swap:
         yield swap.plan
-
-
-class Swap:
-    """Quantized layers made beside the float ones, to be put in and taken out again.
-
-    Making it changes nothing in the model. As a context manager it is in inside the block.
-
-    Args:
-        model: any module with ``nn.Linear`` somewhere below it.
-        spec: what to quantize, and how.
-
-    Attributes:
-        plan: the decisions, with the SQNR of each quantized weight.
-
-    Raises:
-        SpecError: the spec does not fit the model.
-        ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
-    """
-
-    def __init__(self, model: nn.Module, spec: QuantizationSpec) -> None:
-        plan = resolve(spec, model)
-        _refuse_root(model)
-        sites, made = find_sites(model), _Made()
-        for site, decision in zip(sites, plan, strict=True):
-            _make(site, decision, spec.kernel, LAYERS, made)
-        self.plan = Plan(tuple(decision for decision, _ in made.values()), spec)
-        layers = (layer for _, layer in made.values())
-        self._pairs = [(site, layer) for site, layer in zip(sites, layers, strict=True) if layer is not None]
-
-    def or_refuse(self) -> Swap:
-        """This swap, where there is something to put in.
-
-        Raises:
-            ModelError: there is nothing, as where the model is quantized already.
-        """
-        if not self._pairs:
-            why = "; ".join(f"{decision.name}: {decision.reason}" for decision in self.plan)
-            raise ModelError(f"there is nothing to quantize ({why})")
-        return self
-
-    def switched(self, changes: Mapping[str, tuple[str, str]]) -> Swap:
-        """A swap of the same int8 codes with other methods; nothing is quantized again.
-
-        Args:
-            changes: method and reason by the name of a Linear that this swap quantizes; ``float`` leaves it
-                alone. What shares its weight follows; every other layer is as in this swap.
-        """
-        other = copy.copy(self)
-        other._pairs = []
-        decisions = {decision.name: decision for decision in self.plan}
-        for site, layer in self._pairs:
-            decision = decisions[site.name]
-            source = next((name for name in (site.name, *site.tied) if name in changes), None)
-            if source is not None:
-                method, reason = changes[source]
-                if isinstance(layer, QuantizedEmbedding):  # its reason is the one that its spec resolves to
-                    reason = f"tied to {source}.weight ({reason})" if method == "float" else decision.reason
-                elif method != "float":
-                    layer = layer.with_method(method)
-                decisions[site.name] = decision = _changed(decision, method, reason)
-            if decision.method != "float":
-                other._pairs.append((site, layer))
-        other.plan = Plan(tuple(decisions.values()), self.plan.spec)
-        return other
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Float inside the block, with each layer called as a module: no fused kernels that go past them."""
-        for site, _ in self._pairs:
-            site.open()
-        try:
-            yield
-        finally:
-            self.take_out()
-
-    def ties(self) -> dict[str, tuple[str, ...]]:
-        """The names of those that share a weight with a layer, by its name."""
-        return {site.name: site.tied for site, _ in self._pairs}
-
-    def pairs(self) -> Iterator[tuple[str, nn.Module, QuantizedLinear]]:
-        """Name, float layer and quantized layer of each Linear that this swap replaces."""
-        for site, layer in self._pairs:
-            if isinstance(layer, QuantizedLinear):
-                assert isinstance(site.module, nn.Linear)
-                yield site.name, site.module, layer
-
-    def put_in(self) -> None:
-        """Quantized layers in the model, in the mode (train or eval) of those they stand for."""
-        for site, layer in self._pairs:
-            layer.train(site.training)
-            site.put(layer)
-
-    def take_out(self) -> None:
-        """The float layers back, the same objects."""
-        for site, _ in self._pairs:
-            site.put(site.module)
-
-    @contextmanager
-    def taken_out(self) -> Iterator[None]:
-        """Float inside the block, quantized again after it."""
-        self.take_out()
-        try:
-            yield
-        finally:
-            self.put_in()
-
-    def __enter__(self) -> Swap:
-        try:
-            self.put_in()
-        except BaseException:
-            self.take_out()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.take_out()
 
 
 class Quantizer:
@@ -319,9 +188,9 @@ def replace_linear_with_target_and_quantize(
     sites = find_sites(module)
     layers: list[nn.Module | None]
     if ours:
-        made = _Made()
+        made = Made()
         for site, decision in zip(sites, resolve(spec, module), strict=True):
-            _make(site, decision, spec.kernel, {method: target_class}, made)  # type: ignore[dict-item]
+            make(site, decision, spec.kernel, {method: target_class}, made)  # type: ignore[dict-item]
         layers = [layer for _, layer in made.values()]
     else:
         layers = [
@@ -350,53 +219,8 @@ def _target_layer(site: Site, target_class: Any) -> nn.Module:
     layer.quantize(weight.detach())  # type: ignore[operator]
     if linear.bias is not None:
         layer.bias = linear.bias
-    _dress(layer, site)
+    dress(layer, site)
     return layer
-
-
-class _Made(dict[str, tuple[Decision, "QuantizedLinear | QuantizedEmbedding | None"]]):
-    """By name: the decision that was carried out, and the layer; None where the model keeps what it has."""
-
-
-def _make(
-    site: Site, decision: Decision, kernel: KernelName, layers: Mapping[str, type[QuantizedLinear]], made: _Made
-) -> None:
-    """Make the layer that takes the place of ``site``, if any, after those that it may share its codes with."""
-    module = site.module
-    layer: QuantizedLinear | QuantizedEmbedding | None = None
-    if decision.method != "float" and isinstance(module, nn.Linear | nn.Embedding):
-        first, shares = made[decision.tied_to] if decision.tied_to else (None, None)
-        if isinstance(module, nn.Embedding):
-            layer = QuantizedEmbedding.from_embedding(module, shares)
-        else:
-            layer = linear = layers[decision.method].from_linear(module, shares)
-            linear.kernel = kernel
-        _dress(layer, site)
-        sqnr = first.weight_sqnr_db if first else weight_sqnr_db(float_weight(module), layer.int8_weights, layer.scales)
-        decision = replace(decision, weight_sqnr_db=sqnr)
-    made[decision.name] = decision, layer
-
-
-def _changed(decision: Decision, method: str, reason: str) -> Decision:
-    if method == "float":
-        return replace(decision, method=method, reason=reason, weight_sqnr_db=None, bytes=decision.float_bytes)
-    return replace(decision, method=method, reason=reason)
-
-
-def _dress(layer: nn.Module, site: Site) -> None:
-    """Give ``layer`` the hooks, the mode and the users' own attributes of the layer it stands for."""
-    for name, value in vars(site.original).items():
-        if name in _HOOKS or (name not in vars(layer) and name != "_compiled_call_impl"):
-            vars(layer)[name] = value
-    layer.train(site.training)
-
-
-def _refuse_root(model: nn.Module) -> None:
-    if is_layer(model):
-        raise ModelError(
-            f"the model is itself an nn.{type(model).__name__}, which cannot be replaced in place: put it in an "
-            "nn.Sequential, or use replace_linear_with_target_and_quantize, which returns the new layer"
-        )
 
 
 def _names(names: Sequence[str] | None, argument: str) -> list[str]:
