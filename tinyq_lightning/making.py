@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.forward import KernelName
-from tinyq_lightning.layers import QuantizedEmbedding, QuantizedLinear, float_weight
-from tinyq_lightning.plan import Decision
+from tinyq_lightning.layers import LAYERS, Int8Weight, QuantizedEmbedding, QuantizedLinear, float_weight
+from tinyq_lightning.plan import Plan
 from tinyq_lightning.sites import Site, is_layer
-from tinyq_lightning.weight_math import weight_sqnr_db
+from tinyq_lightning.weight_math import quantize_per_row_with_sqnr
 
-__all__ = ["Made", "dress", "make", "refuse_root"]
+__all__ = ["QuantizedLayers", "dress", "refuse_root"]
 
 # Held by reference, so that a handle the user kept still removes its hook.
 _HOOKS = (
@@ -29,27 +28,51 @@ _HOOKS = (
 )
 
 
-class Made(dict[str, tuple[Decision, "QuantizedLinear | QuantizedEmbedding | None"]]):
-    """By name: the decision that was carried out, and the layer; None where the model keeps what it has."""
+class QuantizedLayers:
+    """The quantized layers of a plan, made one by one. Making one changes nothing in the model.
 
+    Args:
+        plan: as it was resolved.
+    """
 
-def make(
-    site: Site, decision: Decision, kernel: KernelName, layers: Mapping[str, type[QuantizedLinear]], made: Made
-) -> None:
-    """Make the layer that takes the place of ``site``, if any, after those that it may share its codes with."""
-    module = site.module
-    layer: QuantizedLinear | QuantizedEmbedding | None = None
-    if decision.method != "float" and isinstance(module, nn.Linear | nn.Embedding):
-        first, shares = made[decision.tied_to] if decision.tied_to else (None, None)
+    def __init__(self, plan: Plan) -> None:
+        self._spec = plan.spec
+        self._decisions = {decision.name: decision for decision in plan}
+        self._made: dict[str, tuple[Int8Weight, float]] = {}
+
+    @property
+    def plan(self) -> Plan:
+        """The plan with the SQNR of each weight that has been quantized."""
+        return Plan(tuple(self._decisions.values()), self._spec)
+
+    def make(self, site: Site) -> QuantizedLinear | QuantizedEmbedding | None:
+        """The layer that takes the place of ``site``; None where the model keeps what it has.
+
+        Those that share their weight get the codes of the first of them, which is to be made before.
+        """
+        module, decision = site.module, self._decisions[site.name]
+        if decision.method == "float" or not isinstance(module, nn.Linear | nn.Embedding):
+            return None
+        made = self._made[decision.tied_to] if decision.tied_to else _quantized(float_weight(module))
+        codes, sqnr = self._made[site.name] = made
+        layer: QuantizedLinear | QuantizedEmbedding
         if isinstance(module, nn.Embedding):
-            layer = QuantizedEmbedding.from_embedding(module, shares)
+            layer = QuantizedEmbedding.from_embedding(module, codes)
         else:
-            layer = linear = layers[decision.method].from_linear(module, shares)
-            linear.kernel = kernel
+            layer = linear = LAYERS[decision.method].from_linear(module, codes)
+            linear.kernel = self._spec.kernel
         dress(layer, site)
-        sqnr = first.weight_sqnr_db if first else weight_sqnr_db(float_weight(module), layer.int8_weights, layer.scales)
-        decision = replace(decision, weight_sqnr_db=sqnr)
-    made[decision.name] = decision, layer
+        self._decisions[site.name] = replace(decision, weight_sqnr_db=sqnr)
+        return layer
+
+
+def _quantized(weight: Tensor) -> tuple[Int8Weight, float]:
+    """Codes and scales for a layer to share, and their SQNR, from one pass over the weight."""
+    rows, columns = weight.shape
+    codes = Int8Weight(rows, columns, weight.dtype, "meta")
+    with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
+        codes.int8_weights, codes.scales, sqnr = quantize_per_row_with_sqnr(weight)
+    return codes, sqnr
 
 
 def dress(layer: nn.Module, site: Site) -> None:

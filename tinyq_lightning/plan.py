@@ -9,8 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from tinyq_lightning.errors import ModelError, SpecError
@@ -209,8 +208,9 @@ def resolve(spec: QuantizationSpec, model: nn.Module, present: Present = nullcon
         present: gives a block in which the weights of a layer have their values, where the model is without.
 
     Raises:
-        ModelError: a layer that would be quantized has no values yet or, unless the spec says
-            ``non_finite: float``, values that are not finite. The message names layers and counts.
+        ModelError: a layer that would be quantized has no values yet, tensors of other shapes than its sizes
+            tell of or, unless the spec says ``non_finite: float``, values that are not finite. The message
+            names layers and counts.
         SpecError: as :func:`check_patterns`.
     """
     if spec.methods:
@@ -275,11 +275,28 @@ def _decision(site: Site, method: str, reason: str, tied_to: str | None) -> Deci
     else:
         rows, columns, bias = module.num_embeddings, module.embedding_dim, None
     extra = 0 if bias is None or isinstance(bias, UninitializedParameter) else bias.numel() * bias.element_size()
-    dtype = module.dtype if isinstance(module, Int8Weight) else float_weight(module).dtype
+    if isinstance(module, Int8Weight):
+        dtype = module.dtype
+    else:
+        weight = float_weight(module)
+        dtype = weight.dtype
+        if method != "float":
+            _refuse_shapes(site.name, weight, bias, (rows, columns))
     float_bytes = extra + (rows * columns * dtype.itemsize if tied_to is None else 0)
     quantized = extra + (rows * columns + 4 * rows if tied_to is None else 0)
     now = float_bytes if method == "float" else quantized
     return Decision(site.name, method, reason, None, float_bytes, now, site.names[1:], tied_to)
+
+
+def _refuse_shapes(name: str, weight: Tensor, bias: Tensor | None, expected: tuple[int, int]) -> None:
+    """Refuse a layer whose tensors were exchanged for others than its sizes tell of."""
+    if weight.shape != expected:
+        raise ModelError(
+            f"{name}: its weight is {list(weight.shape)} where its sizes tell of {list(expected)}: set its sizes to "
+            "those of the weight, or exclude it"
+        )
+    if bias is not None and bias.shape != expected[:1]:
+        raise ModelError(f"{name}: its bias is {list(bias.shape)} and must be {list(expected[:1])}: exclude it")
 
 
 def _check_values(site: Site) -> int:
@@ -293,5 +310,4 @@ def _check_values(site: Site) -> int:
         raise ModelError(
             f"{site.name}: its weight is {weight.dtype}, and only floating point can be quantized: exclude it"
         )
-    # one cheap sum first: it is finite unless a value is not, or the sum itself overflows
-    return 0 if torch.isfinite(weight.detach().sum(dtype=torch.float32)) else count_non_finite(weight)
+    return count_non_finite(weight)

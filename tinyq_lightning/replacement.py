@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.errors import ModelError, SpecError
-from tinyq_lightning.layers import LAYERS, QuantizedLinear, float_weight
-from tinyq_lightning.making import Made, dress, make, refuse_root
+from tinyq_lightning.heap import return_freed_memory
+from tinyq_lightning.layers import LAYERS, QuantizedEmbedding, QuantizedLinear, float_weight
+from tinyq_lightning.making import QuantizedLayers, dress, refuse_root
 from tinyq_lightning.plan import Plan, Present, resolve
 from tinyq_lightning.sites import Site, find_sites, is_layer
 from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
@@ -36,8 +38,10 @@ __all__ = [
 def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
     """Quantize the Linear layers of any ``nn.Module``, in place.
 
-    Float weights are let go layer by layer. Either every layer of the plan is quantized or, where the
-    spec or a weight is refused, none is.
+    All is checked first: where the spec or a weight is refused, nothing is changed. Then float weights are
+    let go layer by layer, the largest last, so that at no time more is held than the float weights and the
+    codes of one layer. Whoever interrupts that finds each layer either float or quantized, and the next call
+    does the rest.
 
     Args:
         model: any module with ``nn.Linear`` somewhere below it.
@@ -61,18 +65,37 @@ def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, present: Present
         spec: what to quantize, and how.
         present: gives a block in which the weights of a layer have their values.
     """
-    plan = resolve(spec, model, present)
     refuse_root(model)
-    sites = find_sites(model)
-    made = Made()
-    for decision in plan:
-        site = sites.pop(0)  # with its last holder, a float weight goes
+    plan = resolve(spec, model, present)
+    sites = {site.name: site for site in find_sites(model)}
+    sizes = {decision.name: decision.float_bytes for decision in plan}
+    layers, freed = QuantizedLayers(plan), 0
+    for name in _smallest_first(plan, sites):
+        site = sites.pop(name)  # with its last holder, a float weight goes
         with present(site.module):
-            make(site, decision, plan.spec.kernel, LAYERS, made)
-            layer = made[decision.name][1]
+            layer = layers.make(site)
             if layer is not None:
                 site.put(layer)
-    return Plan(tuple(decision for decision, _ in made.values()), plan.spec)
+                freed += sizes[name]
+        if freed > sum(sizes.values()) / 16:
+            return_freed_memory()
+            freed = 0
+    del site
+    return_freed_memory()
+    return layers.plan
+
+
+def _smallest_first(plan: Plan, sites: Mapping[str, Site]) -> list[str]:
+    """Names in the order of their float bytes, projections by those of their attention, which lets go of all at once.
+
+    Those that share a weight follow the first of them.
+    """
+    holders = {name: id(site.attention.module if site.attention else site.module) for name, site in sites.items()}
+    sizes = Counter[int]()
+    for decision in plan:
+        sizes[holders[decision.name]] += decision.float_bytes
+    ordered = sorted(plan, key=lambda decision: sizes[holders[decision.tied_to or decision.name]])
+    return [decision.name for decision in ordered]
 
 
 @contextmanager
@@ -168,9 +191,8 @@ def replace_linear_with_target_and_quantize(
         ModelError: a weight cannot be quantized; nothing has been replaced then.
     """
     exclude = _names(module_name_to_exclude, "module_name_to_exclude")
-    ours = isinstance(target_class, type) and issubclass(target_class, QuantizedLinear)
-    if not ours and not callable(getattr(target_class, "quantize", None)):
-        raise SpecError(f"target_class {target_class!r} has no .quantize(weight)")
+    if not isinstance(target_class, type) or not callable(getattr(target_class, "quantize", None)):
+        raise SpecError(f"target_class must be a class with .quantize(weight), not {target_class!r}")
     if is_layer(module):
         if exclude:
             raise SpecError(
@@ -183,24 +205,39 @@ def replace_linear_with_target_and_quantize(
             why = next(iter(resolve(QuantizationSpec(), container))).reason
             raise ModelError(f"the module is a {type(module).__name__} that cannot be replaced: {why}")
         return container[0]
-    method = target_class.method if ours else "w8a32"  # type: ignore[attr-defined]
+    method = target_class.method if issubclass(target_class, QuantizedLinear) else "w8a32"
     spec = QuantizationSpec.from_dict({"method": method, "exclude": exclude})
+    if target_class in LAYERS.values():
+        quantize_by_layer(module, spec, nullcontext)
+        return module
+    # all are made before the first is put in, since a class of others may raise at any of them
+    layers: dict[str, nn.Module | None] = {}
     sites = find_sites(module)
-    layers: list[nn.Module | None]
-    if ours:
-        made = Made()
-        for site, decision in zip(sites, resolve(spec, module), strict=True):
-            make(site, decision, spec.kernel, {method: target_class}, made)  # type: ignore[dict-item]
-        layers = [layer for _, layer in made.values()]
-    else:
-        layers = [
-            _target_layer(site, target_class) if decision.method != "float" and _is_plain(site) else None
-            for site, decision in zip(sites, resolve(spec, module), strict=True)
-        ]
-    for site, layer in zip(sites, layers, strict=True):
+    for site, decision in zip(sites, resolve(spec, module), strict=True):
+        shares = layers[decision.tied_to] if decision.tied_to else None
+        layers[site.name] = None if decision.method == "float" else _target_layer(site, target_class, shares)
+    for site in sites:
+        layer = layers[site.name]
         if layer is not None:
             site.put(layer)
     return module
+
+
+def _target_layer(site: Site, target_class: Any, shares: Any) -> nn.Module | None:
+    """What takes the place of ``site``, with the codes of ``shares``; None where it stays."""
+    layer: nn.Module
+    if not isinstance(site.module, nn.Linear | nn.Embedding):
+        return None
+    if not issubclass(target_class, QuantizedLinear):
+        if not _is_plain(site):
+            return None
+        layer = _foreign_layer(site.module, target_class)
+    elif isinstance(site.module, nn.Embedding):
+        layer = QuantizedEmbedding.from_embedding(site.module, shares)
+    else:
+        layer = target_class.from_linear(site.module, shares)
+    dress(layer, site)
+    return layer
 
 
 def _is_plain(site: Site) -> bool:
@@ -208,9 +245,7 @@ def _is_plain(site: Site) -> bool:
     return site.original is site.module and isinstance(site.module, nn.Linear) and not (site.tied or site.attention)
 
 
-def _target_layer(site: Site, target_class: Any) -> nn.Module:
-    linear = site.module
-    assert isinstance(linear, nn.Linear)
+def _foreign_layer(linear: Any, target_class: Any) -> nn.Module:
     weight = float_weight(linear)
     parameters = inspect.signature(target_class).parameters.values()
     takes_dtype = any(p.name == "dtype" or p.kind is p.VAR_KEYWORD for p in parameters)
@@ -219,7 +254,6 @@ def _target_layer(site: Site, target_class: Any) -> nn.Module:
     layer.quantize(weight.detach())  # type: ignore[operator]
     if linear.bias is not None:
         layer.bias = linear.bias
-    dress(layer, site)
     return layer
 
 

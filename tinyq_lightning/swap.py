@@ -10,8 +10,8 @@ from dataclasses import replace
 from torch import nn
 
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.layers import LAYERS, QuantizedEmbedding, QuantizedLinear
-from tinyq_lightning.making import Made, make, refuse_root
+from tinyq_lightning.layers import QuantizedEmbedding, QuantizedLinear
+from tinyq_lightning.making import QuantizedLayers, refuse_root
 from tinyq_lightning.plan import Decision, Plan, resolve
 from tinyq_lightning.sites import find_sites
 from tinyq_lightning.spec import QuantizationSpec
@@ -37,14 +37,11 @@ class Swap:
     """
 
     def __init__(self, model: nn.Module, spec: QuantizationSpec) -> None:
-        plan = resolve(spec, model)
         refuse_root(model)
-        sites, made = find_sites(model), Made()
-        for site, decision in zip(sites, plan, strict=True):
-            make(site, decision, spec.kernel, LAYERS, made)
-        self.plan = Plan(tuple(decision for decision, _ in made.values()), spec)
-        layers = (layer for _, layer in made.values())
-        self._pairs = [(site, layer) for site, layer in zip(sites, layers, strict=True) if layer is not None]
+        layers = QuantizedLayers(resolve(spec, model))
+        made = ((site, layers.make(site)) for site in find_sites(model))
+        self._pairs = [(site, layer) for site, layer in made if layer is not None]
+        self.plan = layers.plan
 
     def or_refuse(self) -> Swap:
         """This swap, where there is something to put in.
