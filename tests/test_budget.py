@@ -18,8 +18,8 @@ from torch import nn
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
 from tinyq_lightning.budget import LADDER, Layer, evaluation_limit, search
 from tinyq_lightning.errors import EvaluationError, SpecError
-from tinyq_lightning.replacement import Swap
 from tinyq_lightning.spec import Budget
+from tinyq_lightning.swap import Swap
 
 # The search alone, on layers made up
 

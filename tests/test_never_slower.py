@@ -17,7 +17,7 @@ from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized, qua
 from tinyq_lightning.budget import Layer
 from tinyq_lightning.cli import main
 from tinyq_lightning.errors import EvaluationError, SpecError
-from tinyq_lightning.replacement import Swap
+from tinyq_lightning.swap import Swap
 
 HERE = Path(__file__).parent
 

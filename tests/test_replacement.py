@@ -2,6 +2,10 @@
 
 import copy
 import logging
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +26,8 @@ from tinyq_lightning import (
 )
 from tinyq_lightning.errors import CheckpointError, ModelError, SpecError
 from tinyq_lightning.layers import LAYERS, QuantizedLinear
-from tinyq_lightning.replacement import Swap, state_bytes
+from tinyq_lightning.replacement import state_bytes
+from tinyq_lightning.swap import Swap
 from tinyq_lightning.weight_math import quantize_per_row, weight_sqnr_db
 
 each_method = pytest.mark.parametrize("method", LAYERS)
@@ -208,6 +213,80 @@ def test_float_weights_are_let_go():
     assert not any(t.grad_fn for t in model.buffers())  # the second fault of the tutorial
 
 
+def test_a_float_weight_that_someone_else_holds_keeps_its_values():
+    model = Net()
+    linear, weight, state = model.stem, model.heads["a"].weight, model.state_dict()
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    quantize(model)
+    assert torch.equal(linear.weight, kept["stem.weight"])
+    assert torch.equal(weight, kept["heads.a.weight"])
+    assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
+
+
+class Interrupting(nn.Module):
+    """A parametrization during which the user loses patience, once everything has been checked."""
+
+    patience = 4
+
+    def forward(self, weight):
+        self.patience -= 1
+        if self.patience == 0:
+            raise KeyboardInterrupt
+        return weight
+
+
+def test_interrupted_each_layer_is_whole_and_the_next_call_does_the_rest():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(8, 16))
+    expected = copy.deepcopy(model)
+    quantize(expected)
+    parametrize.register_parametrization(model[1], "weight", Interrupting())
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model)
+    assert [isinstance(layer, QuantizedLinear) for layer in model] == [True, False, False]
+    x = torch.randn(3, 4)
+    model(x)
+    quantize(model)
+    assert torch.equal(model(x), expected(x))
+
+
+# --- memory ---
+
+MEASURE = """
+import re, sys, torch
+from torch import nn
+from tinyq_lightning import Quantizer
+
+def measured(key):  # bytes; of this process alone, where ru_maxrss may be that of its parent
+    return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+kinds = dict(
+    large=lambda: [nn.Linear(2048, 2048) for _ in range(8)],
+    medium=lambda: [nn.Linear(384, 384) for _ in range(200)],
+    bfloat16=lambda: [nn.Linear(2048, 2048, dtype=torch.bfloat16) for _ in range(12)],
+    largest_first=lambda: [nn.Linear(2048, 8192), *(nn.Linear(2048, 2048) for _ in range(3))],
+    attention=lambda: [nn.MultiheadAttention(1024, 8) for _ in range(8)],
+    parametrized=lambda: [nn.utils.parametrizations.weight_norm(nn.Linear(1024, 1024)) for _ in range(24)],
+)
+for dtype in (torch.float32, torch.bfloat16):  # what is loaded once and for all
+    Quantizer(nn.ModuleList([nn.utils.parametrizations.weight_norm(nn.Linear(8, 8, dtype=dtype))])).quantize()
+model = nn.ModuleList(kinds[sys.argv[1]]())
+size = sum(parameter.nbytes for parameter in model.parameters())
+before = measured("VmHWM")
+Quantizer(model).quantize()
+print((measured("VmHWM") - before) / size, (measured("VmRSS") - before) / size + 1)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+@pytest.mark.parametrize("kind", ["large", "medium", "bfloat16", "largest_first", "attention", "parametrized"])
+def test_quantizing_in_place_adds_at_most_12_percent_to_the_peak(kind):
+    run = subprocess.run([sys.executable, "-c", MEASURE, kind], capture_output=True, text=True, check=True)
+    added, left = map(float, run.stdout.split())
+    assert added <= 0.12
+    if platform.libc_ver()[0] == "glibc":  # which gives back what was freed when it is asked to
+        assert left < (0.6 if kind == "bfloat16" else 0.35)
+
+
 def test_a_quantized_model_copies_and_loads_bit_equal():
     model = Net().eval()
     quantize(model)
@@ -313,6 +392,37 @@ def test_nothing_is_changed_when_a_later_weight_is_not_floating_point():
     with pytest.raises(ModelError, match=r"1: .*torch\.complex64"):
         quantize(model)
     assert_untouched(model, before)
+
+
+class Cut(nn.Module):
+    """A parametrization that gives fewer rows than the layer tells of."""
+
+    def forward(self, weight):
+        return weight[1:]
+
+
+def test_nothing_is_changed_when_a_later_layer_has_tensors_of_another_shape():
+    def other_bias(linear):
+        linear.bias = nn.Parameter(torch.zeros(1))
+
+    def other_weight(linear):
+        linear.weight = nn.Parameter(torch.zeros(1, 2))
+
+    def computed_weight(linear):
+        parametrize.register_parametrization(linear, "weight", Cut(), unsafe=True)
+
+    for exchange, said in ((other_bias, r"bias is \[1\]"), (other_weight, r"\[1, 2\]"), (computed_weight, r"\[1, 2\]")):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        exchange(model[1])
+        before = snapshot(model)
+        for act in (
+            lambda model=model: quantize(model),
+            lambda model=model: replace_linear_with_target_and_quantize(model, W8A32LinearLayer, []),
+            lambda model=model: quantized(model, "w8a32").__enter__(),
+        ):
+            with pytest.raises(ModelError, match=rf"^1: .*{said}"):
+                act()
+            assert_untouched(model, before)
 
 
 def test_nothing_is_changed_when_the_spec_is_refused():
@@ -689,6 +799,25 @@ class Refusing(Foreign):
         super().quantize(weight)
 
 
+class Halving(W8A32LinearLayer):
+    """A layer of ours with a way of its own to quantize."""
+
+    def quantize(self, weight):
+        if len(weight) == 3:
+            raise ValueError("not three")
+        return super().quantize(weight / 2)
+
+
+def test_a_subclass_of_ours_quantizes_in_its_own_way_and_ties_stay():
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9), "mid": nn.Linear(4, 5)})
+    model["head"].weight = model["embed"].weight
+    weight = model["mid"].weight.detach().clone()
+    replace_linear_with_target_and_quantize(model, Halving, [])
+    assert type(model["mid"]) is type(model["head"]) is Halving
+    assert torch.equal(model["mid"].scales, quantize_per_row(weight / 2)[1])
+    assert model["head"].int8_weights is model["embed"].int8_weights
+
+
 def test_wrong_arguments_are_refused_and_nothing_is_changed():
     model = Net()
     before = snapshot(model)
@@ -698,6 +827,7 @@ def test_wrong_arguments_are_refused_and_nothing_is_changed():
         (W8A32LinearLayer, ["haed"], SpecError),
         (W8A32LinearLayer, "stem", SpecError),
         (Refusing, [], ValueError),
+        (Halving, [], ValueError),
     ):
         with pytest.raises(error):
             replace_linear_with_target_and_quantize(model, target, exclude)

@@ -102,7 +102,7 @@ def test_output_sqnr_is_that_of_the_layer_on_its_inputs(tmp_path):
     import torch
 
     from tinyq_lightning.layer_errors import measured_layers
-    from tinyq_lightning.replacement import Swap
+    from tinyq_lightning.swap import Swap
 
     model, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)), torch.randn(64, 8) + 3
     swap = Swap(model, QuantizationSpec())

@@ -13,7 +13,7 @@ from torch import nn
 from tinyq_lightning import QuantizationSpec
 from tinyq_lightning.layer_calls import MAX_ROWS, Call, counted_calls, representative
 from tinyq_lightning.layers import W8A32LinearLayer
-from tinyq_lightning.replacement import Swap
+from tinyq_lightning.swap import Swap
 from tinyq_lightning.timing import SPEEDUP_LOST, Shape, Stopwatch, Timing, left_float, time_call
 
 SHAPE = Shape(8, 16, True, "w8a32", torch.float32)

@@ -17,6 +17,7 @@ from tinyq_lightning.weight_math import (
     dequantize,
     predicted_sqnr_db,
     quantize_per_row,
+    quantize_per_row_with_sqnr,
     quantize_rows_to_steps,
     weight_sqnr_db,
 )
@@ -67,6 +68,42 @@ def test_codes_and_scales_are_the_textbook_ones(dtype):
     # float32 division may fall on the other side of a half
     assert (codes.int() - expected_codes.int()).abs().max() <= 1
     assert (codes != expected_codes).float().mean() < 0.01
+
+
+def hard(kind, rows=700, columns=900):
+    """Several blocks of rows of what is hard to scale or to round."""
+    generator = torch.Generator().manual_seed(11)
+    normal = torch.randn(rows, columns, generator=generator)
+    if kind == "magnitudes":
+        return normal * 2.0 ** torch.randint(-120, 120, (rows, 1), generator=generator)
+    if kind == "halves":
+        whole = torch.randint(-127, 127, (rows, columns), generator=generator) + 0.5
+        whole[:, 0] = 127
+        return whole * torch.rand(rows, 1, generator=generator)
+    if kind == "subnormal":
+        return (normal.double() * 1e-38).float()
+    if kind == "huge":
+        return normal.clamp(-1, 1) * FLOAT32.max
+    if kind == "zero rows":
+        normal[::2] = 0
+        normal[::4] *= -1
+    return normal.t() if kind == "transposed" else normal
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["normal", "magnitudes", "halves", "subnormal", "huge", "zero rows", "transposed"])
+def test_codes_and_scales_are_bit_equal_to_the_formula_in_plain_operators(kind, dtype):
+    weight = hard(kind).clamp(-FLOAT32.max / 2, FLOAT32.max / 2).to(dtype)
+    x = weight.float()
+    scales = (x.abs().amax(1) / 127).clamp_min(FLOAT32.tiny)
+    expected = torch.div(x, scales[:, None]).round().to(torch.int8)
+    codes, own, sqnr = quantize_per_row_with_sqnr(weight)
+    assert torch.equal(own, scales)
+    assert torch.equal(codes, expected)
+    assert sqnr == weight_sqnr_db(weight, codes, scales)
+    alone = quantize_per_row(weight)
+    assert torch.equal(alone[0], codes)
+    assert torch.equal(alone[1], scales)
 
 
 def test_halves_are_rounded_to_even():
@@ -234,6 +271,13 @@ def test_the_weight_keeps_its_values_and_gets_no_gradient():
 # --- refusals ---
 
 
+def test_finite_weights_whose_sum_overflows_are_finite():
+    weight = torch.full((4, 300_000), 3e38)
+    assert count_non_finite(weight) == 0
+    weight[3, -1] = math.nan
+    assert count_non_finite(weight) == 1
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_non_finite_weights_are_refused_with_their_count(bad, dtype):
@@ -308,6 +352,25 @@ def test_weight_sqnr_is_signal_over_noise_for_every_dtype(dtype):
     noise = weight.double() - codes.double() * scales.double()[:, None]
     expected = 10 * math.log10(weight.double().square().sum() / noise.square().sum())
     assert weight_sqnr_db(weight, codes, scales) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("magnitude", [1e-36, 1e-25, 1e-12, 1e12, 1e25, 1e36])
+def test_weight_sqnr_does_not_depend_on_the_magnitude(magnitude):
+    weight = torch.randn(300, 400, generator=torch.Generator().manual_seed(12))
+    expected = quantize_per_row_with_sqnr(weight)[2]
+    assert quantize_per_row_with_sqnr(weight * magnitude)[2] == pytest.approx(expected, abs=0.01)
+
+
+def test_weight_sqnr_has_the_same_bits_for_any_number_of_threads():
+    weight, threads = torch.randn(2000, 700, generator=torch.Generator().manual_seed(13)), torch.get_num_threads()
+    figures = set()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            figures.add(quantize_per_row_with_sqnr(weight)[2])
+    finally:
+        torch.set_num_threads(threads)
+    assert len(figures) == 1
 
 
 def test_weight_sqnr_of_an_exact_weight_is_infinite():

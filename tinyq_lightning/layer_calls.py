@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.layers import QuantizedLinear
-from tinyq_lightning.replacement import Swap
+from tinyq_lightning.swap import Swap
 
 __all__ = ["MAX_ROWS", "Call", "counted_calls", "representative"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tinyq_lightning.budget import LADDER
 from tinyq_lightning.layers import QuantizedLinear
-from tinyq_lightning.replacement import Swap
+from tinyq_lightning.swap import Swap
 
 __all__ = ["SIGNAL_BATCHES", "LayerError", "measured_layers"]
 

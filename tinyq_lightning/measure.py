@@ -19,8 +19,9 @@ from tinyq_lightning.evaluation import Validation, run_validation
 from tinyq_lightning.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
 from tinyq_lightning.plan import Plan
 from tinyq_lightning.reading import nearest
-from tinyq_lightning.replacement import Swap, state_bytes
+from tinyq_lightning.replacement import state_bytes
 from tinyq_lightning.spec import Budget, Mode, QuantizationSpec
+from tinyq_lightning.swap import Swap
 from tinyq_lightning.timing import Stopwatch
 
 __all__ = ["Measured", "MethodsRun", "known_mode", "refuse_without_validation"]

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from tinyq_lightning.errors import ModelError, SpecError
+from tinyq_lightning.heap import return_freed_memory
 from tinyq_lightning.layers import Int8Weight, QuantizedEmbedding, QuantizedLinear, float_weight
 from tinyq_lightning.reading import nearest
 from tinyq_lightning.sites import Layer, Site, find_sites
@@ -214,7 +215,7 @@ def why_left_float(site: Site) -> str | None:
     """Why a layer stays float whatever the spec says: it cannot be replaced, or a file would not shrink by it."""
     if site.why_float or isinstance(site.module._parameters.get("weight"), UninitializedParameter):
         return site.why_float
-    columns, size = _shape(site.module)[1], _dtype(site.module).itemsize
+    columns, size = _shape(site.module)[1], _dtype(site).itemsize
     if columns + _SCALE_BYTES < columns * size:
         return None
     return f"int8 is no smaller: {columns} + {_SCALE_BYTES} bytes a row, {columns * size} as float"
@@ -235,8 +236,9 @@ def resolve(
         why_left: why a layer stays float whatever the spec says; None where it need not.
 
     Raises:
-        ModelError: a layer that would be quantized has no values yet or, unless the spec says
-            ``non_finite: float``, values that are not finite. The message names layers and counts.
+        ModelError: a layer that would be quantized has no values yet, tensors of other shapes than its sizes
+            tell of or, unless the spec says ``non_finite: float``, values that are not finite. The message
+            names layers and counts.
         SpecError: as :func:`check_patterns`; or the spec asks for what only a run can decide.
     """
     if spec.methods:
@@ -252,13 +254,16 @@ def resolve(
         )
     check_patterns(spec, model)
     sites = {site.name: site for site in find_sites(model)}
-    made = {name: _structural(spec, site, sites, why_left) for name, site in sites.items()}
-    refused, checked = [], set[str]()
+    made, refused, checked = dict[str, tuple[str, str]](), [], set[str]()
+    for name, site in sites.items():
+        made[name] = _structural(spec, site, sites, why_left)
+        _let_go(site)
     for name, site in sites.items():
         if checked.isdisjoint(site.tied) and all(made[each][0] != "float" for each in (name, *site.tied)):
             checked.add(name)
             with present(site.module):
                 bad = _check_values(site)
+                _let_go(site)
             if bad and spec.non_finite == "float":
                 made[name] = ("float", "non-finite weights")
             elif bad:
@@ -306,7 +311,9 @@ def _decision(site: Site, method: str, reason: str, tied_to: str | None) -> Deci
     rows, columns = _shape(site.module)
     bias = site.module.bias if isinstance(site.module, nn.Linear | QuantizedLinear) else None
     extra = 0 if bias is None or isinstance(bias, UninitializedParameter) else bias.numel() * bias.element_size()
-    float_bytes = extra + (rows * columns * _dtype(site.module).itemsize if tied_to is None else 0)
+    if method != "float" and not isinstance(site.module, Int8Weight):
+        _refuse_shapes(site.name, site.weight_like, bias, (rows, columns))
+    float_bytes = extra + (rows * columns * _dtype(site).itemsize if tied_to is None else 0)
     quantized = extra + (rows * (columns + _SCALE_BYTES) if tied_to is None else 0)
     now = float_bytes if method == "float" else quantized
     return Decision(site.name, method, reason, None, float_bytes, now, site.names[1:], tied_to)
@@ -318,8 +325,25 @@ def _shape(layer: Layer) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
-def _dtype(layer: Layer) -> torch.dtype:
-    return layer.dtype if isinstance(layer, Int8Weight) else float_weight(layer).dtype
+def _dtype(site: Site) -> torch.dtype:
+    return site.module.dtype if isinstance(site.module, Int8Weight) else site.weight_like.dtype
+
+
+def _refuse_shapes(name: str, weight: Tensor, bias: Tensor | None, expected: tuple[int, int]) -> None:
+    """Refuse a layer whose tensors were exchanged for others than its sizes tell of."""
+    if weight.shape != expected:
+        raise ModelError(
+            f"{name}: its weight is {list(weight.shape)} where its sizes tell of {list(expected)}: set its sizes to "
+            "those of the weight, or exclude it"
+        )
+    if bias is not None and bias.shape != expected[:1]:
+        raise ModelError(f"{name}: its bias is {list(bias.shape)} and must be {list(expected[:1])}: exclude it")
+
+
+def _let_go(site: Site) -> None:
+    """Have the heap not grow with each weight that was made to be looked at."""
+    if site.is_parametrized:
+        return_freed_memory()
 
 
 def _check_values(site: Site) -> int:
@@ -333,5 +357,4 @@ def _check_values(site: Site) -> int:
         raise ModelError(
             f"{site.name}: its weight is {weight.dtype}, and only floating point can be quantized: exclude it"
         )
-    # one cheap sum first: it is finite unless a value is not, or the sum itself overflows
-    return 0 if torch.isfinite(weight.detach().sum(dtype=torch.float32)) else count_non_finite(weight)
+    return count_non_finite(weight)

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import copy
+import gc
 import inspect
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from tinyq_lightning.durable import replace_file
 from tinyq_lightning.errors import ModelError, SpecError
-from tinyq_lightning.forward import KernelName
+from tinyq_lightning.heap import return_freed_memory
 from tinyq_lightning.layers import LAYERS, QuantizedEmbedding, QuantizedLinear, float_weight
-from tinyq_lightning.plan import Decision, Plan, Present, resolve
+from tinyq_lightning.making import QuantizedLayers, dress, refuse_root
+from tinyq_lightning.plan import Plan, Present, resolve
 from tinyq_lightning.sites import Site, find_sites, is_layer
 from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
-from tinyq_lightning.weight_math import weight_sqnr_db
+from tinyq_lightning.swap import Swap
 
 __all__ = [
     "Quantizer",
-    "Swap",
     "quantize",
     "quantize_by_layer",
     "quantized",
@@ -38,24 +38,14 @@ __all__ = [
     "state_bytes",
 ]
 
-# Held by reference, so that a handle the user kept still removes its hook.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-
 
 def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
     """Quantize the Linear layers of any ``nn.Module``, in place.
 
-    Float weights are let go layer by layer. Either every layer of the plan is quantized or, where the
-    spec or a weight is refused, none is.
+    All is checked first: where the spec or a weight is refused, nothing is changed. Then float weights are
+    let go layer by layer, the largest last, so that at no time more is held than the float weights and the
+    codes of one layer. Whoever interrupts that finds each layer either float or quantized, and the next call
+    does the rest.
 
     Args:
         model: any module with ``nn.Linear`` somewhere below it.
@@ -79,18 +69,43 @@ def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, present: Present
         spec: what to quantize, and how.
         present: gives a block in which the weights of a layer have their values.
     """
-    plan = resolve(spec, model, present)
-    _refuse_root(model)
-    sites = find_sites(model)
-    made = _Made()
-    for decision in plan:
-        site = sites.pop(0)  # with its last holder, a float weight goes
+    refuse_root(model)
+    return _carry_out(resolve(spec, model, present), model, present)
+
+
+def _carry_out(plan: Plan, model: nn.Module, present: Present = nullcontext) -> Plan:
+    """Put a layer in the place of each float one as soon as it is made. Returns the plan with the SQNR of each."""
+    sites = {site.name: site for site in find_sites(model)}
+    sizes = {decision.name: decision.float_bytes for decision in plan}
+    layers, freed, in_cycles = QuantizedLayers(plan), 0, False
+    for name in _smallest_first(plan, sites):
+        site = sites.pop(name)  # with its last holder, a float weight goes
         with present(site.module):
-            _make(site, decision, plan.spec.kernel, LAYERS, made)
-            layer = made[decision.name][1]
+            layer = layers.make(site)
             if layer is not None:
                 site.put(layer)
-    return Plan(tuple(decision for decision, _ in made.values()), plan.spec)
+                freed += sizes[name]
+                in_cycles |= site.is_parametrized
+        if freed > sum(sizes.values()) / 16 or not sites:
+            del site
+            if in_cycles:  # torch has the properties of a parametrized module hold that module
+                gc.collect()
+            return_freed_memory()
+            freed, in_cycles = 0, False
+    return layers.plan
+
+
+def _smallest_first(plan: Plan, sites: Mapping[str, Site]) -> list[str]:
+    """Names in the order of their float bytes, projections by those of their attention, which lets go of all at once.
+
+    Those that share a weight follow the first of them.
+    """
+    holders = {name: id(site.attention.module if site.attention else site.module) for name, site in sites.items()}
+    sizes = Counter[int]()
+    for decision in plan:
+        sizes[holders[decision.name]] += decision.float_bytes
+    ordered = sorted(plan, key=lambda decision: sizes[holders[decision.tied_to or decision.name]])
+    return [decision.name for decision in ordered]
 
 
 @contextmanager
@@ -111,128 +126,6 @@ def quantized(model: nn.Module, spec: SpecLike) -> Iterator[Plan]:
     swap = Swap(model, as_spec(spec))
     with swap:
         yield swap.plan
-
-
-class Swap:
-    """Quantized layers made beside the float ones, to be put in and taken out again.
-
-    Making it changes nothing in the model. As a context manager it is in inside the block.
-
-    Args:
-        model: any module with ``nn.Linear`` somewhere below it.
-        spec: what to quantize, and how.
-
-    Attributes:
-        plan: the decisions, with the SQNR of each quantized weight.
-
-    Raises:
-        SpecError: the spec does not fit the model.
-        ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
-    """
-
-    def __init__(self, model: nn.Module, spec: QuantizationSpec) -> None:
-        plan = resolve(spec, model)
-        _refuse_root(model)
-        sites, made = find_sites(model), _Made()
-        for site, decision in zip(sites, plan, strict=True):
-            _make(site, decision, spec.kernel, LAYERS, made)
-        self.plan = Plan(tuple(decision for decision, _ in made.values()), spec)
-        layers = (layer for _, layer in made.values())
-        self._pairs = [(site, layer) for site, layer in zip(sites, layers, strict=True) if layer is not None]
-
-    def or_refuse(self) -> Swap:
-        """This swap, where there is something to put in.
-
-        Raises:
-            ModelError: there is nothing, as where the model is quantized already; where a run found
-                that no layer is better off in int8, that is what was asked for.
-        """
-        if not self._pairs and not any(decision.measured for decision in self.plan):
-            why = "; ".join(f"{decision.name}: {decision.reason}" for decision in self.plan)
-            raise ModelError(f"there is nothing to quantize ({why})")
-        return self
-
-    def switched(self, changes: Mapping[str, tuple[str, str]]) -> Swap:
-        """A swap of the same int8 codes with other methods; nothing is quantized again.
-
-        Args:
-            changes: method and reason by the name of a Linear that this swap quantizes; ``float`` leaves it
-                alone. What shares its weight follows; every other layer is as in this swap.
-        """
-        other = copy.copy(self)
-        other._pairs = []
-        decisions = {decision.name: decision for decision in self.plan}
-        for site, layer in self._pairs:
-            decision = decisions[site.name]
-            source = next((name for name in (site.name, *site.tied) if name in changes), None)
-            if source is not None:
-                method, reason = changes[source]
-                if isinstance(layer, QuantizedEmbedding):  # its reason is the one that its spec resolves to
-                    reason = f"tied to {source}.weight ({reason})" if method == "float" else decision.reason
-                elif method != "float":
-                    layer = layer.with_method(method)
-                decisions[site.name] = decision = _changed(decision, method, reason)
-            if decision.method != "float":
-                other._pairs.append((site, layer))
-        other.plan = Plan(tuple(decisions.values()), self.plan.spec)
-        return other
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Float inside the block, with each layer called as a module: no fused kernels that go past them."""
-        for site, _ in self._pairs:
-            site.open()
-        try:
-            yield
-        finally:
-            self.take_out()
-
-    @property
-    def fused(self) -> bool:
-        """Whether torch may run float layers in fused kernels, which call none of them unless they have hooks."""
-        return any(site.attention or site.encoder_layers for site, _ in self._pairs)
-
-    def ties(self) -> dict[str, tuple[str, ...]]:
-        """The names of those that share a weight with a layer, by its name."""
-        return {site.name: site.tied for site, _ in self._pairs}
-
-    def pairs(self) -> Iterator[tuple[str, nn.Linear, QuantizedLinear]]:
-        """Name, float layer and quantized layer of each Linear that this swap replaces."""
-        for site, layer in self._pairs:
-            if isinstance(layer, QuantizedLinear):
-                assert isinstance(site.module, nn.Linear)
-                yield site.name, site.module, layer
-
-    def put_in(self) -> None:
-        """Quantized layers in the model, in the mode (train or eval) of those they stand for."""
-        for site, layer in self._pairs:
-            layer.train(site.training)
-            site.put(layer)
-
-    def take_out(self) -> None:
-        """The float layers back, the same objects."""
-        for site, _ in self._pairs:
-            site.put(site.module)
-
-    @contextmanager
-    def taken_out(self) -> Iterator[None]:
-        """Float inside the block, quantized again after it."""
-        self.take_out()
-        try:
-            yield
-        finally:
-            self.put_in()
-
-    def __enter__(self) -> Swap:
-        try:
-            self.put_in()
-        except BaseException:
-            self.take_out()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.take_out()
 
 
 class Quantizer:
@@ -331,32 +224,47 @@ def replace_linear_with_target_and_quantize(
         return container[0]
     method = target_class.method if ours else "w8a32"  # type: ignore[attr-defined]
     spec = QuantizationSpec.from_dict({"method": method, "exclude": exclude})
-    sites, plan = find_sites(module), resolve(spec, module, why_left=attrgetter("why_float"))
-    layers: list[nn.Module | None]
-    if ours:
-        made = _Made()
-        for site, decision in zip(sites, plan, strict=True):
-            _make(site, decision, spec.kernel, {method: target_class}, made)  # type: ignore[dict-item]
-        layers = [layer for _, layer in made.values()]
-    else:
-        layers = [
-            _target_layer(site, target_class) if decision.method != "float" and _is_plain(site) else None
-            for site, decision in zip(sites, plan, strict=True)
-        ]
-    for site, layer in zip(sites, layers, strict=True):
+    plan = resolve(spec, module, why_left=attrgetter("why_float"))
+    if target_class in LAYERS.values():
+        _carry_out(plan, module)
+        return module
+    # all are made before the first is put in, since a class of others may raise at any of them
+    layers: dict[str, nn.Module | None] = {}
+    sites = find_sites(module)
+    for site, decision in zip(sites, plan, strict=True):
+        shares = layers[decision.tied_to] if decision.tied_to else None
+        layers[site.name] = None if decision.method == "float" else _target_layer(site, target_class, shares)
+    for site in sites:
+        layer = layers[site.name]
         if layer is not None:
             site.put(layer)
     return module
 
 
+def _target_layer(site: Site, target_class: Any, shares: Any) -> nn.Module | None:
+    """What takes the place of ``site``, with the codes of ``shares``; None where it stays."""
+    layer: nn.Module
+    if isinstance(target_class, type) and issubclass(target_class, QuantizedLinear):
+        if isinstance(site.module, nn.Embedding):
+            layer = QuantizedEmbedding.from_embedding(site.module, shares)
+        elif isinstance(site.module, nn.Linear):
+            layer = target_class.from_linear(site.module, shares)
+        else:
+            return None
+    elif isinstance(site.module, nn.Linear) and _is_plain(site):
+        layer = _foreign_layer(site.module, target_class)
+    else:
+        return None
+    dress(layer, site)
+    return layer
+
+
 def _is_plain(site: Site) -> bool:
-    """Whether a class that knows nothing of us can stand for the layer: an ``nn.Linear`` on its own."""
-    return site.original is site.module and isinstance(site.module, nn.Linear) and not (site.tied or site.attention)
+    """Whether a class that knows nothing of us can stand for the layer: one on its own."""
+    return site.original is site.module and not (site.tied or site.attention)
 
 
-def _target_layer(site: Site, target_class: Any) -> nn.Module:
-    linear = site.module
-    assert isinstance(linear, nn.Linear)
+def _foreign_layer(linear: nn.Linear, target_class: Any) -> nn.Module:
     weight = float_weight(linear)
     parameters = inspect.signature(target_class).parameters.values()
     takes_dtype = any(p.name == "dtype" or p.kind is p.VAR_KEYWORD for p in parameters)
@@ -365,53 +273,7 @@ def _target_layer(site: Site, target_class: Any) -> nn.Module:
     layer.quantize(weight.detach())  # type: ignore[operator]
     if linear.bias is not None:
         layer.bias = linear.bias
-    _dress(layer, site)
     return layer
-
-
-class _Made(dict[str, tuple[Decision, "QuantizedLinear | QuantizedEmbedding | None"]]):
-    """By name: the decision that was carried out, and the layer; None where the model keeps what it has."""
-
-
-def _make(
-    site: Site, decision: Decision, kernel: KernelName, layers: Mapping[str, type[QuantizedLinear]], made: _Made
-) -> None:
-    """Make the layer that takes the place of ``site``, if any, after those that it may share its codes with."""
-    module = site.module
-    layer: QuantizedLinear | QuantizedEmbedding | None = None
-    if decision.method != "float" and isinstance(module, nn.Linear | nn.Embedding):
-        first, shares = made[decision.tied_to] if decision.tied_to else (None, None)
-        if isinstance(module, nn.Embedding):
-            layer = QuantizedEmbedding.from_embedding(module, shares)
-        else:
-            layer = linear = layers[decision.method].from_linear(module, shares)
-            linear.kernel = kernel
-        _dress(layer, site)
-        sqnr = first.weight_sqnr_db if first else weight_sqnr_db(float_weight(module), layer.int8_weights, layer.scales)
-        decision = replace(decision, weight_sqnr_db=sqnr)
-    made[decision.name] = decision, layer
-
-
-def _changed(decision: Decision, method: str, reason: str) -> Decision:
-    if method == "float":
-        return replace(decision, method=method, reason=reason, weight_sqnr_db=None, bytes=decision.float_bytes)
-    return replace(decision, method=method, reason=reason)
-
-
-def _dress(layer: nn.Module, site: Site) -> None:
-    """Give ``layer`` the hooks, the mode and the users' own attributes of the layer it stands for."""
-    for name, value in vars(site.original).items():
-        if name in _HOOKS or (name not in vars(layer) and name != "_compiled_call_impl"):
-            vars(layer)[name] = value
-    layer.train(site.training)
-
-
-def _refuse_root(model: nn.Module) -> None:
-    if is_layer(model):
-        raise ModelError(
-            f"the model is itself an nn.{type(model).__name__}, which cannot be replaced in place: put it in an "
-            "nn.Sequential, or use replace_linear_with_target_and_quantize, which returns the new layer"
-        )
 
 
 def _names(names: Sequence[str] | None, argument: str) -> list[str]:

@@ -26,8 +26,9 @@ from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.evaluation import Results, compare, numbers
 from tinyq_lightning.isolation import Attributes, RandomState, rewound_randomness
 from tinyq_lightning.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
-from tinyq_lightning.replacement import Swap, state_bytes
+from tinyq_lightning.replacement import state_bytes
 from tinyq_lightning.spec import QuantizationSpec
+from tinyq_lightning.swap import Swap
 from tinyq_lightning.timing import Stopwatch
 
 __all__ = ["TestRun"]

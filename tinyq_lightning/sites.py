@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeGuard
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from tinyq_lightning.attention import QuantizedMultiheadAttention, in_projections, linear_with
-from tinyq_lightning.layers import QuantizedEmbedding, QuantizedLinear
+from tinyq_lightning.layers import QuantizedEmbedding, QuantizedLinear, float_weight
 from tinyq_lightning.memory_map import MemoryMap
 
 __all__ = ["Attention", "Site", "find_sites", "is_layer"]
@@ -60,6 +61,17 @@ class Site:
     def name(self) -> str:
         """The first of its dotted paths; empty where the layer is the whole model."""
         return self.names[0]
+
+    @property
+    def is_parametrized(self) -> bool:
+        """Whether its weight is made anew each time that it is read."""
+        return parametrize.is_parametrized(self.module)
+
+    @cached_property
+    def weight_like(self) -> Tensor:
+        """The weight of a float layer without its values, on the meta device."""
+        weight = float_weight(self.module)
+        return weight if isinstance(weight, UninitializedParameter) else weight.detach().to("meta")
 
     @property
     def is_embedding(self) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tinyq_lightning.attention import linear_with
 from tinyq_lightning.layer_calls import Call, counted_calls, representative
 from tinyq_lightning.layers import QuantizedLinear, float_weight
-from tinyq_lightning.replacement import Swap
+from tinyq_lightning.swap import Swap
 
 __all__ = [
     "ROUNDS",
