@@ -262,7 +262,7 @@ def measured(key):  # bytes; of this process alone, where ru_maxrss may be that 
 kinds = dict(
     large=lambda: [nn.Linear(2048, 2048) for _ in range(8)],
     medium=lambda: [nn.Linear(384, 384) for _ in range(200)],
-    bfloat16=lambda: [nn.Linear(2048, 2048, dtype=torch.bfloat16) for _ in range(12)],
+    bfloat16=lambda: [nn.Linear(2048, 2048, dtype=torch.bfloat16) for _ in range(24)],
     largest_first=lambda: [nn.Linear(2048, 8192), *(nn.Linear(2048, 2048) for _ in range(3))],
     attention=lambda: [nn.MultiheadAttention(1024, 8) for _ in range(8)],
     parametrized=lambda: [nn.utils.parametrizations.weight_norm(nn.Linear(1024, 1024)) for _ in range(24)],
