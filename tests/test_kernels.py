@@ -82,8 +82,9 @@ def test_with_vnni_layers_take_int8_and_small_ones_a_float_copy_for_few_rows(met
     small, middling, large = (choose_kernel("auto", METHODS[method], size, size) for size in (384, 768, 2048))
     assert {small.kernel, middling.kernel, large.kernel} == {"int8"}
     assert small.few_rows > middling.few_rows > large.few_rows == 0
-    assert f"which pay from {middling.few_rows} rows" in middling.reason
-    assert large.reason == "the processor has int8 products"
+    assert middling.label == f"int8 from {middling.few_rows} rows"
+    assert large.label == "int8"
+    assert {small.reason, large.reason} == {"the processor has int8 products"}
 
 
 def test_finer_methods_need_more_rows_for_int8_to_pay(monkeypatch):
@@ -243,6 +244,14 @@ def test_kernels_agree_with_the_formula(kernel, method):
 
 
 # --- the same bits ---
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 64), (200, 1000)], ids=str)
+def test_w8a8_gives_the_same_bits_by_each_kernel(kernel, shape):
+    # no sum reaches 2**24, so that float32 holds it exactly too
+    layer = random_layer("w8a8", *shape)
+    x = normal(9, shape[1])
+    assert torch.equal(layer(x), layer._formula(x, layer.int8_weights, layer.scales, layer.bias))
 
 
 @pytest.fixture

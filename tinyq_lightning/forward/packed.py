@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
+from functools import cached_property
 from typing import ClassVar, cast
 from weakref import WeakValueDictionary
 
@@ -76,14 +77,28 @@ class WeightForm(ABC):
 
 
 class Float32Weights(WeightForm):
-    """A float copy of the weights, ``[out, in]`` float32."""
+    """A float copy beside the codes, ``[out, in]`` float32.
+
+    Of the weights, for activations in float32; of the codes for rounded ones, so that sums of whole numbers below
+    2²⁴ are exact and a layer gives the same bits as by any other kernel.
+    """
 
     holds_codes = False
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
-        self.weight = dequantize(codes, scales)
         self._codes, self._codes_version = codes, _version(codes)
         self._scales, self._scales_version = scales, _version(scales)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """``q * s``."""
+        with torch.inference_mode(False), torch.no_grad():
+            return dequantize(self._codes, self._scales)
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return self._codes.float()
 
     @override
     def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
@@ -99,7 +114,7 @@ class Float32Weights(WeightForm):
         if method.float_activations:
             return nn.functional.linear(x, self.weight, bias)
         whole, step = quantize_rows_to_steps(x, method.steps)
-        return _plus(nn.functional.linear(whole, self.weight).mul_(step), bias)
+        return _plus(nn.functional.linear(whole, self._whole).mul_(scales).mul_(step), bias)
 
     @override
     def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
