@@ -10,7 +10,7 @@ import yaml
 import tinyq_lightning
 from tinyq_lightning import QuantizationSpec, quantize
 from tinyq_lightning.forward import METHODS
-from tinyq_lightning.plan import resolve
+from tinyq_lightning.resolution import resolve
 from tinyq_lightning.spec import as_spec
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from tinyq_lightning import QuantizationSpec, quantize
 from tinyq_lightning.errors import ModelError, SpecError
-from tinyq_lightning.plan import Plan, check_patterns, resolve
+from tinyq_lightning.layers import QuantizedLinear
+from tinyq_lightning.plan import Plan
+from tinyq_lightning.resolution import check_patterns, resolve
 from tinyq_lightning.sites import find_sites
 from tinyq_lightning.spec import METHOD_NAMES
 
@@ -370,18 +372,34 @@ def test_sizes_are_those_of_the_tensors():
         assert sum(t.numel() * t.element_size() for t in module.state_dict().values()) == decision.bytes
 
 
-def test_table_has_a_line_for_each_layer_and_the_totals():
+def test_table_has_a_line_for_each_layer_and_the_totals_and_why_the_kernels():
     model = Net()
-    plan = quantize(model, {"exclude": ["head"]})
-    lines = plan.table().splitlines()
-    assert lines[0].split() == ["layer", "method", "reason", "SQNR", "dB", "float", "now"]
+    plan = quantize(model, {"exclude": ["head"], "kernel": "reference"})
+    *lines, note = plan.table().splitlines()
+    assert lines[0].split() == ["layer", "method", "reason", "kernel", "SQNR", "dB", "float", "now"]
     assert [line.split()[0] for line in lines[2:-1]] == NAMES
     assert lines[-1].startswith("5 layers")
     first = plan.decisions[0]
-    assert lines[2].split()[1:4] == ["w8a32", "spec", f"{first.weight_sqnr_db:.1f}"]
+    assert lines[2].split()[1:5] == ["w8a32", "spec", "reference", f"{first.weight_sqnr_db:.1f}"]
     assert "excluded" in lines[6]
     total = sum(d.float_bytes for d in plan)
     assert f"{total} B" in lines[-1]
+    assert note == "kernel reference: as asked for"
+
+
+def test_the_plan_records_the_kernel_of_each_layer_and_why(monkeypatch):
+    model = Net()
+    resolved = resolve(spec(exclude=["head"]), model)
+    done = quantize(model, spec(exclude=["head"]))
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert [d.kernel for d in resolved] == [d.kernel for d in done] == [*(layer.choice for layer in layers), None]
+    assert [d.kernel for d in resolve(spec(exclude=["head"]), model)] == [d.kernel for d in done]
+    # not in files: those are the same on every machine
+    assert all("kernel" not in row for row in done.to_list())
+    monkeypatch.setenv("TINYQ_KERNEL", "reference")
+    elsewhere = resolve(spec(exclude=["head"]), Net())
+    assert elsewhere.decisions[0].kernel.kernel == "reference"
+    assert elsewhere == resolved
 
 
 def test_sqnr_is_none_until_quantized_and_for_float_layers():

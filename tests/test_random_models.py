@@ -14,8 +14,8 @@ from torch import nn
 
 from tinyq_lightning import QuantizationSpec, quantize, quantized
 from tinyq_lightning.layers import LAYERS, QuantizedEmbedding, QuantizedLinear
-from tinyq_lightning.plan import resolve
 from tinyq_lightning.replacement import state_bytes
+from tinyq_lightning.resolution import resolve
 from tinyq_lightning.sites import find_sites
 from tinyq_lightning.weight_math import predicted_sqnr_db
 

@@ -12,8 +12,9 @@ from torch import nn
 from tinyq_lightning import QuantizationSpec, quantize
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.forward import METHODS
+from tinyq_lightning.matching import pattern_matches
 from tinyq_lightning.reading import nearest
-from tinyq_lightning.spec import METHOD_NAMES, Budget, Rule, Save, as_spec, pattern_matches
+from tinyq_lightning.spec import METHOD_NAMES, Budget, Rule, Save, as_spec
 
 FULL = """\
 method: w8a16

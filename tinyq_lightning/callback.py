@@ -27,10 +27,11 @@ from tinyq_lightning.float_weights import FloatWeights, check_monitor, choose_fl
 from tinyq_lightning.isolation import preserved
 from tinyq_lightning.measure import MethodsRun, known_mode, refuse_without_validation
 from tinyq_lightning.outcome import Outcome, combined, log_entries, outcome_of_fit, outcome_of_test
-from tinyq_lightning.plan import Plan, check_patterns
+from tinyq_lightning.plan import Plan
 from tinyq_lightning.quantized_start import QuantizedStart
 from tinyq_lightning.report import log_outcomes, log_tables, show
 from tinyq_lightning.report_files import write_report
+from tinyq_lightning.resolution import check_patterns
 from tinyq_lightning.side_by_side import TestRun
 from tinyq_lightning.spec import SpecOrMethods, as_spec
 from tinyq_lightning.timing import Stopwatch

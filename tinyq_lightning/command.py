@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tinyq_lightning.archive import Archive
 from tinyq_lightning.construction import import_class
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.plan import Present
+from tinyq_lightning.resolution import Present
 from tinyq_lightning.table import format_bytes
 
 __all__ = ["Answer", "file_size", "model_class", "progress"]

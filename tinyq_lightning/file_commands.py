@@ -24,7 +24,8 @@ from tinyq_lightning.checkpoint import (
 from tinyq_lightning.command import Answer, file_size, model_class, progress
 from tinyq_lightning.digest import digest_of
 from tinyq_lightning.errors import CheckpointError
-from tinyq_lightning.plan import Decision, Plan, resolve
+from tinyq_lightning.plan import Decision, Plan
+from tinyq_lightning.resolution import resolve
 from tinyq_lightning.safetensors_file import read_safetensors, write_safetensors
 from tinyq_lightning.spec import QuantizationSpec, as_spec
 from tinyq_lightning.stream import FloatFile, quantize_file

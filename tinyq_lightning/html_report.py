@@ -150,19 +150,21 @@ def _percent(share: float) -> str:
 
 
 def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
-    head = ["layer", "method", "reason", "weight SQNR dB", "float", "now"]
+    head = ["layer", "method", "reason", "kernel", "weight SQNR dB", "float", "now"]
     full = any(layer.get("output_sqnr_db") for layer in layers)
     rows = []
     for layer in layers:
         sizes = [format_bytes(layer["float_bytes"]), format_bytes(layer["bytes"])]
-        row = [layer["name"], layer["method"], layer["reason"], _number(layer["weight_sqnr_db"], ".1f"), *sizes]
+        kernel = layer["kernel"]["kernel"] if layer["kernel"] else ""
+        row = [layer["name"], layer["method"], layer["reason"], kernel]
+        row += [_number(layer["weight_sqnr_db"], ".1f"), *sizes]
         if full:
             own = layer.get("output_sqnr_db", {}).get(layer["method"])
             now = layer.get("ms", {}).get(layer["method"], layer.get("float_ms"))
             row += [_number(own, ".1f"), _number(layer.get("crest"), ".1f")]
             row += [_number(layer.get("float_ms"), ".3g"), _number(now, ".3g")]
         rows.append(row)
-    return _table([*head, *(["output SQNR dB", "crest", "float ms", "ms"] if full else [])], rows, left=3)
+    return _table([*head, *(["output SQNR dB", "crest", "float ms", "ms"] if full else [])], rows, left=4)
 
 
 def _search(budget: Mapping[str, Any]) -> str:

@@ -24,7 +24,8 @@ from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.heap import return_freed_memory
 from tinyq_lightning.layers import LAYERS, QuantizedEmbedding, QuantizedLinear, float_weight
 from tinyq_lightning.making import QuantizedLayers, dress, refuse_root
-from tinyq_lightning.plan import Plan, Present, resolve
+from tinyq_lightning.plan import Plan
+from tinyq_lightning.resolution import Present, resolve
 from tinyq_lightning.sites import Site, find_sites, is_layer
 from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
 from tinyq_lightning.swap import Swap

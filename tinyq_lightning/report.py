@@ -86,6 +86,7 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     if len(outcomes) == 1:
         print()
         _print_table(_shortened(layer_table(first)))
+        print(*first.plan.kernel_notes(), sep="\n")
     print()
     for each in outcomes:
         for verdict in filter(None, (each.verdict(), each.speed_verdict())):
@@ -103,7 +104,8 @@ def _shortened(table: Table) -> Table:
         return table
     *layers, total = table.rows
     kept = [row for row in layers if row[2].startswith("budget") or row[1] == "float"][: _ROWS_ON_SCREEN // 2]
-    worst = sorted((row for row in layers if row[3]), key=lambda row: float(row[3]))
+    sqnr = table.header.index("SQNR dB")
+    worst = sorted((row for row in layers if row[sqnr]), key=lambda row: float(row[sqnr]))
     kept += [row for row in worst if row not in kept][: _ROWS_ON_SCREEN - len(kept)]
     shown = [row for row in layers if row in kept]
     rest = [f"… and {len(layers) - len(shown)} more", *[""] * (len(table.header) - 1)]

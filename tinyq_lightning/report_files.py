@@ -59,9 +59,10 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
     plan, found = outcome.plan, outcome.search
     methods = outcomes or [outcome]
     layers = []
-    for decision in plan.to_list():
-        error = outcome.layers.get(decision["name"])
-        layers.append(decision | (asdict(error) if error else {}))
+    for decision, row in zip(plan, plan.to_list(), strict=True):
+        error = outcome.layers.get(decision.name)
+        kernel = decision.kernel and asdict(decision.kernel)
+        layers.append(row | {"kernel": kernel} | (asdict(error) if error else {}))
     budget: dict[str, Any] | None = None
     if plan.spec.budget and found:
         budget = asdict(plan.spec.budget) | {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,6 @@ __all__ = [
     "SpecLike",
     "SpecOrMethods",
     "as_spec",
-    "pattern_matches",
 ]
 
 When = Literal["fit_end", "test_start"]
@@ -41,34 +39,12 @@ METHOD_NAMES = (*METHODS, "float")
 """What may stand for ``method``; ``float`` leaves a layer alone."""
 
 
-def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` covers the layer with the dotted path ``name``.
-
-    A pattern is a leaf name (``lm_head``), a dotted path, a glob over the dotted path, or ``re:`` and a
-    regular expression matched in full. A path, globbed or not, also covers everything below it.
-
-    >>> pattern_matches("head", "decoder.head"), pattern_matches("decoder", "decoder.head")
-    (True, True)
-    >>> pattern_matches("layers.*.linear2", "encoder.layers.0.linear2")
-    False
-    >>> pattern_matches("re:.*linear[12]", "encoder.layers.0.linear2")
-    True
-    """
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    parts = name.split(".")
-    if pattern == parts[-1]:
-        return True
-    above = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-    return any(path == pattern or fnmatch.fnmatchcase(path, pattern) for path in above)
-
-
 @dataclass(frozen=True)
 class Rule:
     """A pattern and the method of the layers it covers.
 
     Attributes:
-        match: the pattern, see :func:`pattern_matches`.
+        match: the pattern, see :func:`~tinyq_lightning.matching.pattern_matches`.
         method: ``w8a32``, ``w8a16``, ``w8a8`` or ``float``.
         reason: what the plan gives as the reason; ``rule N`` where none is given.
     """

@@ -15,8 +15,8 @@ from tinyq_lightning.checkpoint import file_sha256, is_quantized, make_checkpoin
 from tinyq_lightning.construction import build
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.loading import QuantizedCheckpointMixin
-from tinyq_lightning.plan import Present
 from tinyq_lightning.replacement import quantize_by_layer
+from tinyq_lightning.resolution import Present
 from tinyq_lightning.sites import find_sites
 from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.weightless import named_tensors, put_value, without_weights

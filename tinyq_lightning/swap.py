@@ -10,9 +10,11 @@ from dataclasses import replace
 from torch import nn
 
 from tinyq_lightning.errors import ModelError
+from tinyq_lightning.forward import Choice
 from tinyq_lightning.layers import QuantizedEmbedding, QuantizedLinear
 from tinyq_lightning.making import QuantizedLayers, refuse_root
-from tinyq_lightning.plan import Decision, Plan, resolve
+from tinyq_lightning.plan import Decision, Plan
+from tinyq_lightning.resolution import resolve
 from tinyq_lightning.sites import find_sites
 from tinyq_lightning.spec import QuantizationSpec
 
@@ -74,7 +76,8 @@ class Swap:
                     reason = f"tied to {source}.weight ({reason})" if method == "float" else decision.reason
                 elif method != "float":
                     layer = layer.with_method(method)
-                decisions[site.name] = decision = _changed(decision, method, reason)
+                kernel = layer.choice if isinstance(layer, QuantizedLinear) else None
+                decisions[site.name] = decision = _changed(decision, method, reason, kernel)
             if decision.method != "float":
                 other._pairs.append((site, layer))
         other.plan = Plan(tuple(decisions.values()), self.plan.spec)
@@ -138,7 +141,8 @@ class Swap:
         self.take_out()
 
 
-def _changed(decision: Decision, method: str, reason: str) -> Decision:
+def _changed(decision: Decision, method: str, reason: str, kernel: Choice | None) -> Decision:
     if method == "float":
-        return replace(decision, method=method, reason=reason, weight_sqnr_db=None, bytes=decision.float_bytes)
-    return replace(decision, method=method, reason=reason)
+        float_bytes = decision.float_bytes
+        return replace(decision, method=method, reason=reason, weight_sqnr_db=None, bytes=float_bytes, kernel=None)
+    return replace(decision, method=method, reason=reason, kernel=kernel)

@@ -46,6 +46,11 @@ class Choice:
     reason: str
     few_rows: int = 0
 
+    @property
+    def label(self) -> str:
+        """The kernel, and from how many rows."""
+        return f"{self.kernel} from {self.few_rows:,} rows" if self.few_rows else self.kernel
+
 
 def choose_kernel(kernel: KernelName, method: Method, out_features: int, in_features: int) -> Choice:
     """Which kernel a float32, float16 or bfloat16 input takes on the CPU. Anything else takes the formula.
@@ -82,7 +87,7 @@ def _fastest(method: Method, out_features: int, in_features: int) -> Choice:
         if weights >= _INT8_ALWAYS_FROM:
             return Choice("int8", "the processor has int8 products")
         rows = math.ceil(_INT8_PAYS_FROM[method.name] / weights)
-        return Choice("int8", f"the processor has int8 products, which pay from {rows:,} rows", rows)
+        return Choice("int8", "the processor has int8 products", rows)
     if has_float16_product():
         small = weights <= _FLOAT16_PAYS_FROM
         return Choice("float32", "too small for float16 to pay") if small else Choice("float16", lacking)
