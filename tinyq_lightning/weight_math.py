@@ -216,12 +216,12 @@ def predicted_sqnr_db(weight: Tensor) -> float:
     return 10 * math.log10(signal / noise) if noise else math.inf
 
 
-def activation_steps(x: Tensor, steps: int) -> Tensor:
+def activation_steps(x: Tensor, steps: int | Tensor) -> Tensor:
     """The size of one step in each row of fixed point: ``max|row| / steps``.
 
     Args:
         x: ``[..., in]`` float32 or float64, with at least one feature.
-        steps: largest whole number.
+        steps: largest whole number; in a tensor without dimensions, of the same dtype, torch is sooner done with it.
 
     Returns:
         ``[..., 1]`` like ``x``, positive; not finite where the row is not.

@@ -11,18 +11,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinyq_lightning.forward.methods import Method
+from tinyq_lightning.forward.methods import METHODS, Method
 from tinyq_lightning.forward.processor import Packed, int8_product
 from tinyq_lightning.weight_math import activation_steps
 
 __all__ = ["fixed_point_product"]
 
+# Numbers in tensors: torch would make one of each on each call.
+_STEPS = {method.digits: torch.tensor(float(method.steps), device="cpu") for method in METHODS.values()}
+_BITS = torch.tensor(8, dtype=torch.int32, device="cpu")
 # Half of each digit's range, in every digit: added to a number, it makes its bytes the digits plus 128.
-_OFFSET = {1: 0x80, 2: 0x8080, 3: 0x808080}
+_OFFSET = torch.tensor(0x808080, dtype=torch.int32, device="cpu")
 # Added to a float32, it leaves nothing after the point, rounded to even as by `round`, and the number in the low bits.
-_ROUNDING = 1.5 * 2**23
-# With so few rows operators cost more than bytes do.
-_FEW_ROWS = 4
+_ROUNDING = {1: torch.tensor(1.5 * 2**23 + 0x80, device="cpu"), 2: torch.tensor(1.5 * 2**23 + 0x8080, device="cpu")}
+# Up to so many numbers operators cost more than bytes do.
+_FEW_NUMBERS = 4096
 
 
 def fixed_point_product(method: Method, x: Tensor, packed: Packed, scales: Tensor, zero_points: Tensor) -> Tensor:
@@ -39,7 +42,7 @@ def fixed_point_product(method: Method, x: Tensor, packed: Packed, scales: Tenso
         ``[rows, out]`` float32. A row with NaN or infinity gives no finite value.
     """
     rows, columns = x.shape
-    step = activation_steps(x, method.steps)
+    step = activation_steps(x, _STEPS[method.digits])
     digits = _digits(x / step, method.digits)
     parts = int8_product(digits.view(-1, columns), packed, scales, zero_points)
     if method.digits == 1:
@@ -56,17 +59,17 @@ def _digits(numbers: Tensor, count: int) -> Tensor:
     ``numbers`` is overwritten.
     """
     if count == 3:  # too large to round by adding
-        whole = numbers.round_().to(torch.int32).add_(_OFFSET[3])
+        whole = numbers.round_().to(torch.int32).add_(_OFFSET)
     else:
-        whole = numbers.add_(_ROUNDING + _OFFSET[count]).view(torch.int32)
+        whole = numbers.add_(_ROUNDING[count]).view(torch.int32)
     if count == 1:
         return whole.to(torch.uint8)
     rows, columns = whole.shape
-    if rows <= _FEW_ROWS:
+    if rows * columns <= _FEW_NUMBERS:
         return whole.view(torch.uint8).view(rows, columns, 4)[..., :count].permute(2, 0, 1).contiguous()
     digits = torch.empty(count, rows, columns, dtype=torch.uint8)
     for place in range(count):
         digits[place].copy_(whole)
         if place < count - 1:
-            whole.bitwise_right_shift_(8)
+            whole.bitwise_right_shift_(_BITS)
     return digits

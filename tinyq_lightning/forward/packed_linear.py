@@ -35,6 +35,8 @@ def packed_linear(method: Method, form: WeightForm, input: Tensor, scales: Tenso
     plain = dtype is torch.float32 and not autocast and (bias is None or bias.dtype is torch.float32)
     if plain and method.float_activations and isinstance(form, Float32Weights):  # as nn.Linear, and as fast
         return nn.functional.linear(input, form.weight, bias)
+    if plain and input.dim() == 2 and len(input) and input.is_contiguous() and not torch.is_grad_enabled():
+        return form.product(method, input, scales, bias)
     with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
         out_features, in_features = scales.shape[0], input.shape[-1]
         x = input.float().reshape(-1, in_features).contiguous()
