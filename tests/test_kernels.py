@@ -82,7 +82,7 @@ def test_with_vnni_layers_take_int8_and_small_ones_a_float_copy_for_few_rows(met
     small, middling, large = (choose_kernel("auto", METHODS[method], size, size) for size in (384, 768, 2048))
     assert {small.kernel, middling.kernel, large.kernel} == {"int8"}
     assert small.few_rows > middling.few_rows > large.few_rows == 0
-    assert middling.label == f"int8 from {middling.few_rows} rows"
+    assert middling.label == f"float32 to {middling.few_rows - 1} rows, int8"
     assert large.label == "int8"
     assert {small.reason, large.reason} == {"the processor has int8 products"}
 
@@ -109,9 +109,28 @@ def test_a_layer_takes_a_float_copy_below_the_rows_where_int8_pays(method, monke
 @each_method
 def test_without_vnni_large_layers_hold_float16_codes(method, monkeypatch):
     with_products(monkeypatch, float16=True)
-    assert choose_kernel("auto", METHODS[method], 64, 64).kernel == "float32"
-    large = choose_kernel("auto", METHODS[method], 1024, 1024)
-    assert large == Choice("float16", "no fast and exact int8 product here")
+    small, middling, large = (choose_kernel("auto", METHODS[method], size, size).label for size in (64, 768, 1024))
+    assert small == "float32"
+    if method == "w8a32":  # whose activations are to lose nothing
+        assert (middling, large) == ("float32", "float16x2 to 8 rows, reference")
+    else:
+        assert middling == large == "float16"
+
+
+@pytest.mark.parametrize("products", [{"float16": True}, {}], ids=["float16", "neither"])
+def test_w8a32_is_in_the_median_no_less_exact_than_float32(products, monkeypatch):
+    if products and not has_float16_product():
+        pytest.skip("no float16 product on this processor")
+    with_products(monkeypatch, **products)
+    mine, linears = [], []
+    for seed, shape in enumerate([(64, 64), (600, 700), (300, 1024), (1100, 1000), (130, 2100), (256, 4096)]):
+        layer = random_layer("w8a32", *shape, seed=seed)
+        for rows in (2, 5, 8, 9, 64):
+            x = normal(rows, shape[1], seed=rows)
+            expected = exact(layer, x)
+            mine.append(relative_error(layer(x), expected))
+            linears.append(relative_error(nn.functional.linear(x, layer.dequantize(), layer.bias), expected))
+    assert torch.tensor(mine).median() <= 1.05 * torch.tensor(linears).median()
 
 
 @each_method
@@ -196,9 +215,7 @@ def test_w8a32_is_as_exact_as_a_float_product(kernel, shape, rows):
     x = normal(rows, shape[1])
     expected = exact(layer, x)
     linear = relative_error(nn.functional.linear(x, layer.dequantize(), layer.bias), expected)
-    # whole numbers rounded once stay below it; float16's sums are in order, not in blocks
-    allowed = {"int8": linear + 2e-7, "float16": 4 * linear + 1e-7, "float32": linear + 1e-7}[kernel]
-    assert relative_error(layer(x), expected) <= allowed
+    assert relative_error(layer(x), expected) <= linear + (2e-7 if kernel == "int8" else 1e-7)
 
 
 @int8_only
@@ -240,7 +257,7 @@ def test_kernels_agree_with_the_formula(kernel, method):
     got = layer(x)
     layer.kernel = "reference"
     wanted = layer._formula(x, layer.int8_weights, layer.scales, layer.bias)
-    assert relative_error(got, wanted.double()) < {"w8a32": 2e-6, "w8a16": 1e-5, "w8a8": 2e-3}[method]
+    assert relative_error(got, wanted.double()) < {"w8a32": 2e-6, "w8a16": 1e-4, "w8a8": 2e-3}[method]
 
 
 # --- the same bits ---
@@ -398,9 +415,12 @@ def test_a_bias_that_can_be_trained_changes_no_bit(kernel, method):
 # --- what a layer holds ---
 
 
-def packed_layer(method="w8a32"):
+def packed_layer(method="w8a16"):
     layer = random_layer(method, *LARGE)
     return layer, layer.int8_weights.clone(), normal(3, LARGE[1])
+
+
+BESIDE_CODES = ("float32", "float16x2")
 
 
 def holds_plain_codes(layer):
@@ -413,8 +433,8 @@ def test_once_packed_the_codes_are_held_in_one_form_only(kernel, method):
     plain = weakref.ref(layer.int8_weights)
     layer(x)
     gc.collect()
-    assert holds_plain_codes(layer) == (kernel == "float32")
-    if kernel != "float32":
+    assert holds_plain_codes(layer) == (layer.choice.kernel in BESIDE_CODES)
+    if layer.choice.kernel not in BESIDE_CODES:
         assert plain() is None
     assert torch.equal(layer.int8_weights, codes)
 
@@ -435,13 +455,13 @@ def test_state_dict_of_a_packed_layer_is_plain_and_leaves_it_packed(kernel):
     assert list(state) == names
     assert torch.equal(state["int8_weights"], codes)
     assert state["int8_weights"].is_contiguous()
-    assert holds_plain_codes(layer) == (kernel == "float32")
+    assert holds_plain_codes(layer) == (layer.choice.kernel in BESIDE_CODES)
 
 
 @pytest.mark.parametrize("assign", [True, False])
 def test_a_state_dict_loads_into_a_packed_layer(kernel, assign):
     layer, _, x = packed_layer()
-    other = random_layer("w8a32", *LARGE, seed=9)
+    other = random_layer("w8a16", *LARGE, seed=9)
     layer(x)
     layer.load_state_dict(other.state_dict(), assign=assign)
     assert torch.equal(layer(x), other(x))
@@ -475,14 +495,14 @@ def test_casts_leave_the_weights_packed_and_moves_take_them_along(kernel):
     layer, _, x = packed_layer()
     layer(x)
     layer.bfloat16()
-    assert holds_plain_codes(layer) == (kernel == "float32")
+    assert holds_plain_codes(layer) == (layer.choice.kernel in BESIDE_CODES)
     assert layer.dtype == torch.bfloat16
     assert layer.to("meta").int8_weights.is_meta
 
 
 def test_codes_that_layers_share_are_packed_once_and_stay_shared(kernel):
     first, codes, x = packed_layer()
-    second = LAYERS["w8a32"](LARGE[1], LARGE[0]).share(first)
+    second = LAYERS["w8a16"](LARGE[1], LARGE[0]).share(first)
     second.bias = first.bias
     assert torch.equal(first(x), second(x))
     assert first._forms.get(kernel) is second._forms.get(kernel)
@@ -506,10 +526,10 @@ def test_other_methods_of_a_layer_use_the_same_packed_weights(kernel):
 def test_weights_of_somebody_else_can_stand_in_for_a_while(kernel):
     layer, _, x = packed_layer()
     out = layer(x)
-    others = random_layer("w8a32", *LARGE, seed=9)
+    others = random_layer("w8a16", *LARGE, seed=9)
     state = dict(others.state_dict())
     borrowed = torch.func.functional_call(layer, state, (x,))
-    torch.testing.assert_close(borrowed, others(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(borrowed, others(x), rtol=1e-3, atol=2e-3)  # by the formula
     torch.testing.assert_close(layer(x), out, rtol=1e-4, atol=1e-4)
 
 

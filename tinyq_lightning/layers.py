@@ -146,9 +146,11 @@ class QuantizedLinear(Int8Weight):
     def _linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if type(input) is Tensor and input.is_cpu and input.dtype in INPUT_DTYPES and not in_transform():
             choice = self._choice or self.choice
-            if choice.kernel in FORMS and input.dim() and input.size(-1) == self.in_features:
-                few = choice.few_rows and input.numel() < choice.few_rows * self.in_features
-                form = self.form("float32" if few else choice.kernel)
+            kernel = choice.kernel
+            if choice.few_rows and input.numel() < choice.few_rows * self.in_features:
+                kernel = choice.few
+            if kernel in FORMS and input.dim() and input.size(-1) == self.in_features:
+                form = self.form(kernel)
                 if form is not None:
                     return packed_linear(METHODS[self.method], form, input, cast(Tensor, self._buffers["scales"]), bias)
         return self._formula(input, self.int8_weights, self.scales, bias)
@@ -169,7 +171,7 @@ class QuantizedLinear(Int8Weight):
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _packs(self) -> bool:
-        return self.choice.kernel in FORMS
+        return self.choice.kernel in FORMS or self.choice.few_rows > 0
 
     def _codes_in_graph(self) -> Tensor:
         codes = self._buffers["int8_weights"]

@@ -53,4 +53,4 @@ def build(names: Sequence[str], network: nn.Module) -> tuple[dict[str, nn.Module
 def kernels(network: nn.Module, rows: int) -> str:
     """What the quantized layers of a network compute ``rows`` rows with; empty where none is this project's."""
     choices = [layer.choice for layer in network.modules() if isinstance(layer, QuantizedLinear)]
-    return ", ".join(sorted({"float32" if rows < choice.few_rows else choice.kernel for choice in choices}))
+    return ", ".join(sorted({choice.few if rows < choice.few_rows else choice.kernel for choice in choices}))

@@ -16,7 +16,7 @@ __all__ = ["KERNELS", "LONGEST_SUM", "Choice", "Implementation", "KernelName", "
 KernelName = Literal["auto", "int8", "reference"]
 KERNELS: tuple[KernelName, ...] = ("auto", "int8", "reference")
 
-Implementation = Literal["int8", "float16", "float32", "exact", "reference"]
+Implementation = Literal["int8", "float16", "float16x2", "float32", "exact", "reference"]
 
 LONGEST_SUM = (2**31 - 1) // (127 * 128)
 """Features whose products of digit and code, 128·127 at most each, are sure to fit an int32 sum."""
@@ -26,8 +26,10 @@ LONGEST_SUM = (2**31 - 1) // (127 * 128)
 _INT8_PAYS_FROM = {"w8a32": 11_000_000, "w8a16": 2_800_000, "w8a8": 1_300_000}
 # Layers of more weights take it for any number of rows: reading a quarter of the bytes pays for itself.
 _INT8_ALWAYS_FROM = 1_200_000
-# Up to so many weights float16 is no faster than float32. Measured on AVX2.
-_FLOAT16_PAYS_FROM = 512 * 512
+# Up to so many weights a float copy is the fastest. Measured on AVX2, as what follows.
+_FLOAT16_PAYS_FROM = {"w8a32": 600_000, "w8a16": 512 * 512, "w8a8": 512 * 512}
+# Up to so many rows float16 in two parts is faster than the formula.
+_PAIRS_PAY_TO = 8
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,25 @@ class Choice:
 
     Attributes:
         kernel: ``int8``, whole numbers summed exactly by the processor's int8 instructions, one byte a weight;
-            ``float16``, codes of two bytes each, multiplied in float32; ``float32``, a float copy of the
-            weights beside the codes; ``exact``, whole numbers summed exactly in float64; ``reference``, the formula.
+            ``float16``, codes of two bytes each, multiplied in float32; ``float16x2``, the same beside the codes,
+            with activations in two parts, as exact as ``nn.Linear``; ``float32``, a float copy beside the
+            codes; ``exact``, whole numbers summed exactly in float64; ``reference``, the formula.
         reason: in words.
-        few_rows: below so many rows an ``int8`` layer takes a float copy too; 0 where it never does.
+        few_rows: below so many rows the layer takes the kernel ``few`` instead; 0 where it never does.
+        few: that kernel.
     """
 
     kernel: Implementation
     reason: str
     few_rows: int = 0
+    few: Implementation = "float32"
 
     @property
     def label(self) -> str:
-        """The kernel, and from how many rows."""
-        return f"{self.kernel} from {self.few_rows:,} rows" if self.few_rows else self.kernel
+        """The kernel, or the two of them: ``float32 to 18 rows, int8``."""
+        if not self.few_rows:
+            return self.kernel
+        return f"{self.few} to {self.few_rows - 1:,} rows, {self.kernel}"
 
 
 def choose_kernel(kernel: KernelName, method: Method, out_features: int, in_features: int) -> Choice:
@@ -73,8 +80,9 @@ def choose_kernel(kernel: KernelName, method: Method, out_features: int, in_feat
     if wanted == "float32":
         return Choice("float32", "as asked for")
     if wanted == "float16":
-        able = has_float16_product()
-        return Choice("float16", "as asked for") if able else Choice("reference", "no float16 product here")
+        if not has_float16_product():
+            return Choice("reference", "no float16 product here")
+        return Choice("float16x2" if method.float_activations else "float16", "as asked for")
     if wanted == "int8":
         return Choice("exact", lacking) if (lacking := _lacking_int8(in_features)) else Choice("int8", "as asked for")
     return _fastest(method, out_features, in_features)
@@ -89,12 +97,12 @@ def _fastest(method: Method, out_features: int, in_features: int) -> Choice:
         rows = math.ceil(_INT8_PAYS_FROM[method.name] / weights)
         return Choice("int8", "the processor has int8 products", rows)
     if has_float16_product():
-        small = weights <= _FLOAT16_PAYS_FROM
-        return (
-            Choice("float32", "a float copy in memory, which is faster for layers this small; the file stays int8")
-            if small
-            else Choice("float16", lacking)
-        )
+        if weights <= _FLOAT16_PAYS_FROM[method.name]:
+            small = "a float copy in memory, which is faster for layers this small; the file stays int8"
+            return Choice("float32", small)
+        if not method.float_activations:
+            return Choice("float16", lacking)
+        return Choice("reference", lacking, _PAIRS_PAY_TO + 1, "float16x2")
     return Choice("reference", lacking)
 
 

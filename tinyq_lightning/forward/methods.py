@@ -23,6 +23,15 @@ class Method:
     digits: int
     float_activations: bool = False
 
+    @property
+    def rounds(self) -> bool:
+        """Whether every kernel rounds the activations, also where it multiplies in floating point anyhow.
+
+        So that what was measured with w8a8 on one processor holds on another. What w8a16 rounds away is far below
+        what the weights lost, and no kernel has to.
+        """
+        return self.digits == 1
+
 
 METHODS = {
     method.name: method

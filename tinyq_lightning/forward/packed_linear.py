@@ -33,7 +33,7 @@ def packed_linear(method: Method, form: WeightForm, input: Tensor, scales: Tenso
     """
     dtype, autocast = input.dtype, torch.is_autocast_enabled("cpu")
     plain = dtype is torch.float32 and not autocast and (bias is None or bias.dtype is torch.float32)
-    if plain and method.float_activations and isinstance(form, Float32Weights):  # as nn.Linear, and as fast
+    if plain and not method.rounds and isinstance(form, Float32Weights):  # as nn.Linear, and as fast
         return nn.functional.linear(input, form.weight, bias)
     if plain and input.dim() == 2 and len(input) and input.is_contiguous() and not torch.is_grad_enabled():
         return form.product(method, input, scales, bias)
