@@ -310,6 +310,15 @@ def test_multihead_attention_runs_in_train_and_eval():
         assert (out - before).norm() < 0.05 * before.norm()
 
 
+def test_a_budget_is_not_left_out_in_silence():
+    spec = {"method": "w8a8", "budget": {"monitor": "val_acc", "max_drop": 0.01}}
+    with pytest.warns(UserWarning, match="budget.*no evaluation here"):
+        plan = quantize(Net(), spec)
+    assert plan.label == "w8a8"
+    with pytest.warns(UserWarning, match="budget.*no evaluation here"), quantized(Net(), spec):
+        pass
+
+
 def test_an_all_zero_row_gives_the_bias():
     # the tenth fault of the tutorial
     model = nn.Sequential(nn.Linear(4, 3))

@@ -9,6 +9,7 @@ import gc
 import inspect
 import logging
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -71,7 +72,17 @@ def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, present: Present
         present: gives a block in which the weights of a layer have their values.
     """
     refuse_root(model)
+    _warn_of_budget(spec)
     return _carry_out(resolve(spec, model, present), model, present)
+
+
+def _warn_of_budget(spec: QuantizationSpec) -> None:
+    if spec.budget:
+        warnings.warn(
+            f"{spec.origin.where('budget')}: there is no evaluation here to keep a budget by, so the methods of the "
+            "spec are carried out as they are. TinyQCallback keeps it, and leaves a spec that gives its plan here too",
+            stacklevel=4,
+        )
 
 
 def _carry_out(plan: Plan, model: nn.Module, present: Present = nullcontext) -> Plan:
@@ -124,7 +135,9 @@ def quantized(model: nn.Module, spec: SpecLike) -> Iterator[Plan]:
         SpecError: the spec is wrong or does not fit the model.
         ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
     """
-    swap = Swap(model, as_spec(spec))
+    resolved = as_spec(spec)
+    _warn_of_budget(resolved)
+    swap = Swap(model, resolved)
     with swap:
         yield swap.plan
 
