@@ -29,7 +29,7 @@ _INT8_ALWAYS_FROM = 1_200_000
 # Up to so many weights a float copy is the fastest. Measured on AVX2, as what follows.
 _FLOAT16_PAYS_FROM = {"w8a32": 600_000, "w8a16": 512 * 512, "w8a8": 512 * 512}
 # Up to so many rows float16 in two parts is faster than the formula.
-_PAIRS_PAY_TO = 8
+_PAIRS_PAY_TO = 16
 
 
 @dataclass(frozen=True)
