@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 
 import tinyq_lightning.forward.choice as choice_module
 from tinyq_lightning import quantize
@@ -117,16 +118,18 @@ def test_without_vnni_large_layers_hold_float16_codes(method, monkeypatch):
         assert middling == large == "float16"
 
 
+@pytest.mark.parametrize("mean", [0, 1])  # of both signs, and where sums grow as fast as they can
 @pytest.mark.parametrize("products", [{"float16": True}, {}], ids=["float16", "neither"])
-def test_w8a32_is_in_the_median_no_less_exact_than_float32(products, monkeypatch):
+def test_w8a32_is_in_the_median_no_less_exact_than_float32(products, mean, monkeypatch):
     if products and not has_float16_product():
         pytest.skip("no float16 product on this processor")
     with_products(monkeypatch, **products)
     mine, linears = [], []
-    for seed, shape in enumerate([(64, 64), (600, 700), (300, 1024), (1100, 1000), (130, 2100), (256, 4096)]):
+    for seed, shape in enumerate([(64, 64), (600, 700), (300, 1024), (1100, 1000), (300, 2100), (256, 4096)]):
         layer = random_layer("w8a32", *shape, seed=seed)
-        for rows in (2, 5, 16, 17, 64):
-            x = normal(rows, shape[1], seed=rows)
+        layer.int8_weights = layer.int8_weights.abs() if mean else layer.int8_weights
+        for rows in (1, 2, 5, 16, 17, 64):
+            x = mean + normal(rows, shape[1], seed=rows) * (0.01 if mean else 1)
             expected = exact(layer, x)
             mine.append(relative_error(layer(x), expected))
             linears.append(relative_error(nn.functional.linear(x, layer.dequantize(), layer.bias), expected))
@@ -264,11 +267,85 @@ def test_kernels_agree_with_the_formula(kernel, method):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (64, 64), (200, 1000)], ids=str)
-def test_w8a8_gives_the_same_bits_by_each_kernel(kernel, shape):
+def test_w8a8_gives_the_same_bits_by_each_kernel(kernel, shape, monkeypatch):
     # no sum reaches 2**24, so that float32 holds it exactly too
     layer = random_layer("w8a8", *shape)
     x = normal(9, shape[1])
-    assert torch.equal(layer(x), layer._formula(x, layer.int8_weights, layer.scales, layer.bias))
+    wanted = layer(x)
+    assert torch.equal(wanted, layer._formula(x, layer.int8_weights, layer.scales, layer.bias))
+    with_products(monkeypatch)
+    monkeypatch.setenv("TINYQ_KERNEL", "")
+    layer.kernel = "int8"
+    assert layer.choice.kernel == "exact"
+    assert torch.equal(layer(x), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_and_device_change_no_bit(kernel, dtype):
+    for method in METHODS:
+        layer = random_layer(method, *LARGE)
+        x = normal(4, LARGE[1])
+        wanted = layer(x)
+        layer.unpack()
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device("meta"):
+                assert torch.equal(layer(x), wanted)
+        finally:
+            torch.set_default_dtype(before)
+
+
+def test_imported_under_another_default_dtype_the_digits_are_the_same():
+    code = """
+import torch
+torch.set_default_dtype(torch.bfloat16)
+from tinyq_lightning.forward.fixed_point import _digits
+numbers = torch.tensor([[1, -5, 100, -127]], dtype=torch.float32)
+print([_digits(numbers.clone(), count)[0].flatten().tolist() for count in (1, 2)])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[[129, 123, 228, 1], [129, 123, 228, 1]]"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use of it
+def test_forward_mode_derivatives_are_those_of_the_dequantized_linear(kernel):
+    layer = random_layer("w8a32", *LARGE)
+    x, tangent = normal(4, LARGE[1]), normal(4, LARGE[1], seed=2)
+    with torch.no_grad(), forward_ad.dual_level():
+        out = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))
+    assert relative_error(out.tangent, tangent.double() @ layer.dequantize().double().T) < 1e-5
+
+
+@each_method
+def test_a_gradient_makes_no_second_copy(method, monkeypatch):
+    monkeypatch.setenv("TINYQ_KERNEL", "float32")
+    layer = random_layer(method, 40, 30)
+    x = normal(5, 30).requires_grad_()
+    layer(x).sum().backward()
+    assert relative_error(x.grad, layer.dequantize().double().sum(0).expand(5, -1)) < 1e-6
+    copies = [value for value in vars(layer.form("float32")).values() if isinstance(value, torch.Tensor)]
+    assert sum(value.dtype == torch.float32 and value.dim() == 2 for value in copies) == 1
+
+
+@each_method
+@pytest.mark.parametrize("shape", [(3000, 700), (700, 3), (2, 600_000), (0, 7), (7, 0)], ids=str)
+def test_the_formula_is_the_same_without_gradients_block_by_block(method, shape):
+    layer = random_layer(method, *shape)
+    layer.kernel = "reference"
+    for x in (
+        normal(3, shape[1]),
+        normal(shape[1]),
+        normal(2, 3, shape[1]),
+        normal(shape[1], 4).t(),
+        normal(0, shape[1]),
+    ):
+        with torch.enable_grad():
+            wanted = layer(x)
+        with torch.no_grad():
+            got = layer(x)
+        assert got.is_contiguous()
+        torch.testing.assert_close(got, wanted.detach(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
@@ -439,16 +516,18 @@ def test_once_packed_the_codes_are_held_in_one_form_only(kernel, method):
     assert torch.equal(layer.int8_weights, codes)
 
 
-def test_reading_the_codes_gives_them_back_and_changes_no_bit(kernel):
-    layer, codes, x = packed_layer()
+@each_method
+def test_reading_the_codes_gives_them_back_and_changes_no_bit(kernel, method):
+    layer, codes, x = packed_layer(method)
     out = layer(x)
     assert torch.equal(layer.dequantize(), dequantize(codes, layer.scales))
     assert torch.equal(layer.weight, layer.dequantize())
     assert torch.equal(layer(x), out)
 
 
-def test_state_dict_of_a_packed_layer_is_plain_and_leaves_it_packed(kernel):
-    layer, codes, x = packed_layer()
+@each_method
+def test_state_dict_of_a_packed_layer_is_plain_and_leaves_it_packed(kernel, method):
+    layer, codes, x = packed_layer(method)
     names = list(layer.state_dict())
     layer(x)
     state = layer.state_dict()
@@ -459,9 +538,10 @@ def test_state_dict_of_a_packed_layer_is_plain_and_leaves_it_packed(kernel):
 
 
 @pytest.mark.parametrize("assign", [True, False])
-def test_a_state_dict_loads_into_a_packed_layer(kernel, assign):
-    layer, _, x = packed_layer()
-    other = random_layer("w8a16", *LARGE, seed=9)
+@each_method
+def test_a_state_dict_loads_into_a_packed_layer(kernel, assign, method):
+    layer, _, x = packed_layer(method)
+    other = random_layer(method, *LARGE, seed=9)
     layer(x)
     layer.load_state_dict(other.state_dict(), assign=assign)
     assert torch.equal(layer(x), other(x))

@@ -27,6 +27,7 @@ from tinyq_lightning import (
 from tinyq_lightning.errors import CheckpointError, ModelError, SpecError
 from tinyq_lightning.layers import LAYERS, QuantizedLinear
 from tinyq_lightning.replacement import state_bytes
+from tinyq_lightning.sites import Site
 from tinyq_lightning.swap import Swap
 from tinyq_lightning.weight_math import quantize_per_row, weight_sqnr_db
 
@@ -247,6 +248,59 @@ def test_interrupted_each_layer_is_whole_and_the_next_call_does_the_rest():
     model(x)
     quantize(model)
     assert torch.equal(model(x), expected(x))
+
+
+class Tied(nn.Module):
+    def __init__(self, head_first):
+        super().__init__()
+        embed, head = nn.Embedding(9, 4), nn.Linear(4, 9)
+        head.weight = embed.weight
+        for name, module in [("head", head), ("embed", embed)][:: 1 if head_first else -1]:
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.head(self.embed(x))
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0, batch_first=True)), torch.randn(2, 3, 8)),
+        (lambda: Tied(True), torch.tensor([1, 5])),
+        (lambda: Tied(False), torch.tensor([1, 5])),
+    ],
+    ids=["attention", "head first", "embedding first"],
+)
+def test_interrupted_what_belongs_together_goes_together(make, x, at, monkeypatch):
+    model = make().eval()
+    expected = copy.deepcopy(model)
+    quantize(expected)
+    put, puts = Site.put, iter(range(1, 100))
+
+    def interrupted(site, layer):
+        put(site, layer)
+        if layer is not site.module and next(puts) == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Site, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model)
+    monkeypatch.undo()
+    model(x)
+    quantize(model)
+    assert torch.equal(model(x), expected(x))
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    assert state_bytes(model.state_dict()) == state_bytes(expected.state_dict())
+
+
+def test_a_weight_of_one_dimension_is_refused_by_name_and_one_of_mkldnn_stays_float():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(torch.zeros(4))
+    with pytest.raises(ModelError, match=r"1: its weight is \[4\] where its sizes tell of \[4, 4\]"):
+        quantize(model)
+    model[1].weight = nn.Parameter(torch.zeros(4, 4).to_mkldnn(), requires_grad=False)
+    assert [decision.method for decision in quantize(model)] == ["w8a32", "float"]
 
 
 # --- memory ---

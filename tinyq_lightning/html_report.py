@@ -155,7 +155,7 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for layer in layers:
         sizes = [format_bytes(layer["float_bytes"]), format_bytes(layer["bytes"])]
-        kernel = layer["kernel"]["kernel"] if layer["kernel"] else ""
+        kernel = layer["kernel"]["label"] if layer["kernel"] else ""
         row = [layer["name"], layer["method"], layer["reason"], kernel]
         row += [_number(layer["weight_sqnr_db"], ".1f"), *sizes]
         if full:

@@ -238,7 +238,7 @@ class W8A32LinearLayer(QuantizedLinear):
 
 
 class W8A16LinearLayer(QuantizedLinear):
-    """``nn.Linear`` with int8 weights and activations held in 16 bits, per token."""
+    """``nn.Linear`` with int8 weights and activations held in 16 bits per token, or as they are if that is faster."""
 
     method = "w8a16"
 

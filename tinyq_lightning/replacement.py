@@ -10,7 +10,6 @@ import inspect
 import logging
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -86,20 +85,24 @@ def _warn_of_budget(spec: QuantizationSpec) -> None:
 
 
 def _carry_out(plan: Plan, model: nn.Module, present: Present = nullcontext) -> Plan:
-    """Put a layer in the place of each float one as soon as it is made. Returns the plan with the SQNR of each."""
+    """Put layers in the place of float ones as soon as they are made. Returns the plan with the SQNR of each."""
     sites = {site.name: site for site in find_sites(model)}
     sizes = {decision.name: decision.float_bytes for decision in plan}
     layers, freed, in_cycles = QuantizedLayers(plan), 0, False
-    for name in _smallest_first(plan, sites):
-        site = sites.pop(name)  # with its last holder, a float weight goes
-        with present(site.module):
-            layer = layers.make(site)
+    for names in _groups(plan, sites):
+        pairs = []
+        for name in names:
+            site = sites.pop(name)  # with its last holder, a float weight goes
+            with present(site.module):
+                layer = layers.make(site)
             if layer is not None:
-                site.put(layer)
+                pairs.append((site, layer))
                 freed += sizes[name]
                 in_cycles |= site.is_parametrized
-        if freed > sum(sizes.values()) / 16 or not sites:
             del site
+        _put_in(pairs)
+        if freed > sum(sizes.values()) / 16 or not sites:
+            pairs.clear()
             if in_cycles:  # torch has the properties of a parametrized module hold that module
                 gc.collect()
             return_freed_memory()
@@ -107,17 +110,35 @@ def _carry_out(plan: Plan, model: nn.Module, present: Present = nullcontext) -> 
     return layers.plan
 
 
-def _smallest_first(plan: Plan, sites: Mapping[str, Site]) -> list[str]:
-    """Names in the order of their float bytes, projections by those of their attention, which lets go of all at once.
+def _put_in(pairs: Sequence[tuple[Site, nn.Module]]) -> None:
+    """All of them, or none."""
+    try:
+        for site, layer in pairs:
+            site.put(layer)
+    except BaseException:
+        for site, _ in pairs:
+            site.put(site.module)
+        raise
+
+
+def _groups(plan: Plan, sites: Mapping[str, Site]) -> list[list[str]]:
+    """Names of the layers that go together, the smallest first: projections of one attention, and all of a tie.
 
     Those that share a weight follow the first of them.
     """
-    holders = {name: id(site.attention.module if site.attention else site.module) for name, site in sites.items()}
-    sizes = Counter[int]()
+    groups: dict[str, list[str]] = {}
+    firsts: dict[int, str] = {}  # by attention
     for decision in plan:
-        sizes[holders[decision.name]] += decision.float_bytes
-    ordered = sorted(plan, key=lambda decision: sizes[holders[decision.tied_to or decision.name]])
-    return [decision.name for decision in ordered]
+        attention = sites[decision.name].attention
+        together = [decision.tied_to] if decision.tied_to else []
+        if attention is not None:
+            together.append(firsts.setdefault(id(attention.module), decision.name))
+        joined = [groups[name] for name in dict.fromkeys(together) if name in groups]
+        group = [name for each in {id(each): each for each in joined}.values() for name in each] + [decision.name]
+        groups.update(dict.fromkeys(group, group))
+    sizes = {decision.name: decision.float_bytes for decision in plan}
+    distinct = {id(group): group for group in groups.values()}.values()
+    return sorted(distinct, key=lambda group: sum(sizes[name] for name in group))
 
 
 @contextmanager

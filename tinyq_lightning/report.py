@@ -86,7 +86,8 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     if len(outcomes) == 1:
         print()
         _print_table(_shortened(layer_table(first)))
-        print(*first.plan.kernel_notes(), sep="\n")
+        for note in first.plan.kernel_notes():
+            print(note)
     print()
     for each in outcomes:
         for verdict in filter(None, (each.verdict(), each.speed_verdict())):

@@ -61,7 +61,7 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
     layers = []
     for decision, row in zip(plan, plan.to_list(), strict=True):
         error = outcome.layers.get(decision.name)
-        kernel = decision.kernel and asdict(decision.kernel)
+        kernel = decision.kernel and {"label": decision.kernel.label} | asdict(decision.kernel)
         layers.append(row | {"kernel": kernel} | (asdict(error) if error else {}))
     budget: dict[str, Any] | None = None
     if plan.spec.budget and found:

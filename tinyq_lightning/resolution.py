@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from tinyq_lightning.errors import ModelError, SpecError
@@ -170,6 +170,8 @@ def _structural(
         return "float", left
     if method != "float" and isinstance(site.module._parameters.get("weight"), UninitializedParameter):
         raise ModelError(f"{site.name}: this LazyLinear has no weight yet: run one batch through the model first")
+    if method != "float":
+        _refuse_shapes(site)
     return method, reason
 
 
@@ -177,8 +179,6 @@ def _decision(site: Site, method: str, reason: str, tied_to: str | None, kernel:
     rows, columns = _shape(site.module)
     bias = site.module.bias if isinstance(site.module, nn.Linear | QuantizedLinear) else None
     extra = 0 if bias is None or isinstance(bias, UninitializedParameter) else bias.numel() * bias.element_size()
-    if method != "float" and not isinstance(site.module, Int8Weight):
-        _refuse_shapes(site.name, site.weight_like, bias, (rows, columns))
     float_bytes = extra + (rows * columns * _dtype(site).itemsize if tied_to is None else 0)
     quantized = extra + (rows * (columns + _SCALE_BYTES) if tied_to is None else 0)
     now = float_bytes if method == "float" else quantized
@@ -205,15 +205,19 @@ def _dtype(site: Site) -> torch.dtype:
     return site.module.dtype if isinstance(site.module, Int8Weight) else site.weight_like.dtype
 
 
-def _refuse_shapes(name: str, weight: Tensor, bias: Tensor | None, expected: tuple[int, int]) -> None:
+def _refuse_shapes(site: Site) -> None:
     """Refuse a layer whose tensors were exchanged for others than its sizes tell of."""
-    if weight.shape != expected:
+    if isinstance(site.module, Int8Weight):
+        return
+    shape, expected = site.weight_like.shape, _shape(site.module)
+    if shape != expected:
         raise ModelError(
-            f"{name}: its weight is {list(weight.shape)} where its sizes tell of {list(expected)}: set its sizes to "
+            f"{site.name}: its weight is {list(shape)} where its sizes tell of {list(expected)}: set its sizes to "
             "those of the weight, or exclude it"
         )
+    bias = getattr(site.module, "bias", None)
     if bias is not None and bias.shape != expected[:1]:
-        raise ModelError(f"{name}: its bias is {list(bias.shape)} and must be {list(expected[:1])}: exclude it")
+        raise ModelError(f"{site.name}: its bias is {list(bias.shape)} and must be {list(expected[:1])}: exclude it")
 
 
 def _let_go(site: Site) -> None:

@@ -71,7 +71,9 @@ class Site:
     def weight_like(self) -> Tensor:
         """The weight of a float layer without its values, on the meta device."""
         weight = float_weight(self.module)
-        return weight if isinstance(weight, UninitializedParameter) else weight.detach().to("meta")
+        if isinstance(weight, UninitializedParameter):
+            return weight
+        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
     @property
     def is_embedding(self) -> bool:

@@ -11,8 +11,9 @@ w8a16  16-bit per token      ``(round(x / a) @ qᵀ) * a * s + bias``, ``a = max
 w8a8   8-bit per token       ``(round(x / a) @ qᵀ) * a * s + bias``, ``a = max|x| / 127``
 ====== ===================== =========================================================
 
-:mod:`.reference` is the formula itself, for any device and dtype. On the CPU a layer packs its weights,
-once, for the kernel that :func:`choose_kernel` names; :func:`packed_linear` multiplies them.
+:mod:`.reference` is the formula itself, for any device and dtype. On the CPU a layer may pack its weights,
+once, for the kernel that :func:`choose_kernel` names; :func:`packed_linear` multiplies them. A kernel that
+multiplies in floating point takes the activations of w8a16 as they are.
 """
 
 from tinyq_lightning.forward.choice import KERNELS, Choice, Implementation, KernelName, choose_kernel

@@ -11,7 +11,7 @@ from tinyq_lightning.errors import SpecError
 from tinyq_lightning.forward.methods import Method
 from tinyq_lightning.forward.processor import has_float16_product, has_int8_product
 
-__all__ = ["KERNELS", "LONGEST_SUM", "Choice", "Implementation", "KernelName", "choose_kernel"]
+__all__ = ["KERNELS", "LONGEST_SUM", "SUM_MAX", "Choice", "Implementation", "KernelName", "choose_kernel"]
 
 KernelName = Literal["auto", "int8", "reference"]
 KERNELS: tuple[KernelName, ...] = ("auto", "int8", "reference")
@@ -21,6 +21,9 @@ Implementation = Literal["int8", "float16", "float16x2", "float32", "exact", "re
 LONGEST_SUM = (2**31 - 1) // (127 * 128)
 """Features whose products of digit and code, 128·127 at most each, are sure to fit an int32 sum."""
 
+SUM_MAX = 2**24
+"""The whole numbers up to this are exact in float32."""
+
 # What is done around an int8 product costs as much as float32 needs for so many products of a weight and an
 # activation, beyond what the product saves. From the prototypes of this kernel on AVX512-VNNI.
 _INT8_PAYS_FROM = {"w8a32": 11_000_000, "w8a16": 2_800_000, "w8a8": 1_300_000}
@@ -28,8 +31,8 @@ _INT8_PAYS_FROM = {"w8a32": 11_000_000, "w8a16": 2_800_000, "w8a8": 1_300_000}
 _INT8_ALWAYS_FROM = 1_200_000
 # Up to so many weights a float copy is the fastest. Measured on AVX2, as what follows.
 _FLOAT16_PAYS_FROM = {"w8a32": 600_000, "w8a16": 512 * 512, "w8a8": 512 * 512}
-# Up to so many rows float16 in two parts is faster than the formula.
-_PAIRS_PAY_TO = 16
+# Up to so many rows float16 in two parts is faster than the formula. With more features the first part is too coarse.
+_PAIRS_PAY_TO, _PAIRS_FEATURES = 16, SUM_MAX // (127 * 8)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def choose_kernel(kernel: KernelName, method: Method, out_features: int, in_feat
     if wanted == "float16":
         if not has_float16_product():
             return Choice("reference", "no float16 product here")
-        return Choice("float16x2" if method.float_activations else "float16", "as asked for")
+        pairs = method.float_activations and in_features <= _PAIRS_FEATURES
+        return Choice("float16x2" if pairs else "float16", "as asked for")
     if wanted == "int8":
         return Choice("exact", lacking) if (lacking := _lacking_int8(in_features)) else Choice("int8", "as asked for")
     return _fastest(method, out_features, in_features)
@@ -98,11 +102,12 @@ def _fastest(method: Method, out_features: int, in_features: int) -> Choice:
         return Choice("int8", "the processor has int8 products", rows)
     if has_float16_product():
         if weights <= _FLOAT16_PAYS_FROM[method.name]:
-            small = "a float copy in memory, which is faster for layers this small; the file stays int8"
+            small = "a float copy in memory, the fastest for layers this small; the file stays int8"
             return Choice("float32", small)
         if not method.float_activations:
             return Choice("float16", lacking)
-        return Choice("reference", lacking, _PAIRS_PAY_TO + 1, "float16x2")
+        pairs = in_features <= _PAIRS_FEATURES
+        return Choice("reference", lacking, _PAIRS_PAY_TO + 1, "float16x2") if pairs else Choice("reference", lacking)
     return Choice("reference", lacking)
 
 

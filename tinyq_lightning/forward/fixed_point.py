@@ -18,12 +18,15 @@ from tinyq_lightning.weight_math import activation_steps
 __all__ = ["fixed_point_product"]
 
 # Numbers in tensors: torch would make one of each on each call.
-_STEPS = {method.digits: torch.tensor(float(method.steps), device="cpu") for method in METHODS.values()}
+_STEPS = {method.digits: torch.tensor(method.steps, dtype=torch.float32, device="cpu") for method in METHODS.values()}
 _BITS = torch.tensor(8, dtype=torch.int32, device="cpu")
 # Half of each digit's range, in every digit: added to a number, it makes its bytes the digits plus 128.
 _OFFSET = torch.tensor(0x808080, dtype=torch.int32, device="cpu")
 # Added to a float32, it leaves nothing after the point, rounded to even as by `round`, and the number in the low bits.
-_ROUNDING = {1: torch.tensor(1.5 * 2**23 + 0x80, device="cpu"), 2: torch.tensor(1.5 * 2**23 + 0x8080, device="cpu")}
+_ROUNDING = {
+    count: torch.tensor(1.5 * 2**23 + offset, dtype=torch.float32, device="cpu")
+    for count, offset in ((1, 0x80), (2, 0x8080))
+}
 # Up to so many numbers operators cost more than bytes do.
 _FEW_NUMBERS = 4096
 
@@ -67,7 +70,7 @@ def _digits(numbers: Tensor, count: int) -> Tensor:
     rows, columns = whole.shape
     if rows * columns <= _FEW_NUMBERS:
         return whole.view(torch.uint8).view(rows, columns, 4)[..., :count].permute(2, 0, 1).contiguous()
-    digits = torch.empty(count, rows, columns, dtype=torch.uint8)
+    digits = whole.new_empty(count, rows, columns, dtype=torch.uint8)
     for place in range(count):
         digits[place].copy_(whole)
         if place < count - 1:

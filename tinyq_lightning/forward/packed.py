@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from typing_extensions import override
 
-from tinyq_lightning.forward.choice import Implementation
+from tinyq_lightning.forward.choice import SUM_MAX, Implementation
 from tinyq_lightning.forward.fixed_point import fixed_point_product
 from tinyq_lightning.forward.methods import Method
 from tinyq_lightning.forward.processor import float16_product, pack_float16, pack_int8, unpack_float16, unpack_int8
 from tinyq_lightning.forward.reference import input_gradient
-from tinyq_lightning.weight_math import activation_steps, dequantize, quantize_rows_to_steps
+from tinyq_lightning.weight_math import CODE_MAX, activation_steps, dequantize, quantize_rows_to_steps
 
 __all__ = ["FORMS", "CodeHolder", "Float32Weights", "Seen", "WeightForm", "weight_form"]
 
@@ -129,6 +129,8 @@ class Float32Weights(BesideCodes):
 
     @override
     def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
+        if "_whole" in vars(self):  # no second copy
+            return grad.mul(scales) @ self._whole
         return grad @ self.weight
 
 
@@ -136,22 +138,20 @@ class Float16Pairs(BesideCodes):
     """The codes in two bytes each, for activations that are to lose nothing.
 
     The product sums in order, which loses two to four times what ``nn.linear`` does. So a row goes in two parts: whole
-    numbers of seven bits, whose sums are exact, and the small rest. A single row is summed otherwise, and goes whole.
+    numbers so small that all their sums stay below 2²⁴, which is exact, and the little rest.
     """
-
-    _STEPS = torch.tensor(127.0, device="cpu")
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)
         self._packed = pack_float16(codes)
+        steps = min(CODE_MAX, SUM_MAX // (CODE_MAX * codes.shape[1]))
+        self._steps = torch.tensor(steps, dtype=torch.float32, device="cpu")
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         rows, columns = x.shape
-        if rows == 1:
-            return _plus(float16_product(x, self._packed).mul_(scales), bias)
-        parts = torch.empty(2, rows, columns)
-        step = activation_steps(x, self._STEPS)
+        parts = x.new_empty(2, rows, columns)
+        step = activation_steps(x, self._steps)
         whole = torch.div(x, step, out=parts[0]).round_()
         torch.addcmul(x, whole, step, value=-1, out=parts[1])
         out, rest = float16_product(parts.view(2 * rows, columns), self._packed).view(2, rows, -1).unbind()
@@ -221,7 +221,7 @@ class Int8Weights(CodeHolder):
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)
         self._packed = pack_int8(codes)
-        self._zero_points = torch.zeros(len(codes), dtype=torch.int32)
+        self._zero_points = codes.new_zeros(len(codes), dtype=torch.int32)
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

@@ -140,6 +140,9 @@ def _product(
         return _scaled_product(x, int8_weights, scales)
     whole, step = quantize_rows_to_steps(x, method.steps)
     if kernel == "exact":  # whole numbers below 2⁵³: the sums have no rounding, so no order either
+        if method.rounds:  # to the bits that the other kernels have
+            sums = _scaled_product(whole.double(), int8_weights, scales.new_ones((), dtype=torch.float64))
+            return sums.to(x.dtype) * scales * step
         return (_scaled_product(whole.double(), int8_weights, scales.double()) * step).to(x.dtype)
     return _scaled_product(whole, int8_weights, scales) * step
 
@@ -148,16 +151,16 @@ def _scaled_product(x: Tensor, int8_weights: Tensor, scales: Tensor) -> Tensor:
     """``(x @ qᵀ) * s``, with the float copy of the weights made a block of rows at a time."""
     blocks = _blocks(int8_weights)
     if type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
-        parts = [nn.functional.linear(x, int8_weights[rows].to(x.dtype)) * scales[rows] for rows in blocks]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        parts = [nn.functional.linear(x, int8_weights[rows].to(x.dtype)) for rows in blocks]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * scales
     outputs, inputs = int8_weights.shape
-    x_rows, out, copy = x.reshape(-1, inputs), x.new_empty(*x.shape[:-1], outputs), None
-    out_rows = out.view(-1, outputs)
+    x_rows, copy = x.reshape(-1, inputs), None
+    out = x.new_empty(len(x_rows), outputs)
     for rows in blocks:
         codes = int8_weights[rows]
         copy = x.new_empty(codes.shape) if copy is None else copy[: len(codes)]
-        torch.mm(x_rows, copy.copy_(codes).t(), out=out_rows[:, rows])
-    return out.mul_(scales)
+        torch.mm(x_rows, copy.copy_(codes).t(), out=out[:, rows])
+    return out.mul_(scales).view(*x.shape[:-1], outputs)
 
 
 def _blocks(int8_weights: Tensor) -> Iterator[slice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["in_transform", "is_exporting", "outside_modes"]
@@ -15,8 +16,8 @@ _in_jit_trace = torch._C._is_tracing
 
 
 def in_transform() -> bool:
-    """Inside ``torch.jit.trace``, or ``torch.vmap`` and the other transforms of ``torch.func``."""
-    return bool(_in_jit_trace() or _in_functorch())
+    """Inside ``torch.jit.trace``, ``torch.vmap`` and the other transforms of ``torch.func``, or forward-mode AD."""
+    return bool(_in_jit_trace() or _in_functorch() or forward_ad._current_level >= 0)
 
 
 def is_exporting() -> bool:
