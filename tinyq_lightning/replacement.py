@@ -44,9 +44,9 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
     """Quantize the Linear layers of any ``nn.Module``, in place.
 
     All is checked first: where the spec or a weight is refused, nothing is changed. Then float weights are
-    let go layer by layer, the largest last, so that at no time more is held than the float weights and the
-    codes of one layer. Whoever interrupts that finds each layer either float or quantized, and the next call
-    does the rest.
+    let go layer by layer, the largest last, so that at no time more is held than the float weights and the codes
+    of one layer. What shares a weight, and the projections of one attention, go together. Whoever interrupts that
+    finds each layer either float or quantized, and the next call does the rest.
 
     Args:
         model: any module with ``nn.Linear`` somewhere below it.
