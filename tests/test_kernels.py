@@ -649,6 +649,20 @@ def test_a_layer_is_one_operator_in_a_compiled_graph(kernel, method, first):
 
 
 @each_method
+def test_a_called_layer_whose_bias_is_trained_compiles_too(kernel, method):
+    layer = random_layer(method, *LARGE)
+    layer.bias.requires_grad_()
+    x = normal(4, LARGE[1])
+    wanted = layer(x)
+    compiled = torch.compile(nn.Sequential(layer), backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        out = compiled(x)
+        torch.testing.assert_close(out, wanted, rtol=1e-3, atol=2e-3)
+    out.sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, 4))
+
+
+@each_method
 def test_a_compiled_layer_sees_new_weights_and_gives_gradients(kernel, method):
     torch._dynamo.reset()
     layer = random_layer(method, *LARGE)

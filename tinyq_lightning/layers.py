@@ -180,7 +180,9 @@ class QuantizedLinear(Int8Weight):
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _constant_codes(self) -> Tensor:
         with outside_modes():
-            return self.int8_weights
+            codes = self.int8_weights
+        self._buffers["int8_weights"] = None  # as it was: graphs are guarded by it
+        return codes
 
     def _part(self, rows: slice) -> QuantizedLinear:
         """A layer of some of the rows."""
