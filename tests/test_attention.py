@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -346,3 +347,17 @@ def test_decoder_and_transformer_run_with_masks(training):
         got = model(source, target, **given)
     assert {d.name for d in plan} >= {"decoder.layers.0.multihead_attn.in_proj", "decoder.layers.0.self_attn.out_proj"}
     assert error(got, wanted) < 0.05
+
+
+@pytest.mark.parametrize("excluded", ["*.in_proj", "*.out_proj"])
+def test_a_second_call_lists_the_projections_and_quantizes_what_was_left(excluded):
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, 0, batch_first=True)).eval()
+    expected = copy.deepcopy(model)
+    names = [decision.name for decision in quantize(expected)]
+    quantize(model, {"exclude": [excluded]})
+    again = quantize(model)
+    assert [decision.name for decision in again] == names
+    assert sorted(decision.reason for decision in again) == ["already quantized"] * 3 + ["spec"]
+    x = torch.randn(2, 3, 16)
+    assert torch.equal(model(x), expected(x))
+    assert model.state_dict().keys() == expected.state_dict().keys()

@@ -168,7 +168,8 @@ def _walk(model: nn.Module) -> Iterator[tuple[nn.Module | None, str, str, tuple[
 def _walk_below(
     module: nn.Module, prefix: str, above: tuple[nn.Module, ...]
 ) -> Iterator[tuple[nn.Module, str, str, tuple[nn.Module, ...]]]:
-    if isinstance(module, nn.MultiheadAttention) and _why_closed(module) is None:
+    opened = isinstance(module, QuantizedMultiheadAttention)
+    if isinstance(module, nn.MultiheadAttention) and not opened and _why_closed(module) is None:
         return  # its projections come with it
     above = (*above, module)
     for attribute, child in module._modules.items():
