@@ -90,6 +90,25 @@ class Net(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
 
 
+class TiedEncoder(Net):
+    """Attention in torch's fused encoder, and a Linear tied to an embedding."""
+
+    depth = 1
+
+    def __init__(self, width: int = 16):
+        super().__init__(width)
+        del self.body
+        self.embed = nn.Embedding(FEATURES, width)
+        layer = nn.TransformerEncoderLayer(width, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, self.depth, enable_nested_tensor=False)
+        self.out = nn.Linear(width, FEATURES, bias=False)
+        self.out.weight = self.embed.weight
+        self.head = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.out(self.encoder(self.embed.weight * x[..., None]).mean(1)))
+
+
 class NetOfHooks(Net):
     """Keeps predictions in a list and logs from the hooks at the end of batches and epochs."""
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CLASSES, FEATURES, Net, keeper, loader, trainer
+from models import CLASSES, FEATURES, Net, TiedEncoder, keeper, loader, trainer
 from torch import nn
 
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
@@ -401,18 +401,10 @@ def test_other_runs_of_the_trainer_ask_nothing_of_the_budget(tmp_path):
     assert trainer(tmp_path, callback).validate(Net(), loader(seed=1), verbose=False)
 
 
-class Tied(Net):
-    """Attention, and a head tied to an embedding."""
+class Tied(TiedEncoder):
+    """Blind in the first feature, as `Deep` is."""
 
-    def __init__(self, width: int = 16):
-        super().__init__(width)
-        del self.body
-        self.embed = nn.Embedding(FEATURES, width)
-        layer = nn.TransformerEncoderLayer(width, 2, 32, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.out = nn.Linear(width, FEATURES, bias=False)
-        self.out.weight = self.embed.weight
-        self.head = nn.Linear(FEATURES, CLASSES)
+    depth = 2
 
     def forward(self, x):
         tokens = Deep.blind(self.embed.weight * x[..., None])

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from models import Net, loader, trainer
+from ranks import run_on_ranks, written_by_ranks
 
 from tinyq_lightning import load_quantized
-
-HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
 def test_ranks_agree_and_one_file_is_written(tmp_path, strategy):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    command = [sys.executable, "-W", "ignore", str(HERE / "scripts" / "ddp_run.py"), str(tmp_path), strategy]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_on_ranks("ddp_run.py", tmp_path, strategy)
     assert "tinyq/val_acc/w8a32" in done.stdout, "callback_metrics come back from spawned processes"
     assert done.stdout.count("TinyQ: 3 of 3") == (2 if strategy == "ddp" else 1), "each table once, by rank 0"
     for stage, method in (("fit", "w8a32"), ("test", "w8a8")) if strategy == "ddp" else (("fit", "w8a32"),):
-        ranks = [json.loads((tmp_path / f"{stage}-{rank}.json").read_text()) for rank in (0, 1)]
+        ranks = written_by_ranks(tmp_path, stage)
         assert ranks[0] == ranks[1]
         assert Path(ranks[0]["path"]).exists()
         assert len(list(tmp_path.glob(f"{method}-*.ckpt"))) == 1

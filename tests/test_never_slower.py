@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from models import CLASSES, FEATURES, Net, NetOfHooks, keeper, loader, trainer
+from models import CLASSES, FEATURES, Net, NetOfHooks, TiedEncoder, keeper, loader, trainer
+from ranks import run_on_ranks, written_by_ranks
 from torch import nn
 
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized, quantize, quantized
@@ -18,8 +16,6 @@ from tinyq_lightning.budget import Layer
 from tinyq_lightning.cli import main
 from tinyq_lightning.errors import EvaluationError, SpecError
 from tinyq_lightning.swap import Swap
-
-HERE = Path(__file__).parent
 
 
 class Loops(Net):
@@ -212,21 +208,8 @@ def test_the_yaml_key_and_the_argument_ask_for_the_same(tmp_path, timer):
 # Attention and ties
 
 
-class Encoder(Loops):
-    """Attention in torch's fused encoder, and a Linear tied to an embedding."""
-
-    def __init__(self, width: int = 16):
-        super().__init__(width)
-        del self.body
-        self.embed = nn.Embedding(FEATURES, width)
-        layer = nn.TransformerEncoderLayer(width, 2, 32, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-        self.out = nn.Linear(width, FEATURES, bias=False)
-        self.out.weight = self.embed.weight
-        self.head = nn.Linear(FEATURES, CLASSES)
-
-    def forward(self, x):
-        return self.head(self.out(self.encoder(self.embed.weight * x[..., None]).mean(1)))
+class Encoder(TiedEncoder, Loops):
+    """Counts its validation loops too."""
 
 
 def test_projections_of_attention_and_ties_are_decided_and_written_back(tmp_path, timer, monkeypatch):
@@ -436,12 +419,9 @@ def test_a_value_that_is_neither_true_nor_false_is_refused():
 
 
 def test_all_ranks_take_the_plan_of_rank_0(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    command = [sys.executable, "-W", "ignore", str(HERE / "scripts" / "ddp_never_slower.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_on_ranks("ddp_never_slower.py", tmp_path)
     for stage in ("fit", "test"):
-        ranks = [json.loads((tmp_path / f"{stage}-{rank}.json").read_text()) for rank in (0, 1)]
+        ranks = written_by_ranks(tmp_path, stage)
         assert ranks[0]["plan"] == ranks[1]["plan"]
         assert ranks[0]["results"] == ranks[1]["results"]
         assert [decision["method"] for decision in ranks[0]["plan"]] == ["w8a32", "w8a32", "float"]
