@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tinyq_lightning.forward.choice as choice_module
@@ -38,7 +39,8 @@ def kernel(request, monkeypatch):
     if request.param == "int8":
         if not hasattr(torch.ops.onednn, "qlinear_prepack"):
             pytest.skip("torch was built without oneDNN's int8 product")
-        monkeypatch.setattr(choice_module, "has_int8_product", lambda: True)
+        for probe in ("has_int8_product", "has_digit_product"):
+            monkeypatch.setattr(choice_module, probe, lambda: True)
     if request.param == "float16" and not has_float16_product():
         pytest.skip("no float16 product on this processor")
     return request.param
@@ -72,8 +74,9 @@ def relative_error(out, expected):
 # --- the choice ---
 
 
-def with_products(monkeypatch, int8=False, float16=False):
+def with_products(monkeypatch, int8=False, digit=False, float16=False):
     monkeypatch.setattr(choice_module, "has_int8_product", lambda: int8)
+    monkeypatch.setattr(choice_module, "has_digit_product", lambda: digit)
     monkeypatch.setattr(choice_module, "has_float16_product", lambda: float16)
 
 
@@ -86,6 +89,13 @@ def test_with_vnni_layers_take_int8_and_small_ones_a_float_copy_for_few_rows(met
     assert middling.label == f"float32 to {middling.few_rows - 1} rows, int8"
     assert large.label == "int8"
     assert {small.reason, large.reason} == {"the processor has int8 products"}
+
+
+def test_with_the_product_of_one_digit_w8a8_takes_it_and_the_others_do_not(monkeypatch):
+    with_products(monkeypatch, int8=True, digit=True)
+    for kernel in ("auto", "int8"):
+        chosen = {method: choose_kernel(kernel, METHODS[method], 2048, 2048).kernel for method in METHODS}
+        assert chosen == {"w8a32": "int8", "w8a16": "int8", "w8a8": "int8x1"}
 
 
 def test_finer_methods_need_more_rows_for_int8_to_pay(monkeypatch):
@@ -273,11 +283,70 @@ def test_w8a8_gives_the_same_bits_by_each_kernel(kernel, shape, monkeypatch):
     x = normal(9, shape[1])
     wanted = layer(x)
     assert torch.equal(wanted, layer._formula(x, layer.int8_weights, layer.scales, layer.bias))
-    with_products(monkeypatch)
     monkeypatch.setenv("TINYQ_KERNEL", "")
-    layer.kernel = "int8"
-    assert layer.choice.kernel == "exact"
-    assert torch.equal(layer(x), wanted)
+    for products, name in ({"int8": True, "digit": True}, "int8x1"), ({"int8": True}, "int8"), ({}, "exact"):
+        with_products(monkeypatch, **products)
+        layer.kernel = "int8"
+        assert layer.choice.kernel == name
+        assert torch.equal(layer(x), wanted)
+
+
+def test_w8a8_gives_the_same_bits_by_both_int8_products_for_unusual_rows_too(monkeypatch):
+    layer = random_layer("w8a8", *LARGE)
+    x = normal(8, LARGE[1]) * torch.tensor([1, 1, 1, 0, 1e-41, 1e-30, 1e15, 1e30])[:, None]
+    x[1, 7], x[2, 7] = math.nan, math.inf
+    outs = []
+    for digit in (True, False):
+        with_products(monkeypatch, int8=True, digit=digit)
+        layer.kernel = "int8"
+        outs.append(layer(x))
+    one, other = outs
+    assert not torch.stack([one[1:3], other[1:3]]).isfinite().any()
+    rows = [0, 3, 4, 5, 6, 7]
+    assert torch.equal(one[rows], other[rows])
+
+
+def test_scales_that_are_written_to_count_in_the_next_call(kernel):
+    for method in METHODS:
+        layer = random_layer(method, *LARGE, bias=False)
+        x = normal(3, LARGE[1])
+        out = layer(x)
+        with torch.no_grad():
+            layer.scales.mul_(2)
+        assert torch.equal(layer(x), 2 * out)
+        layer.scales = layer.scales / 2
+        assert torch.equal(layer(x), out)
+
+
+@pytest.mark.parametrize("engine", ["onednn", "qnnpack"])
+def test_an_engine_chosen_for_torchs_own_quantization_changes_nothing_and_stays(kernel, engine):
+    before = torch.backends.quantized.engine
+    if engine not in torch.backends.quantized.supported_engines:
+        pytest.skip(f"torch was built without {engine}")
+    x = normal(3, LARGE[1])
+    wanted = [random_layer(method, *LARGE)(x) for method in METHODS]
+    try:
+        torch.backends.quantized.engine = engine
+        for method, out in zip(METHODS, wanted, strict=True):
+            assert torch.equal(random_layer(method, *LARGE)(x), out)
+        assert torch.backends.quantized.engine == engine
+        assert processor.has_float16_product.__wrapped__() is processor.has_float16_product()
+    finally:
+        torch.backends.quantized.engine = before
+
+
+@pytest.mark.parametrize("probe", ["has_int8_product", "has_digit_product", "has_float16_product"])
+def test_what_a_probe_finds_does_not_depend_on_when_it_is_asked(probe, monkeypatch):
+    find = getattr(processor, probe).__wrapped__
+    found, before = find(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu"):
+            assert find() is found
+        with FakeTensorMode():
+            assert find() is found
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -302,7 +371,7 @@ import torch
 torch.set_default_dtype(torch.bfloat16)
 from tinyq_lightning.forward.fixed_point import _digits
 numbers = torch.tensor([[1, -5, 100, -127]], dtype=torch.float32)
-print([_digits(numbers.clone(), count)[0].flatten().tolist() for count in (1, 2)])
+print([_digits(numbers.clone(), count)[0].tolist() for count in (1, 2)])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[[129, 123, 228, 1], [129, 123, 228, 1]]"
@@ -375,16 +444,20 @@ def test_int8_gives_a_row_the_same_bits_alone_in_any_batch_and_for_1_and_2_threa
         assert torch.equal(layer(x[:64].view(4, 2, 8, columns)).flatten(0, 2), whole[:64])
 
 
-@given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 80), st.integers(1, 9), st.sampled_from([*METHODS]))
+INT8_KERNELS = [("w8a32", "int8"), ("w8a16", "int8"), ("w8a8", "int8"), ("w8a8", "int8x1")]
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 80), st.integers(1, 9), st.sampled_from(INT8_KERNELS))
 @settings(deadline=None, max_examples=100)
-def test_int8_gives_the_same_bits_row_by_row(seed, rows, columns, outputs, method):
+def test_int8_gives_the_same_bits_row_by_row(seed, rows, columns, outputs, method_and_kernel):
+    method, kernel = method_and_kernel
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice_module, "has_int8_product", lambda: True)
+        with_products(patch, int8=True, digit=kernel == "int8x1")
         layer = random_layer(method, outputs, columns, seed=seed)
         layer.kernel = "int8"
         x = normal(rows, columns, seed=seed) * 2.0 ** torch.arange(rows).remainder(9).sub(4)[:, None]
         whole = layer(x)
-        assert layer.choice.kernel == "int8"
+        assert layer.choice.kernel == kernel
         assert torch.equal(whole, torch.stack([layer(row) for row in x]))
 
 

@@ -63,9 +63,8 @@ class Int8Weight(nn.Module):
         A form that holds the codes is their only place from then on. None where codes that are not the layer's own
         stand in for them for a while, as in :func:`torch.func.functional_call`.
         """
-        codes, scales = self._buffers["int8_weights"], cast(Tensor, self._buffers["scales"])
-        form = self._forms.get(kernel)
-        if form is None or not form.is_of(codes, scales):
+        codes, form = self._buffers["int8_weights"], self._forms.get(kernel)
+        if form is None or not form.is_of(codes, self._buffers["scales"]):  # type: ignore[arg-type]
             holder = self._holder()
             if holder is not None and codes is not None and not holder.gave(codes):
                 return None

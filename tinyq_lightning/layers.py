@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -149,10 +149,11 @@ class QuantizedLinear(Int8Weight):
             kernel = choice.kernel
             if choice.few_rows and input.numel() < choice.few_rows * self.in_features:
                 kernel = choice.few
-            if kernel in FORMS and input.dim() and input.size(-1) == self.in_features:
+            if kernel in FORMS and input.dim() and input.shape[-1] == self.in_features:
                 form = self.form(kernel)
                 if form is not None:
-                    return packed_linear(METHODS[self.method], form, input, cast(Tensor, self._buffers["scales"]), bias)
+                    scales: Tensor = self._buffers["scales"]  # type: ignore[assignment]
+                    return packed_linear(METHODS[self.method], form, input, scales, bias)
         return self._formula(input, self.int8_weights, self.scales, bias)
 
     def _formula(self, input: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

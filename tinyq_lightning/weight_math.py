@@ -226,7 +226,7 @@ def activation_steps(x: Tensor, steps: int | Tensor) -> Tensor:
     Returns:
         ``[..., 1]`` like ``x``, positive; not finite where the row is not.
     """
-    return x.abs().amax(-1, keepdim=True).div_(steps).clamp_min_(_SMALLEST_SCALE)
+    return x.abs().amax(-1, True).div_(steps).clamp_min_(_SMALLEST_SCALE)
 
 
 def quantize_rows_to_steps(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,14 @@ from typing import Literal
 
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.forward.methods import Method
-from tinyq_lightning.forward.processor import has_float16_product, has_int8_product
+from tinyq_lightning.forward.processor import has_digit_product, has_float16_product, has_int8_product
 
 __all__ = ["KERNELS", "LONGEST_SUM", "SUM_MAX", "Choice", "Implementation", "KernelName", "choose_kernel"]
 
 KernelName = Literal["auto", "int8", "reference"]
 KERNELS: tuple[KernelName, ...] = ("auto", "int8", "reference")
 
-Implementation = Literal["int8", "float16", "float16x2", "float32", "exact", "reference"]
+Implementation = Literal["int8", "int8x1", "float16", "float16x2", "float32", "exact", "reference"]
 
 LONGEST_SUM = (2**31 - 1) // (127 * 128)
 """Features whose products of digit and code, 128·127 at most each, are sure to fit an int32 sum."""
@@ -25,10 +25,11 @@ SUM_MAX = 2**24
 """The whole numbers up to this are exact in float32."""
 
 # What is done around an int8 product costs as much as float32 needs for so many products of a weight and an
-# activation, beyond what the product saves. From the prototypes of this kernel on AVX512-VNNI.
-_INT8_PAYS_FROM = {"w8a32": 11_000_000, "w8a16": 2_800_000, "w8a8": 1_300_000}
-# Layers of more weights take it for any number of rows: reading a quarter of the bytes pays for itself.
-_INT8_ALWAYS_FROM = 1_200_000
+# activation, beyond what the product saves. Estimated: from timings of a prototype on AVX512-VNNI, and from how many
+# instructions the operators around the product take, there and here.
+_INT8_PAYS_FROM = {"w8a32": 12_000_000, "w8a16": 6_500_000, "w8a8": 3_500_000}
+# Layers of so many weights take it for any number of rows: reading a quarter of the bytes pays for itself.
+_INT8_ALWAYS_FROM = {"w8a32": 1_400_000, "w8a16": 1_200_000, "w8a8": 1_000_000}
 # Up to so many weights a float copy is the fastest. Measured on AVX2, as what follows.
 _FLOAT16_PAYS_FROM = {"w8a32": 600_000, "w8a16": 512 * 512, "w8a8": 512 * 512}
 # Up to so many rows float16 in two parts is faster than the formula. With more features the first part is too coarse.
@@ -41,9 +42,10 @@ class Choice:
 
     Attributes:
         kernel: ``int8``, whole numbers summed exactly by the processor's int8 instructions, one byte a weight;
-            ``float16``, codes of two bytes each, multiplied in float32; ``float16x2``, the same beside the codes,
-            with activations in two parts, as exact as ``nn.Linear``; ``float32``, a float copy beside the
-            codes; ``exact``, whole numbers summed exactly in float64; ``reference``, the formula.
+            ``int8x1``, the same for activations that one digit holds, by fewer operators; ``float16``, codes of
+            two bytes each, multiplied in float32; ``float16x2``, the same beside the codes, with activations in
+            two parts, as exact as ``nn.Linear``; ``float32``, a float copy beside the codes; ``exact``, whole
+            numbers summed exactly in float64; ``reference``, the formula.
         reason: in words.
         few_rows: below so many rows the layer takes the kernel ``few`` instead; 0 where it never does.
         few: that kernel.
@@ -88,7 +90,8 @@ def choose_kernel(kernel: KernelName, method: Method, out_features: int, in_feat
         pairs = method.float_activations and in_features <= _PAIRS_FEATURES
         return Choice("float16x2" if pairs else "float16", "as asked for")
     if wanted == "int8":
-        return Choice("exact", lacking) if (lacking := _lacking_int8(in_features)) else Choice("int8", "as asked for")
+        lacking = _lacking_int8(in_features)
+        return Choice("exact", lacking) if lacking else Choice(_int8(method), "as asked for")
     return _fastest(method, out_features, in_features)
 
 
@@ -96,10 +99,10 @@ def _fastest(method: Method, out_features: int, in_features: int) -> Choice:
     weights = out_features * in_features
     lacking = _lacking_int8(in_features)
     if not lacking:
-        if weights >= _INT8_ALWAYS_FROM:
-            return Choice("int8", "the processor has int8 products")
+        if weights >= _INT8_ALWAYS_FROM[method.name]:
+            return Choice(_int8(method), "the processor has int8 products")
         rows = math.ceil(_INT8_PAYS_FROM[method.name] / weights)
-        return Choice("int8", "the processor has int8 products", rows)
+        return Choice(_int8(method), "the processor has int8 products", rows)
     if has_float16_product():
         if weights <= _FLOAT16_PAYS_FROM[method.name]:
             small = "a float copy in memory, the fastest for layers this small; the file stays int8"
@@ -109,6 +112,10 @@ def _fastest(method: Method, out_features: int, in_features: int) -> Choice:
         pairs = in_features <= _PAIRS_FEATURES
         return Choice("reference", lacking, _PAIRS_PAY_TO + 1, "float16x2") if pairs else Choice("reference", lacking)
     return Choice("reference", lacking)
+
+
+def _int8(method: Method) -> Implementation:
+    return "int8x1" if method.digits == 1 and has_digit_product() else "int8"
 
 
 def _lacking_int8(in_features: int) -> str:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tinyq_lightning.forward.methods import METHODS, Method
-from tinyq_lightning.forward.processor import Packed, int8_product
+from tinyq_lightning.forward.processor import Packed, digit_product, int8_product
 from tinyq_lightning.weight_math import activation_steps
 
-__all__ = ["fixed_point_product"]
+__all__ = ["fixed_point_product", "one_digit_product"]
 
 # Numbers in tensors: torch would make one of each on each call.
 _STEPS = {method.digits: torch.tensor(method.steps, dtype=torch.float32, device="cpu") for method in METHODS.values()}
@@ -44,35 +44,48 @@ def fixed_point_product(method: Method, x: Tensor, packed: Packed, scales: Tenso
     Returns:
         ``[rows, out]`` float32. A row with NaN or infinity gives no finite value.
     """
-    rows, columns = x.shape
     step = activation_steps(x, _STEPS[method.digits])
-    digits = _digits(x / step, method.digits)
-    parts = int8_product(digits.view(-1, columns), packed, scales, zero_points)
+    parts = int8_product(_digits(x / step, method.digits), packed, scales, zero_points)
     if method.digits == 1:
         return parts.mul_(step)
-    low, *higher = parts.view(method.digits, rows, -1).unbind()
+    low, *higher = parts.chunk(method.digits)
     for place, part in enumerate(higher, 1):
         low.add_(part, alpha=256**place)
     return low.mul_(step)
 
 
-def _digits(numbers: Tensor, count: int) -> Tensor:
-    """The digits of floating ``numbers``, rounded: ``[rows, in]`` float32 → ``[count, rows, in]`` uint8, each plus 128.
+def one_digit_product(x: Tensor, packed: Packed) -> Tensor:
+    """``x @ (q * s)ᵀ`` with the activations held in one int8 digit, by fewer operators than above.
 
-    ``numbers`` is overwritten.
+    Args:
+        x: ``[rows, in]`` float32, contiguous.
+        packed: the codes and scales, from :func:`~tinyq_lightning.forward.processor.pack_digit`.
+
+    Returns:
+        ``[rows, out]`` float32, with the same bits as above.
     """
-    if count == 3:  # too large to round by adding
-        whole = numbers.round_().to(torch.int32).add_(_OFFSET)
-    else:
-        whole = numbers.add_(_ROUNDING[count]).view(torch.int32)
+    step = activation_steps(x, _STEPS[1])
+    return digit_product(torch.div(x, step).round_(), packed).mul_(step)
+
+
+def _digits(numbers: Tensor, count: int) -> Tensor:
+    """The digits of rounded ``numbers``, each plus 128: ``[rows, in]`` float32 → ``[count * rows, in]`` uint8.
+
+    The lowest digits of all rows come first. ``numbers`` is overwritten.
+    """
+    by_adding = count < 3  # three digits are too large a number for it
+    whole = numbers.add_(_ROUNDING[count]).view(torch.int32) if by_adding else numbers.round_().int().add_(_OFFSET)
     if count == 1:
-        return whole.to(torch.uint8)
+        return whole.byte()
     rows, columns = whole.shape
+    if rows == 1:
+        return whole.view(torch.uint8).as_strided((count, columns), (1, 4)).contiguous()
     if rows * columns <= _FEW_NUMBERS:
-        return whole.view(torch.uint8).view(rows, columns, 4)[..., :count].permute(2, 0, 1).contiguous()
-    digits = whole.new_empty(count, rows, columns, dtype=torch.uint8)
-    for place in range(count):
-        digits[place].copy_(whole)
-        if place < count - 1:
+        bytes_ = whole.view(torch.uint8).as_strided((count, rows, columns), (1, 4 * columns, 4))
+        return bytes_.contiguous().view(-1, columns)
+    digits = whole.new_empty(count * rows, columns, dtype=torch.uint8)
+    for place, digit in enumerate(digits.chunk(count), 1):
+        digit.copy_(whole)
+        if place < count:
             whole.bitwise_right_shift_(_BITS)
     return digits

@@ -14,9 +14,17 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from typing_extensions import override
 
 from tinyq_lightning.forward.choice import SUM_MAX, Implementation
-from tinyq_lightning.forward.fixed_point import fixed_point_product
+from tinyq_lightning.forward.fixed_point import fixed_point_product, one_digit_product
 from tinyq_lightning.forward.methods import Method
-from tinyq_lightning.forward.processor import float16_product, pack_float16, pack_int8, unpack_float16, unpack_int8
+from tinyq_lightning.forward.processor import (
+    float16_product,
+    pack_digit,
+    pack_float16,
+    pack_int8,
+    unpack_digit,
+    unpack_float16,
+    unpack_int8,
+)
 from tinyq_lightning.forward.reference import input_gradient
 from tinyq_lightning.weight_math import CODE_MAX, activation_steps, dequantize, quantize_rows_to_steps
 
@@ -172,23 +180,27 @@ class CodeHolder(WeightForm):
 
     @abstractmethod
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
-        self._codes = Seen(codes)
+        self._given: Seen | None = Seen(codes)
 
     @override
     def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
-        return not self._codes.was_written() if codes is None else self._codes.is_still(codes)
+        if codes is not None:
+            return self._given is not None and self._given.is_still(codes)
+        if self._given is not None and self._given.tensor() is None:
+            self._given = None  # nobody can write to them any more, and the next call need not ask
+        return self._given is None or not self._given.was_written()
 
     def gave(self, codes: Tensor) -> bool:
         """Whether these are the codes that it was made from or has given back, whatever was written to them since."""
-        return self._codes.tensor() is codes
+        return self._given is not None and self._given.tensor() is codes
 
     def codes(self) -> Tensor:
         """The codes ``[out, in]`` int8."""
-        codes = self._codes.tensor()
+        codes = None if self._given is None else self._given.tensor()
         if codes is None:
             with torch.inference_mode(False), torch.no_grad():
                 codes = self._unpacked()
-            self._codes = Seen(codes)
+            self._given = Seen(codes)
         return codes
 
     @abstractmethod
@@ -218,6 +230,28 @@ class Float16Weights(CodeHolder):
         return unpack_float16(self._packed)
 
 
+class OneDigitWeights(CodeHolder):
+    """The codes in one byte each and their scales, for exact products of whole numbers of one int8 digit."""
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__(codes, scales)
+        self._packed = pack_digit(codes, scales)
+        self._scales, self._scales_version = scales, _version(scales)
+
+    @override
+    def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
+        same = scales is self._scales and _version(scales) == self._scales_version
+        return same and super().is_of(codes, scales)
+
+    @override
+    def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        return _plus(one_digit_product(x, self._packed), bias)
+
+    @override
+    def _unpacked(self) -> Tensor:
+        return unpack_digit(self._packed)
+
+
 class Int8Weights(CodeHolder):
     """The codes in one byte each, for exact products of whole numbers."""
 
@@ -245,6 +279,7 @@ FORMS: dict[Implementation, type[WeightForm]] = {
     "float16": Float16Weights,
     "float16x2": Float16Pairs,
     "int8": Int8Weights,
+    "int8x1": OneDigitWeights,
 }
 """The form of the weights that each kernel takes; the others take the codes as they are."""
 

@@ -32,11 +32,11 @@ def packed_linear(method: Method, form: WeightForm, input: Tensor, scales: Tenso
         ``[..., out]`` of the input's dtype, or autocast's; computed in float32.
     """
     dtype, autocast = input.dtype, torch.is_autocast_enabled("cpu")
-    plain = dtype is torch.float32 and not autocast and (bias is None or bias.dtype is torch.float32)
-    if plain and not method.rounds and isinstance(form, Float32Weights):  # as nn.Linear, and as fast
-        return nn.functional.linear(input, form.weight, bias)
-    if plain and input.dim() == 2 and len(input) and input.is_contiguous() and not torch.is_grad_enabled():
-        return form.product(method, input, scales, bias)
+    if dtype is torch.float32 and not autocast and (bias is None or bias.dtype is torch.float32):
+        if type(form) is Float32Weights and not method.rounds:  # as nn.Linear, and as fast
+            return nn.functional.linear(input, form.weight, bias)
+        if input.dim() == 2 and input.shape[0] and input.is_contiguous() and not torch.is_grad_enabled():
+            return form.product(method, input, scales, bias)
     with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
         out_features, in_features = scales.shape[0], input.shape[-1]
         x = input.float().reshape(-1, in_features).contiguous()
