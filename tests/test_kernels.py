@@ -71,6 +71,20 @@ def relative_error(out, expected):
     return ((out.double() - expected).norm() / expected.norm()).item()
 
 
+def median_errors_of_w8a32(shapes, batches, mean=0):
+    """Of our layers and of float32 ``linear``; activations and codes of one sign where there is a mean."""
+    mine, linears = [], []
+    for seed, shape in enumerate(shapes):
+        layer = random_layer("w8a32", *shape, seed=seed)
+        layer.int8_weights = layer.int8_weights.abs() if mean else layer.int8_weights
+        for rows in batches:
+            x = mean + normal(rows, shape[1], seed=rows) * (0.01 if mean else 1)
+            expected = exact(layer, x)
+            mine.append(relative_error(layer(x), expected))
+            linears.append(relative_error(nn.functional.linear(x, layer.dequantize(), layer.bias), expected))
+    return torch.tensor(mine).median(), torch.tensor(linears).median()
+
+
 # --- the choice ---
 
 
@@ -134,16 +148,9 @@ def test_w8a32_is_in_the_median_no_less_exact_than_float32(products, mean, monke
     if products and not has_float16_product():
         pytest.skip("no float16 product on this processor")
     with_products(monkeypatch, **products)
-    mine, linears = [], []
-    for seed, shape in enumerate([(64, 64), (600, 700), (300, 1024), (1100, 1000), (300, 2100), (256, 4096)]):
-        layer = random_layer("w8a32", *shape, seed=seed)
-        layer.int8_weights = layer.int8_weights.abs() if mean else layer.int8_weights
-        for rows in (1, 2, 5, 16, 17, 64):
-            x = mean + normal(rows, shape[1], seed=rows) * (0.01 if mean else 1)
-            expected = exact(layer, x)
-            mine.append(relative_error(layer(x), expected))
-            linears.append(relative_error(nn.functional.linear(x, layer.dequantize(), layer.bias), expected))
-    assert torch.tensor(mine).median() <= 1.05 * torch.tensor(linears).median()
+    shapes = [(64, 64), (600, 700), (300, 1024), (1100, 1000), (300, 2100), (256, 4096)]
+    mine, linear = median_errors_of_w8a32(shapes, (1, 2, 5, 16, 17, 64), mean)
+    assert mine <= 1.05 * linear
 
 
 @each_method
@@ -233,15 +240,9 @@ def test_w8a32_is_as_exact_as_a_float_product(kernel, shape, rows):
 
 @int8_only
 def test_w8a32_by_int8_has_a_smaller_error_than_float32_in_the_median(kernel):
-    mine, linears = [], []
-    for seed, shape in enumerate([(64, 64), (96, 384), (384, 96), (130, 700), (300, 1024), (64, 4096)]):
-        layer = random_layer("w8a32", *shape, seed=seed)
-        for rows in (1, 4, 16, 64):
-            x = normal(rows, shape[1], seed=rows)
-            expected = exact(layer, x)
-            mine.append(relative_error(layer(x), expected))
-            linears.append(relative_error(nn.functional.linear(x, layer.dequantize(), layer.bias), expected))
-    assert torch.tensor(mine).median() <= torch.tensor(linears).median()
+    shapes = [(64, 64), (96, 384), (384, 96), (130, 700), (300, 1024), (64, 4096)]
+    mine, linear = median_errors_of_w8a32(shapes, (1, 4, 16, 64))
+    assert mine <= linear
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
