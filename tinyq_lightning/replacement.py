@@ -88,6 +88,7 @@ def _carry_out(plan: Plan, model: nn.Module, present: Present = nullcontext) -> 
     """Put layers in the place of float ones as soon as they are made. Returns the plan with the SQNR of each."""
     sites = {site.name: site for site in find_sites(model)}
     sizes = {decision.name: decision.float_bytes for decision in plan}
+    much = sum(sizes.values()) / 16
     layers, freed, in_cycles = QuantizedLayers(plan), 0, False
     for names in _groups(plan, sites):
         pairs = []
@@ -101,7 +102,7 @@ def _carry_out(plan: Plan, model: nn.Module, present: Present = nullcontext) -> 
                 in_cycles |= site.is_parametrized
             del site
         _put_in(pairs)
-        if freed > sum(sizes.values()) / 16 or not sites:
+        if freed > much or not sites:
             pairs.clear()
             if in_cycles:  # torch has the properties of a parametrized module hold that module
                 gc.collect()
@@ -129,13 +130,15 @@ def _groups(plan: Plan, sites: Mapping[str, Site]) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     firsts: dict[int, str] = {}  # by attention
     for decision in plan:
-        attention = sites[decision.name].attention
-        together = [decision.tied_to] if decision.tied_to else []
-        if attention is not None:
-            together.append(firsts.setdefault(id(attention.module), decision.name))
-        joined = [groups[name] for name in dict.fromkeys(together) if name in groups]
-        group = [name for each in {id(each): each for each in joined}.values() for name in each] + [decision.name]
-        groups.update(dict.fromkeys(group, group))
+        name, attention = decision.name, sites[decision.name].attention
+        first = name if attention is None else firsts.setdefault(id(attention.module), name)
+        group = groups[name] = [name]
+        for partner in (decision.tied_to or name, first):
+            other = groups.get(partner, group)
+            if other is not group:
+                other += group
+                groups.update(dict.fromkeys(group, other))
+                group = other
     sizes = {decision.name: decision.float_bytes for decision in plan}
     distinct = {id(group): group for group in groups.values()}.values()
     return sorted(distinct, key=lambda group: sum(sizes[name] for name in group))
@@ -156,10 +159,9 @@ def quantized(model: nn.Module, spec: SpecLike) -> Iterator[Plan]:
         SpecError: the spec is wrong or does not fit the model.
         ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
     """
-    resolved = as_spec(spec)
-    _warn_of_budget(resolved)
-    swap = Swap(model, resolved)
-    with swap:
+    asked = as_spec(spec)
+    _warn_of_budget(asked)
+    with Swap(model, asked) as swap:
         yield swap.plan
 
 
@@ -269,10 +271,7 @@ def replace_linear_with_target_and_quantize(
     for site, decision in zip(sites, plan, strict=True):
         shares = layers[decision.tied_to] if decision.tied_to else None
         layers[site.name] = None if decision.method == "float" else _target_layer(site, target_class, shares)
-    for site in sites:
-        layer = layers[site.name]
-        if layer is not None:
-            site.put(layer)
+    _put_in([(site, layer) for site in sites if (layer := layers[site.name]) is not None])
     return module
 
 

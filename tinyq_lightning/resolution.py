@@ -133,7 +133,7 @@ def resolve(
             if bad and spec.non_finite == "float":
                 made[name] = ("float", "non-finite weights")
             elif bad:
-                refused.append(f"{name}: {bad} of {float_weight(site.module).numel()}")
+                refused.append(f"{name}: {bad} of {site.weight_like.numel()}")
     if refused:
         raise ModelError(
             f"weights that are NaN or infinite cannot be quantized ({'; '.join(refused)}). Find out what made "
@@ -166,12 +166,13 @@ def _structural(
         if reason == "spec":  # nothing names it, so it is what the Linear is
             name, method, why = next((each for each in theirs if each[1] != "float"), theirs[0])
             reason = f"tied to {name}.weight" + (f" ({why})" if method == "float" else "")
-    if method != "float" and (left := why_left(site)):
+    if method == "float":
+        return method, reason
+    if left := why_left(site):
         return "float", left
-    if method != "float" and isinstance(site.module._parameters.get("weight"), UninitializedParameter):
+    if isinstance(site.module._parameters.get("weight"), UninitializedParameter):
         raise ModelError(f"{site.name}: this LazyLinear has no weight yet: run one batch through the model first")
-    if method != "float":
-        _refuse_shapes(site)
+    _refuse_shapes(site)
     return method, reason
 
 
@@ -207,8 +208,6 @@ def _dtype(site: Site) -> torch.dtype:
 
 def _refuse_shapes(site: Site) -> None:
     """Refuse a layer whose tensors were exchanged for others than its sizes tell of."""
-    if isinstance(site.module, Int8Weight):
-        return
     shape, expected = site.weight_like.shape, _shape(site.module)
     if shape != expected:
         raise ModelError(

@@ -87,8 +87,7 @@ def choose_kernel(kernel: KernelName, method: Method, out_features: int, in_feat
     if wanted == "float16":
         if not has_float16_product():
             return Choice("reference", "no float16 product here")
-        pairs = method.float_activations and in_features <= _PAIRS_FEATURES
-        return Choice("float16x2" if pairs else "float16", "as asked for")
+        return Choice("float16x2" if _takes_pairs(method, in_features) else "float16", "as asked for")
     if wanted == "int8":
         lacking = _lacking_int8(in_features)
         return Choice("exact", lacking) if lacking else Choice(_int8(method), "as asked for")
@@ -109,9 +108,13 @@ def _fastest(method: Method, out_features: int, in_features: int) -> Choice:
             return Choice("float32", small)
         if not method.float_activations:
             return Choice("float16", lacking)
-        pairs = in_features <= _PAIRS_FEATURES
-        return Choice("reference", lacking, _PAIRS_PAY_TO + 1, "float16x2") if pairs else Choice("reference", lacking)
+        if _takes_pairs(method, in_features):
+            return Choice("reference", lacking, _PAIRS_PAY_TO + 1, "float16x2")
     return Choice("reference", lacking)
+
+
+def _takes_pairs(method: Method, in_features: int) -> bool:
+    return method.float_activations and in_features <= _PAIRS_FEATURES
 
 
 def _int8(method: Method) -> Implementation:

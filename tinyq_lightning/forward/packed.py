@@ -91,10 +91,16 @@ class BesideCodes(WeightForm):
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         self._codes, self._codes_version = codes, _version(codes)
+        self._scales, self._scales_version = scales, _version(scales)
 
     @override
     def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
-        return codes is None or (codes is self._codes and _version(codes) == self._codes_version)
+        # Asked on each call of layers so small that a microsecond counts.
+        if codes is not None and not (
+            codes is self._codes and (self._codes_version < 0 or codes._version == self._codes_version)
+        ):
+            return False
+        return scales is self._scales and (self._scales_version < 0 or scales._version == self._scales_version)
 
 
 class Float32Weights(BesideCodes):
@@ -103,10 +109,6 @@ class Float32Weights(BesideCodes):
     Of the weights, for activations as they are; of the codes for rounded ones, so that sums of whole numbers below
     2²⁴ are exact and a layer gives the same bits as by any other kernel.
     """
-
-    def __init__(self, codes: Tensor, scales: Tensor) -> None:
-        super().__init__(codes, scales)
-        self._scales, self._scales_version = scales, _version(scales)
 
     @cached_property
     def weight(self) -> Tensor:
@@ -118,15 +120,6 @@ class Float32Weights(BesideCodes):
     def _whole(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             return self._codes.float()
-
-    @override
-    def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
-        # Asked on each call of layers so small that a microsecond counts.
-        if codes is not None and not (
-            codes is self._codes and (self._codes_version < 0 or codes._version == self._codes_version)
-        ):
-            return False
-        return scales is self._scales and (self._scales_version < 0 or scales._version == self._scales_version)
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

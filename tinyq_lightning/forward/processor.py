@@ -82,9 +82,7 @@ def int8_product(digits: Tensor, packed: Packed, scales: Tensor, zero_points: Te
     Returns:
         ``[rows, out]`` float32, each rounded from its whole number once and by its scale once.
     """
-    return _int8_operator()(
-        digits, 1.0, 128, packed, scales, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    return _int8_operator()(digits, 1.0, 128, packed, scales, zero_points, None, 1.0, 0, torch.float32, "none", [], "")
 
 
 def pack_digit(codes: Tensor, scales: Tensor) -> Packed:
