@@ -26,10 +26,11 @@ SUM_MAX = 2**24
 
 # What is done around an int8 product costs as much as float32 needs for so many products of a weight and an
 # activation, beyond what the product saves. Estimated: from timings of a prototype on AVX512-VNNI, and from how many
-# instructions the operators around the product take, there and here.
-_INT8_PAYS_FROM = {"w8a32": 12_000_000, "w8a16": 6_500_000, "w8a8": 3_500_000}
+# instructions the operators around the product take, there and here. For a layer alone, whose weights stay in the
+# cache; in a network that does not fit there int8 pays sooner, so where in doubt the number is the smaller one.
+_INT8_PAYS_FROM = {"w8a32": 10_000_000, "w8a16": 5_000_000, "w8a8": 2_500_000}
 # Layers of so many weights take it for any number of rows: reading a quarter of the bytes pays for itself.
-_INT8_ALWAYS_FROM = {"w8a32": 1_400_000, "w8a16": 1_200_000, "w8a8": 1_000_000}
+_INT8_ALWAYS_FROM = 1_000_000
 # Up to so many weights a float copy is the fastest. Measured on AVX2, as what follows.
 _FLOAT16_PAYS_FROM = {"w8a32": 600_000, "w8a16": 512 * 512, "w8a8": 512 * 512}
 # Up to so many rows float16 in two parts is faster than the formula. With more features the first part is too coarse.
@@ -98,7 +99,7 @@ def _fastest(method: Method, out_features: int, in_features: int) -> Choice:
     weights = out_features * in_features
     lacking = _lacking_int8(in_features)
     if not lacking:
-        if weights >= _INT8_ALWAYS_FROM[method.name]:
+        if weights >= _INT8_ALWAYS_FROM:
             return Choice(_int8(method), "the processor has int8 products")
         rows = math.ceil(_INT8_PAYS_FROM[method.name] / weights)
         return Choice(_int8(method), "the processor has int8 products", rows)

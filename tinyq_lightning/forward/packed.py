@@ -77,11 +77,14 @@ class WeightForm(ABC):
 
     @abstractmethod
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        """``x @ (q * s)ᵀ + bias``: ``[rows, in]`` float32, contiguous → ``[rows, out]`` float32, new memory."""
+        """``x @ (q * s)ᵀ + bias``: ``[rows, in]`` float32, contiguous → ``[rows, out]`` float32, new memory.
+
+        The bias is ``[out]`` of any floating dtype.
+        """
 
     @abstractmethod
     def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
-        """``grad @ (q * s)``, the gradient of ``x``: ``[rows, out]`` float32 → ``[rows, in]`` float32."""
+        """``grad @ (q * s)``, the gradient of ``x``: ``[..., out]`` float32 → ``[..., in]`` float32."""
 
 
 class BesideCodes(WeightForm):
@@ -124,7 +127,7 @@ class Float32Weights(BesideCodes):
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         if not method.rounds:
-            return nn.functional.linear(x, self.weight, bias)
+            return nn.functional.linear(x, self.weight, None if bias is None else bias.float())
         whole, step = quantize_rows_to_steps(x, method.steps)
         return _plus(nn.functional.linear(whole, self._whole).mul_(scales).mul_(step), bias)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -31,32 +30,41 @@ def packed_linear(method: Method, form: WeightForm, input: Tensor, scales: Tenso
     Returns:
         ``[..., out]`` of the input's dtype, or autocast's; computed in float32.
     """
-    dtype, autocast = input.dtype, torch.is_autocast_enabled("cpu")
-    if dtype is torch.float32 and not autocast and (bias is None or bias.dtype is torch.float32):
-        if type(form) is Float32Weights and not method.rounds:  # as nn.Linear, and as fast
-            return nn.functional.linear(input, form.weight, bias)
-        if input.dim() == 2 and input.shape[0] and input.is_contiguous() and not torch.is_grad_enabled():
-            return form.product(method, input, scales, bias)
-    with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
-        out_features, in_features = scales.shape[0], input.shape[-1]
-        x = input.float().reshape(-1, in_features).contiguous()
-        grad = torch.is_grad_enabled()
-        apart = bias is not None and grad and bias.requires_grad
-        inside = None if apart or bias is None else bias.float()
-        if grad and x.requires_grad:
-            out = cast(Tensor, _StraightThrough.apply(x, method, form, scales, inside))  # type: ignore[no-untyped-call]
-        else:
-            out = _product(x, method, form, scales, inside)
-        if apart:
-            out = out + bias.float()  # type: ignore[union-attr]
-        out = out.view(*input.shape[:-1], out_features)
-        return out.to(torch.get_autocast_dtype("cpu") if autocast else dtype)
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            out = packed_linear(method, form, input.float(), scales, bias)
+        return out.to(torch.get_autocast_dtype("cpu"))
+    dtype = input.dtype
+    same = dtype is torch.float32 and (bias is None or bias.dtype is dtype)
+    if same and type(form) is Float32Weights and not method.rounds:  # as nn.Linear, and as fast
+        return nn.functional.linear(input, form.weight, bias)
+    x = input if dtype is torch.float32 else input.float()
+    if torch.is_grad_enabled():
+        out = _with_gradients(x, method, form, scales, bias)
+    else:
+        out = _product(x, method, form, scales, bias)
+    if dtype is torch.float32:
+        return out
+    return out.bfloat16() if dtype is torch.bfloat16 else out.half()
 
 
 def _product(x: Tensor, method: Method, form: WeightForm, scales: Tensor, bias: Tensor | None) -> Tensor:
-    if not len(x):
-        return x.new_zeros(0, len(scales))
-    return form.product(method, x, scales, bias)
+    """``[..., in]`` float32 → ``[..., out]`` float32."""
+    if x.dim() == 2 and x.shape[0] and x.is_contiguous():
+        return form.product(method, x, scales, bias)
+    *batch, in_features = x.shape
+    rows = x.reshape(-1, in_features).contiguous()
+    out = form.product(method, rows, scales, bias) if rows.shape[0] else x.new_empty(0, scales.shape[0])
+    return out.view(*batch, scales.shape[0])
+
+
+def _with_gradients(x: Tensor, method: Method, form: WeightForm, scales: Tensor, bias: Tensor | None) -> Tensor:
+    inside = None if bias is None or bias.requires_grad else bias
+    if x.requires_grad:
+        out = cast(Tensor, _StraightThrough.apply(x, method, form, scales, inside))  # type: ignore[no-untyped-call]
+    else:
+        out = _product(x, method, form, scales, inside)
+    return out if bias is inside else out + bias.float()  # type: ignore[union-attr]
 
 
 class _StraightThrough(torch.autograd.Function):
