@@ -41,7 +41,7 @@ SPEEDUP_LOST = 0.95
 SECONDS = 0.03
 """Processor time for one shape and call, unless a warm-up and :data:`ROUNDS` rounds take longer."""
 
-ROUNDS = 3
+ROUNDS = 5
 """At least so many rounds, float and int8 in turn; small layers have hundreds in their time."""
 
 # Layers of one shape that take turns, where so many fit into the time.

@@ -229,7 +229,7 @@ def activation_steps(x: Tensor, steps: int | Tensor) -> Tensor:
     return x.abs().amax(-1, True).div_(steps).clamp_min_(_SMALLEST_SCALE)
 
 
-def quantize_rows_to_steps(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def quantize_rows_to_steps(x: Tensor, steps: int | Tensor) -> tuple[Tensor, Tensor]:
     """Fixed point, row by row: ``x ≈ whole * scale`` with whole numbers in ``-steps…steps``.
 
     This is dynamic per-token quantization of activations; 127 steps are int8, 32,512 are 16 bits,
@@ -237,7 +237,7 @@ def quantize_rows_to_steps(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
     Args:
         x: ``[..., in]`` float32 or float64, with at least one feature.
-        steps: largest whole number.
+        steps: largest whole number; as for :func:`activation_steps`.
 
     Returns:
         whole: like ``x``, whole numbers held in its floating dtype; NaN where the row is not finite.

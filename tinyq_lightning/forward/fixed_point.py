@@ -15,10 +15,12 @@ from tinyq_lightning.forward.methods import METHODS, Method
 from tinyq_lightning.forward.processor import Packed, digit_product, int8_product
 from tinyq_lightning.weight_math import activation_steps
 
-__all__ = ["fixed_point_product", "one_digit_product"]
+__all__ = ["STEPS", "fixed_point_product", "one_digit_product"]
 
-# Numbers in tensors: torch would make one of each on each call.
-_STEPS = {method.digits: torch.tensor(method.steps, dtype=torch.float32, device="cpu") for method in METHODS.values()}
+# Numbers are in tensors: torch would make one of each on each call.
+STEPS = {method.digits: torch.tensor(method.steps, dtype=torch.float32, device="cpu") for method in METHODS.values()}
+"""The largest whole number of the activations, by how many digits hold it."""
+
 _BITS = torch.tensor(8, dtype=torch.int32, device="cpu")
 # Half of each digit's range, in every digit: added to a number, it makes its bytes the digits plus 128.
 _OFFSET = torch.tensor(0x808080, dtype=torch.int32, device="cpu")
@@ -44,7 +46,7 @@ def fixed_point_product(method: Method, x: Tensor, packed: Packed, scales: Tenso
     Returns:
         ``[rows, out]`` float32. A row with NaN or infinity gives no finite value.
     """
-    step = activation_steps(x, _STEPS[method.digits])
+    step = activation_steps(x, STEPS[method.digits])
     parts = int8_product(_digits(x / step, method.digits), packed, scales, zero_points)
     if method.digits == 1:
         return parts.mul_(step)
@@ -64,7 +66,7 @@ def one_digit_product(x: Tensor, packed: Packed) -> Tensor:
     Returns:
         ``[rows, out]`` float32, with the same bits as above.
     """
-    step = activation_steps(x, _STEPS[1])
+    step = activation_steps(x, STEPS[1])
     return digit_product(torch.div(x, step).round_(), packed).mul_(step)
 
 

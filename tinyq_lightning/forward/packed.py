@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from typing_extensions import override
 
 from tinyq_lightning.forward.choice import SUM_MAX, Implementation
-from tinyq_lightning.forward.fixed_point import fixed_point_product, one_digit_product
+from tinyq_lightning.forward.fixed_point import STEPS, fixed_point_product, one_digit_product
 from tinyq_lightning.forward.methods import Method
 from tinyq_lightning.forward.processor import (
     float16_product,
@@ -128,7 +128,7 @@ class Float32Weights(BesideCodes):
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         if not method.rounds:
             return nn.functional.linear(x, self.weight, None if bias is None else bias.float())
-        whole, step = quantize_rows_to_steps(x, method.steps)
+        whole, step = quantize_rows_to_steps(x, STEPS[method.digits])
         return _plus(nn.functional.linear(whole, self._whole).mul_(scales).mul_(step), bias)
 
     @override
@@ -218,7 +218,7 @@ class Float16Weights(CodeHolder):
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         if not method.rounds:
             return _plus(float16_product(x, self._packed).mul_(scales), bias)
-        whole, step = quantize_rows_to_steps(x, method.steps)
+        whole, step = quantize_rows_to_steps(x, STEPS[method.digits])
         return _plus(float16_product(whole, self._packed).mul_(scales).mul_(step), bias)
 
     @override
