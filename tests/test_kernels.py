@@ -462,6 +462,13 @@ def test_int8_gives_the_same_bits_row_by_row(seed, rows, columns, outputs, metho
         assert torch.equal(whole, torch.stack([layer(row) for row in x]))
 
 
+@each_method
+@pytest.mark.parametrize("shape", [(1, 1100), (9, 1100), (40, 1100), (2, 3, 1100), (1100,)], ids=str)
+def test_an_output_holds_no_more_memory_than_it_has_values(kernel, method, shape):
+    out = random_layer(method, *LARGE)(normal(*shape))
+    assert out.untyped_storage().nbytes() == 4 * out.numel()
+
+
 # --- unusual inputs ---
 
 

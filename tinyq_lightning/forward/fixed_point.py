@@ -53,7 +53,7 @@ def fixed_point_product(method: Method, x: Tensor, packed: Packed, scales: Tenso
     low, *higher = parts.chunk(method.digits)
     for place, part in enumerate(higher, 1):
         low.add_(part, alpha=256**place)
-    return low.mul_(step)
+    return low.mul(step)  # in memory of its own: saved or kept, it is not to take the other parts with it
 
 
 def one_digit_product(x: Tensor, packed: Packed) -> Tensor:

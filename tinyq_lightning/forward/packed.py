@@ -162,7 +162,7 @@ class Float16Pairs(BesideCodes):
         whole = torch.div(x, step, out=parts[0]).round_()
         torch.addcmul(x, whole, step, value=-1, out=parts[1])
         out, rest = float16_product(parts.view(2 * rows, columns), self._packed).view(2, rows, -1).unbind()
-        return _plus(rest.addcmul_(out, step).mul_(scales), bias)
+        return _plus(rest.addcmul_(out, step).mul(scales), bias)  # not a part of something larger
 
     @override
     def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
@@ -180,19 +180,24 @@ class CodeHolder(WeightForm):
 
     @override
     def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
+        given = self._given  # another thread may forget it
+        if given is None:
+            return codes is None
         if codes is not None:
-            return self._given is not None and self._given.is_still(codes)
-        if self._given is not None and self._given.tensor() is None:
+            return given.is_still(codes)
+        if given.tensor() is None:
             self._given = None  # nobody can write to them any more, and the next call need not ask
-        return self._given is None or not self._given.was_written()
+        return not given.was_written()
 
     def gave(self, codes: Tensor) -> bool:
         """Whether these are the codes that it was made from or has given back, whatever was written to them since."""
-        return self._given is not None and self._given.tensor() is codes
+        given = self._given
+        return given is not None and given.tensor() is codes
 
     def codes(self) -> Tensor:
         """The codes ``[out, in]`` int8."""
-        codes = None if self._given is None else self._given.tensor()
+        given = self._given
+        codes = None if given is None else given.tensor()
         if codes is None:
             with torch.inference_mode(False), torch.no_grad():
                 codes = self._unpacked()
