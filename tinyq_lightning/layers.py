@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 from typing_extensions import Self
 
@@ -21,9 +22,9 @@ from tinyq_lightning.forward import (
     quantized_linear,
 )
 from tinyq_lightning.forward.operator import number_layer, packed_layer
-from tinyq_lightning.forward.packed import Seen
+from tinyq_lightning.forward.packed import Float32Weights, Seen
 from tinyq_lightning.forward.reference import input_gradient
-from tinyq_lightning.forward.tracing import in_transform, is_exporting, outside_modes
+from tinyq_lightning.forward.tracing import in_jit_trace, in_transform, is_exporting, outside_modes
 from tinyq_lightning.int8_weight import Int8Weight
 
 __all__ = [
@@ -126,6 +127,12 @@ class QuantizedLinear(Int8Weight):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[..., in]`` → ``[..., out]``, of the dtype that ``nn.Linear`` would give."""
+        copy: Float32Weights | None = None if is_dynamo_compiling() else self._forms.get("float32")  # type: ignore[assignment]
+        if copy is not None and (weight := self._float_copy(copy, input)) is not None:
+            try:
+                return nn.functional.linear(input, weight, self._parameters["bias"])
+            except RuntimeError:
+                pass  # an input of another shape, or a bias of another dtype: what comes below sees to that
         if input.is_nested:
             return self._forward_nested(input)
         if torch.compiler.is_compiling():
@@ -142,6 +149,18 @@ class QuantizedLinear(Int8Weight):
     def input_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of the input ``[..., in]`` from that of the output ``[..., out]``, both float32."""
         return input_gradient(grad, self.int8_weights, self.scales)
+
+    def _float_copy(self, copy: Float32Weights, input: Tensor) -> Tensor | None:
+        """The float weight to multiply ``input`` with just as ``nn.Linear`` does; None where more is to be seen to."""
+        choice = self._choice or self.choice
+        if (
+            (choice.kernel == "float32" or input.numel() < choice.few_rows * self.in_features)
+            and (type(input) is Tensor and input.dtype is torch.float32 and input.is_cpu)
+            and not (in_jit_trace() or torch.is_autocast_enabled("cpu"))
+            and copy.is_of(self._buffers["int8_weights"], self._buffers["scales"])  # type: ignore[arg-type]
+        ):
+            return copy.weight
+        return None
 
     def _linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if type(input) is Tensor and input.is_cpu and input.dtype in INPUT_DTYPES and not in_transform():

@@ -16,7 +16,7 @@ __all__ = ["KERNELS", "LONGEST_SUM", "SUM_MAX", "Choice", "Implementation", "Ker
 KernelName = Literal["auto", "int8", "reference"]
 KERNELS: tuple[KernelName, ...] = ("auto", "int8", "reference")
 
-Implementation = Literal["int8", "int8x1", "float16", "float16x2", "float32", "exact", "reference"]
+Implementation = Literal["int8", "int8x1", "float16", "float16x2", "float32", "float32x1", "exact", "reference"]
 
 LONGEST_SUM = (2**31 - 1) // (127 * 128)
 """Features whose products of digit and code, 128·127 at most each, are sure to fit an int32 sum."""
@@ -45,8 +45,9 @@ class Choice:
         kernel: ``int8``, whole numbers summed exactly by the processor's int8 instructions, one byte a weight;
             ``int8x1``, the same for activations that one digit holds, by fewer operators; ``float16``, codes of
             two bytes each, multiplied in float32; ``float16x2``, the same beside the codes, with activations in
-            two parts, as exact as ``nn.Linear``; ``float32``, a float copy beside the codes; ``exact``, whole
-            numbers summed exactly in float64; ``reference``, the formula.
+            two parts, as exact as ``nn.Linear``; ``float32``, a float copy of the weights beside the codes;
+            ``float32x1``, the same for activations that are rounded to one digit; ``exact``, whole numbers summed
+            exactly in float64; ``reference``, the formula.
         reason: in words.
         few_rows: below so many rows the layer takes the kernel ``few`` instead; 0 where it never does.
         few: that kernel.
@@ -84,7 +85,7 @@ def choose_kernel(kernel: KernelName, method: Method, out_features: int, in_feat
     if wanted == "reference" or not out_features * in_features:
         return Choice("reference", "as asked for" if wanted == "reference" else "no weights")
     if wanted == "float32":
-        return Choice("float32", "as asked for")
+        return Choice(_copy(method), "as asked for")
     if wanted == "float16":
         if not has_float16_product():
             return Choice("reference", "no float16 product here")
@@ -106,7 +107,7 @@ def _fastest(method: Method, out_features: int, in_features: int) -> Choice:
     if has_float16_product():
         if weights <= _FLOAT16_PAYS_FROM[method.name]:
             small = "a float copy in memory, the fastest for layers this small; the file stays int8"
-            return Choice("float32", small)
+            return Choice(_copy(method), small)
         if not method.float_activations:
             return Choice("float16", lacking)
         if _takes_pairs(method, in_features):
@@ -116,6 +117,10 @@ def _fastest(method: Method, out_features: int, in_features: int) -> Choice:
 
 def _takes_pairs(method: Method, in_features: int) -> bool:
     return method.float_activations and in_features <= _PAIRS_FEATURES
+
+
+def _copy(method: Method) -> Implementation:
+    return "float32x1" if method.rounds else "float32"
 
 
 def _int8(method: Method) -> Implementation:

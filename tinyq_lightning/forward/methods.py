@@ -25,10 +25,11 @@ class Method:
 
     @property
     def rounds(self) -> bool:
-        """Whether every kernel rounds the activations, also where it multiplies in floating point anyhow.
+        """Whether kernels round the activations also where they multiply in floating point anyhow.
 
         So that what was measured with w8a8 on one processor holds on another. What w8a16 rounds away is far below
-        what the weights lost, and no kernel has to.
+        what the weights lost, and no kernel has to. The float copy that a layer takes for few rows, where the
+        processor has int8 products for more of them, rounds for no method: a layer is as fast as a float one there.
         """
         return self.digits == 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
-from functools import cached_property
 from typing import ClassVar, cast
 from weakref import WeakValueDictionary
 
@@ -107,35 +106,43 @@ class BesideCodes(WeightForm):
 
 
 class Float32Weights(BesideCodes):
-    """A float copy, ``[out, in]`` float32.
+    """A float copy of the weights, for activations as they are.
 
-    Of the weights, for activations as they are; of the codes for rounded ones, so that sums of whole numbers below
-    2²⁴ are exact and a layer gives the same bits as by any other kernel.
+    Attributes:
+        weight: ``q * s``, ``[out, in]`` float32.
     """
 
-    @cached_property
-    def weight(self) -> Tensor:
-        """``q * s``."""
-        with torch.inference_mode(False), torch.no_grad():
-            return dequantize(self._codes, self._scales)
-
-    @cached_property
-    def _whole(self) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
-            return self._codes.float()
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__(codes, scales)
+        self.weight = dequantize(codes, scales)
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        if not method.rounds:
-            return nn.functional.linear(x, self.weight, None if bias is None else bias.float())
+        return nn.functional.linear(x, self.weight, None if bias is None else bias.float())
+
+    @override
+    def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
+        return grad @ self.weight
+
+
+class Float32Codes(BesideCodes):
+    """A float copy of the codes, for rounded activations.
+
+    Sums of whole numbers below 2²⁴ are exact, so that a layer gives the same bits as by any other kernel that rounds.
+    """
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__(codes, scales)
+        self._whole = codes.float()
+
+    @override
+    def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         whole, step = quantize_rows_to_steps(x, STEPS[method.digits])
         return _plus(nn.functional.linear(whole, self._whole).mul_(scales).mul_(step), bias)
 
     @override
     def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
-        if "_whole" in vars(self):  # no second copy
-            return grad.mul(scales) @ self._whole
-        return grad @ self.weight
+        return grad.mul(scales) @ self._whole
 
 
 class Float16Pairs(BesideCodes):
@@ -277,6 +284,7 @@ def _plus(out: Tensor, bias: Tensor | None) -> Tensor:
 
 FORMS: dict[Implementation, type[WeightForm]] = {
     "float32": Float32Weights,
+    "float32x1": Float32Codes,
     "float16": Float16Weights,
     "float16x2": Float16Pairs,
     "int8": Int8Weights,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tinyq_lightning.forward.methods import Method
-from tinyq_lightning.forward.packed import Float32Weights, WeightForm
+from tinyq_lightning.forward.packed import WeightForm
 
 __all__ = ["INPUT_DTYPES", "packed_linear"]
 
@@ -35,9 +35,6 @@ def packed_linear(method: Method, form: WeightForm, input: Tensor, scales: Tenso
             out = packed_linear(method, form, input.float(), scales, bias)
         return out.to(torch.get_autocast_dtype("cpu"))
     dtype = input.dtype
-    same = dtype is torch.float32 and (bias is None or bias.dtype is dtype)
-    if same and type(form) is Float32Weights and not method.rounds:  # as nn.Linear, and as fast
-        return nn.functional.linear(input, form.weight, bias)
     x = input if dtype is torch.float32 else input.float()
     if torch.is_grad_enabled():
         out = _with_gradients(x, method, form, scales, bias)

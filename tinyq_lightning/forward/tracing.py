@@ -12,12 +12,12 @@ __all__ = ["in_transform", "is_exporting", "outside_modes"]
 
 # Torch has no public word for being inside of vmap and its kin, and a slow one for jit.trace.
 _in_functorch = torch._C._are_functorch_transforms_active
-_in_jit_trace = torch._C._is_tracing
+in_jit_trace = torch._C._is_tracing
 
 
 def in_transform() -> bool:
     """Inside ``torch.jit.trace``, ``torch.vmap`` and the other transforms of ``torch.func``, or forward-mode AD."""
-    return bool(_in_jit_trace() or _in_functorch() or forward_ad._current_level >= 0)
+    return bool(in_jit_trace() or _in_functorch() or forward_ad._current_level >= 0)
 
 
 def is_exporting() -> bool:
