@@ -51,8 +51,13 @@ _library.define("packed_layer_gradient(Tensor grad, int number, int in_features,
 
 
 def _run(input: Tensor, number: int, out_features: int, dtype: torch.dtype) -> Tensor:
-    with torch.no_grad():
-        return _layers[number](input).to(dtype)  # type: ignore[no-any-return]
+    layer = _layers[number]
+    if torch.is_grad_enabled():
+        with torch.no_grad():  # the operator has a gradient of its own
+            out = layer(input)
+    else:
+        out = layer(input)
+    return out if out.dtype is dtype else out.to(dtype)  # type: ignore[no-any-return]
 
 
 def _run_gradient(grad: Tensor, number: int, in_features: int, dtype: torch.dtype) -> Tensor:
