@@ -345,6 +345,20 @@ def test_scales_that_are_written_to_count_in_the_next_call(kernel):
         assert torch.equal(layer(x), out)
 
 
+def test_codes_that_are_written_to_count_for_few_rows_and_for_many(monkeypatch):
+    with_products(monkeypatch, int8=True)
+    layer = random_layer("w8a32", 300, 400, bias=False)
+    few, many = normal(layer.choice.few_rows - 1, 400), normal(layer.choice.few_rows, 400)
+    for x in (few, many, few):
+        layer(x)
+    assert set(layer._forms) == {"int8", "float32"}
+    codes = layer.int8_weights
+    layer(many)
+    codes.zero_()
+    assert not layer(few).any()
+    assert not layer(many).any()
+
+
 @pytest.mark.parametrize("engine", ["onednn", "qnnpack"])
 def test_an_engine_chosen_for_torchs_own_quantization_changes_nothing_and_stays(kernel, engine):
     before = torch.backends.quantized.engine

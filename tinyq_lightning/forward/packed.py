@@ -98,11 +98,12 @@ class BesideCodes(WeightForm):
     @override
     def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
         # Asked on each call of layers so small that a microsecond counts.
-        if codes is not None and not (
-            codes is self._codes and (self._codes_version < 0 or codes._version == self._codes_version)
-        ):
-            return False
-        return scales is self._scales and (self._scales_version < 0 or scales._version == self._scales_version)
+        return (
+            (codes is None or codes is self._codes)
+            and scales is self._scales
+            and (self._codes_version < 0 or self._codes._version == self._codes_version)
+            and (self._scales_version < 0 or scales._version == self._scales_version)
+        )
 
 
 class Float32Weights(BesideCodes):
