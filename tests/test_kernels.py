@@ -360,50 +360,46 @@ def test_codes_that_are_written_to_count_for_few_rows_and_for_many(monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["onednn", "qnnpack"])
-def test_an_engine_chosen_for_torchs_own_quantization_changes_nothing_and_stays(kernel, engine):
-    before = torch.backends.quantized.engine
+def test_an_engine_chosen_for_torchs_own_quantization_changes_nothing_and_stays(kernel, engine, monkeypatch):
     if engine not in torch.backends.quantized.supported_engines:
         pytest.skip(f"torch was built without {engine}")
     x = normal(3, LARGE[1])
     wanted = [random_layer(method, *LARGE)(x) for method in METHODS]
-    try:
-        torch.backends.quantized.engine = engine
-        for method, out in zip(METHODS, wanted, strict=True):
-            assert torch.equal(random_layer(method, *LARGE)(x), out)
-        assert torch.backends.quantized.engine == engine
-        assert processor.has_float16_product.__wrapped__() is processor.has_float16_product()
-    finally:
-        torch.backends.quantized.engine = before
+    monkeypatch.setattr(torch.backends.quantized, "engine", engine)
+    for method, out in zip(METHODS, wanted, strict=True):
+        assert torch.equal(random_layer(method, *LARGE)(x), out)
+    assert torch.backends.quantized.engine == engine
+    assert processor.has_float16_product.__wrapped__() is processor.has_float16_product()
+
+
+@pytest.fixture
+def default_dtype():
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("probe", ["has_int8_product", "has_digit_product", "has_float16_product"])
-def test_what_a_probe_finds_does_not_depend_on_when_it_is_asked(probe, monkeypatch):
+def test_what_a_probe_finds_does_not_depend_on_when_it_is_asked(probe, default_dtype):
     find = getattr(processor, probe).__wrapped__
-    found, before = find(), torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu"):
-            assert find() is found
-        with FakeTensorMode():
-            assert find() is found
-    finally:
-        torch.set_default_dtype(before)
+    found = find()
+    default_dtype(torch.bfloat16)
+    with torch.device("meta"), torch.inference_mode(), torch.autocast("cpu"):
+        assert find() is found
+    with FakeTensorMode():
+        assert find() is found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_default_dtype_and_device_change_no_bit(kernel, dtype):
-    for method in METHODS:
-        layer = random_layer(method, *LARGE)
-        x = normal(4, LARGE[1])
-        wanted = layer(x)
-        layer.unpack()
-        before = torch.get_default_dtype()
-        try:
-            torch.set_default_dtype(dtype)
-            with torch.device("meta"):
-                assert torch.equal(layer(x), wanted)
-        finally:
-            torch.set_default_dtype(before)
+@each_method
+def test_default_dtype_and_device_change_no_bit(kernel, method, dtype, default_dtype):
+    layer = random_layer(method, *LARGE)
+    x = normal(4, LARGE[1])
+    wanted = layer(x)
+    layer.unpack()
+    default_dtype(dtype)
+    with torch.device("meta"):
+        assert torch.equal(layer(x), wanted)
 
 
 def test_imported_under_another_default_dtype_the_digits_are_the_same():

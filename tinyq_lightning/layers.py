@@ -16,6 +16,7 @@ from tinyq_lightning.forward import (
     INPUT_DTYPES,
     METHODS,
     Choice,
+    Implementation,
     KernelName,
     choose_kernel,
     packed_linear,
@@ -152,10 +153,9 @@ class QuantizedLinear(Int8Weight):
 
     def _float_copy(self, copy: Float32Weights, input: Tensor) -> Tensor | None:
         """The float weight to multiply ``input`` with just as ``nn.Linear`` does; None where more is to be seen to."""
-        choice = self._choice or self.choice
         if (
-            (choice.kernel == "float32" or input.numel() < choice.few_rows * self.in_features)
-            and (type(input) is Tensor and input.dtype is torch.float32 and input.is_cpu)
+            (type(input) is Tensor and input.dtype is torch.float32 and input.is_cpu)
+            and self._kernel_for(input) == "float32"
             and not (in_jit_trace() or torch.is_autocast_enabled("cpu"))
             and copy.is_of(self._buffers["int8_weights"], self._buffers["scales"])  # type: ignore[arg-type]
         ):
@@ -164,16 +164,17 @@ class QuantizedLinear(Int8Weight):
 
     def _linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if type(input) is Tensor and input.is_cpu and input.dtype in INPUT_DTYPES and not in_transform():
-            choice = self._choice or self.choice
-            kernel = choice.kernel
-            if choice.few_rows and input.numel() < choice.few_rows * self.in_features:
-                kernel = choice.few
+            kernel = self._kernel_for(input)
             if kernel in FORMS and input.dim() and input.shape[-1] == self.in_features:
                 form = self.form(kernel)
                 if form is not None:
                     scales: Tensor = self._buffers["scales"]  # type: ignore[assignment]
                     return packed_linear(METHODS[self.method], form, input, scales, bias)
         return self._formula(input, self.int8_weights, self.scales, bias)
+
+    def _kernel_for(self, input: Tensor) -> Implementation:
+        choice = self._choice or self.choice
+        return choice.few if input.numel() < choice.few_rows * self.in_features else choice.kernel
 
     def _formula(self, input: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         kernel: Literal["exact", "reference"] = "exact" if self.kernel == "int8" else "reference"

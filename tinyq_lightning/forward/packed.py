@@ -245,12 +245,11 @@ class OneDigitWeights(CodeHolder):
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)
         self._packed = pack_digit(codes, scales)
-        self._scales, self._scales_version = scales, _version(scales)
+        self._scales = Seen(scales)
 
     @override
     def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
-        same = scales is self._scales and _version(scales) == self._scales_version
-        return same and super().is_of(codes, scales)
+        return self._scales.is_still(scales) and super().is_of(codes, scales)
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

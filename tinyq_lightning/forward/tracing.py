@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["in_transform", "is_exporting", "outside_modes"]
+__all__ = ["in_jit_trace", "in_transform", "is_exporting", "outside_modes"]
 
 # Torch has no public word for being inside of vmap and its kin, and a slow one for jit.trace.
 _in_functorch = torch._C._are_functorch_transforms_active
