@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tinyq_lightning.forward.choice as choice_module
-from tinyq_lightning import quantize
+from tinyq_lightning import quantize, w8_a8_forward, w8_a16_forward
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.forward import METHODS, choose_kernel, processor
 from tinyq_lightning.forward.choice import LONGEST_SUM, Choice
@@ -100,7 +101,8 @@ def test_with_vnni_layers_take_int8_and_small_ones_a_float_copy_for_few_rows(met
     small, middling, large = (choose_kernel("auto", METHODS[method], size, size) for size in (384, 768, 2048))
     assert {small.kernel, middling.kernel, large.kernel} == {"int8"}
     assert small.few_rows > middling.few_rows > large.few_rows == 0
-    assert middling.label == f"float32 to {middling.few_rows - 1} rows, int8"
+    few = "float32" if method == "w8a32" else "float32x1"
+    assert middling.label == f"{few} to {middling.few_rows - 1} row{'s' * (middling.few_rows > 2)}, int8"
     assert large.label == "int8"
     assert {small.reason, large.reason} == {"the processor has int8 products"}
 
@@ -123,19 +125,50 @@ def test_a_layer_takes_a_float_copy_below_the_rows_where_int8_pays(method, monke
     with_products(monkeypatch, int8=True)
     layer = random_layer(method, 300, 400)
     rows = layer.choice.few_rows
+    few = "float32" if method == "w8a32" else "float32x1"
     layer(normal(rows - 1, 400))
-    assert set(layer._forms) == {"float32"}
+    assert set(layer._forms) == {few}
     layer(normal(rows, 400))
-    assert set(layer._forms) == {"int8", "float32"} or set(layer._forms) == {"int8"}
-    out = layer(normal(rows - 1, 400))
-    assert relative_error(out, exact(layer, normal(rows - 1, 400))) < 1e-6  # nothing is rounded there
+    assert set(layer._forms) == {"int8", few} or set(layer._forms) == {"int8"}
 
 
-@each_method
-@pytest.mark.parametrize("shape", [(4, 400), (2, 2, 400), (400,), (0, 400)], ids=str)
-def test_few_rows_by_a_float_copy_are_what_nn_linear_gives_in_every_way(method, shape, monkeypatch):
+@pytest.mark.parametrize("method", ["w8a16", "w8a8"])
+def test_activations_are_rounded_in_any_batch_of_a_small_layer(method, monkeypatch):
     with_products(monkeypatch, int8=True)
-    layer = random_layer(method, 300, 400)
+    layer, x = random_layer(method, 300, 400), normal(2, 400)
+    x[:, 0] = 1000  # as one raw column among normalized ones: steps of 1000 / 127 leave nothing of the others
+    formula = {"w8a16": w8_a16_forward, "w8a8": w8_a8_forward}[method]
+    by_formula = formula(x, layer.int8_weights, layer.scales, layer.bias)
+    for rows in (1, 2, layer.choice.few_rows, 2 * layer.choice.few_rows):
+        out = layer(x.repeat(rows, 1)[:rows])
+        assert torch.allclose(out[:1], by_formula[:1], rtol=1e-5, atol=1e-5 * by_formula.abs().max())
+    if method == "w8a8":
+        assert (
+            relative_error(by_formula, exact(layer, x)) > 0.01
+        )  # so a layer that does not round is told from one that does
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@each_method
+@pytest.mark.parametrize("shape", [(64, 256), (4, 16, 256), (256,)], ids=str)
+def test_the_first_call_has_the_bits_of_all_later_ones_with_gradients_or_without(method, shape, grad):
+    model = nn.Sequential(nn.Linear(256, 128))  # its bias wants a gradient
+    quantize(model, method)
+    x = normal(*shape)
+    with torch.set_grad_enabled(grad):
+        first, second = model(x), model(x)
+    with torch.set_grad_enabled(not grad):
+        third = model(x)
+    assert torch.equal(first, second)
+    assert torch.equal(second, third)
+    turned = x.clone().requires_grad_()
+    assert torch.equal(model(turned), first)
+
+
+@pytest.mark.parametrize("shape", [(4, 400), (2, 2, 400), (400,), (0, 400)], ids=str)
+def test_few_rows_by_a_float_copy_are_what_nn_linear_gives_in_every_way(shape, monkeypatch):
+    with_products(monkeypatch, int8=True)
+    layer = random_layer("w8a32", 300, 400)
     linear = nn.Linear(400, 300)
     linear.weight.data, linear.bias.data = layer.dequantize(), layer.bias.data
     x = normal(*shape)
@@ -161,7 +194,7 @@ def test_few_rows_by_a_float_copy_are_what_nn_linear_gives_in_every_way(method, 
 def test_without_vnni_large_layers_hold_float16_codes(method, monkeypatch):
     with_products(monkeypatch, float16=True)
     small, middling, large = (choose_kernel("auto", METHODS[method], size, size).label for size in (64, 768, 1024))
-    assert small == ("float32x1" if method == "w8a8" else "float32")
+    assert small == ("float32" if method == "w8a32" else "float32x1")
     if method == "w8a32":  # whose activations are to lose nothing
         assert (middling, large) == ("float32", "float16x2 to 16 rows, reference")
     else:
@@ -841,3 +874,26 @@ assert model[0].choice.kernel == "reference", model[0].choice
 assert model(torch.randn(2, 600)).shape == (2, 600)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("hidden", ["int8", "int8,float16", "quantized"])
+def test_an_environment_variable_hides_products_to_play_another_machine(hidden):
+    program = """
+import torch
+from tinyq_lightning.forward.processor import has_digit_product, has_float16_product, has_int8_product
+print(has_int8_product(), has_digit_product(), has_float16_product())
+"""
+    without = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "TINYQ_WITHOUT": hidden}
+    )
+    int8, digit, float16 = without.stdout.split()
+    assert (int8, digit) == ("False", "False") if "int8" in hidden else digit == "False"
+    assert float16 == "False" if hidden != "int8" else float16 == str(has_float16_product())
+
+
+def test_hiding_what_there_is_not_is_an_error():
+    program = "from tinyq_lightning.forward.processor import has_int8_product; has_int8_product()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "TINYQ_WITHOUT": "vnni"}
+    )
+    assert "TINYQ_WITHOUT hides vnni: it takes int8, float16, quantized" in done.stderr

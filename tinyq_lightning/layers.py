@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +128,7 @@ class QuantizedLinear(Int8Weight):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[..., in]`` → ``[..., out]``, of the dtype that ``nn.Linear`` would give."""
-        copy: Float32Weights | None = None if is_dynamo_compiling() else self._forms.get("float32")  # type: ignore[assignment]
-        if copy is not None and (weight := self._float_copy(copy, input)) is not None:
+        if not is_dynamo_compiling() and (weight := self._float_copy(input)) is not None:
             try:
                 return nn.functional.linear(input, weight, self._parameters["bias"])
             except RuntimeError:
@@ -151,15 +150,15 @@ class QuantizedLinear(Int8Weight):
         """The gradient of the input ``[..., in]`` from that of the output ``[..., out]``, both float32."""
         return input_gradient(grad, self.int8_weights, self.scales)
 
-    def _float_copy(self, copy: Float32Weights, input: Tensor) -> Tensor | None:
+    def _float_copy(self, input: Tensor) -> Tensor | None:
         """The float weight to multiply ``input`` with just as ``nn.Linear`` does; None where more is to be seen to."""
         if (
             (type(input) is Tensor and input.dtype is torch.float32 and input.is_cpu)
             and self._kernel_for(input) == "float32"
             and not (in_jit_trace() or torch.is_autocast_enabled("cpu"))
-            and copy.is_of(self._buffers["int8_weights"], self._buffers["scales"])  # type: ignore[arg-type]
         ):
-            return copy.weight
+            form = cast("Float32Weights | None", self.form("float32"))
+            return None if form is None else form.weight
         return None
 
     def _linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
@@ -261,7 +260,7 @@ class W8A32LinearLayer(QuantizedLinear):
 
 
 class W8A16LinearLayer(QuantizedLinear):
-    """``nn.Linear`` with int8 weights and activations held in 16 bits per token, or as they are if that is faster."""
+    """``nn.Linear`` with int8 weights and activations quantized to 16 bits, per token, as they come."""
 
     method = "w8a16"
 

@@ -12,8 +12,8 @@ w8a8   8-bit per token       ``(round(x / a) @ qᵀ) * a * s + bias``, ``a = max
 ====== ===================== =========================================================
 
 :mod:`.reference` is the formula itself, for any device and dtype. On the CPU a layer may pack its weights,
-once, for the kernel that :func:`choose_kernel` names; :func:`packed_linear` multiplies them. A kernel that
-multiplies in floating point takes the activations of w8a16 as they are.
+once, for the kernel that :func:`choose_kernel` names; :func:`packed_linear` multiplies them. Every kernel
+rounds the activations as the formula does: they differ in the last bits of float32 sums.
 """
 
 from tinyq_lightning.forward.choice import KERNELS, Choice, Implementation, KernelName, choose_kernel

@@ -24,11 +24,10 @@ LONGEST_SUM = (2**31 - 1) // (127 * 128)
 SUM_MAX = 2**24
 """The whole numbers up to this are exact in float32."""
 
-# What is done around an int8 product costs as much as float32 needs for so many products of a weight and an
-# activation, beyond what the product saves. Estimated: from timings of a prototype on AVX512-VNNI, and from how many
-# instructions the operators around the product take, there and here. For a layer alone, whose weights stay in the
+# Break-even: from so many products of a weight and an activation on, int8 is faster than the float copy. Measured on
+# AMD Zen 5 with AVX512-VNNI, one thread, layers of 64x64 to 1536x384 alone, 1 to 1024 rows. Their weights stay in the
 # cache; in a network that does not fit there int8 pays sooner, so where in doubt the number is the smaller one.
-_INT8_PAYS_FROM = {"w8a32": 10_000_000, "w8a16": 5_000_000, "w8a8": 2_500_000}
+_INT8_PAYS_FROM = {"w8a32": 10_000_000, "w8a16": 3_000_000, "w8a8": 600_000}
 # Layers of so many weights take it for any number of rows: reading a quarter of the bytes pays for itself.
 _INT8_ALWAYS_FROM = 1_000_000
 # Up to so many weights a float copy is the fastest. Measured on AVX2, as what follows.
@@ -63,7 +62,8 @@ class Choice:
         """The kernel, or the two of them: ``float32 to 18 rows, int8``."""
         if not self.few_rows:
             return self.kernel
-        return f"{self.few} to {self.few_rows - 1:,} rows, {self.kernel}"
+        most = self.few_rows - 1
+        return f"{self.few} to {most:,} row{'s' * (most > 1)}, {self.kernel}"
 
 
 def choose_kernel(kernel: KernelName, method: Method, out_features: int, in_features: int) -> Choice:
@@ -103,12 +103,12 @@ def _fastest(method: Method, out_features: int, in_features: int) -> Choice:
         if weights >= _INT8_ALWAYS_FROM:
             return Choice(_int8(method), "the processor has int8 products")
         rows = math.ceil(_INT8_PAYS_FROM[method.name] / weights)
-        return Choice(_int8(method), "the processor has int8 products", rows)
+        return Choice(_int8(method), "the processor has int8 products", rows, _copy(method))
     if has_float16_product():
         if weights <= _FLOAT16_PAYS_FROM[method.name]:
             small = "a float copy in memory, the fastest for layers this small; the file stays int8"
             return Choice(_copy(method), small)
-        if not method.float_activations:
+        if method.rounds:
             return Choice("float16", lacking)
         if _takes_pairs(method, in_features):
             return Choice("reference", lacking, _PAIRS_PAY_TO + 1, "float16x2")
@@ -116,7 +116,7 @@ def _fastest(method: Method, out_features: int, in_features: int) -> Choice:
 
 
 def _takes_pairs(method: Method, in_features: int) -> bool:
-    return method.float_activations and in_features <= _PAIRS_FEATURES
+    return not method.rounds and in_features <= _PAIRS_FEATURES
 
 
 def _copy(method: Method) -> Implementation:

@@ -129,7 +129,7 @@ class Float32Weights(BesideCodes):
 class Float32Codes(BesideCodes):
     """A float copy of the codes, for rounded activations.
 
-    Sums of whole numbers below 2²⁴ are exact, so that a layer gives the same bits as by any other kernel that rounds.
+    Sums of whole numbers below 2²⁴ are exact, so that w8a8 gives the same bits as by any other kernel.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
@@ -150,8 +150,7 @@ class Float16Pairs(BesideCodes):
     """The codes in two bytes each, for activations that are to lose nothing.
 
     The product sums in order, which loses two to four times what ``nn.linear`` does. So a row goes in two parts: whole
-    numbers so small that all their sums stay below 2²⁴, which is exact, and the little rest. One row alone is summed
-    otherwise, about as ``nn.linear`` does it, and goes whole.
+    numbers so small that all their sums stay below 2²⁴, which is exact, and the little rest.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
@@ -163,8 +162,6 @@ class Float16Pairs(BesideCodes):
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         rows, columns = x.shape
-        if rows == 1:
-            return _plus(float16_product(x, self._packed).mul_(scales), bias)
         parts = x.new_empty(2, rows, columns)
         step = activation_steps(x, self._steps)
         whole = torch.div(x, step, out=parts[0]).round_()

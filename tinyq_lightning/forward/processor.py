@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from tinyq_lightning.errors import SpecError
 from tinyq_lightning.forward.tracing import outside_modes
 
 __all__ = [
@@ -31,6 +33,9 @@ __all__ = [
 Packed = object
 """Weights laid out for one of the products below; opaque."""
 
+_HIDDEN = "TINYQ_WITHOUT"
+_CAN_BE_HIDDEN = ("int8", "float16", "quantized")
+
 
 @functools.cache
 def has_int8_product() -> bool:
@@ -40,7 +45,7 @@ def has_int8_product() -> bool:
     products in 16 bits, which saturate; the largest digits and weights there are tell.
     """
     names = ("qlinear_prepack", "qlinear_pointwise")
-    return _vnni() and _has_operator("onednn", *names) and _holds(_int8_product_is_exact)
+    return not _hidden("int8") and _vnni() and _has_operator("onednn", *names) and _holds(_int8_product_is_exact)
 
 
 @functools.cache
@@ -50,14 +55,17 @@ def has_digit_product() -> bool:
     Fast and exact as for :func:`has_int8_product`. The operator belongs to a family that torch means to drop.
     """
     names = ("linear_prepack", "linear_unpack", "linear_with_input_q_dq_qweight_dq_output_fp32")
-    return _vnni() and _has_operator("quantized", *names) and _holds(_digit_product_is_exact)
+    if _hidden("int8", "quantized") or not _vnni():
+        return False
+    return _has_operator("quantized", *names) and _holds(_digit_product_is_exact)
 
 
 @functools.cache
 def has_float16_product() -> bool:
     """Whether float32 activations can be multiplied with float16 weights, several times faster than rebuilding them."""
     names = ("linear_prepack_fp16", "linear_dynamic_fp16", "linear_unpack_fp16")
-    return _has_operator("quantized", *names) and _holds(_float16_product_is_right)
+    hidden = _hidden("float16", "quantized")
+    return not hidden and _has_operator("quantized", *names) and _holds(_float16_product_is_right)
 
 
 def pack_int8(codes: Tensor) -> Packed:
@@ -193,6 +201,19 @@ def _vnni() -> bool:
         return bool(able.get("avx512_vnni") or able.get("avx_vnni"))
     probe = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(torch.cpu, "_is_avx512_vnni_supported", None)
     return probe is not None and bool(probe())
+
+
+def _hidden(*names: str) -> bool:
+    """Whether the environment hides one of these from the layers, to play another processor or another torch.
+
+    ``TINYQ_WITHOUT`` is a list with commas: ``int8``, the int8 instructions; ``float16``, the float16 product;
+    ``quantized``, the operators ``torch.ops.quantized``.
+    """
+    listed = [name.strip() for name in os.environ.get(_HIDDEN, "").split(",") if name.strip()]
+    if unknown := set(listed) - set(_CAN_BE_HIDDEN):
+        allowed = ", ".join(_CAN_BE_HIDDEN)
+        raise SpecError(f"the environment variable {_HIDDEN} hides {', '.join(sorted(unknown))}: it takes {allowed}")
+    return not set(names).isdisjoint(listed)
 
 
 def _has_operator(namespace: str, *names: str) -> bool:

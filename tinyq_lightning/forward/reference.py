@@ -136,11 +136,11 @@ def _product(
 ) -> Tensor:
     if x.shape[-1] == 0:
         return x.new_zeros(*x.shape[:-1], int8_weights.shape[0])
-    if method.float_activations and kernel == "reference":
+    if not method.rounds and kernel == "reference":
         return _scaled_product(x, int8_weights, scales)
     whole, step = quantize_rows_to_steps(x, method.steps)
     if kernel == "exact":  # whole numbers below 2⁵³: the sums have no rounding, so no order either
-        if method.rounds:  # to the bits that the other kernels have
+        if method.digits == 1:  # to the bits that the other kernels have
             sums = _scaled_product(whole.double(), int8_weights, scales.new_ones((), dtype=torch.float64))
             return sums.to(x.dtype) * scales * step
         return (_scaled_product(whole.double(), int8_weights, scales.double()) * step).to(x.dtype)
