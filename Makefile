@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OLDER := tests/test_kernels.py tests/test_layers.py tests/test_forward.py tests/test_archive.py tests/test_reload.py \
-	tests/test_after_quantizing.py tests/test_budget.py
+OLDER := tests/kernels tests/layers tests/file tests/search
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
 .PHONY: demo test test-older test-slow lint format bench real-models clean
@@ -33,6 +32,7 @@ lint: $(VENV)/installed-test $(VENV)/installed-lint  ## what CI and pre-commit c
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/installed-lint  ## put the code into shape
 	$(BIN)/ruff format .

@@ -9,11 +9,11 @@ import yaml
 
 import tinyq_lightning
 from tinyq_lightning import QuantizationSpec, quantize
-from tinyq_lightning.forward import METHODS
-from tinyq_lightning.resolution import resolve
-from tinyq_lightning.spec import as_spec
+from tinyq_lightning.methods import METHODS
+from tinyq_lightning.plan.resolve import resolve
+from tinyq_lightning.spec.spec import as_spec
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tinyq_lightning import quantize
-from tinyq_lightning.replacement import state_bytes
+from tinyq_lightning.plan.plan import state_bytes
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "real_models"
+SCRIPT = Path(__file__).parents[1] / "examples" / "real_models"
 # points of the score: a probe of 200 sentences moves by 0.005 for each
 ALLOWED = {"w8a32": 0.002, "w8a16": 0.002, "w8a8": 0.005}
 

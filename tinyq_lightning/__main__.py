@@ -1,6 +1,10 @@
 """``python -m tinyq_lightning``: the command line."""
 
-from tinyq_lightning.cli import main
+from __future__ import annotations
+
+from tinyq_lightning.command import main
+
+__all__ = []
 
 if __name__ == "__main__":
     raise SystemExit(main())

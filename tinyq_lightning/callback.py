@@ -12,34 +12,49 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from tinyq_lightning.arguments import with_arguments
-from tinyq_lightning.budget import Search
-from tinyq_lightning.checkpoint import (
-    check_folder,
-    make_checkpoint,
-    quantized_path,
-    write_checkpoint,
+from tinyq_lightning.errors import SpecError, TinyQError
+from tinyq_lightning.file import check_folder, make_checkpoint, quantized_path, write_checkpoint
+from tinyq_lightning.plan import Plan, check_patterns
+from tinyq_lightning.report import (
+    Outcome,
+    combined,
+    log_entries,
+    log_outcomes,
+    log_tables,
+    outcome_of_fit,
+    outcome_of_test,
+    show,
+    write_report,
+)
+from tinyq_lightning.search import Search, Stopwatch
+from tinyq_lightning.spec import SpecOrMethods, as_spec, with_arguments
+from tinyq_lightning.trainer import (
+    FloatWeights,
+    MethodsRun,
+    QuantizedStart,
+    Results,
+    TestRun,
+    check_monitor,
+    choose_float_weights,
+    directions,
+    known_mode,
+    numbers,
+    preserved,
+    refuse_sharding,
+    refuse_without_validation,
+    tested_weights,
+    why_never_validated,
+    why_no_validation,
     write_on_rank_zero,
 )
-from tinyq_lightning.errors import SpecError, TinyQError
-from tinyq_lightning.evaluation import Results, numbers, refuse_sharding, why_never_validated, why_no_validation
-from tinyq_lightning.float_weights import FloatWeights, check_monitor, choose_float_weights, tested_weights
-from tinyq_lightning.isolation import preserved
-from tinyq_lightning.measure import MethodsRun, known_mode, refuse_without_validation
-from tinyq_lightning.outcome import Outcome, combined, log_entries, outcome_of_fit, outcome_of_test
-from tinyq_lightning.plan import Plan
-from tinyq_lightning.quantized_start import QuantizedStart
-from tinyq_lightning.report import log_outcomes, log_tables, show
-from tinyq_lightning.report_files import write_report
-from tinyq_lightning.resolution import check_patterns
-from tinyq_lightning.side_by_side import TestRun
-from tinyq_lightning.spec import SpecOrMethods, as_spec
-from tinyq_lightning.timing import Stopwatch
-from tinyq_lightning.validation_watch import directions
 
-__all__ = ["TinyQCallback"]
+__all__ = [
+    "TinyQCallback",
+]
 
 _AGAIN = "TinyQCallback(..., when='test_start') with Trainer.test(model, ckpt_path=...) quantizes a float checkpoint."
+
+
 _ONLY_LATER = ". This was the sanity check: where the metric is logged only after it, set num_sanity_val_steps=0"
 
 
@@ -52,7 +67,7 @@ class TinyQCallback(Callback):
     afterwards, with the very same layers and weights.
 
     With ``monitor`` and ``max_drop``, layers are given up until the metric loses no more than that, as few and
-    as cheaply as a search finds; see :func:`tinyq_lightning.budget.search`. Where no plan is within the
+    as cheaply as a search finds; see :func:`tinyq_lightning.search.budget.search`. Where no plan is within the
     budget, the best one found is saved, with a warning.
 
     Several methods are measured side by side, the float model once, and a file is saved for each.

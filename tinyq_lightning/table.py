@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Table", "format_bytes", "format_table"]
+__all__ = [
+    "Table",
+    "format_bytes",
+    "format_table",
+]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import peers
 from torch import nn
 
 from tinyq_lightning import quantize
-from tinyq_lightning.layers import QuantizedLinear
+from tinyq_lightning.layers.linear import QuantizedLinear
 
 METHODS = ("w8a32", "w8a16", "w8a8")
 

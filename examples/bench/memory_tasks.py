@@ -37,11 +37,11 @@ def in_memory(folder: Path, width: int, depth: int) -> dict[str, tuple[int, int]
 def quantize_file(folder: Path, width: int, depth: int) -> dict[str, tuple[int, int]]:
     import wide  # noqa: F401  # what is imported anyhow comes before the command
 
-    from tinyq_lightning import cli, file_commands  # noqa: F401
+    from tinyq_lightning.command import file_commands, main  # noqa: F401
 
     before = resident("VmRSS")
     arguments = ["quantize", str(folder / "float.ckpt"), "--model", "wide:Wide", "--json"]
-    cli.main([*arguments, "--output", str(folder / "int8.ckpt")])
+    main([*arguments, "--output", str(folder / "int8.ckpt")])
     return {"file": (before, resident("VmHWM"))}
 
 

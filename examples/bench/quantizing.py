@@ -10,8 +10,8 @@ from timing import spread
 from torch import nn
 
 from tinyq_lightning import quantize
+from tinyq_lightning.kernels.weights import quantize_per_row
 from tinyq_lightning.table import Table
-from tinyq_lightning.weight_math import quantize_per_row
 
 LAYERS = 4
 

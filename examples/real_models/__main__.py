@@ -21,7 +21,7 @@ import torch
 from wheels import INSTALL
 
 from tinyq_lightning import quantize
-from tinyq_lightning.replacement import state_bytes
+from tinyq_lightning.plan.plan import state_bytes
 from tinyq_lightning.table import format_bytes, format_table
 
 MODELS = ("text", "dna", "digits")

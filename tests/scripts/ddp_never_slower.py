@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import seed_everything
 from models import CLASSES, Net, loader, trainer
 
-import tinyq_lightning.timing
+import tinyq_lightning.search.timing
 from tinyq_lightning import TinyQCallback
 
 
@@ -25,7 +25,7 @@ def main() -> None:
         timed.append(call)
         return 1.0, 2.0 if layers[0][1].out_features == CLASSES else 0.5
 
-    tinyq_lightning.timing.time_call = time_call
+    tinyq_lightning.search.timing.time_call = time_call
     settings = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": True, "max_epochs": 0}
     for stage in ("fit", "test"):
         when = {"fit": "fit_end", "test": "test_start"}[stage]

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from tinyq_lightning import quantize
-from tinyq_lightning.checkpoint import make_checkpoint, read_checkpoint, write_checkpoint
 from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.file.checkpoint import make_checkpoint, read_checkpoint, write_checkpoint
 
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 path = folder / "w8a32-best.ckpt"

@@ -1,0 +1,272 @@
+"""What is promised of the command line: every command as users run it, exit codes, and no traceback for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import Net, keeper, loader, trainer
+
+from tinyq_lightning import TinyQCallback
+from tinyq_lightning.command.cli import main
+from tinyq_lightning.file.checkpoint import _digests, file_sha256, read_checkpoint
+
+COMMANDS = ("quantize", "inspect", "verify", "evaluate", "bench", "export")
+ROOT = Path(__file__).parents[2]
+NETS = """
+import torch
+from lightning.pytorch import LightningDataModule
+from models import Net as Base, loader
+
+
+class Net(Base):
+    def __init__(self, width=16, lr=0.02):
+        super().__init__(width, lr)
+        self.example_input_array = torch.zeros(2, 8)
+
+
+class Data(LightningDataModule):
+    def __init__(self, batch_size=32):
+        super().__init__()
+        self.batch_size = batch_size
+
+    def test_dataloader(self):
+        return loader(seed=2, batch_size=self.batch_size)
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder as a user has it after a run: modules, a float checkpoint, a quantized one."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    callback = TinyQCallback("w8a32", report=False)
+    run = trainer(folder, keeper(folder, filename="epoch=7"), callback, max_epochs=1)
+    run.fit(Net(), loader(shuffle=True), loader(seed=1))
+    (folder / "nets.py").write_text(NETS)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch):
+    for name in ("nets.py", "epoch=7.ckpt", "w8a32-epoch=7.ckpt"):
+        (tmp_path / name).write_bytes((made / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("nets", None)
+    return tmp_path
+
+
+def run(command: str, folder) -> subprocess.CompletedProcess:
+    """A command in a process of its own, as the console script runs it."""
+    words = [sys.executable, "-m", "tinyq_lightning", *shlex.split(command)[1:]]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(words, capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": paths})
+
+
+def written_commands() -> list[str]:
+    """The commands that the README, the format page and the help texts show."""
+    pages = [
+        ROOT / "README.md",
+        ROOT / "tinyq_lightning" / "file" / "FORMAT.md",
+        ROOT / "tinyq_lightning" / "command" / "cli.py",
+    ]
+    text = "\n".join(page.read_text() for page in pages)
+    return list(dict.fromkeys(re.findall(r"^[ \"$]*(tinyq-lightning [a-z]+ \S.*?)\"?,?$", text, re.M)))
+
+
+def ready(command: str, folder) -> str:
+    """The command with what it writes out of its way."""
+    for name in re.findall(r"--output (\S+)", command):
+        (folder / name).unlink(missing_ok=True)
+    writes = command.split()[1] in ("quantize", "export") and "--output" not in command
+    return f"{command} --overwrite" if writes else command
+
+
+def test_every_command_that_is_written_down_does_what_it_says(folder, capsys):
+    commands = written_commands()
+    assert {command.split()[1] for command in commands} == {*COMMANDS}
+    for command in commands:
+        assert main(shlex.split(ready(command, folder))[1:]) == 0, command
+        told = capsys.readouterr()
+        assert told.out
+        assert told.err == "", "silent where stderr is no terminal"
+
+
+@pytest.mark.slow
+def test_every_command_that_is_written_down_runs_in_a_process_of_its_own(folder):
+    for command in written_commands():
+        done = run(ready(command, folder), folder)
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
+def test_the_commands_output_is_the_callbacks_file_but_for_the_metrics(folder, capsys):
+    assert main(["quantize", "epoch=7.ckpt", "--model", "nets:Net", "--output", "q.ckpt", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["path"] == "q.ckpt"
+    ours, theirs = (torch.load(name, weights_only=True) for name in ("q.ckpt", "w8a32-epoch=7.ckpt"))
+    assert ours["tinyq"]["digests"].keys() == theirs["tinyq"]["digests"].keys()
+    different = {k for k, v in ours["tinyq"]["digests"].items() if theirs["tinyq"]["digests"][k] != v}
+    assert different == {"tinyq"}
+    different = {k for k, v in ours["tinyq"].items() if theirs["tinyq"][k] != v}
+    assert different == {"metrics", "metrics_from", "digests"}
+
+
+def test_verify_tells_the_right_float_file_from_another(folder, capsys):
+    verify = ["verify", "w8a32-epoch=7.ckpt", "--model", "nets:Net", "--json", "--float"]
+    assert main([*verify, "epoch=7.ckpt"]) == 0
+    assert json.loads(capsys.readouterr().out)["same"]
+    content = torch.load("epoch=7.ckpt", weights_only=True)
+    content["state_dict"]["head.weight"][0, 0] += 1
+    torch.save(content, "other.ckpt")
+    assert main([*verify, "other.ckpt"]) == 1
+    assert json.loads(capsys.readouterr().out)["differs"] == ["float_sha256"]
+    # a file that claims to come from it
+    main(["quantize", "other.ckpt", "--model", "nets:Net", "--output", "claims.ckpt"])
+    claims = torch.load("claims.ckpt", weights_only=True)
+    claims["tinyq"]["float_sha256"] = file_sha256("epoch=7.ckpt")
+    claims["tinyq"]["digests"] = _digests(claims)
+    torch.save(claims, "claims.ckpt")
+    read_checkpoint("claims.ckpt")
+    capsys.readouterr()
+    assert main(["verify", "claims.ckpt", "--model", "nets:Net", "--float", "epoch=7.ckpt", "--json"]) == 1
+    differs = json.loads(capsys.readouterr().out)["differs"]
+    assert differs == ["state_dict.head.int8_weights", "state_dict.head.scales", "tinyq.plan"]
+
+
+def test_inspect_tells_what_a_file_is(folder, capsys):
+    assert main(["inspect", "w8a32-epoch=7.ckpt"]) == 0
+    text = capsys.readouterr().out
+    for word in ("3 of 3 layers in int8 (w8a32)", "body.0", "val_acc", "SHA-256", "tinyq_lightning 0.1.0"):
+        assert word in text
+    assert main(["inspect", "epoch=7.ckpt", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["quantized"] is False
+    assert told["matrices"] == ["body.0.weight", "body.2.weight", "head.weight"]
+    assert main(["inspect", "epoch=7.ckpt", "--json", "--model", "nets:Net", "--exclude", "head"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert [(entry["name"], entry["method"]) for entry in plan][-1] == ("head", "float")
+
+
+def test_evaluate_gives_the_trainers_numbers(folder, capsys):
+    files = ["epoch=7.ckpt", "w8a32-epoch=7.ckpt"]
+    command = ["evaluate", "--model", "nets:Net", "--data", "nets:Data", "--data-init", "batch_size=64", "--json"]
+    assert main([*command, *files]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    module = Net.load_from_checkpoint("epoch=7.ckpt", weights_only=True)
+    wanted = trainer(folder).test(module, loader(seed=2, batch_size=64), verbose=False)[0]
+    assert metrics["epoch=7.ckpt"] == wanted
+    assert metrics["w8a32-epoch=7.ckpt"].keys() == wanted.keys()
+
+
+def test_bench_times_model_and_layers(folder, capsys):
+    assert (
+        main(
+            [
+                "bench",
+                "w8a32-epoch=7.ckpt",
+                "--model",
+                "nets:Net",
+                "--batch",
+                "1",
+                "3",
+                "--layers",
+                "--runs",
+                "2",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    layers = [None, "body.0", "body.2", "head"]
+    assert [(each["layer"], each["batch"]) for each in told["timings"]] == [(n, b) for b in (1, 3) for n in layers]
+    assert told["bytes"]["int8"] < told["bytes"]["float"]
+
+
+def test_the_class_is_read_from_the_file_where_lightning_cli_noted_it(folder, capsys):
+    content = torch.load("epoch=7.ckpt", weights_only=True)
+    content["hyper_parameters"]["_class_path"] = "nets.Net"
+    torch.save(content, "noted.ckpt")
+    assert main(["quantize", "noted.ckpt"]) == 0
+    assert main(["bench", "w8a32-noted.ckpt", "--runs", "1"]) == 0
+
+
+MISTAKES = [
+    ("quantize nothing.ckpt --model nets:Net", r"nothing\.ckpt: there is no such file"),
+    ("quantize epoch=7.ckpt", "does not say which class it was made from: give --model"),
+    ("quantize epoch=7.ckpt --model nets:Nett", r"'nets:Nett' cannot be imported.*package\.module:Class"),
+    ("quantize epoch=7.ckpt --model nets:Data", "'nets:Data' is not a LightningModule"),
+    ("quantize epoch=7.ckpt --model nets:Net", "there is such a file already: give --overwrite"),
+    ("quantize epoch=7.ckpt --model nets:Net --overwrite --output epoch=7.ckpt", "is not a quantized checkpoint"),
+    ("quantize epoch=7.ckpt --model nets:Net --method w8a33", "'w8a33' is not a method. Did you mean 'w8a32'"),
+    ("quantize epoch=7.ckpt --model nets:Net --spec no.yaml", r"no\.yaml: the spec cannot be read"),
+    ("quantize epoch=7.ckpt --model nets:Net --exclude haed", "Did you mean 'head'"),
+    ("quantize epoch=7.ckpt --model nets:Net --init width=5 --output q.ckpt", "does not fit Net"),
+    ("quantize epoch=7.ckpt --model nets:Net --init wdith=5 --output q.ckpt", "no argument wdith"),
+    ("quantize w8a32-epoch=7.ckpt --model nets:Net", "it is quantized already"),
+    ("inspect nets.py", r"nets\.py: the file is truncated or damaged, or not one of torch\.save"),
+    ("verify epoch=7.ckpt", "this is a float Lightning checkpoint, not a quantized one"),
+    ("bench w8a32-epoch=7.ckpt --model nets:Net --shape 3", r"forward of Net failed on an input of shape \[1, 3\]"),
+    (
+        "evaluate --model nets:Net --data nets:Data epoch=7.ckpt --data-init size=3",
+        "unexpected keyword argument 'size'",
+    ),
+    ("export epoch=7.ckpt --to safetensors", "not a quantized one"),
+    ("export w8a32-epoch=7.ckpt --to ckpt --output q.ckpt", "the file is damaged"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[command for command, _ in MISTAKES])
+def test_a_mistake_gives_a_message_and_exit_code_1_and_no_file(folder, capsys, command, message):
+    before = {each.name: each.read_bytes() for each in folder.iterdir() if each.is_file()}
+    assert main(shlex.split(command)) == 1
+    told = capsys.readouterr()
+    assert re.search(message, told.err), told.err
+    assert told.out == ""
+    assert {each.name: each.read_bytes() for each in folder.iterdir() if each.is_file()} == before
+
+
+def test_errors_are_json_where_json_is_asked_for(folder, capsys):
+    assert main(["verify", "nothing.ckpt", "--json"]) == 1
+    assert "no such file" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize("command", ["", "quantise x.ckpt", "bench q.ckpt --batch 0", "quantize a.ckpt --init width"])
+def test_a_wrong_command_line_gives_exit_code_2(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(command.split())
+    assert stopped.value.code == 2
+
+
+def test_the_disk_being_full_leaves_nothing_half(folder):
+    command = f"ulimit -f 1; {sys.executable} -m tinyq_lightning quantize epoch=7.ckpt --model nets:Net --output q.ckpt"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 1
+    assert "q.ckpt: the file could not be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [each for each in folder.iterdir() if each.name == "q.ckpt" or each.name.endswith("tmp")]
+
+
+@pytest.mark.filterwarnings("default:the quantized checkpoint holds plain data only")
+def test_only_a_file_that_is_trusted_may_name_classes(folder, capsys):
+    content = torch.load("epoch=7.ckpt", weights_only=True)
+    content["extra"] = shlex.shlex  # any class
+    torch.save(content, "odd.ckpt")
+    assert main(["quantize", "odd.ckpt", "--model", "nets:Net"]) == 1
+    assert "shlex.shlex" in capsys.readouterr().err
+    assert main(["quantize", "odd.ckpt", "--model", "nets:Net", "--trust"]) == 0
+    assert (
+        "warning: the quantized checkpoint holds plain data only, so these were left out: extra"
+        in capsys.readouterr().err
+    )

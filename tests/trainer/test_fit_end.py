@@ -1,0 +1,496 @@
+"""What the callback promises of a fit: two honest numbers, a file, and nothing of the user's changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from models import CLASSES, FEATURES, Blobs, Net, NetOfHooks, keeper, loader, trainer
+from torch import nn
+
+from tinyq_lightning import TinyQCallback, TinyQError, load_quantized
+from tinyq_lightning.errors import EvaluationError, SpecError, TrainerError
+from tinyq_lightning.layers.linear import QuantizedLinear
+
+
+def fit(root, *callbacks, module=None, data=None, keep=True, ckpt_path=None, **settings):
+    seed_everything(1, verbose=False)
+    module = module if module is not None else Net()
+    keepers = [keeper(root)] if keep else []
+    run = trainer(root, *keepers, *callbacks, **settings)
+    if data is None:
+        run.fit(module, loader(shuffle=True), loader(seed=1), ckpt_path=ckpt_path)
+    else:
+        run.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return run, module
+
+
+def validated(root, module, data=None, **settings):
+    run = trainer(root, **settings)
+    if data is None:
+        return run.validate(module, loader(seed=1), verbose=False)[0]
+    return run.validate(module, datamodule=data, verbose=False)[0]
+
+
+def quiet(*args, **kwargs):
+    return TinyQCallback(*args, report=False, **kwargs)
+
+
+# Nothing of the user's changes
+
+
+def test_fit_leaves_every_weight_bit_equal_to_a_run_without_the_callback(tmp_path):
+    _, module = fit(tmp_path / "with", quiet("w8a32"))
+    after = torch.rand(4)
+    _, plain = fit(tmp_path / "without")
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.state_dict().values(), plain.state_dict().values(), strict=True)
+    )
+    assert torch.equal(after, torch.rand(4)), "the random state after the fit is another"
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module")
+def test_fit_leaves_the_same_module_objects_flags_hooks_and_attributes(tmp_path):
+    module = NetOfHooks()
+    handle = module.head.register_forward_hook(lambda *_: None)
+    module.body[0].eval()
+    module.body[2].weight.requires_grad_(False)
+    before = {name: id(each) for name, each in module.named_modules()}
+    parameters = {name: id(each) for name, each in module.named_parameters()}
+    run, _ = fit(tmp_path, quiet("w8a32"), module=module)
+    assert {name: id(each) for name, each in module.named_modules()} == before
+    assert {name: id(each) for name, each in module.named_parameters()} == parameters
+    assert module.training
+    assert not module.body[0].training
+    assert not module.body[2].weight.requires_grad
+    assert list(module.head._forward_hooks) == [handle.id]
+    assert module.trainer is run
+    assert "on_load_checkpoint" not in vars(module)
+    validations = 2 + run.num_sanity_val_steps / 6  # of six batches each; the comparison's are not counted
+    assert module.batches == 6 * validations
+
+
+def test_metric_states_are_put_back(tmp_path):
+    class Keeps(Net):
+        def on_train_end(self):
+            self.val_acc.update(torch.eye(CLASSES), torch.arange(CLASSES))
+
+    _, module = fit(tmp_path, quiet("w8a32"), module=Keeps())
+    assert module.val_acc.compute() == 1
+    assert int(module.val_acc.tp.sum()) == CLASSES
+
+
+@pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
+def test_generators_of_dataloaders_are_put_back(tmp_path):
+    states = []
+    for callbacks in ([quiet("w8a32")], []):
+        generator = torch.Generator().manual_seed(7)
+        val = loader(seed=1, shuffle=True, generator=generator)
+        seed_everything(1, verbose=False)
+        run = trainer(tmp_path, *callbacks)
+        run.fit(Net(), loader(shuffle=True), val)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+
+
+def test_two_fits_in_a_row_train_as_without_the_callback(tmp_path):
+    modules = []
+    for name, callbacks in (("with", [quiet("w8a32")]), ("without", [])):
+        run, module = fit(tmp_path / name, *callbacks)
+        run.fit_loop.max_epochs = 4
+        run.fit(module, loader(shuffle=True), loader(seed=1))
+        modules.append(module)
+    ours, plain = (module.state_dict().values() for module in modules)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_best_last_and_resuming_work_and_never_pick_a_quantized_file(tmp_path):
+    callback = quiet("w8a32", weights="last")
+    run = trainer(tmp_path, keeper(tmp_path, save_last=True), callback)
+    run.fit(Net(), loader(shuffle=True), loader(seed=1))
+    assert Path(callback.quantized_path).name == "w8a32-last.ckpt"
+    for which in ("best", "last"):
+        run.test(ckpt_path=which, dataloaders=loader(seed=2), verbose=False)
+        assert "w8a32" not in run.ckpt_path
+    other = trainer(tmp_path, keeper(tmp_path, save_last=True), quiet("w8a32"), max_epochs=3)
+    other.fit(Net(), loader(shuffle=True), loader(seed=1), ckpt_path="last")
+    assert other.current_epoch == 3
+
+
+# The numbers
+
+
+@pytest.mark.parametrize("data", [None, Blobs], ids=["dataloaders", "datamodule"])
+@pytest.mark.parametrize("kind", [Net, NetOfHooks])
+def test_results_are_those_of_a_separate_validation(tmp_path, kind, data):
+    callback = quiet("w8a8")
+    fit(tmp_path, callback, module=kind(), data=data and data())
+    floats = kind.load_from_checkpoint(callback.float_path, weights_only=True)
+    for module, key in ((floats, "float"), (load_quantized(callback.quantized_path, kind), "w8a8")):
+        separate = validated(tmp_path, module, data and data())
+        assert {name: values[key] for name, values in callback.results.items()} == separate
+    for values in callback.results.values():
+        assert values["delta"] == values["w8a8"] - values["float"]
+
+
+def test_several_dataloaders_are_kept_apart(tmp_path):
+    callback = quiet("w8a32")
+    loaders = [loader(seed=1), loader(seed=3, count=64)]
+    run = trainer(tmp_path, keeper(tmp_path, monitor="val_acc/dataloader_idx_0"), callback)
+    run.fit(Net(), loader(shuffle=True), loaders)
+    separate = trainer(tmp_path).validate(load_quantized(callback.quantized_path, Net), loaders, verbose=False)
+    wanted = {name: value for each in separate for name, value in each.items()}
+    assert {name: values["w8a32"] for name, values in callback.results.items()} == wanted
+    assert "tinyq/val_acc/dataloader_idx_1/delta" in run.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled")
+def test_a_shuffled_validation_set_is_seen_in_the_same_order_twice(tmp_path):
+    class OfOrder(Net):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("val_order", batch[0][0, 0] * (batch_idx + 1) + torch.rand(()))
+
+    callback = quiet("w8a32")
+    run = trainer(tmp_path, callback)
+    run.fit(OfOrder(), loader(shuffle=True), loader(seed=1, shuffle=True))
+    assert callback.results["val_order"]["delta"] == 0
+
+
+@pytest.mark.parametrize("limit", [2, 0.5])
+def test_limits_of_the_fit_hold_for_the_comparison(tmp_path, limit):
+    callback = quiet("w8a32")
+    fit(tmp_path, callback, limit_val_batches=limit)
+    floats = Net.load_from_checkpoint(callback.float_path, weights_only=True)
+    separate = validated(tmp_path, floats, limit_val_batches=limit)
+    assert callback.results["val_loss"]["float"] == separate["val_loss"]
+
+
+@pytest.mark.parametrize("averaging", [WeightAveraging, EMAWeightAveraging])
+def test_averaged_weights_are_those_that_are_quantized_and_left(tmp_path, averaging):
+    callback = quiet("w8a32")
+    _, module = fit(tmp_path / "with", callback, averaging())
+    _, plain = fit(tmp_path / "without", averaging())
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+    floats = Net.load_from_checkpoint(callback.float_path, weights_only=True)
+    assert callback.results["val_loss"]["float"] == validated(tmp_path, floats)["val_loss"]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_every_precision_keeps_float32_scales(tmp_path, precision):
+    callback = quiet("w8a32")
+    _, module = fit(tmp_path, callback, precision=precision)
+    assert abs(callback.results["val_acc"]["delta"]) < 0.05
+    state = torch.load(callback.quantized_path, weights_only=True)["state_dict"]
+    assert state["head.scales"].dtype == torch.float32
+    assert state["head.bias"].dtype == module.head.bias.dtype
+    assert isinstance(load_quantized(callback.quantized_path, Net).head, QuantizedLinear)
+
+
+def test_current_epoch_in_the_users_hooks_is_that_of_the_fit(tmp_path):
+    class Epochs(Net):
+        def on_validation_epoch_end(self):
+            self.log("val_epoch", float(self.trainer.current_epoch))
+            self.log("val_step", float(self.global_step))
+
+    callback = quiet("w8a32")
+    run, _ = fit(tmp_path, callback, module=Epochs())
+    assert callback.results["val_epoch"]["float"] == run.current_epoch
+    assert callback.results["val_step"]["float"] == run.global_step
+
+
+# The loop of users who do unusual things
+
+
+def test_setup_and_data_preparation_are_not_run_again(tmp_path):
+    class Rebuilds(Net):
+        def setup(self, stage):
+            self.head = nn.Linear(self.hparams.width, CLASSES)
+
+    data, callback = Blobs(), quiet("w8a32")
+    fit(tmp_path, callback, module=Rebuilds(), data=data)
+    assert data.setups == 1
+    assert "val_dataloader" not in vars(data)
+    assert isinstance(load_quantized(callback.quantized_path, Net).head, QuantizedLinear)
+
+
+def test_layers_made_in_configure_model_are_quantized_and_loaded(tmp_path):
+    class Late(Net):
+        def __init__(self, width=16):
+            super().__init__(width)
+            self.head = None
+
+        def configure_model(self):
+            if self.head is None:
+                self.head = nn.Linear(self.hparams.width, CLASSES)
+
+    callback = quiet("w8a32")
+    fit(tmp_path, callback, module=Late())
+    assert isinstance(load_quantized(callback.quantized_path, Late).head, QuantizedLinear)
+
+
+def test_hooks_may_use_the_logger_and_the_datamodule(tmp_path):
+    class Uses(Net):
+        def on_validation_epoch_end(self):
+            self.logger.experiment.add_text("note", "text")
+            assert os.path.isdir(self.trainer.default_root_dir)
+            assert self.trainer.datamodule.setups == 1
+
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    callback = quiet("w8a32")
+    fit(tmp_path, callback, module=Uses(), data=Blobs(), logger=TensorBoardLogger(tmp_path))
+    assert callback.results["val_acc"]
+
+
+def test_validation_by_persistent_workers_can_be_run_again(tmp_path):
+    callback = quiet("w8a32")
+    run = trainer(tmp_path, callback)
+    val = loader(seed=1, num_workers=1, persistent_workers=True)
+    run.fit(Net(), loader(shuffle=True), val)
+    assert callback.results["val_acc"]["float"] > 0.5
+
+
+# Which weights
+
+
+@pytest.mark.parametrize("weights", ["best", "last", "current"])
+def test_the_weights_asked_for_are_quantized(tmp_path, weights):
+    callback = quiet("w8a32", weights=weights)
+    saver = keeper(tmp_path, save_last=True, monitor="val_loss", mode="max")  # the worst, so that best is not last
+    run = trainer(tmp_path, saver, callback)
+    module = Net()
+    run.fit(module, loader(shuffle=True), loader(seed=1))
+    expected = {"best": saver.best_model_path, "last": saver.last_model_path, "current": None}[weights]
+    assert callback.float_path == expected
+    source = Net.load_from_checkpoint(expected, weights_only=True) if expected else module
+    quantized = load_quantized(callback.quantized_path, Net)
+    assert torch.allclose(quantized.head.weight, source.head.weight, atol=float(quantized.head.scales.max()))
+    assert torch.equal(quantized.head.bias, source.head.bias)
+
+
+def test_monitor_picks_among_several_checkpoints(tmp_path):
+    callback = quiet("w8a32", monitor="val_loss")
+    by_loss = keeper(tmp_path, monitor="val_loss", mode="min", filename="by-loss")
+    fit(tmp_path, by_loss, callback)
+    assert callback.float_path == by_loss.best_model_path
+
+
+def test_without_a_checkpoint_the_current_weights_are_written_below_the_root(tmp_path, capsys):
+    callback = TinyQCallback("w8a32")
+    run, module = fit(tmp_path, callback, keep=False, enable_checkpointing=False)
+    assert callback.float_path is None
+    assert callback.quantized_path == str(tmp_path / "w8a32-epoch=2-step=12.ckpt")
+    assert "no best checkpoint was saved" in capsys.readouterr().out
+    content = torch.load(callback.quantized_path, weights_only=True)
+    assert (content["epoch"], content["global_step"]) == (run.current_epoch, run.global_step)
+    assert torch.equal(content["state_dict"]["head.bias"], module.head.bias)
+
+
+@pytest.mark.parametrize("settings", [{"fast_dev_run": True}, {"max_epochs": 0}, {"check_val_every_n_epoch": 5}])
+def test_runs_that_hardly_train_still_end_with_a_file(tmp_path, settings):
+    callback = quiet("w8a32")
+    fit(tmp_path, callback, **settings)
+    assert set(callback.results["val_acc"]) == {"float", "w8a32", "delta"}
+    assert isinstance(load_quantized(callback.quantized_path, Net).head, QuantizedLinear)
+
+
+class WithoutValidation(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class LogsNothing(WithoutValidation):
+    def validation_step(self, batch, batch_idx):
+        self.layer(batch[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "loaders", "limit", "reason"),
+    [
+        (WithoutValidation, 0, 1.0, "WithoutValidation has no validation_step"),
+        (LogsNothing, 1, 1.0, "validation_step logged no metric"),
+        (LogsNothing, 1, 0, "limit_val_batches is 0"),
+        (LogsNothing, 0, 1.0, "there is no validation dataloader"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_without_numbers_the_file_is_written_with_a_warning_that_says_why(tmp_path, kind, loaders, limit, reason):
+    callback = quiet("w8a32")
+    run = trainer(tmp_path, callback, limit_val_batches=limit)
+    with pytest.warns(UserWarning, match=f"without a comparison: {reason}"):
+        run.fit(kind(), loader(), *[loader()] * loaders)
+    assert callback.results == {}
+    assert isinstance(load_quantized(callback.quantized_path, kind).layer, QuantizedLinear)
+
+
+# Several callbacks, names of files
+
+
+def test_two_callbacks_in_one_run_leave_a_file_each(tmp_path):
+    callbacks = [quiet("w8a32"), quiet("w8a8"), quiet("w8a8", exclude=["head"])]
+    run, _ = fit(tmp_path, *callbacks)
+    names = [Path(callback.quantized_path).name for callback in callbacks]
+    assert names == ["w8a32-epoch=1-step=12.ckpt", "w8a8-epoch=1-step=12.ckpt", "w8a8-epoch=1-step=12-v1.ckpt"]
+    assert {"tinyq/val_acc/w8a32", "tinyq/val_acc/w8a8"} <= set(run.callback_metrics)
+
+
+def test_callbacks_of_one_method_have_keys_of_their_own_in_every_fit(tmp_path):
+    callbacks = [quiet("w8a32"), quiet("w8a32", exclude=["head"]), quiet(["w8a32", "w8a8"]), quiet(when="test_start")]
+    run, module = fit(tmp_path, *callbacks)
+    for _ in range(2):
+        names = [list(callback.plans) for callback in callbacks]
+        assert names == [["w8a32"], ["w8a32-v1"], ["w8a32-v2", "w8a8"], []]
+        logged = {name: value.item() for name, value in run.callback_metrics.items()}
+        for callback in callbacks[:3]:
+            for name, plan in callback.plans.items():
+                assert logged[f"tinyq/val_loss/{name}"] == pytest.approx(callback.results["val_loss"][name])
+                quantized = sum(decision.method != "float" for decision in plan)
+                assert logged[f"tinyq/size_mb/{name}"] < logged["tinyq/size_mb/float"]
+                assert quantized == (2 if name == "w8a32-v1" else 3)
+        assert logged["tinyq/val_loss/delta"] == pytest.approx(callbacks[0].results["val_loss"]["delta"])
+        assert logged["tinyq/val_loss/delta/w8a32-v1"] == pytest.approx(callbacks[1].results["val_loss"]["delta"])
+        assert callbacks[1].quantized_paths.keys() == {"w8a32-v1"}
+        run.fit_loop.max_epochs += 1
+        run.fit(module, loader(shuffle=True), loader(seed=1))
+
+
+def test_dirpath_filename_and_save_false(tmp_path):
+    named = quiet("w8a32", dirpath=tmp_path / "deep" / "er", filename="small")
+    unsaved = quiet("w8a16", save=False)
+    fit(tmp_path, named, unsaved)
+    assert named.quantized_path == str(tmp_path / "deep" / "er" / "small.ckpt")
+    assert os.path.exists(named.quantized_path)
+    assert unsaved.quantized_path is None
+    assert unsaved.results["val_acc"]
+
+
+@pytest.mark.parametrize("filename", ["last", "last.ckpt", "last-v1", "last-w8a32", "a/b", "{epoch}-{val_acc:.2f}"])
+def test_a_filename_that_lightning_would_take_for_its_own_is_refused(filename):
+    with pytest.raises(SpecError, match="filename"):
+        TinyQCallback("w8a32", filename=filename)
+
+
+def test_a_mixed_plan_is_called_mixed(tmp_path):
+    callback = quiet({"method": "w8a32", "rules": [{"match": "head", "method": "w8a8"}]})
+    fit(tmp_path, callback)
+    assert Path(callback.quantized_path).name.startswith("mixed-")
+    assert set(callback.results["val_acc"]) == {"float", "mixed", "delta"}
+
+
+# Trouble
+
+
+def test_a_pattern_that_matches_nothing_stops_the_run_before_it_trains(tmp_path):
+    class Counts(Net):
+        steps = 0
+
+        def training_step(self, batch, batch_idx):
+            type(self).steps += 1
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(SpecError, match=r"'haed' matches no Linear layer\. Did you mean 'head'"):
+        fit(tmp_path, quiet("w8a32", exclude=["haed"]), module=Counts())
+    assert Counts.steps == 0
+
+
+def test_a_monitor_that_no_checkpoint_watches_stops_the_run_before_it_trains(tmp_path):
+    with pytest.raises(SpecError, match=r"no ModelCheckpoint monitors 'val_ac'\. Did you mean 'val_acc'"):
+        fit(tmp_path, quiet("w8a32", monitor="val_ac"))
+
+
+def test_a_folder_that_is_a_file_stops_the_run_before_it_trains(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpecError, match=r"dirpath .* is a file"):
+        fit(tmp_path, quiet("w8a32", dirpath=tmp_path / "file"))
+
+
+def test_when_quantizing_fails_the_error_says_that_the_training_is_safe(tmp_path):
+    class FailsLater(Net):
+        def validation_step(self, batch, batch_idx):
+            if self.trainer.state.fn == "validate":
+                raise ValueError("not again")
+            super().validation_step(batch, batch_idx)
+
+    module, callback = FailsLater(), quiet("w8a32")
+    with pytest.raises(EvaluationError, match="not again") as caught:
+        fit(tmp_path, callback, module=module)
+    best = next(tmp_path.glob("epoch*.ckpt"))
+    assert "training had finished and its results are safe" in str(caught.value)
+    assert str(best) in str(caught.value)
+    Net.load_from_checkpoint(best, weights_only=True)
+    assert module.training
+    assert not any(isinstance(each, QuantizedLinear) for each in module.modules())
+    assert callback.quantized_path is None
+    assert not list(tmp_path.glob("*w8a32*"))
+
+
+@pytest.mark.parametrize(("raised", "caught"), [(KeyboardInterrupt, SystemExit), (RuntimeError, RuntimeError)])
+def test_an_interrupted_fit_is_left_alone(tmp_path, raised, caught):
+    class Stops(Net):
+        def on_train_epoch_end(self):
+            raise raised("stop")
+
+    module, callback = Stops(), quiet("w8a32")
+    with pytest.raises(caught):
+        fit(tmp_path, callback, module=module)
+    assert callback.quantized_path is None
+    assert callback.results == {}
+    assert "on_load_checkpoint" not in vars(module)
+
+
+def test_an_interrupted_fit_says_how_to_quantize_what_there_is(tmp_path, capsys):
+    class Stops(Net):
+        def on_train_epoch_end(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        fit(tmp_path, quiet("w8a32"), module=Stops())
+    shown = capsys.readouterr().out
+    assert "nothing was quantized" in shown
+    assert "when='test_start'" in shown
+
+
+def test_sharding_strategies_are_refused_with_a_way_out(tmp_path):
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    run = trainer(tmp_path, strategy=ModelParallelStrategy())
+    with pytest.raises(TrainerError, match=r"ModelParallelStrategy.*when='test_start'"):
+        quiet("w8a32").setup(run, Net(), "fit")
+
+
+def test_a_trainer_of_the_other_package_is_refused_by_name(tmp_path):
+    pytorch_lightning = pytest.importorskip("pytorch_lightning")
+    other = pytorch_lightning.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path
+    )
+    with pytest.raises(TrainerError, match=r"lightning\.pytorch"):
+        quiet("w8a32").setup(other, Net(), "fit")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"spec": "w8a23"},
+        {"spec": {"metod": "w8a8"}},
+        {"spec": "missing.yaml"},
+        {"spec": 8},
+        {"when": "fit_start"},
+        {"weights": "first"},
+        {"exclude": "head"},
+    ],
+)
+def test_bad_arguments_are_refused_when_the_callback_is_made(arguments):
+    with pytest.raises(TinyQError):
+        TinyQCallback(**arguments)

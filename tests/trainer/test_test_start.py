@@ -1,0 +1,221 @@
+"""What the callback promises of a test run: float and int8 in one pass, and the module float again afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from models import Net, NetOfHooks, keeper, loader, trainer
+
+from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
+from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
+from tinyq_lightning.layers.linear import QuantizedLinear
+
+
+def quiet(*args, **kwargs):
+    return TinyQCallback(*args, when="test_start", report=False, **kwargs)
+
+
+def trained(root, kind=Net):
+    """The path of a float checkpoint."""
+    seed_everything(1, verbose=False)
+    run = trainer(root, keeper(root))
+    run.fit(kind(), loader(shuffle=True), loader(seed=1))
+    return run.checkpoint_callback.best_model_path
+
+
+def separately_tested(root, module, *loaders):
+    outputs = trainer(root).test(module, list(loaders), verbose=False)
+    return {name: value for output in outputs for name, value in output.items()}
+
+
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 1, "persistent_workers": True}], ids=["inline", "persistent"])
+@pytest.mark.parametrize("kind", [Net, NetOfHooks])
+def test_results_are_those_of_separate_tests_and_the_users_keys_report_int8(tmp_path, kind, workers):
+    path, callback = trained(tmp_path, kind), quiet("w8a8")
+    data = loader(seed=2, **workers)
+    returned = trainer(tmp_path, callback).test(kind(), data, ckpt_path=path, verbose=False, weights_only=True)[0]
+    floats = separately_tested(tmp_path, kind.load_from_checkpoint(path, weights_only=True), data)
+    int8 = separately_tested(tmp_path, load_quantized(callback.quantized_path, kind), data)
+    assert {name: values["float"] for name, values in callback.results.items()} == floats
+    assert {name: values["w8a8"] for name, values in callback.results.items()} == int8
+    assert {name: returned[name] for name in int8} == int8
+    for name in int8:
+        assert returned[f"tinyq/{name}/float"] == floats[name]
+        assert returned[f"tinyq/{name}/w8a8"] == int8[name]
+        assert returned[f"tinyq/{name}/delta"] == pytest.approx(int8[name] - floats[name], abs=1e-6)
+    assert returned["tinyq/size_mb/w8a8"] < returned["tinyq/size_mb/float"]
+
+
+def test_several_dataloaders_and_several_callbacks(tmp_path):
+    path, callbacks = trained(tmp_path), [quiet("w8a32"), quiet("w8a8"), quiet("w8a16", exclude=["head"])]
+    loaders = [loader(seed=2), loader(seed=3, count=64)]
+    module = Net()
+    outputs = trainer(tmp_path, *callbacks).test(module, loaders, ckpt_path=path, verbose=False, weights_only=True)
+    returned = {name: value for output in outputs for name, value in output.items()}
+    floats = separately_tested(tmp_path, Net.load_from_checkpoint(path, weights_only=True), *loaders)
+    for callback, method in zip(callbacks, ("w8a32", "w8a8", "w8a16"), strict=True):
+        int8 = separately_tested(tmp_path, load_quantized(callback.quantized_path, Net), *loaders)
+        assert {name: values["float"] for name, values in callback.results.items()} == floats
+        assert {name: values[method] for name, values in callback.results.items()} == int8
+        for name, value in int8.items():
+            assert returned[f"tinyq/{name}/{method}"] == pytest.approx(value)
+            delta = "delta" if method == "w8a32" else f"delta/{method}"
+            assert returned[f"tinyq/{name}/{delta}"] == pytest.approx(value - floats[name], abs=1e-6)
+    assert returned["test_acc/dataloader_idx_0"] == callbacks[0].results["test_acc/dataloader_idx_0"]["w8a32"]
+    assert not any(isinstance(each, QuantizedLinear) for each in module.modules())
+
+
+@pytest.mark.parametrize("argument", [{"weights": "last"}, {"weights": "best"}, {"monitor": "val_acc"}])
+def test_an_argument_that_a_test_run_does_not_look_at_is_refused_by_name(argument):
+    ((name, value),) = argument.items()
+    with pytest.raises(
+        SpecError, match=f"argument: {name}='{value}' chooses weights at the end of a fit.*leave {name}"
+    ):
+        TinyQCallback("w8a32", when="test_start", **argument)
+
+
+def test_a_spec_that_a_test_run_does_not_look_at_is_refused_by_line_and_one_for_fits_may_be_used_again(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("method: w8a32\nwhen: test_start\nweights: last\n")
+    with pytest.raises(SpecError, match=r"spec\.yaml:3 \(weights\): weights='last' chooses"):
+        TinyQCallback(str(path))
+    path.write_text("method: w8a32\nweights: last\n")
+    assert TinyQCallback(str(path), when="test_start").spec.weights == "last"
+    assert TinyQCallback(QuantizationSpec.from_dict({"when": "test_start"})).spec.when == "test_start"
+
+
+def test_callbacks_of_one_method_have_keys_of_their_own(tmp_path):
+    path, callbacks = trained(tmp_path), [quiet("w8a8"), quiet("w8a8", exclude=["body"])]
+    for _ in range(2):
+        run = trainer(tmp_path, *callbacks)
+        (returned,) = run.test(Net(), loader(seed=2), ckpt_path=path, verbose=False, weights_only=True)
+        for callback, name in zip(callbacks, ("w8a8", "w8a8-v1"), strict=True):
+            assert returned[f"tinyq/test_loss/{name}"] == pytest.approx(callback.results["test_loss"][name])
+        assert returned["tinyq/size_mb/w8a8"] < returned["tinyq/size_mb/w8a8-v1"]
+
+
+def test_the_module_is_float_again_and_trains(tmp_path):
+    path, module = trained(tmp_path), Net()
+    handle = module.head.register_forward_hook(lambda *_: None)
+    before = {name: id(each) for name, each in module.named_modules()}
+    trainer(tmp_path, quiet("w8a32")).test(module, loader(seed=2), ckpt_path=path, verbose=False, weights_only=True)
+    assert {name: id(each) for name, each in module.named_modules()} == before
+    floats = torch.load(path, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, floats[name]) for name, value in module.state_dict().items())
+    assert list(module.head._forward_hooks) == [handle.id]
+    assert not {"on_test_epoch_end", "on_load_checkpoint"} & set(vars(module))
+    assert not any(tensor.is_inference() for tensor in [*module.parameters(), *module.buffers()])
+    trainer(tmp_path).fit(module, loader(shuffle=True), loader(seed=1))
+
+
+def test_the_float_step_draws_the_random_numbers_of_the_int8_step(tmp_path):
+    class Draws(Net):
+        def test_step(self, batch, batch_idx):
+            self.log("test_draw", torch.rand(()))
+
+    callback = quiet("w8a32")
+    run = trainer(tmp_path, callback)
+    seed_everything(3, verbose=False)
+    run.test(Draws(), loader(seed=2), verbose=False)
+    after = torch.rand(3)
+    assert callback.results["test_draw"]["delta"] == 0
+    seed_everything(3, verbose=False)
+    trainer(tmp_path).test(Draws(), loader(seed=2), verbose=False)
+    assert torch.equal(after, torch.rand(3)), "the test left another random state than without the callback"
+
+
+def test_hooks_at_the_start_see_the_layers_that_are_tested(tmp_path):
+    class Anchored(Net):
+        def on_test_start(self):
+            self.anchor = self(torch.ones(1, 8)).sum()
+
+        def test_step(self, batch, batch_idx):
+            super().test_step(batch, batch_idx)
+            self.log("test_anchor", self.anchor)
+
+    path, callback = trained(tmp_path), quiet("w8a8")
+    trainer(tmp_path, callback).test(Anchored(), loader(seed=2), ckpt_path=path, verbose=False, weights_only=True)
+    floats = separately_tested(tmp_path, Anchored.load_from_checkpoint(path, weights_only=True), loader(seed=2))
+    assert callback.results["test_anchor"]["float"] == floats["test_anchor"]
+    assert callback.results["test_anchor"]["delta"] != 0
+
+
+def test_a_failing_test_step_leaves_the_module_float(tmp_path):
+    class Fails(Net):
+        def test_step(self, batch, batch_idx):
+            raise ValueError("no")
+
+    module = Fails()
+    before = [id(each) for each in module.modules()]
+    with pytest.raises(ValueError, match="no"):
+        trainer(tmp_path, quiet("w8a32")).test(module, loader(), verbose=False)
+    assert [id(each) for each in module.modules()] == before
+    assert not {"on_test_epoch_end", "on_load_checkpoint"} & set(vars(module))
+
+
+def test_without_ckpt_path_the_modules_own_weights_are_tested_and_written_below_the_root(tmp_path):
+    callback, module = quiet("w8a32"), Net()
+    trainer(tmp_path, callback).test(module, loader(), verbose=False)
+    assert callback.float_path is None
+    assert callback.quantized_path == str(tmp_path / "w8a32-epoch=0-step=0.ckpt")
+    assert torch.equal(load_quantized(callback.quantized_path, Net).head.bias, module.head.bias)
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_a_step_that_takes_an_iterator_is_refused(tmp_path):
+    class Iterates(Net):
+        def test_step(self, dataloader_iter):
+            next(dataloader_iter)
+
+    with pytest.raises(EvaluationError, match="dataloader_iter"):
+        trainer(tmp_path, quiet("w8a32")).test(Iterates(), loader(), verbose=False)
+
+
+def test_a_module_that_is_quantized_already_is_not_compared_with_itself(fitted, tmp_path):
+    module = load_quantized(fitted[0].quantized_path, Net)
+    with pytest.raises(ModelError, match=r"nothing to quantize.*head: already quantized"):
+        trainer(tmp_path, quiet("w8a8")).test(module, loader(), verbose=False)
+
+
+def test_a_pattern_that_matches_nothing_is_named(tmp_path):
+    with pytest.raises(SpecError, match=r"'hed' matches no Linear layer\. Did you mean 'head'"):
+        trainer(tmp_path, quiet("w8a32", exclude=["hed"])).test(Net(), loader(), verbose=False)
+
+
+def test_nothing_happens_in_a_fit(tmp_path):
+    callback = quiet("w8a32")
+    trainer(tmp_path, callback, keeper(tmp_path)).fit(Net(), loader(), loader(seed=1))
+    assert callback.results == {}
+    assert callback.quantized_path is None
+
+
+def test_fit_and_test_callbacks_in_one_trainer(tmp_path):
+    at_end, at_test = TinyQCallback("w8a32", report=False), quiet("w8a8")
+    run = trainer(tmp_path, keeper(tmp_path), at_end, at_test)
+    run.fit(Net(), loader(shuffle=True), loader(seed=1))
+    run.test(dataloaders=loader(seed=2), ckpt_path="best", verbose=False)
+    assert set(at_end.results["val_acc"]) == {"float", "w8a32", "delta"}
+    assert set(at_test.results["test_acc"]) == {"float", "w8a8", "delta"}
+    assert at_end.float_path == at_test.float_path
+
+
+class Opened:
+    """What a hostile file would have run; a class of this module, so that it can be pickled by name."""
+
+    times = 0
+
+    def __setstate__(self, state):
+        type(self).times += 1
+
+
+def test_a_checkpoint_is_read_once_and_by_lightning(tmp_path):
+    path = trained(tmp_path)
+    content = torch.load(path, weights_only=True)
+    content["extra"] = Opened()
+    content["extra"].value = 1
+    torch.save(content, path)
+    callback = quiet("w8a32", save=False)
+    run = trainer(tmp_path, callback)
+    run.test(Net(), loader(), ckpt_path=path, verbose=False, weights_only=False)
+    assert Opened.times == 1

@@ -1,0 +1,7 @@
+"""The command line."""
+
+from tinyq_lightning.command.cli import main
+
+__all__ = [
+    "main",
+]

@@ -1,0 +1,67 @@
+"""What the commands of the command line have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+from tqdm import tqdm
+
+from tinyq_lightning.errors import ModelError
+from tinyq_lightning.file import Archive, import_class
+from tinyq_lightning.plan import Present
+from tinyq_lightning.table import format_bytes
+
+__all__ = [
+    "Answer",
+    "file_size",
+    "model_class",
+    "progress",
+]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has to say.
+
+    Attributes:
+        text: for people.
+        data: for ``--json``.
+        good: whether what was asked holds; the exit code is 1 where it does not.
+    """
+
+    text: str
+    data: dict[str, Any]
+    good: bool = True
+
+
+def model_class(path: str | None, source: Archive) -> type[LightningModule]:
+    """The class that was asked for, or the one that LightningCLI noted in the checkpoint."""
+    stored = source.content.get("hyper_parameters") if isinstance(source.content, dict) else None
+    path = path or (stored.get("_class_path") if isinstance(stored, dict) else None)
+    if path is None:
+        raise ModelError(f"{source.path} does not say which class it was made from: give --model package.module:Class")
+    return import_class(path, LightningModule)
+
+
+def file_size(path: str) -> str:
+    """The size of a local file for people; empty for any other."""
+    return format_bytes(os.path.getsize(path)) if os.path.isfile(path) else ""
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Present]:
+    """A bar on a terminal that moves with each layer; nothing elsewhere."""
+    with tqdm(desc=title, unit=" layers", disable=None, leave=False) as bar:
+
+        @contextmanager
+        def around(layer: nn.Module) -> Iterator[None]:
+            yield
+            bar.update()
+
+        yield around

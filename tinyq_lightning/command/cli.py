@@ -1,0 +1,217 @@
+"""The command line: ``tinyq-lightning quantize | inspect | verify | evaluate | bench | export``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import yaml
+
+from tinyq_lightning.errors import TinyQError
+from tinyq_lightning.version import __version__
+
+__all__ = [
+    "main",
+]
+
+_EXIT_CODES = """exit codes:
+  0    done; what was asked holds
+  1    refused or failed, or verify found a difference: the reason is on stderr
+  2    the command line itself is wrong
+  130  interrupted"""
+
+
+_MODEL = "the LightningModule class, package.module:Class; needed unless LightningCLI noted it in the checkpoint"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; those of the process by default.
+
+    Returns:
+        The exit code.
+    """
+    args = _parser().parse_args(argv)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's modules are importable from their folder
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for training
+            answer = _command(args.command)(args)
+    except TinyQError as error:
+        if args.json:
+            print(json.dumps({"error": str(error)}))
+        print(f"tinyq-lightning {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(json.dumps(answer.data, indent=2) if args.json else answer.text)
+    return 0 if answer.good else 1
+
+
+def _command(name: str) -> Callable[[argparse.Namespace], Any]:
+    """Imported only now, since torch and Lightning take seconds and ``--help`` should not."""
+    module = "run_commands" if name in ("evaluate", "bench") else "file_commands"
+    found = importlib.import_module(f"tinyq_lightning.command.{module}")
+    command: Callable[[argparse.Namespace], Any] = getattr(found, name)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    return command
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tinyq-lightning",
+        description="Post-training int8 quantization of PyTorch Lightning checkpoints.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tinyq-lightning {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = _add(
+        commands,
+        "quantize",
+        "a float checkpoint to an int8 one, without a Trainer, one layer in memory at a time",
+        "tinyq-lightning quantize epoch=7.ckpt --model nets:Net --method w8a32 --exclude head",
+    )
+    command.add_argument("checkpoint", metavar="FLOAT.ckpt", help="the float checkpoint")
+    _add_model(command)
+    _add_spec(command)
+    command.add_argument("--output", metavar="Q.ckpt", help="default: <method>-<float name>.ckpt beside the float file")
+    command.add_argument("--overwrite", action="store_true", help="replace a quantized file that is there already")
+
+    command = _add(
+        commands,
+        "inspect",
+        "what a file is: plan, metrics, sizes, provenance; of a float file, what would be quantized",
+        "tinyq-lightning inspect w8a32-epoch=7.ckpt",
+    )
+    command.add_argument("checkpoint", metavar="FILE.ckpt", help="a quantized or a float checkpoint")
+    _add_model(command)
+    _add_spec(command)
+
+    command = _add(
+        commands,
+        "verify",
+        "is the file intact? with the float file: does quantizing it again give the same bits?",
+        "tinyq-lightning verify w8a32-epoch=7.ckpt --float epoch=7.ckpt --model nets:Net",
+    )
+    command.add_argument("checkpoint", metavar="Q.ckpt", help="the quantized checkpoint")
+    command.add_argument("--float", metavar="FLOAT.ckpt", help="the float checkpoint it was made from")
+    _add_model(command)
+
+    command = _add(
+        commands,
+        "evaluate",
+        "your test loop on each file, float or int8, in one table",
+        "tinyq-lightning evaluate --model nets:Net --data nets:Data epoch=7.ckpt w8a32-epoch=7.ckpt",
+    )
+    command.add_argument("checkpoints", metavar="FILE.ckpt", nargs="+", help="float and quantized checkpoints")
+    _add_model(command)
+    command.add_argument("--data", required=True, metavar="M:CLASS", help="the LightningDataModule class")
+    _add_init(command, "--data-init", "an argument of the data module")
+    command.add_argument("--accelerator", default="cpu", help="as of the Trainer (default: cpu)")
+    command.add_argument("--limit-batches", type=_limit, metavar="N", help="test on the first batches only")
+
+    command = _add(
+        commands,
+        "bench",
+        "time, throughput and memory of float and int8 on this machine",
+        "tinyq-lightning bench w8a32-epoch=7.ckpt --model nets:Net --batch 1 32 --layers",
+    )
+    command.add_argument("checkpoint", metavar="Q.ckpt", help="the quantized checkpoint")
+    _add_model(command)
+    command.add_argument("--batch", type=_count, nargs="+", default=[1], metavar="N", help="batch sizes (default: 1)")
+    shape = "of one sample, where the model has no example_input_array: --shape 3 224 224"
+    command.add_argument("--shape", type=_count, nargs="+", metavar="N", help=shape)
+    command.add_argument("--layers", action="store_true", help="each quantized layer as well")
+    command.add_argument(
+        "--runs", type=_count, default=20, metavar="N", help="runs to take the median of (default: 20)"
+    )
+    command.add_argument("--threads", type=_count, metavar="N", help="of torch (default: as torch has it)")
+
+    command = _add(
+        commands,
+        "export",
+        "to safetensors, which other languages read, and back without a loss",
+        "tinyq-lightning export w8a32-epoch=7.ckpt --to safetensors",
+    )
+    command.add_argument(
+        "checkpoint", metavar="FILE", help="a quantized checkpoint, or a safetensors file made from one"
+    )
+    command.add_argument("--to", choices=("safetensors", "ckpt"), required=True, help="the format wanted")
+    command.add_argument("--output", metavar="FILE", help="default: the same name with the other ending")
+    command.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
+    return parser
+
+
+def _add(commands: Any, name: str, what: str, example: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=f"example:\n  {example}\n\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    return command
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="M:CLASS", help=_MODEL)
+    _add_init(command, "--init", "an argument of the class, over the hyper-parameters stored in the file")
+    trust = "let a file name classes to import, which runs code of its maker's choice; off: tensors and plain data only"
+    command.add_argument("--trust", action="store_true", help=trust)
+
+
+def _add_spec(command: argparse.ArgumentParser) -> None:
+    given = command.add_mutually_exclusive_group()
+    given.add_argument("--method", default="w8a32", help="w8a32 (default), w8a16 or w8a8")
+    given.add_argument("--spec", metavar="S.yaml", help="a YAML spec instead: method, exclude, rules, …")
+    exclude = "layers to leave float: names, paths, globs, or re: and a regular expression"
+    command.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help=exclude)
+
+
+def _add_init(command: argparse.ArgumentParser, flag: str, what: str) -> None:
+    command.add_argument(flag, action=_Pairs, nargs="+", default={}, metavar="NAME=VALUE", help=f"{what}, as YAML")
+
+
+class _Pairs(argparse.Action):
+    """Collects ``NAME=VALUE`` words in a dict; values are YAML."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        pairs = dict(getattr(namespace, self.dest))
+        for word in values:
+            name, equals, text = word.partition("=")
+            if not equals or not name.isidentifier():
+                parser.error(f"argument {option_string}: {word!r} is not NAME=VALUE")
+            try:
+                pairs[name] = yaml.safe_load(text)
+            except yaml.YAMLError:
+                parser.error(f"argument {option_string}: the value of {word!r} is not YAML")
+        setattr(namespace, self.dest, pairs)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _limit(text: str) -> int | float:
+    return _count(text) if text.isdecimal() else float(text)

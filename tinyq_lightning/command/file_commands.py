@@ -1,0 +1,205 @@
+"""The commands on files: ``quantize``, ``inspect``, ``verify`` and ``export``."""
+
+from __future__ import annotations
+
+import copy
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from tinyq_lightning.command.answer import Answer, file_size, model_class, progress
+from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.file import (
+    Archive,
+    FloatFile,
+    check_format,
+    digest_of,
+    is_quantized,
+    quantize_file,
+    quantized_path,
+    read_checkpoint,
+    read_safetensors,
+    stem_of,
+    write_checkpoint,
+    write_safetensors,
+)
+from tinyq_lightning.plan import Decision, Plan, resolve
+from tinyq_lightning.spec import QuantizationSpec, as_spec
+from tinyq_lightning.table import format_bytes, format_table
+
+__all__ = [
+    "export",
+    "inspect",
+    "quantize",
+    "verify",
+]
+
+
+def quantize(args: Namespace) -> Answer:
+    """A float file to a quantized one."""
+    spec = _spec(args)
+    _refuse_overwriting(args, args.output)
+    with Archive(args.checkpoint, weights_only=not args.trust) as source, progress("quantizing") as around:
+        content = quantize_file(source, model_class(args.model, source), spec, args.init, around)
+    plan = _plan(content["tinyq"])
+    folder = os.path.dirname(args.checkpoint)
+    path = args.output or quantized_path(spec.save, folder, stem_of(args.checkpoint), plan.label)
+    _refuse_overwriting(args, path)
+    write_checkpoint(content, path)
+    before, after = sum(d.float_bytes for d in plan), sum(d.bytes for d in plan)
+    text = (
+        f"{plan.table()}\n\n"
+        f"float      {args.checkpoint}  {file_size(args.checkpoint)}\n"
+        f"quantized  {path}  {file_size(path)}"
+    )
+    return Answer(text, {"path": path, **_described(content), "linear_bytes": {"float": before, plan.label: after}})
+
+
+def inspect(args: Namespace) -> Answer:
+    """What a file is: a quantized one, or what would be quantized of a float one."""
+    with Archive(args.checkpoint, weights_only=not args.trust) as source:
+        if not is_quantized(source.content):
+            return _inspect_float(args, source)
+        content = source.content
+        check_format(content, args.checkpoint)
+    tinyq, plan = content["tinyq"], _plan(content["tinyq"])
+    versions = ", ".join(f"{name} {version}" for name, version in tinyq["versions"].items())
+    count = sum(decision.method != "float" for decision in plan)
+    lines = [
+        f"{args.checkpoint}: quantized Lightning checkpoint, {file_size(args.checkpoint)}",
+        f"format {tinyq['format_version']}, epoch {content.get('epoch')}, step {content.get('global_step')}",
+        f"{count} of {len(plan)} layers in int8 ({plan.label})",
+        "",
+        plan.table(),
+        "",
+        *_metrics_lines(tinyq, plan.label),
+        f"made from   float file with SHA-256 {tinyq['float_sha256'] or 'unknown: weights that were not in a file'}",
+        f"made with   {versions}",
+        "integrity   not checked: run verify",
+    ]
+    return Answer("\n".join(lines), {"path": args.checkpoint, "quantized": True, **_described(content)})
+
+
+def _inspect_float(args: Namespace, source: Archive) -> Answer:
+    content = source.content
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{args.checkpoint}: it has no state_dict: is it a Lightning checkpoint?")
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    total = sum(value.nbytes for value in tensors.values())
+    head = (
+        f"{args.checkpoint}: float checkpoint, {file_size(args.checkpoint)}\n"
+        f"{len(tensors)} tensors of {format_bytes(total)}, epoch {content.get('epoch')}, "
+        f"step {content.get('global_step')}\n"
+    )
+    data = {"path": args.checkpoint, "quantized": False, "bytes": total}
+    if args.model is None:
+        rows = [
+            [name, "×".join(map(str, value.shape)), str(value.dtype).removeprefix("torch."), format_bytes(value.nbytes)]
+            for name, value in tensors.items()
+            if value.dim() == 2 and value.is_floating_point()
+        ]
+        table = format_table(["matrix", "shape", "dtype", "size"], rows)
+        note = "Those of Linear layers would be quantized; give --model to see which, and the plan."
+        return Answer(f"{head}\n{table}\n\n{note}", data | {"matrices": [row[0] for row in rows]})
+    model = FloatFile(source, model_class(args.model, source), args.init)
+    with progress("reading") as around:
+
+        def present(layer: nn.Module) -> ExitStack:
+            stack = ExitStack()
+            stack.enter_context(around(layer))
+            stack.enter_context(model.present(layer))
+            return stack
+
+        plan = resolve(_spec(args), model.module, present)
+    return Answer(f"{head}\nWhat would be quantized:\n\n{plan.table()}", data | {"plan": plan.to_list()})
+
+
+def verify(args: Namespace) -> Answer:
+    """Whether a quantized file is what was written and, beside the float file, what it should be."""
+    content = read_checkpoint(args.checkpoint)
+    tinyq = content["tinyq"]
+    count = len(content["state_dict"])
+    text = f"{args.checkpoint}: intact, format {tinyq['format_version']}, {count} tensors, all digests agree"
+    data: dict[str, Any] = {"path": args.checkpoint, "intact": True}
+    if args.float is None:
+        return Answer(text, data)
+    plan = _plan(tinyq)
+    with Archive(args.float, weights_only=not args.trust) as source, progress("quantizing again") as around:
+        again = quantize_file(source, model_class(args.model, source), plan.to_spec(), args.init, around)
+    if tinyq["float_sha256"] not in (None, again["tinyq"]["float_sha256"]):
+        text += f"\n{args.float}: this is not the float file it was made from, by SHA-256"
+        return Answer(text, data | {"same": False, "differs": ["float_sha256"]}, good=False)
+    differs = _differences(content, again)
+    if differs:
+        text += f"\n{args.float}: quantized again it differs in {', '.join(differs)}"
+    else:
+        text += f"\n{args.float}: quantized again it gives the same tensors, plan and content, bit by bit"
+    return Answer(text, data | {"same": not differs, "differs": differs}, good=not differs)
+
+
+def _differences(content: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
+    """Names of tensors and entries that differ; metrics and versions are of the run, not of the weights."""
+    pairs = [("state_dict.", content["state_dict"], again["state_dict"])]
+    pairs.append(("tinyq.", {"plan": content["tinyq"]["plan"]}, {"plan": again["tinyq"]["plan"]}))
+    apart = ("state_dict", "tinyq", "pytorch-lightning_version")
+    rest = [{key: value for key, value in each.items() if key not in apart} for each in (content, again)]
+    pairs.append(("", rest[0], rest[1]))
+    return [
+        prefix + name
+        for prefix, one, other in pairs
+        for name in {**one, **other}
+        if name not in one or name not in other or digest_of(one[name]) != digest_of(other[name])
+    ]
+
+
+def export(args: Namespace) -> Answer:
+    """A quantized checkpoint to safetensors, or back."""
+    endings = {"safetensors": ".safetensors", "ckpt": ".ckpt"}
+    path = args.output or os.path.splitext(args.checkpoint)[0] + endings[args.to]
+    _refuse_overwriting(args, path)
+    if args.to == "safetensors":
+        write_safetensors(read_checkpoint(args.checkpoint), path)
+    else:
+        write_checkpoint(read_safetensors(args.checkpoint), path)
+    return Answer(f"{path}  {file_size(path)}", {"path": path})
+
+
+def _refuse_overwriting(args: Namespace, path: str | None) -> None:
+    if path is not None and os.path.exists(path) and not args.overwrite:
+        raise CheckpointError(f"{path}: there is such a file already: give --overwrite or another --output")
+
+
+def _spec(args: Namespace) -> QuantizationSpec:
+    spec = as_spec(args.spec or args.method)
+    return replace(spec, exclude=(*spec.exclude, *args.exclude))
+
+
+def _plan(tinyq: Mapping[str, Any]) -> Plan:
+    """The plan of a quantized checkpoint; what a later version may have added to it is left out."""
+    known = {field.name for field in fields(Decision)}
+    rows = [{key: value for key, value in entry.items() if key in known} for entry in tinyq["plan"]]
+    decisions = tuple(Decision(**{**row, "aliases": tuple(row.get("aliases", ()))}) for row in rows)
+    return Plan(decisions, QuantizationSpec.from_dict(tinyq["spec"]))
+
+
+def _described(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``tinyq`` block without its digests, which are for machines of another kind."""
+    tinyq = copy.copy(content["tinyq"])
+    del tinyq["digests"]
+    return {"tinyq": tinyq}
+
+
+def _metrics_lines(tinyq: Mapping[str, Any], label: str) -> list[str]:
+    rows = [
+        [name, *(f"{values.get(key, float('nan')):.6g}" for key in ("float", label, "delta"))]
+        for name, values in tinyq["metrics"].items()
+    ]
+    if not rows:
+        return ["metrics     none were measured"]
+    return [f"metrics of the {tinyq['metrics_from']} loop", "", format_table(["", "float", label, "delta"], rows), ""]

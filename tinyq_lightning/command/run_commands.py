@@ -1,0 +1,108 @@
+"""The commands that run the user's model: ``evaluate`` and ``bench``."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from tinyq_lightning.command.answer import Answer, file_size, model_class
+from tinyq_lightning.command.bench import Timing, example_input, time_layers, time_model
+from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.file import (
+    Archive,
+    FloatFile,
+    build,
+    check_format,
+    import_class,
+    is_quantized,
+    load_quantized,
+    read_checkpoint,
+)
+from tinyq_lightning.plan import state_bytes
+from tinyq_lightning.table import format_bytes, format_table
+
+__all__ = [
+    "bench",
+    "evaluate",
+]
+
+
+def evaluate(args: Namespace) -> Answer:
+    """The user's test loop on every file, in one table."""
+    data_class = import_class(args.data, LightningDataModule)
+    metrics: dict[str, dict[str, float]] = {}
+    for path in args.checkpoints:
+        module = _load(args, path)
+        trainer = Trainer(
+            accelerator=args.accelerator,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stderr.isatty() and not args.json,
+            limit_test_batches=args.limit_batches,
+        )
+        try:
+            logged = trainer.test(module, datamodule=data_class(**args.data_init), verbose=False)
+        except Exception as error:
+            message = f"{path}: the test loop could not be run: {type(error).__name__}: {error}"
+            raise EvaluationError(message) from error
+        metrics[path] = {name: float(value) for each in logged for name, value in each.items()}
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    if not names:
+        raise EvaluationError(f"test_step of {args.model or 'the model'} logs no metric")
+    rows = [
+        [path, file_size(path), *(f"{values[name]:.6g}" if name in values else "" for name in names)]
+        for path, values in metrics.items()
+    ]
+    return Answer(format_table(["checkpoint", "size", *names], rows), {"metrics": metrics})
+
+
+def bench(args: Namespace) -> Answer:
+    """Float against int8: time, throughput, memory."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    with Archive(args.checkpoint) as source:
+        check_format(source.content, args.checkpoint)
+        module_class = model_class(args.model, source)
+    quantized = load_quantized(args.checkpoint, module_class, **args.init)
+    float_model = build(module_class, read_checkpoint(args.checkpoint), args.init).eval()
+    timings: list[Timing] = []
+    for batch in args.batch:
+        arguments = example_input(quantized, args.shape, batch)
+        timings.append(time_model(quantized, float_model, arguments, batch, args.runs))
+        if args.layers:
+            timings += time_layers(quantized, float_model, arguments, batch, args.runs)
+    rows = [
+        [
+            each.name or "whole model",
+            str(each.batch),
+            f"{each.float_ms:.3f}",
+            f"{each.int8_ms:.3f}",
+            f"{each.float_ms / each.int8_ms:.2f}×",
+            *(f"{rate:.0f}" for rate in each.samples_per_second),
+        ]
+        for each in timings
+    ]
+    weights = [state_bytes(model.state_dict()) for model in (float_model, quantized)]
+    table = format_table(["", "batch", "float ms", "int8 ms", "speedup", "float /s", "int8 /s"], rows)
+    text = (
+        f"{table}\n\nweights  float {format_bytes(weights[0])}, int8 {format_bytes(weights[1])}\n"
+        f"medians of {args.runs} runs, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    data = [{"layer": e.name or None, "batch": e.batch, "float_ms": e.float_ms, "int8_ms": e.int8_ms} for e in timings]
+    return Answer(text, {"timings": data, "bytes": {"float": weights[0], "int8": weights[1]}})
+
+
+def _load(args: Namespace, path: str) -> LightningModule:
+    """A module from a float or a quantized file."""
+    with Archive(path, weights_only=not args.trust) as source:
+        module_class = model_class(args.model, source)
+        if is_quantized(source.content):
+            return load_quantized(path, module_class, **args.init)
+        model = FloatFile(source, module_class, args.init)
+        model.fill()
+        return model.module

@@ -1,0 +1,186 @@
+"""A float checkpoint file to a quantized one, without a Trainer and without the float model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.file.archive import Archive
+from tinyq_lightning.file.build import build
+from tinyq_lightning.file.checkpoint import file_sha256, is_quantized, make_checkpoint, without_training_entries
+from tinyq_lightning.file.loading import QuantizedCheckpointMixin
+from tinyq_lightning.file.weightless import named_tensors, put_value, without_weights
+from tinyq_lightning.plan import Present, find_sites, quantize_by_layer
+from tinyq_lightning.spec import QuantizationSpec
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+__all__ = [
+    "FloatFile",
+    "quantize_file",
+]
+
+
+def quantize_file(
+    source: Archive,
+    module_class: type[LightningModule],
+    spec: QuantizationSpec,
+    init_args: Mapping[str, Any],
+    around: Present = nullcontext,
+) -> dict[str, Any]:
+    """The content of the quantized checkpoint that ``TinyQCallback`` would make of a float checkpoint.
+
+    The most that is held is the quantized model and one float layer; see :class:`FloatFile` for when more is.
+
+    Args:
+        source: the float checkpoint, open.
+        module_class: the LightningModule it was made from.
+        spec: what to quantize, and how.
+        init_args: arguments of the class, over the hyper-parameters stored in the file.
+        around: entered with each layer while it is at work, for those who want to watch.
+
+    Returns:
+        The content, without metrics, for :func:`~tinyq_lightning.file.checkpoint.write_checkpoint`.
+
+    Raises:
+        CheckpointError: the file is not a float Lightning checkpoint, or does not fit the class.
+        SpecError: the spec does not fit the model.
+        ModelError: a weight cannot be quantized.
+    """
+    model = FloatFile(source, module_class, init_args)
+
+    @contextmanager
+    def present(layer: nn.Module) -> Iterator[None]:
+        with around(layer), model.present(layer):
+            yield
+
+    plan = quantize_by_layer(model.module, spec, present)
+    model.fill()
+    base = source.read_all(_apart_from_weights(source.content))
+    return make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)
+
+
+class FloatFile:
+    """A float checkpoint as a module whose weights are read one layer at a time.
+
+    A class that cannot be built without values, or that may make something else of the file's than
+    ``load_state_dict`` does by itself (hooks, entries of other names), is loaded whole instead.
+
+    Args:
+        source: the float checkpoint, open.
+        module_class: the LightningModule it was made from.
+        init_args: arguments of the class, over the hyper-parameters stored in the file.
+
+    Attributes:
+        module: float; its tensors are on the meta device, or all there.
+        whole: whether they are all there.
+
+    Raises:
+        CheckpointError: the file is not a float Lightning checkpoint, or does not fit the class.
+    """
+
+    def __init__(self, source: Archive, module_class: type[LightningModule], init_args: Mapping[str, Any]) -> None:
+        content = source.content
+        if is_quantized(content):
+            raise CheckpointError(f"{source.path}: it is quantized already: give the float checkpoint it was made from")
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            raise CheckpointError(f"{source.path}: it has no state_dict: is it a Lightning checkpoint?")
+        self._source = source
+        self._entries: dict[int, tuple[Tensor, Tensor]] = {}
+        module = self._weightless(module_class, init_args)
+        self.whole = module is None
+        self.module: LightningModule = self._loaded(module_class, init_args) if module is None else module
+
+    @contextmanager
+    def present(self, layer: nn.Module) -> Iterator[None]:
+        """A block in which the parameters and buffers of ``layer`` have their values."""
+        waiting = {id(tensor): tensor for _, tensor in named_tensors(layer) if tensor.is_meta}
+        for tensor in waiting.values():
+            self._read(tensor)
+        try:
+            yield
+        finally:
+            for tensor in waiting.values():
+                put_value(tensor, torch.empty_like(tensor, device="meta"))
+
+    def fill(self) -> None:
+        """Read all that the module still has without values."""
+        for tensor in self.module.state_dict(keep_vars=True).values():
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                self._read(tensor)
+
+    def _read(self, tensor: Tensor) -> None:
+        put_value(tensor, self._source.read(self._entries[id(tensor)][1]))
+
+    def _weightless(self, module_class: type[LightningModule], init_args: Mapping[str, Any]) -> LightningModule | None:
+        state_dict = self._source.content["state_dict"]
+        try:
+            with without_weights():
+                module = build(
+                    module_class, self._source.read_all(_apart_from_weights(self._source.content)), init_args
+                )
+            if not _loads_as_it_stands(module, state_dict):
+                return None
+            # by identity, which a parameter keeps when it moves from layer to layer or gets a value
+            own = module.state_dict(keep_vars=True)
+            self._entries = {id(tensor): (tensor, state_dict[name]) for name, tensor in own.items()}
+            layers = [tensor for site in find_sites(module) for _, tensor in named_tensors(site.module)]
+            if any(tensor.is_meta and id(tensor) not in self._entries for tensor in layers):
+                return None
+            for tensor, entry in self._entries.values():
+                put_value(tensor, torch.empty_like(tensor, dtype=entry.dtype, device="meta"))
+            return module
+        except CheckpointError:
+            raise
+        except Exception:  # whatever a class does in __init__ that cannot be done without values
+            return None
+
+    def _loaded(self, module_class: type[LightningModule], init_args: Mapping[str, Any]) -> LightningModule:
+        content = self._source.read_all(without_training_entries(self._source.content))
+        try:
+            module = build(module_class, content, init_args)
+            module.on_load_checkpoint(content)
+            module.load_state_dict(content["state_dict"], strict=module.strict_loading)
+        except (RuntimeError, TypeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            message = f"{self._source.path}: it does not fit {module_class.__name__}: {error}"
+            raise CheckpointError(message) from error
+        return module
+
+
+def _apart_from_weights(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in without_training_entries(content).items() if key != "state_dict"}
+
+
+def _loads_as_it_stands(module: LightningModule, state_dict: Mapping[str, Any]) -> bool:
+    """Whether ``load_state_dict`` would put each entry into the tensor of its name, and do nothing else."""
+    from lightning.pytorch import LightningModule
+
+    own = module.state_dict(keep_vars=True)
+    same = own.keys() == state_dict.keys() and all(
+        isinstance(tensor, Tensor) and type(state_dict[name]) is Tensor and tensor.shape == state_dict[name].shape
+        for name, tensor in own.items()
+    )
+    known_hooks = (LightningModule.on_load_checkpoint, QuantizedCheckpointMixin.on_load_checkpoint)
+    return (
+        same
+        and type(module).on_load_checkpoint in known_hooks
+        and type(module).load_state_dict is nn.Module.load_state_dict
+        and not any(_loads_in_its_own_way(each) for each in module.modules())
+    )
+
+
+def _loads_in_its_own_way(module: nn.Module) -> bool:
+    loader = type(module)._load_from_state_dict.__module__.partition(".")[0]
+    return bool(
+        loader not in ("torch", "torchmetrics")
+        or module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+    )

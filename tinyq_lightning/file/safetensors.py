@@ -1,0 +1,155 @@
+"""Quantized checkpoints as safetensors files, which other languages read, and back without a loss.
+
+The tensors stand under their names in the state dict. The rest of the checkpoint is JSON in the metadata:
+``tinyq`` for readers, and ``checkpoint`` with all that is needed to make the very same checkpoint again.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyq_lightning.errors import CheckpointError, MissingExtraError
+from tinyq_lightning.file.checkpoint import check_digests, check_format
+from tinyq_lightning.file.durable import replace_file
+from tinyq_lightning.file.plain import plain, plain_state
+
+__all__ = [
+    "read_safetensors",
+    "write_safetensors",
+]
+
+_Names = dict[tuple[Any, ...], str]
+
+
+_NO_LIBRARY = "safetensors files need the package safetensors: pip install 'tinyq-lightning[safetensors]'"
+
+
+def write_safetensors(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a quantized checkpoint as a safetensors file, whole or not at all.
+
+    Tensors that share memory are written once; ``checkpoint`` gives their other names.
+
+    Args:
+        content: of a quantized checkpoint.
+        path: local, or a URL that fsspec knows.
+
+    Raises:
+        CheckpointError: it could not be written.
+        MissingExtraError: safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise MissingExtraError(_NO_LIBRARY) from error
+    tensors: dict[str, Tensor] = {}
+    names: _Names = {}
+    for name, value in content["state_dict"].items():
+        if isinstance(value, Tensor) and names.setdefault(_memory(value), name) == name:
+            tensors[name] = value.contiguous()
+    encoded = _encoded({**content, "state_dict": dict(content["state_dict"])}, tensors, names)
+    metadata = {
+        "format": "pt",
+        "tinyq": json.dumps(content["tinyq"], sort_keys=True),
+        "checkpoint": json.dumps(encoded),
+        "state_dict_metadata": json.dumps(_encoded(getattr(content["state_dict"], "_metadata", None), {}, {})),
+    }
+    data = save(tensors, metadata)
+    replace_file(path, lambda file: file.write(data))
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what :func:`write_safetensors` wrote.
+
+    Args:
+        path: a local file.
+
+    Returns:
+        The content of the quantized checkpoint, for :func:`~tinyq_lightning.file.checkpoint.write_checkpoint`.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it did not come from a quantized checkpoint.
+        MissingExtraError: safetensors is not installed.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise MissingExtraError(_NO_LIBRARY) from error
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "checkpoint" not in metadata:
+                raise CheckpointError(f"{path}: it was not exported from a quantized checkpoint")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content: dict[str, Any] = plain(_decoded(json.loads(metadata["checkpoint"]), tensors))
+        state_dict = OrderedDict(content["state_dict"])
+        vars(state_dict)["_metadata"] = plain(_decoded(json.loads(metadata["state_dict_metadata"]), {}))
+        content["state_dict"] = plain_state(state_dict)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: there is no such file") from error
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the file is damaged: {error}") from error
+    check_format(content, path)
+    check_digests(content, path)
+    return content
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """What tensors that are one and the same have in common; shape and dtype tell empty ones apart."""
+    return tensor.untyped_storage()._cdata, tensor.shape, tensor.dtype
+
+
+def _encoded(value: Any, tensors: dict[str, Tensor], names: _Names) -> Any:
+    """``value`` as JSON; an object with one key, the type, stands for what JSON has no word for."""
+
+    def inner(item: Any) -> Any:
+        return _encoded(item, tensors, names)
+
+    if isinstance(value, Tensor):
+        name = names.setdefault(_memory(value), f"tensor.{len(tensors)}")
+        tensors.setdefault(name, value.contiguous())
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {type(value).__name__: [[inner(key), inner(item)] for key, item in value.items()]}
+    if isinstance(value, list):
+        return [inner(item) for item in value]
+    if isinstance(value, tuple | set):
+        return {type(value).__name__: [inner(item) for item in value]}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if isinstance(value, complex):
+        return {"complex": [inner(value.real), inner(value.imag)]}
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, torch.dtype | torch.device):
+        return {type(value).__name__: str(value).removeprefix("torch.")}
+    return value
+
+
+def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, held),) = value.items()
+    if kind == "tensor":
+        return tensors[held]
+    if kind == "bytes":
+        return base64.b64decode(held)
+    if kind == "dtype":
+        return getattr(torch, held)
+    if kind in ("float", "device"):
+        return float(held) if kind == "float" else torch.device(held)
+    items = [_decoded(item, tensors) for item in held]
+    if kind == "complex":
+        return complex(*items)
+    kinds: dict[str, Any] = {"dict": dict, "OrderedDict": OrderedDict, "tuple": tuple, "set": set}
+    return kinds[kind](items)

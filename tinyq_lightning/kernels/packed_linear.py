@@ -1,0 +1,81 @@
+"""The forward pass over packed weights, on the CPU, outside of graphs that are being traced."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tinyq_lightning.kernels.base import WeightForm
+from tinyq_lightning.methods import Method
+
+__all__ = [
+    "INPUT_DTYPES",
+    "packed_linear",
+]
+
+INPUT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+"""What packed weights multiply; float64 is left to the formula."""
+
+
+def packed_linear(method: Method, form: WeightForm, input: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """As :func:`~tinyq_lightning.kernels.formula.quantized_linear`, by the kernel that the weights are packed for.
+
+    Args:
+        method: how finely activations are held.
+        form: the weights ``[out, in]``.
+        input: ``[..., in]`` of one of ``INPUT_DTYPES``, on the CPU.
+        scales: ``[out]`` float32.
+        bias: ``[out]`` floating, or None.
+
+    Returns:
+        ``[..., out]`` of the input's dtype, or autocast's; computed in float32.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            out = packed_linear(method, form, input.float(), scales, bias)
+        return out.to(torch.get_autocast_dtype("cpu"))
+    dtype = input.dtype
+    x = input if dtype is torch.float32 else input.float()
+    if torch.is_grad_enabled():
+        out = _with_gradients(x, method, form, scales, bias)
+    else:
+        out = _product(x, method, form, scales, bias)
+    if dtype is torch.float32:
+        return out
+    return out.bfloat16() if dtype is torch.bfloat16 else out.half()
+
+
+def _product(x: Tensor, method: Method, form: WeightForm, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """``[..., in]`` float32 → ``[..., out]`` float32."""
+    if x.dim() == 2 and x.shape[0] and x.is_contiguous():
+        return form.product(method, x, scales, bias)
+    *batch, in_features = x.shape
+    rows = x.reshape(-1, in_features).contiguous()
+    out = form.product(method, rows, scales, bias) if rows.shape[0] else x.new_empty(0, scales.shape[0])
+    return out.view(*batch, scales.shape[0])
+
+
+def _with_gradients(x: Tensor, method: Method, form: WeightForm, scales: Tensor, bias: Tensor | None) -> Tensor:
+    inside = None if bias is None or bias.requires_grad else bias
+    if x.requires_grad:
+        out = cast(Tensor, _StraightThrough.apply(x, method, form, scales, inside))  # type: ignore[no-untyped-call]
+    else:
+        out = _product(x, method, form, scales, inside)
+    return out if bias is inside else out + bias.float()  # type: ignore[union-attr]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The product with a gradient to the activations, whose rounding is passed straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, method: Method, form: WeightForm, scales: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.form, ctx.scales = form, scales
+        return _product(x, method, form, scales, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.form.gradient(grad, ctx.scales), None, None, None, None

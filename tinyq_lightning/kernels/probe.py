@@ -1,0 +1,83 @@
+"""What the processor and the installed torch can do, found out once, by trying."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tinyq_lightning.errors import SpecError
+from tinyq_lightning.kernels.tracing import outside_modes
+
+__all__ = [
+    "Packed",
+    "fbgemm",
+    "has_operator",
+    "has_vnni",
+    "holds",
+    "is_hidden",
+]
+
+Packed = object
+"""Weights laid out for one of the products below; opaque."""
+
+
+_HIDDEN = "TINYQ_WITHOUT"
+
+
+_CAN_BE_HIDDEN = ("int8", "float16", "quantized")
+
+
+def holds(check: Callable[[], bool]) -> bool:
+    """Whether it does: not where an operator has another signature, or is not for this processor."""
+    try:
+        with outside_modes(), torch.inference_mode(False), torch.no_grad():
+            return check()
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError):
+        return False
+
+
+@contextmanager
+def fbgemm() -> Iterator[None]:
+    """The library that has these operators, whichever the user has chosen for theirs."""
+    chosen = torch.backends.quantized.engine
+    if chosen in ("x86", "fbgemm"):
+        yield
+        return
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = chosen
+
+
+def has_vnni() -> bool:
+    """Whether the processor has int8 products that add up in 32 bits: AVX512-VNNI or AVX-VNNI."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("avx512_vnni") or able.get("avx_vnni"))
+    probe = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(torch.cpu, "_is_avx512_vnni_supported", None)
+    return probe is not None and bool(probe())
+
+
+def is_hidden(*names: str) -> bool:
+    """Whether the environment hides one of these from the layers, to play another processor or another torch.
+
+    ``TINYQ_WITHOUT`` is a list with commas: ``int8``, the int8 instructions; ``float16``, the float16 product;
+    ``quantized``, the operators ``torch.ops.quantized``.
+    """
+    listed = [name.strip() for name in os.environ.get(_HIDDEN, "").split(",") if name.strip()]
+    if unknown := set(listed) - set(_CAN_BE_HIDDEN):
+        allowed = ", ".join(_CAN_BE_HIDDEN)
+        raise SpecError(f"the environment variable {_HIDDEN} hides {', '.join(sorted(unknown))}: it takes {allowed}")
+    return not set(names).isdisjoint(listed)
+
+
+def has_operator(namespace: str, *names: str) -> bool:
+    """Whether the installed torch has all of these operators."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return all(hasattr(getattr(torch.ops, namespace), name) for name in names)

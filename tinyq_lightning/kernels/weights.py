@@ -1,0 +1,252 @@
+"""Weight quantization math: pure functions on tensors, symmetric int8 with one scale per output row.
+
+The scheme is the usual one for weights (Jacob et al., "Quantization and Training of Neural Networks
+for Efficient Integer-Arithmetic-Only Inference", 2018; Krishnamoorthi's whitepaper, 2018, section
+3.1): per output channel, zero point 0, codes in the restricted range -127…127.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tinyq_lightning.errors import ModelError
+
+__all__ = [
+    "CODE_MAX",
+    "activation_steps",
+    "count_non_finite",
+    "dequantize",
+    "predicted_sqnr_db",
+    "quantize_per_row",
+    "quantize_per_row_with_sqnr",
+    "quantize_rows_to_steps",
+    "weight_sqnr_db",
+]
+
+CODE_MAX = 127
+"""Largest code. -128 is never used, so that the range is symmetric and negation is exact."""
+
+
+# Work happens in blocks of about this many weights: fewer, and calling the operators costs as much as their work;
+# more, and a block leaves the cache between one operator and the next.
+_BLOCK_WEIGHTS = 262_144
+
+
+# The smallest normal float32. A scale below it would be subnormal, too coarse to divide by.
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+# The largest that does not overflow float32 when it is multiplied by 127 again.
+_LARGEST_SCALE = torch.finfo(torch.float32).max / CODE_MAX * (1 - torch.finfo(torch.float32).eps)
+
+
+def _block_rows(weight: Tensor) -> int:
+    return max(1, min(weight.shape[0], _BLOCK_WEIGHTS // max(1, weight.shape[1])))
+
+
+def _row_blocks(weight: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of rows, with the same rows of what lies beside; none where there is no weight."""
+    if weight.numel() == 0:
+        return iter(())
+    return zip(*(torch.split(each, _block_rows(weight)) for each in (weight, *beside)), strict=True)
+
+
+def _buffer(weight: Tensor) -> Tensor:
+    """Memory for one block of rows in float32."""
+    return torch.empty(_block_rows(weight), weight.shape[1], dtype=torch.float32, device=weight.device)
+
+
+def quantize_per_row(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a weight matrix to int8, symmetrically, one scale per output row.
+
+    ``scale = max|row| / 127`` in float32, whatever the dtype of the weight, and
+    ``code = round(w / scale)``, ties to even. A row of zeros gets the smallest normal float32 as its
+    scale and dequantizes to zeros. The work is done in blocks of rows, so memory beyond the input and
+    the output stays small.
+
+    Args:
+        weight: ``[out, in]``, any floating dtype, any device.
+
+    Returns:
+        codes: ``[out, in]`` int8 in -127…127.
+        scales: ``[out]`` float32, positive.
+
+    Raises:
+        ModelError: the weight is not a floating matrix, is on the meta device, or holds values that
+            are not finite in float32 (the message tells how many).
+    """
+    weight, codes, scales = _with_outputs(weight)
+    for quotients, _, out in _quotients(weight, scales, codes):
+        out.copy_(quotients.round_())
+    return codes, _finished(scales, weight)
+
+
+def quantize_per_row_with_sqnr(weight: Tensor) -> tuple[Tensor, Tensor, float]:
+    """As :func:`quantize_per_row`, and :func:`weight_sqnr_db` of the result from the same pass over the weight."""
+    weight, codes, scales = _with_outputs(weight)
+    rounded, sqnr = _buffer(weight), _Sqnr(weight)
+    for quotients, scale, out in _quotients(weight, scales, codes):
+        whole = torch.round(quotients, out=rounded[: len(out)])
+        out.copy_(whole)
+        sqnr.add(quotients, whole, scale)
+    return codes, _finished(scales, weight), sqnr.db()
+
+
+def _with_outputs(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if weight.dim() != 2:
+        raise ModelError(f"a weight must have shape [out, in], this one has {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise ModelError(f"a weight must be floating point to be quantized, this one is {weight.dtype}")
+    if weight.is_meta:
+        raise ModelError("the weight is on the meta device and has no values: load the model before quantizing it")
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.full((len(weight), 1), _SMALLEST_SCALE, dtype=torch.float32, device=weight.device)
+    return weight.detach(), codes, scales
+
+
+def _quotients(weight: Tensor, scales: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each block of rows over its scales, which are filled in; the scales; and the place of its codes.
+
+    The quotients of one block lie where those of the next will be.
+    """
+    buffer = _buffer(weight)
+    for block, scale, out in _row_blocks(weight, scales, codes):
+        block = block.to(torch.float32).contiguous()
+        # the greatest and the least are only read; absolute values would have to be written before they are
+        torch.maximum(block.amax(1, True), block.amin(1, True).neg_(), out=scale)
+        scale.div_(CODE_MAX).clamp_min_(_SMALLEST_SCALE)
+        yield torch.div(block, scale, out=buffer[: len(block)]), scale, out
+
+
+def _finished(scales: Tensor, weight: Tensor) -> Tensor:
+    if not torch.isfinite(scales).all():
+        bad = count_non_finite(weight)
+        raise ModelError(f"{bad} of {weight.numel()} weights are not finite (NaN, infinite, or beyond float32)")
+    return scales.clamp_max_(_LARGEST_SCALE).view(-1)
+
+
+def count_non_finite(weight: Tensor) -> int:
+    """How many values of ``weight`` are NaN, infinite, or overflow float32."""
+    count = 0
+    for (block,) in _row_blocks(weight.detach()):
+        block = block.to(torch.float32)
+        # one cheap sum first: it is finite unless a value is not, or the sum itself overflows
+        if not math.isfinite(block.sum().item()):
+            count += int((~torch.isfinite(block)).sum())
+    return count
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Floating weights from codes: ``codes * scales[:, None]``.
+
+    Args:
+        codes: ``[out, in]`` int8.
+        scales: ``[out]`` float32.
+        dtype: of the result. The product is rounded once, in float32 (float64 for a float64 result).
+
+    Returns:
+        ``[out, in]`` of ``dtype``.
+    """
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.mul(codes.to(work), scales[:, None]).to(dtype)
+
+
+def weight_sqnr_db(weight: Tensor, codes: Tensor, scales: Tensor) -> float:
+    """Signal to quantization noise ratio of a quantized weight, in decibels.
+
+    ``10·log10(Σ w² / Σ (w − code·scale)²)`` over the whole matrix. Rounding of the float32 quotient
+    ``w / scale`` bounds it at about 140 dB.
+
+    Args:
+        weight: ``[out, in]``, the float weight.
+        codes: ``[out, in]`` int8.
+        scales: ``[out]`` float32.
+
+    Returns:
+        The ratio in dB; ``inf`` where all weights are whole multiples of their scales (zeros among them).
+    """
+    weight, scales = weight.detach(), scales.detach()[:, None]
+    sqnr, buffer = _Sqnr(weight), _buffer(weight)
+    for block, code, scale in _row_blocks(weight, codes, scales):
+        quotients = torch.div(block.to(torch.float32), scale, out=buffer[: len(block)])
+        sqnr.add(quotients, code.to(torch.float32), scale)
+    return sqnr.db()
+
+
+class _Sqnr:
+    """Signal and noise of a weight, block by block.
+
+    Both are measured in steps of each row's scale, where no square can overflow or vanish in float32.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._norms = torch.empty(_block_rows(weight), 2, dtype=torch.float32, device=weight.device)
+        self._power = torch.zeros(2, dtype=torch.float64, device=weight.device)
+
+    def add(self, quotients: Tensor, codes: Tensor, scale: Tensor) -> None:
+        """Count a block in, ``scale`` being ``[rows, 1]``; the quotients are overwritten."""
+        norms = self._norms[: len(scale)]
+        signal, noise = norms.unbind(1)
+        torch.linalg.vector_norm(quotients, dim=1, out=signal)
+        torch.linalg.vector_norm(quotients.sub_(codes), dim=1, out=noise)
+        self._power += norms.double().mul_(scale).square_().sum(0)
+
+    def db(self) -> float:
+        signal, noise = self._power.tolist()
+        return 10 * math.log10(signal / noise) if signal and noise else math.inf
+
+
+def predicted_sqnr_db(weight: Tensor) -> float:
+    """What :func:`weight_sqnr_db` should come to, from the shape of the distribution alone.
+
+    Uniform rounding noise has variance ``scale²/12`` (Widrow and Kollár, "Quantization Noise", 2008),
+    so for one row the ratio is ``52.87 − 20·log10(max|w| / rms)`` dB. Signal and noise are summed over
+    rows before they are divided.
+
+    Args:
+        weight: ``[out, in]``, any floating dtype.
+
+    Returns:
+        The predicted ratio in dB; ``inf`` for a weight of zeros.
+    """
+    signal = noise = 0.0
+    for (block,) in _row_blocks(weight.detach()):
+        block = block.double()
+        signal += block.square().sum().item()
+        noise += ((block.abs().amax(1) / CODE_MAX).square() / 12 * block.shape[1]).sum().item()
+    return 10 * math.log10(signal / noise) if noise else math.inf
+
+
+def activation_steps(x: Tensor, steps: int | Tensor) -> Tensor:
+    """The size of one step in each row of fixed point: ``max|row| / steps``.
+
+    Args:
+        x: ``[..., in]`` float32 or float64, with at least one feature.
+        steps: largest whole number; in a tensor without dimensions, of the same dtype, torch is sooner done with it.
+
+    Returns:
+        ``[..., 1]`` like ``x``, positive; not finite where the row is not.
+    """
+    return x.abs().amax(-1, True).div_(steps).clamp_min_(_SMALLEST_SCALE)
+
+
+def quantize_rows_to_steps(x: Tensor, steps: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Fixed point, row by row: ``x ≈ whole * scale`` with whole numbers in ``-steps…steps``.
+
+    This is dynamic per-token quantization of activations; 127 steps are int8, 32,512 are 16 bits,
+    8,323,072 are 24 bits, the precision of float32.
+
+    Args:
+        x: ``[..., in]`` float32 or float64, with at least one feature.
+        steps: largest whole number; as for :func:`activation_steps`.
+
+    Returns:
+        whole: like ``x``, whole numbers held in its floating dtype; NaN where the row is not finite.
+        scale: ``[..., 1]`` like ``x``, the size of one step.
+    """
+    scale = activation_steps(x, steps)
+    return torch.div(x, scale).round_(), scale

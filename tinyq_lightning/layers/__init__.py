@@ -1,0 +1,20 @@
+"""Modules that hold int8 codes, and the table of the kinds of layer that they replace."""
+
+from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
+from tinyq_lightning.layers.embedding import QuantizedEmbedding
+from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear, W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
+
+__all__ = [
+    "LAYERS",
+    "Int8Weight",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
+    "QuantizedMultiheadAttention",
+    "W8A8LinearLayer",
+    "W8A16LinearLayer",
+    "W8A32LinearLayer",
+    "float_weight",
+    "in_projections",
+    "linear_with",
+]

@@ -1,0 +1,48 @@
+"""The methods: how finely each holds its activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "KERNELS",
+    "METHODS",
+    "KernelName",
+    "Method",
+]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one method holds its activations.
+
+    Attributes:
+        name: as users write it.
+        steps: largest whole number of the activations' fixed point.
+        digits: how many int8 digits of base 256 hold such a number.
+        rounds: whether activations are rounded to whole steps: by every kernel, or by none. One that multiplies in
+            floating point could do without, but what was measured in one batch, on one processor, is to hold in any
+            other.
+    """
+
+    name: str
+    steps: int
+    digits: int
+    rounds: bool = True
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("w8a32", 127 * 256 * 256, digits=3, rounds=False),
+        Method("w8a16", 127 * 256, digits=2),
+        Method("w8a8", 127, digits=1),
+    )
+}
+
+
+KernelName = Literal["auto", "int8", "reference"]
+
+
+KERNELS: tuple[KernelName, ...] = ("auto", "int8", "reference")

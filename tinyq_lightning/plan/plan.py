@@ -1,0 +1,152 @@
+"""What happens to each layer of one model, and why: one decision for each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from tinyq_lightning.kernels import Choice
+from tinyq_lightning.spec import QuantizationSpec, Rule, is_measured, wanted_method
+from tinyq_lightning.table import Table, format_bytes
+
+__all__ = [
+    "Decision",
+    "Plan",
+    "state_bytes",
+]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one layer.
+
+    Attributes:
+        name: dotted path of the layer; the first, where it has several.
+        method: ``w8a32``, ``w8a16``, ``w8a8`` or ``float``.
+        reason: why: ``spec``, ``rule 2``, ``excluded``, ``tied to embed.weight``, …
+        weight_sqnr_db: signal to quantization noise ratio of the weight in dB; None for a float layer,
+            and until the layer has been quantized.
+        float_bytes: size of weight and bias as floats. A weight that several layers share counts for the
+            first of them only.
+        bytes: size as the plan has it.
+        aliases: the other paths of a layer that has several.
+        tied_to: name of the first layer with the very same weight; None where that is this one.
+        kernel: how the layer is computed on this machine's CPU, and why; None for a float layer, for an
+            embedding, and in a plan that was read from a file, which knows nothing of machines.
+    """
+
+    name: str
+    method: str
+    reason: str
+    weight_sqnr_db: float | None
+    float_bytes: int
+    bytes: int
+    aliases: tuple[str, ...] = ()
+    tied_to: str | None = None
+    kernel: Choice | None = field(default=None, compare=False)
+
+    @property
+    def measured(self) -> bool:
+        """Whether a run decided so from what it measured, not the spec."""
+        return is_measured(self.reason)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions for every Linear layer of a model, and every embedding tied to one, in the order of its modules.
+
+    Iterate over it.
+
+    Attributes:
+        decisions: one for each layer.
+        spec: what was asked for.
+    """
+
+    decisions: tuple[Decision, ...]
+    spec: QuantizationSpec
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.decisions)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __len__(self) -> int:
+        return len(self.decisions)
+
+    @property
+    def label(self) -> str:
+        """The method, or ``mixed`` where the plan has several; what files and log keys are named by."""
+        methods = {decision.method for decision in self} - {"float"}
+        if len(methods) > 1:
+            return "mixed"
+        return methods.pop() if methods else self.spec.method
+
+    def to_spec(self) -> QuantizationSpec:
+        """A spec that resolves to exactly this plan on the same model, without a search or any timing.
+
+        It is the spec that was asked for, without its budget, preceded by a rule with its reason for
+        each layer that was decided otherwise.
+        """
+        spec = replace(self.spec, budget=None, methods=(), keep="all")
+        changed = []
+        for decision in self:
+            wanted = wanted_method(spec, (decision.name, *decision.aliases))
+            if decision.measured and wanted != (decision.method, decision.reason):
+                changed.append(Rule(f"re:{re.escape(decision.name)}", decision.method, decision.reason))
+        numbered = (replace(rule, reason=rule.reason or f"rule {i + 1}") for i, rule in enumerate(spec.rules))
+        taken = {decision.reason for decision in self}
+        rules = spec.rules if not changed else tuple(rule for rule in numbered if rule.reason in taken)
+        return replace(spec, rules=(*changed, *rules))
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The decisions as plain data, without the kernels: the same on every machine."""
+        rows = []
+        for decision in self:
+            row = asdict(decision) | {"aliases": list(decision.aliases)}
+            del row["kernel"]
+            rows.append(row)
+        return rows
+
+    def table(self) -> str:
+        """The plan as a text table for people, and why its kernels were chosen."""
+        return "\n".join([self.as_table().text(), *self.kernel_notes()])
+
+    def kernel_notes(self) -> list[str]:
+        """For each kernel that was chosen: why, in words."""
+        chosen = dict.fromkeys((choice.kernel, choice.reason) for each in self if (choice := each.kernel))
+        return [f"kernel {kernel}: {reason}" for kernel, reason in chosen]
+
+    def as_table(self) -> Table:
+        """A row for each layer, and one for their sum; with the kernels, where they are known."""
+        kernels = any(decision.kernel for decision in self)
+        rows = [
+            [
+                decision.name,
+                decision.method,
+                decision.reason,
+                *([decision.kernel.label if decision.kernel else ""] if kernels else []),
+                "" if decision.weight_sqnr_db is None else f"{decision.weight_sqnr_db:.1f}",
+                format_bytes(decision.float_bytes),
+                format_bytes(decision.bytes),
+            ]
+            for decision in self
+        ]
+        before, after = sum(d.float_bytes for d in self), sum(d.bytes for d in self)
+        head = ["layer", "method", "reason", *(["kernel"] if kernels else [])]
+        total = [f"{len(self)} layers", *[""] * len(head), format_bytes(before), format_bytes(after)]
+        return Table([*head, "SQNR dB", "float", "now"], [*rows, total], left=len(head))
+
+
+def state_bytes(state_dict: Mapping[str, Any]) -> int:
+    """Bytes of the tensors of a state dict, those that are shared counted once."""
+    tensors = {
+        (value.untyped_storage()._cdata, value.storage_offset()): value.numel() * value.element_size()
+        for value in state_dict.values()
+        if isinstance(value, Tensor)
+    }
+    return sum(tensors.values())

@@ -1,0 +1,154 @@
+"""Model structure replacement: walk the modules, put quantized layers in the place of ``nn.Linear``.
+
+``quantize`` and ``Quantizer`` do it for good; ``quantized`` puts the float layers back afterwards.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+from torch import nn
+
+from tinyq_lightning.plan.heap import return_freed_memory
+from tinyq_lightning.plan.make_layers import QuantizedLayers, refuse_root
+from tinyq_lightning.plan.plan import Plan
+from tinyq_lightning.plan.resolve import Present, resolve
+from tinyq_lightning.plan.sites import Site, find_sites
+from tinyq_lightning.plan.swap import Swap
+from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
+
+__all__ = [
+    "carry_out",
+    "put_in",
+    "quantize",
+    "quantize_by_layer",
+    "quantized",
+]
+
+
+def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
+    """Quantize the Linear layers of any ``nn.Module``, in place.
+
+    All is checked first: where the spec or a weight is refused, nothing is changed. Then float weights are
+    let go layer by layer, the largest last, so that at no time more is held than the float weights and the codes
+    of one layer. What shares a weight, and the projections of one attention, go together. Whoever interrupts that
+    finds each layer either float or quantized, and the next call does the rest.
+
+    Args:
+        model: any module with ``nn.Linear`` somewhere below it.
+        spec: a method name, a path to YAML, a mapping, or a ``QuantizationSpec``.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        SpecError: the spec is wrong or does not fit the model.
+        ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
+    """
+    return quantize_by_layer(model, as_spec(spec), nullcontext)
+
+
+def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, present: Present) -> Plan:
+    """As :func:`quantize`, for a model whose weights are had one layer at a time.
+
+    Args:
+        model: any module with ``nn.Linear`` somewhere below it.
+        spec: what to quantize, and how.
+        present: gives a block in which the weights of a layer have their values.
+    """
+    refuse_root(model)
+    _warn_of_budget(spec)
+    return carry_out(resolve(spec, model, present), model, present)
+
+
+def _warn_of_budget(spec: QuantizationSpec) -> None:
+    if spec.budget:
+        warnings.warn(
+            f"{spec.origin.where('budget')}: there is no evaluation here to keep a budget by, so the methods of the "
+            "spec are carried out as they are. TinyQCallback keeps it, and leaves a spec that gives its plan here too",
+            stacklevel=4,
+        )
+
+
+def carry_out(plan: Plan, model: nn.Module, present: Present = nullcontext) -> Plan:
+    """Put layers in the place of float ones as soon as they are made. Returns the plan with the SQNR of each."""
+    sites = {site.name: site for site in find_sites(model)}
+    sizes = {decision.name: decision.float_bytes for decision in plan}
+    much = sum(sizes.values()) / 16
+    layers, freed, in_cycles = QuantizedLayers(plan), 0, False
+    for names in _groups(plan, sites):
+        pairs = []
+        for name in names:
+            site = sites.pop(name)  # with its last holder, a float weight goes
+            with present(site.module):
+                layer = layers.make(site)
+            if layer is not None:
+                pairs.append((site, layer))
+                freed += sizes[name]
+                in_cycles |= site.is_parametrized
+            del site
+        put_in(pairs)
+        if freed > much or not sites:
+            pairs.clear()
+            if in_cycles:  # torch has the properties of a parametrized module hold that module
+                gc.collect()
+            return_freed_memory()
+            freed, in_cycles = 0, False
+    return layers.plan
+
+
+def put_in(pairs: Sequence[tuple[Site, nn.Module]]) -> None:
+    """All of them, or none."""
+    try:
+        for site, layer in pairs:
+            site.put(layer)
+    except BaseException:
+        for site, _ in pairs:
+            site.put(site.module)
+        raise
+
+
+def _groups(plan: Plan, sites: Mapping[str, Site]) -> list[list[str]]:
+    """Names of the layers that go together, the smallest first: projections of one attention, and all of a tie.
+
+    Those that share a weight follow the first of them.
+    """
+    groups: dict[str, list[str]] = {}
+    firsts: dict[int, str] = {}  # by attention
+    for decision in plan:
+        name, attention = decision.name, sites[decision.name].attention
+        first = name if attention is None else firsts.setdefault(id(attention.module), name)
+        group = groups[name] = [name]
+        for partner in (decision.tied_to or name, first):
+            other = groups.get(partner, group)
+            if other is not group:
+                other += group
+                groups.update(dict.fromkeys(group, other))
+                group = other
+    sizes = {decision.name: decision.float_bytes for decision in plan}
+    distinct = {id(group): group for group in groups.values()}.values()
+    return sorted(distinct, key=lambda group: sum(sizes[name] for name in group))
+
+
+@contextmanager
+def quantized(model: nn.Module, spec: SpecLike) -> Iterator[Plan]:
+    """Quantized inside the block, and the very same float layers back after it, whatever was raised.
+
+    Args:
+        model: any module with ``nn.Linear`` somewhere below it.
+        spec: a method name, a path to YAML, a mapping, or a ``QuantizationSpec``.
+
+    Yields:
+        The plan, with the SQNR of each quantized weight.
+
+    Raises:
+        SpecError: the spec is wrong or does not fit the model.
+        ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
+    """
+    asked = as_spec(spec)
+    _warn_of_budget(asked)
+    with Swap(model, asked) as swap:
+        yield swap.plan

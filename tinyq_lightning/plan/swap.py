@@ -1,0 +1,150 @@
+"""Quantized layers put into a model and taken out again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import nn
+
+from tinyq_lightning.errors import ModelError
+from tinyq_lightning.kernels import Choice
+from tinyq_lightning.layers import QuantizedEmbedding, QuantizedLinear
+from tinyq_lightning.plan.make_layers import QuantizedLayers, refuse_root
+from tinyq_lightning.plan.plan import Decision, Plan
+from tinyq_lightning.plan.resolve import resolve
+from tinyq_lightning.plan.sites import find_sites
+from tinyq_lightning.spec import QuantizationSpec
+
+__all__ = [
+    "Swap",
+]
+
+
+class Swap:
+    """Quantized layers made beside the float ones, to be put in and taken out again.
+
+    Making it changes nothing in the model. As a context manager it is in inside the block.
+
+    Args:
+        model: any module with ``nn.Linear`` somewhere below it.
+        spec: what to quantize, and how.
+
+    Attributes:
+        plan: the decisions, with the SQNR of each quantized weight.
+
+    Raises:
+        SpecError: the spec does not fit the model.
+        ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
+    """
+
+    def __init__(self, model: nn.Module, spec: QuantizationSpec) -> None:
+        refuse_root(model)
+        layers = QuantizedLayers(resolve(spec, model))
+        made = ((site, layers.make(site)) for site in find_sites(model))
+        self._pairs = [(site, layer) for site, layer in made if layer is not None]
+        self.plan = layers.plan
+
+    def or_refuse(self) -> Swap:
+        """This swap, where there is something to put in.
+
+        Raises:
+            ModelError: there is nothing, as where the model is quantized already; where a run found
+                that no layer is better off in int8, that is what was asked for.
+        """
+        if not self._pairs and not any(decision.measured for decision in self.plan):
+            why = "; ".join(f"{decision.name}: {decision.reason}" for decision in self.plan)
+            raise ModelError(f"there is nothing to quantize ({why})")
+        return self
+
+    def switched(self, changes: Mapping[str, tuple[str, str]]) -> Swap:
+        """A swap of the same int8 codes with other methods; nothing is quantized again.
+
+        Args:
+            changes: method and reason by the name of a Linear that this swap quantizes; ``float`` leaves it
+                alone. What shares its weight follows; every other layer is as in this swap.
+        """
+        other = copy.copy(self)
+        other._pairs = []
+        decisions = {decision.name: decision for decision in self.plan}
+        for site, layer in self._pairs:
+            decision = decisions[site.name]
+            source = next((name for name in (site.name, *site.tied) if name in changes), None)
+            if source is not None:
+                method, reason = changes[source]
+                if isinstance(layer, QuantizedEmbedding):  # its reason is the one that its spec resolves to
+                    reason = f"tied to {source}.weight ({reason})" if method == "float" else decision.reason
+                elif method != "float":
+                    layer = layer.with_method(method)
+                kernel = layer.choice if isinstance(layer, QuantizedLinear) else None
+                decisions[site.name] = decision = _changed(decision, method, reason, kernel)
+            if decision.method != "float":
+                other._pairs.append((site, layer))
+        other.plan = Plan(tuple(decisions.values()), self.plan.spec)
+        return other
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Float inside the block, with each layer called as a module: no fused kernels that go past them."""
+        for site, _ in self._pairs:
+            site.open()
+        try:
+            yield
+        finally:
+            self.take_out()
+
+    @property
+    def fused(self) -> bool:
+        """Whether torch may run float layers in fused kernels, which call none of them unless they have hooks."""
+        return any(site.attention or site.encoder_layers for site, _ in self._pairs)
+
+    def ties(self) -> dict[str, tuple[str, ...]]:
+        """The names of those that share a weight with a layer, by its name."""
+        return {site.name: site.tied for site, _ in self._pairs}
+
+    def pairs(self) -> Iterator[tuple[str, nn.Linear, QuantizedLinear]]:
+        """Name, float layer and quantized layer of each Linear that this swap replaces."""
+        for site, layer in self._pairs:
+            if isinstance(layer, QuantizedLinear):
+                assert isinstance(site.module, nn.Linear)
+                yield site.name, site.module, layer
+
+    def put_in(self) -> None:
+        """Quantized layers in the model, in the mode (train or eval) of those they stand for."""
+        for site, layer in self._pairs:
+            layer.train(site.training)
+            site.put(layer)
+
+    def take_out(self) -> None:
+        """The float layers back, the same objects."""
+        for site, _ in self._pairs:
+            site.put(site.module)
+
+    @contextmanager
+    def taken_out(self) -> Iterator[None]:
+        """Float inside the block, quantized again after it."""
+        self.take_out()
+        try:
+            yield
+        finally:
+            self.put_in()
+
+    def __enter__(self) -> Swap:
+        try:
+            self.put_in()
+        except BaseException:
+            self.take_out()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.take_out()
+
+
+def _changed(decision: Decision, method: str, reason: str, kernel: Choice | None) -> Decision:
+    if method == "float":
+        float_bytes = decision.float_bytes
+        return replace(decision, method=method, reason=reason, weight_sqnr_db=None, bytes=float_bytes, kernel=None)
+    return replace(decision, method=method, reason=reason, kernel=kernel)

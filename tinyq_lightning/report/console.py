@@ -1,0 +1,174 @@
+"""What a run has to say: tables on the screen, entries in the loggers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from tinyq_lightning.report.outcome import Outcome, log_entries
+from tinyq_lightning.table import Table, format_bytes
+
+__all__ = [
+    "comparison_table",
+    "layer_table",
+    "log_outcomes",
+    "log_tables",
+    "show",
+]
+
+# More rows than a screen takes: the plan is shortened to the layers that someone would look for.
+_ROWS_ON_SCREEN = 40
+
+
+def comparison_table(outcomes: Sequence[Outcome]) -> Table:
+    """Metrics, sizes and the time of a batch: float, and each outcome with its difference."""
+    first = outcomes[0]
+    header = ["", "float", *(title for each in outcomes for title in (each.name, "delta"))]
+    rows = []
+    for metric, values in first.results.items():
+        if not all(metric in each.results for each in outcomes):
+            continue
+        found = [each.results[metric] for each in outcomes]
+        pairs = [(f"{row[each.name]:.6g}", f"{row['delta']:+.2g}") for each, row in zip(outcomes, found, strict=True)]
+        rows.append([metric, f"{values['float']:.6g}", *(text for pair in pairs for text in pair)])
+    sizes = [(each.bytes, each.float_bytes) for each in outcomes]
+    rows.append(["weights", format_bytes(first.float_bytes), *_sizes(sizes)])
+    paths = [(each.quantized_path, each.float_path) for each in outcomes]
+    if all(path and os.path.isfile(path) for pair in paths for path in pair):
+        on_disk = [(os.path.getsize(str(path)), os.path.getsize(str(float_path))) for path, float_path in paths]
+        rows.append(["file on disk", format_bytes(on_disk[0][1]), *_sizes(on_disk)])
+    if first.float_seconds > 0:  # NaN where no loop was run
+        times = [(each.seconds, each.float_seconds) for each in outcomes]
+        cells = [text for now, before in times for text in (f"{1000 * now:.3g}", f"{now / before - 1:+.0%}")]
+        rows.append(["ms per batch", f"{1000 * first.float_seconds:.3g}", *cells])
+    return Table(header, rows)
+
+
+def _sizes(pairs: Sequence[tuple[int, int]]) -> list[str]:
+    return [
+        text
+        for now, before in pairs
+        for text in (format_bytes(now), f"{now / before - 1:+.1%}" if before else f"{0:+.1%}")
+    ]
+
+
+def layer_table(outcome: Outcome) -> Table:
+    """The plan and, where layers were measured on real batches, what was found."""
+    table = outcome.plan.as_table()
+    if not outcome.layers:
+        return table
+    rows = []
+    for decision, row in zip(outcome.plan, table.rows, strict=False):
+        error = outcome.layers.get(decision.name)
+        sqnr = error and error.output_sqnr_db.get(decision.method)
+        now = error and error.ms.get(decision.method, error.float_ms)
+        cells = [
+            "" if sqnr is None else f"{sqnr:.1f}",
+            "" if error is None else f"{error.crest:.1f}",
+            "" if error is None else f"{error.float_ms:.3g}",
+            "" if now is None else f"{now:.3g}",
+        ]
+        rows.append([*row, *cells])
+    header = [*table.header, "output SQNR dB", "crest", "float ms", "ms"]
+    return Table(header, [*rows, [*table.rows[-1], "", "", "", ""]], table.left)
+
+
+def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
+    """Print the comparison, the layers where there is one method, and where the files are; on rank 0."""
+    if not trainer.is_global_zero:
+        return
+    first = outcomes[0]
+    if len(outcomes) == 1:
+        count = sum(decision.method != "float" for decision in first.plan)
+        print(f"\nTinyQ: {count} of {len(first.plan)} Linear layers in int8 ({first.plan.label}), {first.note}\n")
+    else:
+        print(f"\nTinyQ: {len(outcomes)} methods for {len(first.plan)} Linear layers, {first.note}\n")
+    _print_table(comparison_table(outcomes))
+    if len(outcomes) == 1:
+        print()
+        _print_table(_shortened(layer_table(first)))
+        for note in first.plan.kernel_notes():
+            print(note)
+    print()
+    for each in outcomes:
+        for verdict in filter(None, (each.verdict(), each.speed_verdict())):
+            print(verdict if len(outcomes) == 1 else f"{each.name}: {verdict}")
+    if first.float_path:
+        print(f"float      {first.float_path}")
+    paths = [each.quantized_path for each in outcomes if each.quantized_path]
+    for path in paths:
+        print(f"quantized  {path}")
+    print("" if paths else "no file was written (save=False)\n", end="\n" if paths else "")
+
+
+def _shortened(table: Table) -> Table:
+    if len(table.rows) <= _ROWS_ON_SCREEN:
+        return table
+    *layers, total = table.rows
+    kept = [row for row in layers if row[2].startswith("budget") or row[1] == "float"][: _ROWS_ON_SCREEN // 2]
+    sqnr = table.header.index("SQNR dB")
+    worst = sorted((row for row in layers if row[sqnr]), key=lambda row: float(row[sqnr]))
+    kept += [row for row in worst if row not in kept][: _ROWS_ON_SCREEN - len(kept)]
+    shown = [row for row in layers if row in kept]
+    rest = [f"… and {len(layers) - len(shown)} more", *[""] * (len(table.header) - 1)]
+    return Table(table.header, [*shown, rest, total], table.left)
+
+
+def _print_table(table: Table) -> None:
+    """With rich on a terminal, where it is installed; else as plain text."""
+    if sys.stdout.isatty():
+        try:
+            from rich.box import SIMPLE_HEAD
+            from rich.console import Console
+            from rich.table import Table as RichTable
+        except ImportError:
+            pass
+        else:
+            rich = RichTable(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+            for column, title in enumerate(table.header):
+                rich.add_column(title, justify="left" if column < table.left else "right", no_wrap=title != "reason")
+            for row in table.rows:
+                rich.add_row(*row)
+            Console().print(rich, markup=False)
+            return
+    print(table.text())
+
+
+def log_outcomes(trainer: Trainer, outcomes: Sequence[Outcome], alone: bool) -> None:
+    """Put the entries into every logger, ``callback_metrics`` and ``logged_metrics``, after a fit."""
+    entries = log_entries(outcomes, alone)
+    tensors = {name: torch.tensor(value) for name, value in entries.items()}
+    trainer.callback_metrics.update(tensors)
+    trainer.logged_metrics.update(tensors)
+    for logger in trainer.loggers:
+        logger.log_metrics(entries, step=trainer.global_step)
+        logger.save()
+
+
+def log_tables(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
+    """The comparison and the layers of each outcome, to loggers that take tables or text."""
+    if not trainer.is_global_zero:
+        return
+    tables = {"tinyq/comparison": comparison_table(outcomes)}
+    tables |= {f"tinyq/layers/{each.name}": layer_table(each) for each in outcomes}
+    for logger in trainer.loggers:
+        for name, table in tables.items():
+            _log_table(logger, name, table, trainer.global_step)
+        logger.save()
+
+
+def _log_table(logger: Any, name: str, table: Table, step: int) -> None:
+    experiment = getattr(logger, "experiment", None)
+    if callable(getattr(logger, "log_table", None)):  # W&B
+        logger.log_table(key=name, columns=list(table.header), data=[list(row) for row in table.rows], step=step)
+    elif experiment is None:
+        return
+    elif callable(getattr(experiment, "add_text", None)):  # TensorBoard
+        experiment.add_text(name, table.markdown(), step)
+    elif callable(getattr(experiment, "log_text", None)) and getattr(logger, "run_id", None):  # MLflow
+        experiment.log_text(logger.run_id, table.text(), f"{name}.txt")

@@ -1,0 +1,136 @@
+"""The report beside the checkpoint: JSON to read by programs, HTML to look at, and the spec that was resolved."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import yaml
+from lightning.pytorch import Trainer
+
+from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.file import replace_file
+from tinyq_lightning.report.html import html_report
+from tinyq_lightning.report.outcome import Outcome, combined
+from tinyq_lightning.trainer import write_on_rank_zero
+from tinyq_lightning.version import __version__
+
+__all__ = [
+    "report_content",
+    "resolved_yaml",
+    "write_report",
+]
+
+
+def write_report(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
+    """Write ``.json``, ``.html`` and ``.yaml`` beside each quantized checkpoint, on rank 0.
+
+    Raises:
+        CheckpointError: on every rank, where a file could not be written; the checkpoints stand.
+    """
+    write_on_rank_zero(trainer, partial(_write, outcomes))
+
+
+def _write(outcomes: Sequence[Outcome]) -> None:
+    try:
+        for outcome in outcomes:
+            if outcome.quantized_path is not None:
+                stem, content = outcome.quantized_path.removesuffix(".ckpt"), report_content(outcome, outcomes)
+                resolved = resolved_yaml(outcome)
+                _write_text(f"{stem}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+                _write_text(f"{stem}.yaml", resolved)
+                _write_text(f"{stem}.html", html_report(content, resolved))
+    except CheckpointError as error:
+        raise CheckpointError(f"the report is not whole, the quantized checkpoint stands: {error}") from error
+
+
+def _write_text(path: str, text: str) -> None:
+    replace_file(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[str, Any]:
+    """The report as plain data, what JSON holds. Numbers that are not finite are None; sizes are in bytes.
+
+    Args:
+        outcome: what the report is about.
+        outcomes: all methods of the run, for the comparison.
+    """
+    plan, found = outcome.plan, outcome.search
+    methods = outcomes or [outcome]
+    layers = []
+    for decision, row in zip(plan, plan.to_list(), strict=True):
+        error = outcome.layers.get(decision.name)
+        kernel = decision.kernel and {"label": decision.kernel.label} | asdict(decision.kernel)
+        layers.append(row | {"kernel": kernel} | (asdict(error) if error else {}))
+    budget: dict[str, Any] | None = None
+    if plan.spec.budget and found:
+        budget = asdict(plan.spec.budget) | {
+            "allowed": found.allowed,
+            "met": found.met,
+            "stopped_by": found.stopped_by,
+            "trials": [asdict(trial) for trial in found.trials],
+            "chosen": found.chosen,
+        }
+    content = {
+        "format_version": 1,
+        "tinyq_lightning": __version__,
+        "method": outcome.name,
+        "label": plan.label,
+        "note": outcome.note,
+        "float_checkpoint": outcome.float_path and os.path.basename(outcome.float_path),
+        "quantized_checkpoint": outcome.quantized_path and os.path.basename(outcome.quantized_path),
+        "metrics": combined(methods),
+        "bytes": {"float": outcome.float_bytes} | {each.name: each.bytes for each in methods},
+        "seconds_per_batch": {"float": outcome.float_seconds} | {each.name: each.seconds for each in methods},
+        "budget": budget,
+        "verdict": outcome.verdict(),
+        "never_slower": outcome.stopwatch and {"verdict": outcome.speed_verdict()} | outcome.stopwatch.to_dict(),
+        "layers": layers,
+        "spec": plan.to_spec().to_dict(),
+    }
+    finite: dict[str, Any] = _finite(content)
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def resolved_yaml(outcome: Outcome) -> str:
+    """The spec that gives this plan again without a search or timing, with why for each layer as comments."""
+    plan = outcome.plan
+    spec = plan.to_spec()
+    content = spec.to_dict()
+    rules = content.pop("rules")
+    del content["budget"]
+    name = os.path.basename(outcome.quantized_path or "the quantized checkpoint")
+    lines = [f"# The plan of {name} as a spec. It gives the same layers again, without a search:"]
+    lines += [f'# TinyQCallback("{name.removesuffix(".ckpt")}.yaml")']
+    for metric, values in outcome.results.items():
+        lines.append(f"# {metric}: float {values['float']:.6g}, quantized {values[outcome.name]:.6g}")
+    lines += [f"# {verdict}" for verdict in (outcome.verdict(), outcome.speed_verdict()) if verdict]
+    lines += ["", _yaml({"method": content.pop("method"), "exclude": content.pop("exclude")})]
+    if rules:
+        lines.append("rules:  # the first that matches decides")
+        for rule in rules:
+            first, *more = _yaml(rule).splitlines()
+            lines += [f"- {first}", *(f"  {line}" for line in more)]
+    else:
+        lines.append("rules: []")
+    lines += [_yaml(content), "", "# Layer by layer, and why:"]
+    lines += [f"#   {line}" for line in plan.table().splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(content: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=1000)
+    return text.rstrip("\n")

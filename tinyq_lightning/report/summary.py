@@ -1,0 +1,106 @@
+"""Lightning's model summary with the int8 weights counted in; its own counts parameters only."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
+from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
+from lightning.pytorch.utilities.imports import _RICH_AVAILABLE
+from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary as Summary
+from lightning.pytorch.utilities.model_summary.model_summary_deepspeed import DeepSpeedSummary
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from tinyq_lightning.layers import QuantizedEmbedding, QuantizedLinear
+
+__all__ = [
+    "QuantizedModelSummary",
+    "QuantizedSummary",
+    "summarize",
+]
+
+
+class QuantizedSummary(Summary):
+    """The table of Lightning's ``ModelSummary``, of a module with quantized layers or without.
+
+    An int8 weight counts as the weight it is, and as not trainable: the counts are those of the float
+    module. Sizes are what the tensors take: a byte for each int8 weight, four for each scale, and for
+    each parameter what its dtype takes. What shares its memory counts once.
+
+    Args:
+        model: the module.
+        max_depth: of the modules to show; -1 for all, 0 for none.
+    """
+
+    def __init__(self, model: LightningModule, max_depth: int = 1) -> None:
+        with warnings.catch_warnings():  # sizes are read from the tensors, not guessed from the precision
+            warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
+            super().__init__(model, max_depth)
+
+    @property
+    def param_nums(self) -> list[int]:
+        """How many weights each row has."""
+        return [layer.num_parameters + _int8_count(layer._module) for layer in self._layer_summary.values()]
+
+    @property
+    def total_parameters(self) -> int:
+        """How many weights there are, float and int8."""
+        return super().total_parameters + _int8_count(self._model)
+
+    @property
+    def model_size(self) -> float:
+        """In megabytes (10⁶ bytes)."""
+        held = (parameter for parameter in self._model.parameters() if not is_lazy(parameter))
+        size = sum(parameter.numel() * parameter.element_size() for parameter in held)
+        return (size + sum(rows * columns + 4 * rows for rows, columns in _int8_shapes(self._model))) * 1e-6
+
+
+def summarize(module: LightningModule, max_depth: int = 1) -> QuantizedSummary:
+    """The summary of a module, to print: as Lightning's ``summarize``, with int8 weights counted in.
+
+    Args:
+        module: with quantized layers or without.
+        max_depth: of the modules to show; -1 for all, 0 for none.
+    """
+    return QuantizedSummary(module, max_depth)
+
+
+class QuantizedModelSummary(ModelSummary):
+    """Prints the summary when a fit starts, in the place of the Trainer's own ``ModelSummary``.
+
+    With rich where that is installed, as the Trainer's own.
+
+    Args:
+        max_depth: of the modules to show; -1 for all, 0 for none.
+        **summarize_kwargs: as Lightning's callbacks take them.
+    """
+
+    def _summary(self, trainer: Trainer, pl_module: LightningModule) -> DeepSpeedSummary | Summary:
+        if isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.strategy.zero_stage_3:
+            return super()._summary(trainer, pl_module)  # it alone can count parameters that are split up
+        return QuantizedSummary(pl_module, self._max_depth)
+
+    @staticmethod
+    def summarize(*args: Any, **kwargs: Any) -> None:
+        """Print the table."""
+        (RichModelSummary if _RICH_AVAILABLE else ModelSummary).summarize(*args, **kwargs)
+
+
+def _int8_count(module: nn.Module) -> int:
+    return sum(rows * columns for rows, columns in _int8_shapes(module))
+
+
+def _int8_shapes(module: nn.Module) -> Iterator[tuple[int, int]]:
+    """Rows and columns of each int8 weight, those that layers share once."""
+    seen = set()
+    for layer in module.modules():
+        if isinstance(layer, QuantizedLinear | QuantizedEmbedding):
+            place = layer.scales.untyped_storage()._cdata, layer.scales.storage_offset()
+            if place not in seen:
+                seen.add(place)
+                columns = layer.in_features if isinstance(layer, QuantizedLinear) else layer.embedding_dim
+                yield layer.scales.numel(), columns

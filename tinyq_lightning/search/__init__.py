@@ -1,0 +1,19 @@
+"""Which layers give up int8: the budget's search, layer errors and timings. Nothing here knows of Lightning."""
+
+from tinyq_lightning.search.budget import LADDER, Changes, Layer, Search, evaluation_limit, loses, search
+from tinyq_lightning.search.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
+from tinyq_lightning.search.timing import Stopwatch
+
+__all__ = [
+    "LADDER",
+    "SIGNAL_BATCHES",
+    "Changes",
+    "Layer",
+    "LayerError",
+    "Search",
+    "Stopwatch",
+    "evaluation_limit",
+    "loses",
+    "measured_layers",
+    "search",
+]

@@ -1,0 +1,273 @@
+"""The search for the plan that keeps a metric within its budget and gives up as little as it can.
+
+Pure Python: layers come as names with their output SQNR for each method, plans go out as the layers
+whose method changes, and what a plan scores is asked of a function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tinyq_lightning.spec import Budget
+
+__all__ = [
+    "LADDER",
+    "SIGNAL_COST",
+    "Layer",
+    "Search",
+    "Trial",
+    "evaluation_limit",
+    "loses",
+    "search",
+]
+
+LADDER = ("w8a8", "w8a16", "w8a32", "float")
+"""From the least exact to the most: what a layer climbs."""
+
+
+SIGNAL_COST = 1
+"""What the pass that measures the layers counts for among the evaluations: it reads a few batches only."""
+
+
+# A method that improves a layer's output by less than this is no rung: the error lies in the weights.
+_RUNG_DB = 1.0
+
+
+Changes = Mapping[str, str]
+"""Method by layer name, for layers whose method is another than the plan as asked for has."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized layer as the search sees it.
+
+    Attributes:
+        name: its dotted path.
+        method: what the plan as asked for gives it.
+        extra_bytes: what the layer takes more as float than as int8.
+        sqnr_db: output SQNR in dB by method; a method that is missing counts as exact.
+        too_slow: methods that are not to be tried.
+    """
+
+    name: str
+    method: str
+    extra_bytes: int
+    sqnr_db: Mapping[str, float]
+    too_slow: frozenset[str] = frozenset()
+
+    def rungs(self) -> list[tuple[str, float]]:
+        """The methods worth trying from the layer's own up, with their SQNR; ``float`` is the last."""
+        own = LADDER.index(self.method)
+        found: list[tuple[str, float]] = []
+        for method in LADDER[own:-1]:
+            if method in self.too_slow:
+                continue
+            db = self.sqnr_db.get(method, math.inf)
+            db = -math.inf if math.isnan(db) else db
+            if not found or db >= found[-1][1] + _RUNG_DB:
+                found.append((method, db))
+        return [*found, ("float", math.inf)]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One plan, measured.
+
+    Attributes:
+        changes: the layers that differ from the plan as asked for.
+        value: of the monitored metric.
+        lost: how much worse than float; NaN where the metric is.
+        extra_bytes: what the plan takes more than the one asked for.
+    """
+
+    changes: Changes
+    value: float
+    lost: float
+    extra_bytes: int
+
+
+def loses(trial: Trial) -> str:
+    """What a plan loses, in words."""
+    return f"loses {trial.lost:.3g}" if not trial.lost <= 0 else "loses nothing"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search tried and chose.
+
+    Attributes:
+        trials: in the order of their measurement; the first is the plan as asked for.
+        chosen: the index of the trial that won.
+        allowed: the loss that the budget allows, in the metric's unit.
+        stopped_by: ``max_evals`` or ``max_seconds`` where that cut the search short, else None.
+    """
+
+    trials: tuple[Trial, ...]
+    chosen: int
+    allowed: float
+    stopped_by: str | None
+
+    @property
+    def best(self) -> Trial:
+        """The trial that won."""
+        return self.trials[self.chosen]
+
+    @property
+    def met(self) -> bool:
+        """Whether the chosen plan is within the budget."""
+        return self.best.lost <= self.allowed
+
+
+def evaluation_limit(layers: int) -> int:
+    """How many evaluations a run with a budget takes at most: ``2 + 2·log₂(layers) + 4``, rounded down.
+
+    Among them are that of the float model, that of the plan as asked for, and the pass over a few
+    batches that measures the layers.
+    """
+    return int(2 + 2 * math.log2(max(1, layers)) + 4)
+
+
+def search(
+    layers: Sequence[Layer],
+    budget: Budget,
+    float_value: float,
+    value: float,
+    measure: Callable[[Changes], float],
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> Search:
+    """Find the plan within the budget that gives up as little as can be found.
+
+    Each layer climbs w8a8 → w8a16 → w8a32 → float. All these steps, of all layers, stand in one order:
+    the step away from the least output SQNR comes first. Bisecting finds how many of them, from the
+    beginning, bring the metric within the budget. Then the layers of that plan are let down again, many
+    at a time and those with the most bytes first, wherever the metric bears it. At least one layer stays
+    int8; where no such plan is within the budget, the one that loses least wins.
+
+    The float model and the plan as asked for have been measured already; with them and the pass that
+    measured the layers, the evaluations are at most :func:`evaluation_limit`. The same values give the
+    same plan.
+
+    Args:
+        layers: those that the plan as asked for quantizes, in the model's order.
+        budget: with its ``mode``.
+        float_value: the float model's metric.
+        value: that of the plan as asked for.
+        measure: the metric of a plan.
+        out_of_time: whether no further measurement should begin.
+    """
+    return _Searcher(layers, budget, float_value, measure, out_of_time).run(value)
+
+
+class _StopError(Exception):
+    """No further measurement may begin."""
+
+    def __init__(self, reason: str | None) -> None:
+        self.reason = reason
+
+
+class _Searcher:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        budget: Budget,
+        float_value: float,
+        measure: Callable[[Changes], float],
+        out_of_time: Callable[[], bool],
+    ) -> None:
+        self._budget, self._float_value = budget, float_value
+        self._measure, self._out_of_time = measure, out_of_time
+        self._allowed = budget.allowed(float_value)
+        self._rungs = [layer.rungs() for layer in layers]
+        self._layers = layers
+        self._limit = evaluation_limit(len(layers)) - SIGNAL_COST - 1  # the float model's evaluation
+        self._trials: list[Trial] = []
+        self._stopped_by: str | None = None
+
+    def run(self, value: float) -> Search:
+        asked = [0] * len(self._layers)
+        self._note(asked, value)
+        if not self._within(0):
+            try:
+                if found := self._bisect():
+                    self._let_down(*found)
+            except _StopError as stop:
+                self._stopped_by = stop.reason
+        return Search(tuple(self._trials), self._best(), self._allowed, self._stopped_by)
+
+    def _bisect(self) -> tuple[list[int], int] | None:
+        """The levels after the fewest steps that are within the budget, and the layer of the last of them."""
+        steps = [(rungs[at][1], index, at) for index, rungs in enumerate(self._rungs) for at in range(len(rungs) - 1)]
+        order = [index for _, index, _ in sorted(steps)][:-1]  # the last would leave nothing int8
+        fails, passes = 0, len(order) + 1
+        while passes - fails > 1:
+            middle = (fails + passes) // 2
+            if self._try(self._climbed(order[:middle])):
+                passes = middle
+            else:
+                fails = middle
+        return (self._climbed(order[:passes]), order[passes - 1]) if passes <= len(order) else None
+
+    def _climbed(self, steps: Sequence[int]) -> list[int]:
+        return [steps.count(index) for index in range(len(self._layers))]
+
+    def _let_down(self, levels: list[int], last: int) -> None:
+        """One rung down for as many layers at a time as the metric bears; ``last`` is known to be needed."""
+        groups = [self._by_gain([index for index, level in enumerate(levels) if level and index != last], levels)]
+        while groups:
+            group = groups.pop(0)
+            lower = [level - (index in group) for index, level in enumerate(levels)]
+            if not group:
+                continue
+            if self._try(lower):
+                levels = lower
+                groups.append(self._by_gain([index for index in group if levels[index]], levels))
+            elif len(group) > 1:
+                half = (len(group) + 1) // 2
+                groups[:0] = [group[:half], group[half:]]
+
+    def _by_gain(self, group: list[int], levels: Sequence[int]) -> list[int]:
+        """Most bytes first, then those that the lower rung hurts least."""
+
+        def gain(index: int) -> tuple[int, float, int]:
+            rungs, level = self._rungs[index], levels[index]
+            saved = self._layers[index].extra_bytes if rungs[level][0] == "float" else 0
+            return -saved, -rungs[level - 1][1], index
+
+        return sorted(group, key=gain)
+
+    def _try(self, levels: Sequence[int]) -> bool:
+        made = len(self._trials) - 1
+        if self._budget.max_evals is not None and made >= self._budget.max_evals:
+            raise _StopError("max_evals")
+        if self._out_of_time():
+            raise _StopError("max_seconds")
+        if len(self._trials) >= self._limit:
+            raise _StopError(None)
+        self._note(levels, self._measure(dict(self._changes(levels))))
+        return self._within(-1)
+
+    def _note(self, levels: Sequence[int], value: float) -> None:
+        changes = dict(self._changes(levels))
+        extra = sum(layer.extra_bytes for layer in self._layers if changes.get(layer.name) == "float")
+        self._trials.append(Trial(changes, value, self._budget.lost(self._float_value, value), extra))
+
+    def _changes(self, levels: Sequence[int]) -> Iterator[tuple[str, str]]:
+        for layer, rungs, level in zip(self._layers, self._rungs, levels, strict=True):
+            if level:
+                yield layer.name, rungs[level][0]
+
+    def _within(self, index: int) -> bool:
+        return self._trials[index].lost <= self._allowed
+
+    def _best(self) -> int:
+        """Within the budget: fewest bytes, then fewest layers changed, then the latest. Else: the least lost."""
+
+        def cost(index: int) -> tuple[float, ...]:
+            trial = self._trials[index]
+            if trial.lost <= self._allowed:
+                return 0, trial.extra_bytes, len(trial.changes), -index
+            return 1, math.inf if math.isnan(trial.lost) else trial.lost, trial.extra_bytes, index
+
+        return min(range(len(self._trials)), key=cost)

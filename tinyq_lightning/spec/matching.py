@@ -1,0 +1,68 @@
+"""Which entry of a spec decides for a layer, by its names alone."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+
+from tinyq_lightning.spec.spec import QuantizationSpec
+
+__all__ = [
+    "deciding_rule",
+    "excluding",
+    "is_measured",
+    "pattern_matches",
+    "wanted_method",
+]
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` covers the layer with the dotted path ``name``.
+
+    A pattern is a leaf name (``lm_head``), a dotted path, a glob over the dotted path, or ``re:`` and a
+    regular expression matched in full. A path, globbed or not, also covers everything below it.
+
+    >>> pattern_matches("head", "decoder.head"), pattern_matches("decoder", "decoder.head")
+    (True, True)
+    >>> pattern_matches("layers.*.linear2", "encoder.layers.0.linear2")
+    False
+    >>> pattern_matches("re:.*linear[12]", "encoder.layers.0.linear2")
+    True
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    parts = name.split(".")
+    if pattern == parts[-1]:
+        return True
+    above = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return any(path == pattern or fnmatch.fnmatchcase(path, pattern) for path in above)
+
+
+def excluding(spec: QuantizationSpec, names: Sequence[str]) -> str | None:
+    """The pattern that excludes a layer with these names, if any."""
+    return next((p for p in spec.exclude for name in names if pattern_matches(p, name)), None)
+
+
+def deciding_rule(spec: QuantizationSpec, names: Sequence[str]) -> int | None:
+    """The index of the rule that decides for a layer with these names; None where the spec's method does."""
+    if excluding(spec, names) is not None:
+        return None
+    rules = enumerate(spec.rules)
+    return next((i for i, rule in rules if any(pattern_matches(rule.match, name) for name in names)), None)
+
+
+def wanted_method(spec: QuantizationSpec, names: Sequence[str]) -> tuple[str, str]:
+    """Method and reason of a layer with these names, by the spec alone."""
+    if excluding(spec, names) is not None:
+        return "float", "excluded"
+    index = deciding_rule(spec, names)
+    if index is None:
+        return spec.method, "spec"
+    rule = spec.rules[index]
+    return rule.method, rule.reason or f"rule {index + 1}"
+
+
+def is_measured(reason: str) -> bool:
+    """Whether a reason is that a run decided so from what it measured."""
+    return reason.startswith(("budget", "left float"))

@@ -1,0 +1,265 @@
+"""After a fit: each method measured with the user's own loop, and brought within the budget where there is one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from lightning.pytorch import LightningModule, Trainer
+from tqdm.auto import tqdm
+
+from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.plan import Plan, Swap, state_bytes
+from tinyq_lightning.search import (
+    LADDER,
+    SIGNAL_BATCHES,
+    Changes,
+    Layer,
+    LayerError,
+    Search,
+    Stopwatch,
+    evaluation_limit,
+    loses,
+    measured_layers,
+    search,
+)
+from tinyq_lightning.spec import Budget, QuantizationSpec
+from tinyq_lightning.trainer.checks import known_mode, refuse_without_validation
+from tinyq_lightning.trainer.evaluation import Validation, run_validation
+
+__all__ = [
+    "Measured",
+    "MethodsRun",
+]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One method on one model.
+
+    Attributes:
+        method: what was asked for.
+        swap: its layers; they are out of the model.
+        after: what the validation loop gave with them in; None where there is no loop to run.
+        bytes: tensors of the state dict with them in.
+        search: what the budget's search did; None without a budget.
+        kept: whether it is to be saved.
+    """
+
+    method: str
+    swap: Swap
+    after: Validation | None
+    bytes: int
+    search: Search | None = None
+    kept: bool = True
+
+    @property
+    def plan(self) -> Plan:
+        """The decision for each layer."""
+        return self.swap.plan
+
+    @property
+    def searched(self) -> bool:
+        """Whether a search looked for another plan than the one asked for."""
+        return self.search is not None and len(self.search.trials) > 1
+
+
+class MethodsRun:
+    """Measures each method that a spec names; with a budget, brings it within that.
+
+    With ``never_slower``, layers that int8 makes slower are left float first: that loses no accuracy, and
+    the search for a plan within the budget has fewer to decide on. It skips methods that are slower than
+    float. Calls are counted while the float model runs. Where that does not show every layer's (torch's
+    fused attention and compiled modules call none), they are counted while the model of the first method
+    runs, which is measured anew if it changes.
+
+    Making it measures the float model. Wrap it in ``preserved``; the module is float before and after.
+
+    Args:
+        trainer: the user's, at the end of a fit.
+        module: the user's.
+        spec: one method or several.
+        why_not: why there is no validation loop to run, or None.
+
+    Attributes:
+        before: of the float model; None where there is nothing to compare.
+        why_not: why there is nothing to compare, or None.
+        float_bytes: tensors of the float state dict.
+        stopwatch: what was timed for ``never_slower``; None where nothing is to be.
+
+    Raises:
+        EvaluationError: the budget's metric cannot be measured, or ``never_slower`` has no loop to go by.
+        SpecError: the budget's metric is not logged, or nothing tells which way it is better.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, spec: QuantizationSpec, why_not: str | None) -> None:
+        self._trainer, self._module, self._spec = trainer, module, spec
+        self._began = time.monotonic()
+        refuse_without_validation(spec, why_not)
+        self.stopwatch = Stopwatch() if spec.never_slower else None
+        with self._watching_float():
+            before = None if why_not else run_validation(trainer, module)
+        self.why_not = why_not or (None if before and before.metrics else "validation_step logged no metric")
+        self.before = before if before and before.metrics else None
+        self.float_bytes = state_bytes(module.state_dict())
+        self._float_value = math.nan
+        if spec.budget and before:
+            budget = known_mode(spec.budget, before.metrics, before.higher_is_better)
+            self._spec = replace(spec, budget=budget)
+            self._float_value = before.metrics[budget.monitor]
+            if not math.isfinite(self._float_value):
+                raise EvaluationError(
+                    f"the float model's {budget.monitor} is {self._float_value}, so no loss can be measured from it"
+                )
+
+    @cached_property
+    def methods(self) -> list[Measured]:
+        """Each method, measured and within the budget; with ``keep: smallest`` that holds of the one kept only.
+
+        It is the smallest within the budget, of several as small the one that loses least. Only where
+        none is within it does a search begin, from the one that loses least.
+
+        Raises:
+            ModelError: a weight cannot be quantized.
+        """
+        measured = self._as_asked
+        budget = self._spec.budget
+        if budget is None:
+            return measured
+        if self._spec.keep == "smallest":
+            allowed = budget.allowed(self._float_value)
+
+            def cost(each: Measured) -> tuple[bool, int, float]:
+                lost = self._lost(budget, each)
+                within = lost <= allowed
+                return not within, each.bytes if within else 0, lost
+
+            best = min(measured, key=cost)
+            measured = [replace(each, kept=each is best) for each in measured]
+        return [self._within_budget(budget, each) if each.kept else each for each in measured]
+
+    @cached_property
+    def layers(self) -> dict[str, LayerError]:
+        """The output errors of all quantized layers by every method, from the first batches of the loop."""
+        swap = self._swaps[0]
+        with measured_layers(swap) as errors, swap.opened():
+            run_validation(self._trainer, self._module, batches=SIGNAL_BATCHES)
+        shared: dict[str, LayerError] = self._trainer.strategy.broadcast(errors)
+        return shared
+
+    @cached_property
+    def _swaps(self) -> list[Swap]:
+        return [Swap(self._module, spec).or_refuse() for spec in self._spec.each()]
+
+    @cached_property
+    def _as_asked(self) -> list[Measured]:
+        measured: dict[Swap, Measured] = {}
+        if self.stopwatch and not self._trainer.strategy.broadcast(self.stopwatch.saw_all):
+            self.stopwatch.calls.clear()
+            first = self._swaps[0]
+            with self.stopwatch.watching(first):
+                measured[first] = self._measure(first)
+        faster = [self._without_slower(swap) for swap in self._swaps]
+        return [measured.get(swap) or self._measure(swap) for swap in faster]
+
+    def _watching_float(self) -> AbstractContextManager[None]:
+        """Count calls while the float model runs, unless hooks would have it take another path than without."""
+        if self.stopwatch is None or self._swaps[0].fused:
+            return nullcontext()
+        return self.stopwatch.watching(self._swaps[0])
+
+    def _without_slower(self, swap: Swap) -> Swap:
+        changes = self._slower(swap)
+        return swap.switched(changes) if changes else swap
+
+    def _slower(self, swap: Swap) -> dict[str, tuple[str, str]]:
+        """What rank 0 finds slower than float, on every rank."""
+        if self.stopwatch is None:
+            return {}
+        found = self.stopwatch.slower(swap) if self._trainer.is_global_zero else {}
+        shared: dict[str, tuple[str, str]] = self._trainer.strategy.broadcast(found)
+        return shared
+
+    def _too_slow(self, swap: Swap) -> dict[str, frozenset[str]]:
+        """By layer, which of the methods above its own would be slower than float."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for level, method in enumerate(LADDER[:-1] if self.stopwatch else ()):
+            raised = {name: (method, "") for name, _, layer in swap.pairs() if layer.method in LADDER[:level]}
+            for name in self._slower(swap.switched(raised)) if raised else ():
+                found[name].add(method)
+        return {name: frozenset(methods) for name, methods in found.items()}
+
+    def _measure(self, swap: Swap) -> Measured:
+        with swap:
+            runs = self.before or self.stopwatch
+            after = run_validation(self._trainer, self._module) if runs else None
+            return Measured(swap.plan.spec.method, swap, after, state_bytes(self._module.state_dict()))
+
+    def _lost(self, budget: Budget, measured: Measured) -> float:
+        lost = budget.lost(self._float_value, _value(budget, measured))
+        return math.inf if math.isnan(lost) else lost
+
+    def _out_of_time(self, budget: Budget) -> bool:
+        late = budget.max_seconds is not None and time.monotonic() - self._began >= budget.max_seconds
+        return bool(self._trainer.strategy.broadcast(late))
+
+    def _within_budget(self, budget: Budget, asked: Measured) -> Measured:
+        exceeds = self._lost(budget, asked) > budget.allowed(self._float_value)
+        errors = self.layers if exceeds and not self._out_of_time(budget) else {}
+        layers = _layers(asked, errors, self._too_slow(asked.swap) if exceeds else {})
+        measured = [asked]
+
+        def measure(changes: Changes) -> float:
+            swap = asked.swap.switched({name: (method, "budget") for name, method in changes.items()})
+            measured.append(self._measure(swap))
+            bar.update()
+            return _value(budget, measured[-1])
+
+        shown = self._trainer.is_global_zero and self._trainer.progress_bar_callback is not None and exceeds
+        disable = None if shown else True  # None: unless it goes to a terminal
+        with tqdm(
+            total=evaluation_limit(len(layers)), initial=2, desc="TinyQ budget", disable=disable, leave=False
+        ) as bar:
+            found = search(
+                layers, budget, self._float_value, _value(budget, asked), measure, lambda: self._out_of_time(budget)
+            )
+        reasons = _reasons(budget, asked.plan, errors, found)
+        return replace(measured[found.chosen], swap=asked.swap.switched(reasons), search=found)
+
+
+def _layers(asked: Measured, errors: Mapping[str, LayerError], too_slow: Mapping[str, frozenset[str]]) -> list[Layer]:
+    """What the search decides on: each Linear, those that share a weight as one."""
+    decisions = {decision.name: decision for decision in asked.plan}
+    ties = asked.swap.ties()
+    layers: dict[str, Layer] = {}
+    for name, _, layer in asked.swap.pairs():
+        if not any(other in layers for other in ties[name]):
+            shared = [decisions[each] for each in (name, *ties[name])]
+            extra = sum(decision.float_bytes - decision.bytes for decision in shared)
+            sqnr = errors[name].output_sqnr_db if name in errors else {}
+            layers[name] = Layer(name, layer.method, extra, sqnr, too_slow.get(name, frozenset()))
+    return list(layers.values())
+
+
+def _value(budget: Budget, measured: Measured) -> float:
+    return math.nan if measured.after is None else measured.after.metrics.get(budget.monitor, math.nan)
+
+
+def _reasons(
+    budget: Budget, asked: Plan, errors: Mapping[str, LayerError], found: Search
+) -> dict[str, tuple[str, str]]:
+    """For each layer that was changed, its method and why, with the numbers."""
+    methods = {decision.name: decision.method for decision in asked}
+    effect = f"{budget.monitor} lost {found.trials[0].lost:.3g}, now {loses(found.best)}"
+    reasons = {}
+    for name, method in found.best.changes.items():
+        sqnr = errors[name].output_sqnr_db if name in errors else {}
+        shown = [f"{sqnr[each]:.1f} dB in {each}" for each in dict.fromkeys((methods[name], method)) if each in sqnr]
+        signal = f"output SQNR {', '.join(shown)}" if shown else "not called in the first batches"
+        reasons[name] = (method, f"budget: {signal}; {effect}")
+    return reasons
