@@ -1,18 +1,18 @@
 """Quantized forward pass functions: pure functions on tensors, and the choice among kernels."""
 
-from tinyq_lightning.kernels.base import CodeHolder, Implementation, Seen, WeightForm
-from tinyq_lightning.kernels.choice import FORMS, Choice, choose_kernel, weight_form
+from tinyq_lightning.kernels.base import Choice, CodeHolder, TensorSnapshot, WeightForm
+from tinyq_lightning.kernels.choice import FORMS, choose_kernel, weight_form
 from tinyq_lightning.kernels.float16 import has_float16_product
 from tinyq_lightning.kernels.float32 import Float32Weights
 from tinyq_lightning.kernels.formula import (
-    input_gradient,
+    FormulaName,
     quantized_linear,
     w8_a8_forward,
     w8_a16_forward,
     w8_a32_forward,
 )
 from tinyq_lightning.kernels.int8 import has_digit_product, has_int8_product
-from tinyq_lightning.kernels.operator import number_layer, packed_layer
+from tinyq_lightning.kernels.integer import takes_integers
 from tinyq_lightning.kernels.packed_linear import INPUT_DTYPES, packed_linear
 from tinyq_lightning.kernels.tracing import in_jit_trace, in_transform, is_exporting, outside_modes
 from tinyq_lightning.kernels.weights import count_non_finite, dequantize, quantize_per_row, quantize_per_row_with_sqnr
@@ -23,8 +23,8 @@ __all__ = [
     "Choice",
     "CodeHolder",
     "Float32Weights",
-    "Implementation",
-    "Seen",
+    "FormulaName",
+    "TensorSnapshot",
     "WeightForm",
     "choose_kernel",
     "count_non_finite",
@@ -34,15 +34,13 @@ __all__ = [
     "has_int8_product",
     "in_jit_trace",
     "in_transform",
-    "input_gradient",
     "is_exporting",
-    "number_layer",
     "outside_modes",
-    "packed_layer",
     "packed_linear",
     "quantize_per_row",
     "quantize_per_row_with_sqnr",
     "quantized_linear",
+    "takes_integers",
     "w8_a8_forward",
     "w8_a16_forward",
     "w8_a32_forward",

@@ -1,46 +1,96 @@
-"""What kernels have in common: the form of the weights that a kernel multiplies, and when it must be made again."""
+"""What kernels have in common: what a kernel says of itself, and the form of the weights that it multiplies."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, cast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 from typing_extensions import override
 
-from tinyq_lightning.kernels.formula import input_gradient
 from tinyq_lightning.methods import METHODS, Method
 
 __all__ = [
     "LONGEST_SUM",
     "STEPS",
     "SUM_MAX",
+    "Choice",
     "CodeHolder",
-    "Implementation",
-    "Seen",
+    "Kernel",
+    "LayerShape",
+    "TensorSnapshot",
     "WeightForm",
     "plus_bias",
 ]
 
-Implementation = Literal["int8", "int8x1", "float16", "float16x2", "float32", "float32x1", "exact", "reference"]
-
-
 LONGEST_SUM = (2**31 - 1) // (127 * 128)
-"""Features whose products of digit and code, 128·127 at most each, are sure to fit an int32 sum."""
+"""The most features whose sum of products of digit and code, 128·127 at most each, cannot overflow int32."""
 
 
 SUM_MAX = 2**24
-"""The whole numbers up to this are exact in float32."""
+"""Integers up to this are exact in float32."""
 
 
-# Numbers are in tensors: torch would make one of each on each call.
+# Constants are 0-d tensors, so that torch need not convert a Python number on every call.
 STEPS = {method.digits: torch.tensor(method.steps, dtype=torch.float32, device="cpu") for method in METHODS.values()}
-"""The largest whole number of the activations, by how many digits hold it."""
+"""The largest integer of the activations, by the number of digits that hold it."""
 
 
-class Seen:
+@dataclass(frozen=True)
+class LayerShape:
+    """What a kernel is asked about: the method and the size of a layer.
+
+    Attributes:
+        method: how the layer holds its activations.
+        out_features: rows of its weight.
+        in_features: columns of its weight.
+    """
+
+    method: Method
+    out_features: int
+    in_features: int
+
+    @property
+    def weights(self) -> int:
+        """How many weights the layer has."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that a layer takes.
+
+    Attributes:
+        kernel: ``int8``, integers summed exactly by the processor's int8 instructions, one byte a weight;
+            ``int8x1``, the same for activations that one digit holds, by fewer operators; ``float16``, codes of
+            two bytes each, multiplied in float32; ``float16x2``, the same beside the codes, with activations in
+            two parts, as exact as ``nn.Linear``; ``float32``, a float copy of the weights beside the codes;
+            ``float32x1``, the same for activations that are rounded to one digit; ``exact``, integers summed
+            exactly in float64; ``reference``, the formula.
+        reason: in words.
+        few_rows: inputs of fewer rows take the kernel ``few`` instead; 0 if none do.
+        few: that kernel.
+    """
+
+    kernel: str
+    reason: str
+    few_rows: int = 0
+    few: str = "float32"
+
+    @property
+    def label(self) -> str:
+        """The kernel, or the two of them: ``float32 to 18 rows, int8``."""
+        if not self.few_rows:
+            return self.kernel
+        most = self.few_rows - 1
+        return f"{self.few} to {most:,} row{'s' * (most > 1)}, {self.kernel}"
+
+
+class TensorSnapshot:
     """A tensor as it was at one moment. Does not keep it alive."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -48,26 +98,26 @@ class Seen:
         self._version = _version(tensor)
 
     def tensor(self) -> Tensor | None:
-        """The tensor, while anybody has it."""
+        """The tensor, or None if nothing refers to it any more."""
         return cast("Tensor | None", self._ref())
 
-    def is_still(self, tensor: Tensor) -> bool:
-        """Whether this is the tensor, and nothing has been written to it since."""
+    def matches(self, tensor: Tensor) -> bool:
+        """Return True if this is the tensor, and nothing has been written to it since."""
         return self._ref() is tensor and _version(tensor) == self._version
 
-    def was_written(self) -> bool:
-        """Whether something has been written to it since, as far as anybody can see."""
+    def was_written_to(self) -> bool:
+        """Return True if the tensor is alive and has been written to since."""
         tensor = self._ref()
         return tensor is not None and _version(tensor) != self._version
 
 
 def _version(tensor: Tensor) -> int:
-    """Grows with each write to the tensor; -1 where torch does not count them."""
+    """A number that grows with each write to the tensor; -1 if torch does not count them."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 class WeightForm(ABC):
-    """Weights ``q * s`` laid out for one kernel, on the CPU.
+    """Weights ``q * s`` laid out for one kernel.
 
     Args:
         codes: ``q``, ``[out, in]`` int8.
@@ -75,14 +125,21 @@ class WeightForm(ABC):
     """
 
     holds_codes: ClassVar[bool]
-    """Whether the codes can be had back, so that they need not be kept beside."""
+    """True if the codes can be unpacked from the form, so that the layer need not keep them beside it."""
 
     @abstractmethod
     def __init__(self, codes: Tensor, scales: Tensor) -> None: ...
 
     @abstractmethod
-    def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
-        """Whether it was made from these, as they are now. No codes stand for those that a form holds itself."""
+    def is_current(self, codes: Tensor | None, scales: Tensor) -> bool:
+        """Return True if codes and scales are unchanged since this form was made.
+
+        ``codes=None`` stands for the codes that the form itself holds.
+        """
+
+    @abstractmethod
+    def codes(self) -> Tensor:
+        """The codes ``[out, in]`` int8."""
 
     @abstractmethod
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -91,13 +148,9 @@ class WeightForm(ABC):
         The bias is ``[out]`` of any floating dtype.
         """
 
-    @abstractmethod
-    def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
-        """``grad @ (q * s)``, the gradient of ``x``: ``[..., out]`` float32 → ``[..., in]`` float32."""
-
 
 class BesideCodes(WeightForm):
-    """A form that is held beside the codes."""
+    """A form that a layer holds beside its codes."""
 
     holds_codes = False
 
@@ -106,8 +159,8 @@ class BesideCodes(WeightForm):
         self._scales, self._scales_version = scales, _version(scales)
 
     @override
-    def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
-        # Asked on each call of layers so small that a microsecond counts.
+    def is_current(self, codes: Tensor | None, scales: Tensor) -> bool:
+        # Written out instead of using TensorSnapshot: small layers ask this on each call, and a microsecond counts.
         return (
             (codes is None or codes is self._codes)
             and scales is self._scales
@@ -115,51 +168,90 @@ class BesideCodes(WeightForm):
             and (self._scales_version < 0 or scales._version == self._scales_version)
         )
 
+    @override
+    def codes(self) -> Tensor:
+        return self._codes
+
 
 class CodeHolder(WeightForm):
-    """A form that holds the codes and gives them back: the very tensor, while anybody still has it."""
+    """A form that the codes can be unpacked from; it returns the same tensor as before while that is alive."""
 
     holds_codes = True
 
     @abstractmethod
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
-        self._given: Seen | None = Seen(codes)
+        self._plain: TensorSnapshot | None = TensorSnapshot(codes)
 
     @override
-    def is_of(self, codes: Tensor | None, scales: Tensor) -> bool:
-        given = self._given  # another thread may forget it
-        if given is None:
+    def is_current(self, codes: Tensor | None, scales: Tensor) -> bool:
+        plain = self._plain  # read once: another thread may set it to None
+        if plain is None:
             return codes is None
         if codes is not None:
-            return given.is_still(codes)
-        if given.tensor() is None:
-            self._given = None  # nobody can write to them any more, and the next call need not ask
-        return not given.was_written()
+            return plain.matches(codes)
+        if plain.tensor() is None:
+            self._plain = None  # nobody can write to the plain codes any more, so the next call need not check
+        return not plain.was_written_to()
 
-    def gave(self, codes: Tensor) -> bool:
-        """Whether these are the codes that it was made from or has given back, whatever was written to them since."""
-        given = self._given
-        return given is not None and given.tensor() is codes
+    def handed_out(self, codes: Tensor) -> bool:
+        """Return True if the form was made from this tensor or unpacked it, whatever was written to it since."""
+        plain = self._plain
+        return plain is not None and plain.tensor() is codes
 
+    @override
     def codes(self) -> Tensor:
-        """The codes ``[out, in]`` int8."""
-        given = self._given
-        codes = None if given is None else given.tensor()
+        plain = self._plain
+        codes = None if plain is None else plain.tensor()
         if codes is None:
             with torch.inference_mode(False), torch.no_grad():
                 codes = self._unpacked()
-            self._given = Seen(codes)
+            self._plain = TensorSnapshot(codes)
         return codes
 
     @abstractmethod
     def _unpacked(self) -> Tensor: ...
 
-    @override
-    def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
-        return input_gradient(grad, self.codes(), scales)
+
+class Kernel(ABC):
+    """One way to multiply with int8 weights: where it runs, the forms of the weights it takes, and when it pays.
+
+    To add a kernel, write one file with a subclass, its probe and its forms, and add an instance to the list in
+    :mod:`~tinyq_lightning.kernels.choice`.
+    """
+
+    name: ClassVar[str]
+    """As users ask for it, by ``TINYQ_KERNEL`` or by the spec's ``kernel``."""
+
+    devices: ClassVar[frozenset[str] | None]
+    """The types of device that it runs on; None for all."""
+
+    forms: ClassVar[Mapping[str, type[WeightForm]]] = {}
+    """The form of the weights for each of its variants; a variant that is not listed takes the plain codes."""
+
+    instead: ClassVar[str] = "reference"
+    """The variant that a layer takes if it asks for this kernel and the kernel cannot run it."""
+
+    @abstractmethod
+    def lacks(self, layer: LayerShape) -> str:
+        """Why the kernel cannot run this layer on this machine; an empty string if it can."""
+
+    @abstractmethod
+    def variant(self, layer: LayerShape) -> str:
+        """The variant of the kernel that runs this layer."""
+
+    @abstractmethod
+    def fastest(self, layer: LayerShape, lacking: str) -> Choice | None:
+        """The choice for the layer if this kernel is the fastest for it, or for some of its inputs; else None.
+
+        Asked only if the kernel can run the layer, and kernels before it in the list are not the fastest.
+
+        Args:
+            layer: its method and size.
+            lacking: why the kernels before it in the list cannot run the layer.
+        """
 
 
 def plus_bias(out: Tensor, bias: Tensor | None) -> Tensor:
-    """``out + bias`` in place; ``out`` as it is where there is no bias."""
+    """Add ``bias`` to ``out`` in place; without a bias, return ``out`` as it is."""
     # Not fused with the multiplication before it: that may round once or twice, by a row's place in its batch.
     return out if bias is None else out.add_(bias)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tinyq_lightning.kernels.base import STEPS, BesideCodes, plus_bias
+from tinyq_lightning.kernels.base import STEPS, BesideCodes, Choice, Kernel, LayerShape, WeightForm, plus_bias
+from tinyq_lightning.kernels.float16 import COPY_PAYS_TO, has_float16_product
 from tinyq_lightning.kernels.weights import dequantize, quantize_rows_to_steps
 from tinyq_lightning.methods import Method
 
 __all__ = [
+    "FLOAT32",
     "Float32Weights",
+    "copy_variant",
 ]
 
 
@@ -29,26 +34,49 @@ class Float32Weights(BesideCodes):
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.linear(x, self.weight, None if bias is None else bias.float())
 
-    @override
-    def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
-        return grad @ self.weight
-
 
 class Float32Codes(BesideCodes):
     """A float copy of the codes, for rounded activations.
 
-    Sums of whole numbers below 2²⁴ are exact, so that w8a8 gives the same bits as by any other kernel.
+    Sums of integers below 2²⁴ are exact, so that w8a8 gives the same bits as by any other kernel.
     """
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)
-        self._whole = codes.float()
+        self._float_codes = codes.float()
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        whole, step = quantize_rows_to_steps(x, STEPS[method.digits])
-        return plus_bias(nn.functional.linear(whole, self._whole).mul_(scales).mul_(step), bias)
+        integers, step = quantize_rows_to_steps(x, STEPS[method.digits])
+        return plus_bias(nn.functional.linear(integers, self._float_codes).mul_(scales).mul_(step), bias)
+
+
+def copy_variant(method: Method) -> str:
+    """The variant of the float32 kernel for a method: a copy of the weights, or of the codes if it rounds."""
+    return "float32x1" if method.rounds else "float32"
+
+
+class _Float32(Kernel):
+    name = "float32"
+    devices = frozenset({"cpu"})
+    forms: ClassVar[dict[str, type[WeightForm]]] = {"float32": Float32Weights, "float32x1": Float32Codes}
 
     @override
-    def gradient(self, grad: Tensor, scales: Tensor) -> Tensor:
-        return grad.mul(scales) @ self._whole
+    def lacks(self, layer: LayerShape) -> str:
+        return ""
+
+    @override
+    def variant(self, layer: LayerShape) -> str:
+        return copy_variant(layer.method)
+
+    @override
+    def fastest(self, layer: LayerShape, lacking: str) -> Choice | None:
+        # Where there is a float16 product, the sizes at which a float copy beats it were measured.
+        if has_float16_product() and layer.weights <= COPY_PAYS_TO[layer.method.name]:
+            reason = "a float copy in memory, the fastest for layers this small; the file stays int8"
+            return Choice(self.variant(layer), reason)
+        return None
+
+
+FLOAT32 = _Float32()
+"""A float copy of the weights, multiplied as ``nn.Linear`` does."""

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
-from tinyq_lightning.kernels.tracing import in_transform
+from tinyq_lightning.kernels.base import Choice, Kernel, LayerShape
+from tinyq_lightning.kernels.gradient import StraightThrough, row_blocks
+from tinyq_lightning.kernels.integer import integer_product
+from tinyq_lightning.kernels.tracing import in_transform, is_exporting
 from tinyq_lightning.kernels.weights import quantize_rows_to_steps
 from tinyq_lightning.methods import METHODS, Method
 
 __all__ = [
-    "input_gradient",
+    "FORMULA",
+    "FormulaName",
     "quantized_linear",
     "w8_a8_forward",
     "w8_a16_forward",
     "w8_a32_forward",
 ]
 
-# The formula rebuilds float weights block by block, 2 MiB at a time, so that they stay in cache.
-_BLOCK_WEIGHTS = 524_288
+FormulaName = Literal["exact", "reference", "integer"]
 
 
 def w8_a32_forward(input: Tensor, int8_weights: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -73,27 +75,31 @@ def w8_a8_forward(input: Tensor, int8_weights: Tensor, scales: Tensor, bias: Ten
 
 def quantized_linear(
     method: Method,
-    kernel: Literal["exact", "reference"],
+    kernel: FormulaName,
     input: Tensor,
     int8_weights: Tensor,
     scales: Tensor,
     bias: Tensor | None,
+    differentiable: bool = False,
 ) -> Tensor:
     """The forward pass of a quantized linear layer, from its codes.
 
-    The result has the dtype ``nn.Linear`` would give: the input's, or autocast's inside autocast. What
-    is inside is computed in float32 or better either way. Gradients reach the input and the bias; the
+    The result has the dtype ``nn.Linear`` would give: the input's, or autocast's inside autocast. The
+    computation is in float32 or better either way. Gradients reach the input and the bias; the
     rounding of activations is passed straight through (Bengio et al., 2013).
 
     Args:
         method: how finely activations are held.
-        kernel: ``reference``, the formula; or ``exact``, with the activations as whole numbers (24 bits of them
-            for w8a32) in float64, which holds the sums of their products exactly: a row has the same bits in any
-            batch and for any number of threads.
+        kernel: ``reference``, the formula; ``exact``, with the activations as integers (of 24 bits for w8a32) in
+            float64, which holds the sums of their products exactly: a row has the same bits in any batch and for any
+            number of threads; ``integer``, the same by int8 products, where
+            :func:`~tinyq_lightning.kernels.integer.takes_integers` allows it and the input is not float64.
         input: ``[..., in]``, any floating dtype.
         int8_weights: ``[out, in]`` int8.
         scales: ``[out]`` float32.
         bias: ``[out]`` floating, or None.
+        differentiable: use only operators that torch can differentiate, instead of an autograd function. Transforms
+            such as ``vmap`` and ``jit.trace`` get these in any case.
 
     Returns:
         ``[..., out]``.
@@ -109,53 +115,48 @@ def quantized_linear(
     work = torch.float64 if input.dtype == torch.float64 else torch.float32
     with torch.autocast(device, enabled=False) if available else nullcontext():
         x = input.to(work)
-        if x.requires_grad and torch.is_grad_enabled():
-            out = cast(Tensor, _StraightThrough.apply(x, int8_weights, scales, method, kernel))  # type: ignore[no-untyped-call]
+        if differentiable or is_exporting() or (not torch.compiler.is_compiling() and in_transform()):
+            out = _product(x, int8_weights, scales, method, "reference" if kernel == "integer" else kernel, True)
+        elif x.requires_grad and torch.is_grad_enabled():
+            straight = StraightThrough.apply(x, int8_weights, scales, _product, method, kernel)  # type: ignore[no-untyped-call]
+            out = cast(Tensor, straight)
         else:
-            out = _product(kernel, method, x, int8_weights, scales)
+            out = _product(x, int8_weights, scales, method, kernel)
         if bias is not None:
             out = out + bias.to(work)
         return out.to(dtype)
 
 
-def input_gradient(grad: Tensor, int8_weights: Tensor, scales: Tensor) -> Tensor:
-    """The gradient of a layer's input: ``grad @ (q * s)``.
-
-    Args:
-        grad: ``[..., out]`` float32 or float64, the gradient of its output.
-        int8_weights: ``[out, in]`` int8.
-        scales: ``[out]`` float32.
-
-    Returns:
-        ``[..., in]`` like ``grad``.
-    """
-    grad = grad * scales.to(grad.dtype)
-    total = grad.new_zeros(*grad.shape[:-1], int8_weights.shape[1])
-    if int8_weights.shape[1]:
-        for rows in _blocks(int8_weights):
-            total += grad[..., rows] @ int8_weights[rows].to(grad.dtype)
-    return total
-
-
 def _product(
-    kernel: Literal["exact", "reference"], method: Method, x: Tensor, int8_weights: Tensor, scales: Tensor
+    x: Tensor, int8_weights: Tensor, scales: Tensor, method: Method, kernel: FormulaName, differentiable: bool = False
 ) -> Tensor:
+    """``x @ (q * s)ᵀ``: ``[..., in]`` float32 or float64 → ``[..., out]`` likewise."""
     if x.shape[-1] == 0:
         return x.new_zeros(*x.shape[:-1], int8_weights.shape[0])
+    if kernel == "integer":
+        return integer_product(x, int8_weights, scales, method)
     if not method.rounds and kernel == "reference":
         return _scaled_product(x, int8_weights, scales)
-    whole, step = quantize_rows_to_steps(x, method.steps)
-    if kernel == "exact":  # whole numbers below 2⁵³: the sums have no rounding, so no order either
+    integers, step = _rounded_straight(x, method.steps) if differentiable else quantize_rows_to_steps(x, method.steps)
+    if kernel == "exact":  # integers below 2⁵³: their sums are not rounded, so their order does not matter
         if method.digits == 1:  # to the bits that the other kernels have
-            sums = _scaled_product(whole.double(), int8_weights, scales.new_ones((), dtype=torch.float64))
+            sums = _scaled_product(integers.double(), int8_weights, scales.new_ones((), dtype=torch.float64))
             return sums.to(x.dtype) * scales * step
-        return (_scaled_product(whole.double(), int8_weights, scales.double()) * step).to(x.dtype)
-    return _scaled_product(whole, int8_weights, scales) * step
+        return (_scaled_product(integers.double(), int8_weights, scales.double()) * step).to(x.dtype)
+    return _scaled_product(integers, int8_weights, scales) * step
+
+
+def _rounded_straight(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """As ``quantize_rows_to_steps``, with the same bits, and a derivative as if nothing was rounded."""
+    integers, step = quantize_rows_to_steps(x.detach(), steps)
+    unrounded = x / step
+    # The difference and the sum are exact in floating point, because an integer is at most half from its quotient.
+    return unrounded + (integers - unrounded).detach(), step
 
 
 def _scaled_product(x: Tensor, int8_weights: Tensor, scales: Tensor) -> Tensor:
     """``(x @ qᵀ) * s``, with the float copy of the weights made a block of rows at a time."""
-    blocks = _blocks(int8_weights)
+    blocks = row_blocks(int8_weights)
     if type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
         parts = [nn.functional.linear(x, int8_weights[rows].to(x.dtype)) for rows in blocks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * scales
@@ -169,28 +170,22 @@ def _scaled_product(x: Tensor, int8_weights: Tensor, scales: Tensor) -> Tensor:
     return out.mul_(scales).view(*x.shape[:-1], outputs)
 
 
-def _blocks(int8_weights: Tensor) -> Iterator[slice]:
-    rows, columns = int8_weights.shape
-    step = max(1, _BLOCK_WEIGHTS // columns)
-    for start in range(0, max(1, rows), step):
-        yield slice(start, min(start + step, rows))
+class _Formula(Kernel):
+    name = "reference"
+    devices = None
+
+    @override
+    def lacks(self, layer: LayerShape) -> str:
+        return ""
+
+    @override
+    def variant(self, layer: LayerShape) -> str:
+        return "reference"
+
+    @override
+    def fastest(self, layer: LayerShape, lacking: str) -> Choice | None:
+        return Choice("reference", lacking or "no other kernel for this device")
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The product with a gradient to the activations; keeps int8 weights for backward, not float ones."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, int8_weights: Tensor, scales: Tensor, method: Method, kernel: Literal["exact", "reference"]
-    ) -> Tensor:
-        return _product(kernel, method, x, int8_weights, scales)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1], inputs[2])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        int8_weights, scales = ctx.saved_tensors
-        return input_gradient(grad, int8_weights, scales), None, None, None, None
+FORMULA = _Formula()
+"""The formula on plain codes, which runs everywhere."""

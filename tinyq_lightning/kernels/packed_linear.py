@@ -1,14 +1,14 @@
-"""The forward pass over packed weights, on the CPU, outside of graphs that are being traced."""
+"""The forward pass over the form of the weights that a kernel takes, outside of graphs that are being traced."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tinyq_lightning.kernels.base import WeightForm
+from tinyq_lightning.kernels.gradient import StraightThrough
 from tinyq_lightning.methods import Method
 
 __all__ = [
@@ -17,38 +17,39 @@ __all__ = [
 ]
 
 INPUT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-"""What packed weights multiply; float64 is left to the formula."""
+"""Inputs that kernels with a form of their own multiply; float64 takes the formula."""
 
 
 def packed_linear(method: Method, form: WeightForm, input: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """As :func:`~tinyq_lightning.kernels.formula.quantized_linear`, by the kernel that the weights are packed for.
+    """As :func:`~tinyq_lightning.kernels.formula.quantized_linear`, by the kernel that the form is made for.
 
     Args:
         method: how finely activations are held.
         form: the weights ``[out, in]``.
-        input: ``[..., in]`` of one of ``INPUT_DTYPES``, on the CPU.
+        input: ``[..., in]`` of one of ``INPUT_DTYPES``, on the form's device.
         scales: ``[out]`` float32.
         bias: ``[out]`` floating, or None.
 
     Returns:
         ``[..., out]`` of the input's dtype, or autocast's; computed in float32.
     """
-    if torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
             out = packed_linear(method, form, input.float(), scales, bias)
-        return out.to(torch.get_autocast_dtype("cpu"))
+        return out.to(torch.get_autocast_dtype(device))
     dtype = input.dtype
     x = input if dtype is torch.float32 else input.float()
     if torch.is_grad_enabled():
         out = _with_gradients(x, method, form, scales, bias)
     else:
-        out = _product(x, method, form, scales, bias)
+        out = _product(x, form, scales, method, bias)
     if dtype is torch.float32:
         return out
     return out.bfloat16() if dtype is torch.bfloat16 else out.half()
 
 
-def _product(x: Tensor, method: Method, form: WeightForm, scales: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, form: WeightForm, scales: Tensor, method: Method, bias: Tensor | None) -> Tensor:
     """``[..., in]`` float32 → ``[..., out]`` float32."""
     if x.dim() == 2 and x.shape[0] and x.is_contiguous():
         return form.product(method, x, scales, bias)
@@ -61,21 +62,7 @@ def _product(x: Tensor, method: Method, form: WeightForm, scales: Tensor, bias: 
 def _with_gradients(x: Tensor, method: Method, form: WeightForm, scales: Tensor, bias: Tensor | None) -> Tensor:
     inside = None if bias is None or bias.requires_grad else bias
     if x.requires_grad:
-        out = cast(Tensor, _StraightThrough.apply(x, method, form, scales, inside))  # type: ignore[no-untyped-call]
+        out = cast(Tensor, StraightThrough.apply(x, form, scales, _product, method, inside))  # type: ignore[no-untyped-call]
     else:
-        out = _product(x, method, form, scales, inside)
+        out = _product(x, form, scales, method, inside)
     return out if bias is inside else out + bias.float()  # type: ignore[union-attr]
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The product with a gradient to the activations, whose rounding is passed straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, method: Method, form: WeightForm, scales: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.form, ctx.scales = form, scales
-        return _product(x, method, form, scales, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.form.gradient(grad, ctx.scales), None, None, None, None

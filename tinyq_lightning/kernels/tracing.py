@@ -15,7 +15,7 @@ __all__ = [
     "outside_modes",
 ]
 
-# Torch has no public word for being inside of vmap and its kin, and a slow one for jit.trace.
+# torch has no public function for being inside of vmap and its like, and only a slow one for jit.trace.
 _in_functorch = torch._C._are_functorch_transforms_active
 
 
@@ -23,16 +23,16 @@ in_jit_trace = torch._C._is_tracing
 
 
 def in_transform() -> bool:
-    """Inside ``torch.jit.trace``, ``torch.vmap`` and the other transforms of ``torch.func``, or forward-mode AD."""
+    """Return True inside ``torch.jit.trace``, ``torch.vmap`` and other transforms of ``torch.func``, and forward AD."""
     return bool(in_jit_trace() or _in_functorch() or forward_ad._current_level >= 0)
 
 
 def is_exporting() -> bool:
-    """Inside ``torch.export``."""
+    """Return True inside ``torch.export``."""
     probe = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
     return probe is not None and probe()
 
 
 def outside_modes() -> AbstractContextManager[object]:
-    """Real tensors inside the block, also where a tracer works with fake ones."""
+    """Return a context manager in which tensors are real, also if a tracer works with fake ones."""
     return _disable_current_modes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, MutableMapping
 from typing import Any, cast
@@ -15,9 +16,9 @@ from typing_extensions import Self
 from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.kernels import (
     CodeHolder,
-    Implementation,
     WeightForm,
     dequantize,
+    outside_modes,
     quantize_per_row,
     weight_form,
 )
@@ -28,8 +29,30 @@ __all__ = [
     "float_weight",
 ]
 
-# Where codes that several layers share were moved to by the first of them, so that the others follow it.
+# The tensor that a buffer was moved to, by the buffer: layers that share it and are moved later take the same one.
 _moved: MutableMapping[Tensor, weakref.ref[Tensor]] = WeakTensorKeyDictionary()
+
+
+class Forms(dict[str, WeightForm]):
+    """The forms that kernels have made of one layer's weights, by kernel.
+
+    Attributes:
+        keeps_codes: True once the layer was in a graph, which reads the plain codes: they stay beside the forms then.
+    """
+
+    keeps_codes = False
+
+    def holder(self) -> CodeHolder | None:
+        """The form that may be the only place of the codes."""
+        return next((cast(CodeHolder, form) for form in self.values() if form.holds_codes), None)
+
+
+# Held while forms are made or codes change their place, so that threads may make the first call at the same time.
+_lock = threading.RLock()
+
+
+# The layers whose codes are held by a form alone.
+_packed: weakref.WeakSet[Int8Weight] = weakref.WeakSet()
 
 
 class Int8Weight(nn.Module):
@@ -41,57 +64,88 @@ class Int8Weight(nn.Module):
     ``deepcopy`` and pickling.
 
     Once a kernel has packed the weights they may be held in that form alone; ``int8_weights`` is then
-    made anew when it is read, by ``state_dict`` among others, and missing from ``buffers()`` meanwhile.
+    unpacked when it is read, by ``state_dict`` among others, and missing from ``buffers()`` meanwhile. A graph
+    holds the plain codes, so tracing one unpacks all layers, which keep their plain codes from then on.
     """
 
     scales: Tensor
     dtype: torch.dtype
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): the next class may be nn.Linear, which would make a float weight
         self.dtype = dtype
-        self._forms: dict[Implementation, WeightForm] = {}
+        self._forms = Forms()
         self._buffers["int8_weights"] = torch.zeros(rows, columns, dtype=torch.int8, device=device)
         self.register_buffer("scales", torch.ones(rows, dtype=torch.float32, device=device))
 
     @property
     def int8_weights(self) -> Tensor:
         """The codes ``[rows, columns]`` int8."""
+        if torch.compiler.is_compiling():
+            self._unpack_for_graph()
         codes = self._buffers["int8_weights"]
         if codes is None:
-            codes = self._buffers["int8_weights"] = cast(CodeHolder, self._holder()).codes()
+            with _lock:
+                codes = self._buffers["int8_weights"]  # another thread may have unpacked them
+                if codes is None:
+                    codes = self._buffers["int8_weights"] = cast(CodeHolder, self._forms.holder()).codes()
         return codes
 
     @int8_weights.setter
     def int8_weights(self, codes: Tensor) -> None:
-        self._buffers["int8_weights"] = codes
-        self._forms.clear()
+        with _lock:
+            self._buffers["int8_weights"] = codes
+            self._forms.clear()
 
-    def form(self, kernel: Implementation) -> WeightForm | None:
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _unpack_for_graph(self) -> bool:
+        """Unpack every packed layer, while a graph is traced and before the tracer looks at the buffers.
+
+        All at once, because a graph is guarded by whether a buffer is there: were equal blocks of a model unpacked one
+        by one, each would need a graph of its own.
+        """
+        with outside_modes(), _lock:
+            for layer in (self, *_packed):
+                layer._forms.keeps_codes = True
+                if layer._buffers["int8_weights"] is None:
+                    layer.unpack()
+            _packed.clear()
+        return True
+
+    def form(self, kernel: str) -> WeightForm | None:
         """The weights in the form that ``kernel`` takes: made on the first call, and again when they have changed.
 
-        A form that holds the codes is their only place from then on. None where codes that are not the layer's own
-        stand in for them for a while, as in :func:`torch.func.functional_call`.
+        Returns:
+            The form. If it holds the codes, they are not held anywhere else from then on, unless a graph reads them.
+            None if ``int8_weights`` is temporarily replaced, as by :func:`torch.func.functional_call`.
         """
         codes, form = self._buffers["int8_weights"], self._forms.get(kernel)
-        if form is None or not form.is_of(codes, self._buffers["scales"]):  # type: ignore[arg-type]
-            holder = self._holder()
-            if holder is not None and codes is not None and not holder.gave(codes):
-                return None
-            form = weight_form(kernel, self.int8_weights, self.scales)
-            if form.holds_codes or (holder is not None and not holder.is_of(self.int8_weights, self.scales)):
-                self._forms.clear()
-                holder = None
-            self._forms[kernel] = form
-            if holder is not None:
-                self._buffers["int8_weights"] = None
-        if form.holds_codes:
-            self._buffers["int8_weights"] = None
+        if form is None or not form.is_current(codes, self._buffers["scales"]):  # type: ignore[arg-type]
+            with _lock:
+                return self._make_form(kernel)
+        if codes is not None and form.holds_codes and not self._forms.keeps_codes:
+            with _lock:
+                self._drop_codes()
         return form
 
-    def _holder(self) -> CodeHolder | None:
-        """The form that may be the only place of the codes."""
-        return next((cast(CodeHolder, form) for form in self._forms.values() if form.holds_codes), None)
+    def _make_form(self, kernel: str) -> WeightForm | None:
+        codes, form = self._buffers["int8_weights"], self._forms.get(kernel)
+        if form is None or not form.is_current(codes, self.scales):
+            holder = self._forms.holder()
+            if holder is not None and codes is not None and not holder.handed_out(codes):
+                return None
+            form = weight_form(kernel, self.int8_weights, self.scales)
+            if form.holds_codes or (holder is not None and not holder.is_current(self.int8_weights, self.scales)):
+                self._forms.clear()
+            self._forms[kernel] = form
+        self._drop_codes()
+        return form
+
+    def _drop_codes(self) -> None:
+        """Let go of the plain codes if a form holds them."""
+        if self._forms.holder() is not None and not self._forms.keeps_codes:
+            self._buffers["int8_weights"] = None
+            _packed.add(self)
 
     def quantize(self, weight: Tensor) -> Self:
         """Take ``weight`` ``[rows, columns]``, any floating dtype, as this layer's weight, quantized to int8.
@@ -124,23 +178,30 @@ class Int8Weight(nn.Module):
         return read_only(dequantize(self.int8_weights, self.scales, self.dtype))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles have the plain codes, and pack them for themselves.
-        return {**vars(self), "_buffers": {**self._buffers, "int8_weights": self.int8_weights}, "_forms": {}}
+        # Copies and pickles hold the plain codes, and are packed when they are called.
+        return {**vars(self), "_buffers": {**self._buffers, "int8_weights": self.int8_weights}, "_forms": Forms()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_forms": Forms()})  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        held, codes = self._buffers["int8_weights"], self.int8_weights
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}int8_weights"] = codes  # not an alias: layers that share them give the same tensor
-        self._buffers["int8_weights"] = held
+        with _lock:
+            held, codes = self._buffers["int8_weights"], self.int8_weights
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination[f"{prefix}int8_weights"] = codes  # not an alias: layers that share them give the same tensor
+            self._buffers["int8_weights"] = held
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
         super()._load_from_state_dict(*args, **kwargs)
 
     def unpack(self) -> None:
-        """Back to plain codes, and nothing made of them."""
-        self._buffers["int8_weights"] = self.int8_weights
-        self._forms.clear()
+        """Hold plain codes, and no form made from them."""
+        with _lock:
+            holder = self._forms.holder()
+            if self._buffers["int8_weights"] is None and holder is not None:
+                self._buffers["int8_weights"] = holder.codes()
+            self._forms.clear()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -149,12 +210,12 @@ class Int8Weight(nn.Module):
                 "replace it, or assign before quantizing"
             )
         if name == "int8_weights":
-            object.__setattr__(self, name, value)  # past nn.Module, which would set the buffer alone
+            object.__setattr__(self, name, value)  # by the property: nn.Module would set the buffer and keep the forms
         else:
             super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Casts are for the bias and the dequantized view. Codes and scales move, but keep dtype and bits:
+        # Casts change the bias and the dequantized view. Codes and scales move, but keep dtype and bits:
         # a bfloat16 scale alone costs 0.2 % of accuracy, and lets 128 wrap round to -128.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device)).dtype
         if fn(torch.empty(0, dtype=torch.int8, device=self.scales.device)).device != self.scales.device:
@@ -169,7 +230,7 @@ class Int8Weight(nn.Module):
 
 
 def _follow(before: Tensor, after: Tensor) -> Tensor:
-    """``after``, of the dtype that ``before`` had; or what another layer has made of ``before`` there."""
+    """Return ``after`` in the dtype of ``before``, or the tensor that another layer's ``before`` was moved to."""
     if after.dtype != before.dtype:
         after = before.to(after.device)
     if after is before:
@@ -182,14 +243,14 @@ def _follow(before: Tensor, after: Tensor) -> Tensor:
 
 
 def float_weight(module: nn.Module) -> Tensor:
-    """The weight that a float layer works with; a parametrized one as it is in eval mode, which leaves no trace."""
+    """The weight that a float layer uses. A parametrized weight is computed in eval mode, which changes no state."""
     if not parametrize.is_parametrized(module, "weight"):
         return module.weight  # type: ignore[return-value]
     below = list(module.parametrizations.modules())  # type: ignore[union-attr]
     modes = [each.training for each in below]
     try:
         for each in below:
-            each.training = False  # spectral_norm goes on with its power iteration in training mode
+            each.training = False  # in training mode, spectral_norm would make a step of its power iteration
         with torch.no_grad():
             return module.weight  # type: ignore[return-value]
     finally:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.fx import Proxy
 from typing_extensions import Self
 
 from tinyq_lightning.errors import ModelError
@@ -15,20 +16,17 @@ from tinyq_lightning.kernels import (
     INPUT_DTYPES,
     Choice,
     Float32Weights,
-    Implementation,
-    Seen,
+    FormulaName,
+    TensorSnapshot,
     choose_kernel,
     in_jit_trace,
     in_transform,
-    input_gradient,
-    is_exporting,
-    number_layer,
-    outside_modes,
-    packed_layer,
     packed_linear,
     quantized_linear,
+    takes_integers,
 )
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.leaf import leaf_call
 from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
@@ -40,12 +38,19 @@ __all__ = [
 ]
 
 
-class QuantizedLinear(Int8Weight):
+class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
     """A linear layer that holds its weight as int8 codes with one float32 scale per output row.
 
     The base of the layers below, which differ in their activations only. It holds
     ``int8_weights`` ``[out, in]`` int8 and ``scales`` ``[out]`` float32 as buffers, and ``bias``
-    ``[out]`` as a parameter where there is one.
+    ``[out]`` as a parameter if there is one.
+
+    It is a subclass of ``nn.Linear``, because other people's code asks ``isinstance(layer, nn.Linear)`` to decide what
+    to do with a layer (scvi-tools concatenates covariates before each of them, PEFT puts adapters on them), and a
+    layer that is not one takes another path without an error. An honest subclass, as bitsandbytes and quanto have it,
+    also holds for ``issubclass``, ``singledispatch`` and type checkers, where a forged ``__class__`` would not.
+    ``weight`` is a read-only property, not a parameter: code that initializes or trains it fails with an error that
+    says so. Code that tells quantized layers from float ones must ask for this class before it asks for ``nn.Linear``.
 
     Args:
         in_features: size of each input sample.
@@ -56,7 +61,7 @@ class QuantizedLinear(Int8Weight):
     """
 
     method: ClassVar[str]
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -70,9 +75,8 @@ class QuantizedLinear(Int8Weight):
         self.in_features = in_features
         self.out_features = out_features
         self.kernel: KernelName = "auto"
-        self._choice: Choice | None = None
-        self._number = number_layer(self)
-        self._parts: dict[tuple[int | None, int | None], tuple[Seen, QuantizedLinear]] = {}
+        self._choices: dict[str, Choice] = {}
+        self._parts: dict[tuple[int | None, int | None], tuple[TensorSnapshot, QuantizedLinear]] = {}
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros, requires_grad=False))
 
@@ -97,18 +101,24 @@ class QuantizedLinear(Int8Weight):
         return layer.train(linear.training)
 
     def with_method(self, method: str) -> QuantizedLinear:
-        """This layer with its activations held by another method: the same tensors and hooks, not copies."""
+        """A layer that holds its activations by another method and shares this layer's tensors and hooks."""
         layer = object.__new__(LAYERS[method])
         vars(layer).update(vars(self))
-        layer._choice, layer._number, layer._parts = None, number_layer(layer), {}
+        layer._choices, layer._parts = {}, {}
         return layer
 
     @property
     def choice(self) -> Choice:
         """The kernel that the layer takes for inputs on the CPU, and why."""
-        if self._choice is None:
-            self._choice = choose_kernel(self.kernel, METHODS[self.method], self.out_features, self.in_features)
-        return self._choice
+        return self._choice_on("cpu")
+
+    def _choice_on(self, device: str) -> Choice:
+        choice = self._choices.get(device)
+        if choice is None:
+            method = METHODS[self.method]
+            choice = choose_kernel(self.kernel, method, self.out_features, self.in_features, device)
+            self._choices[device] = choice
+        return choice
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[..., in]`` → ``[..., out]``, of the dtype that ``nn.Linear`` would give."""
@@ -116,26 +126,24 @@ class QuantizedLinear(Int8Weight):
             try:
                 return nn.functional.linear(input, weight, self._parameters["bias"])
             except RuntimeError:
-                pass  # an input of another shape, or a bias of another dtype: what comes below sees to that
+                pass  # an input of another shape, or a bias of another dtype: handled below
+        if isinstance(input, Proxy):
+            return leaf_call(self, input)
         if input.is_nested:
             return self._forward_nested(input)
         if torch.compiler.is_compiling():
-            return self._forward_traced(input)
+            return self._in_graph(input, self.int8_weights, self.scales, self.bias)
         return self._linear(input, self._parameters["bias"])
 
     def forward_rows(self, input: Tensor, rows: slice) -> Tensor:
         """The part of the output that a slice of the weight's rows gives: ``[..., in]`` → ``[..., rows]``."""
         bias = None if self.bias is None else self.bias[rows]
         if torch.compiler.is_compiling():
-            return self._formula(input, self._codes_in_graph()[rows], self.scales[rows], bias)
+            return self._in_graph(input, self.int8_weights[rows], self.scales[rows], bias)
         return self._part(rows)._linear(input, bias)
 
-    def input_gradient(self, grad: Tensor) -> Tensor:
-        """The gradient of the input ``[..., in]`` from that of the output ``[..., out]``, both float32."""
-        return input_gradient(grad, self.int8_weights, self.scales)
-
     def _float_copy(self, input: Tensor) -> Tensor | None:
-        """The float weight to multiply ``input`` with just as ``nn.Linear`` does; None where more is to be seen to."""
+        """The float weight, if the layer is to multiply ``input`` by it just as ``nn.Linear`` does; else None."""
         if (
             (type(input) is Tensor and input.dtype is torch.float32 and input.is_cpu)
             and self._kernel_for(input) == "float32"
@@ -146,64 +154,58 @@ class QuantizedLinear(Int8Weight):
         return None
 
     def _linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        if type(input) is Tensor and input.is_cpu and input.dtype in INPUT_DTYPES and not in_transform():
+        if type(input) is Tensor and input.dtype in INPUT_DTYPES and not in_transform():
             kernel = self._kernel_for(input)
             if kernel in FORMS and input.dim() and input.shape[-1] == self.in_features:
                 form = self.form(kernel)
                 if form is not None:
                     scales: Tensor = self._buffers["scales"]  # type: ignore[assignment]
                     return packed_linear(METHODS[self.method], form, input, scales, bias)
-        return self._formula(input, self.int8_weights, self.scales, bias)
+        return quantized_linear(METHODS[self.method], self._formula_name(), input, self.int8_weights, self.scales, bias)
 
-    def _kernel_for(self, input: Tensor) -> Implementation:
-        choice = self._choice or self.choice
+    def _kernel_for(self, input: Tensor) -> str:
+        choice = self._choice_on(input.device.type)
         return choice.few if input.numel() < choice.few_rows * self.in_features else choice.kernel
 
-    def _formula(self, input: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        kernel: Literal["exact", "reference"] = "exact" if self.kernel == "int8" else "reference"
-        return quantized_linear(METHODS[self.method], kernel, input, codes, scales, bias)
+    def _formula_name(self) -> FormulaName:
+        return "exact" if self.kernel == "int8" else "reference"
 
-    def _forward_traced(self, input: Tensor) -> Tensor:
-        """One operator in a compiled graph; the formula in an exported one, which runs without this package."""
-        wants_bias = self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled()
-        on_cpu = input.device.type == "cpu" and input.dtype in INPUT_DTYPES
-        if is_exporting() or not on_cpu or wants_bias or not self._packs():
-            return self._formula(input, self._codes_in_graph(), self.scales, self.bias)
-        autocast = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if autocast else input.dtype
-        return packed_layer(input, self._number, self.out_features, dtype)
+    def _in_graph(self, input: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        """A formula of torch's operators on plain codes, which compilers can fuse and exported programs can hold."""
+        method = METHODS[self.method]
+        if self._is_transformed():
+            return quantized_linear(method, self._formula_name(), input, codes, scales, bias, differentiable=True)
+        integers = input.dtype in INPUT_DTYPES and self._takes_integers(input.device.type)
+        kernel: FormulaName = "integer" if integers else self._formula_name()
+        return quantized_linear(method, kernel, input, codes, scales, bias)
+
+    # The two below run once, while a graph is traced.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _is_transformed(self) -> bool:
+        return in_transform()
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _packs(self) -> bool:
-        return self.choice.kernel in FORMS or self.choice.few_rows > 0
-
-    def _codes_in_graph(self) -> Tensor:
-        codes = self._buffers["int8_weights"]
-        return self._constant_codes() if codes is None else codes
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _constant_codes(self) -> Tensor:
-        with outside_modes():
-            codes = self.int8_weights
-        self._buffers["int8_weights"] = None  # as it was: graphs are guarded by it
-        return codes
+    def _takes_integers(self, device: str) -> bool:
+        chosen = self._choice_on(device).kernel
+        return device == "cpu" and chosen in ("int8", "int8x1") and takes_integers(self.in_features)
 
     def _part(self, rows: slice) -> QuantizedLinear:
         """A layer of some of the rows."""
         codes, found = self.int8_weights, self._parts.get((rows.start, rows.stop))
-        if found is None or not found[0].is_still(codes):
+        if found is None or not found[0].matches(codes):
             layer = type(self)(self.in_features, len(codes[rows]), bias=False, dtype=self.dtype, device="meta")
             layer.kernel = self.kernel
             layer.int8_weights, layer.scales = codes[rows], self.scales[rows]
-            found = self._parts[rows.start, rows.stop] = Seen(codes), layer
+            found = self._parts[rows.start, rows.stop] = TensorSnapshot(codes), layer
         return found[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_choice": None, "_parts": {}}
+        return {**super().__getstate__(), "_choices": {}, "_parts": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._number = number_layer(self)
+        former = ("_choice", "_number")  # of pickles that earlier versions wrote
+        kept = {name: value for name, value in state.items() if name not in former}
+        super().__setstate__({**kept, "_choices": {}, "_parts": {}})
 
     def _forward_nested(self, input: Tensor) -> Tensor:
         """One product over the tokens of all sequences."""
@@ -233,7 +235,7 @@ class QuantizedLinear(Int8Weight):
                 value = nn.Parameter(value.detach(), requires_grad=False)
         super().__setattr__(name, value)
         if name == "kernel":
-            self._choice = None
+            self._choices = {}
             self._parts = {}
 
 

@@ -1,0 +1,76 @@
+"""The gradient of a quantized linear layer, the same for every kernel: ``grad @ (q * s)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyq_lightning.kernels.base import WeightForm
+
+__all__ = [
+    "StraightThrough",
+    "input_gradient",
+    "row_blocks",
+]
+
+# Float weights are rebuilt block by block, 2 MiB at a time, so that they stay in the cache.
+_BLOCK_WEIGHTS = 524_288
+
+
+def row_blocks(codes: Tensor) -> Iterator[slice]:
+    """Slices of rows of ``codes`` ``[out, in]``, each of about 2 MiB as float32; at least one."""
+    rows, columns = codes.shape
+    step = max(1, _BLOCK_WEIGHTS // columns)
+    for start in range(0, max(1, rows), step):
+        yield slice(start, min(start + step, rows))
+
+
+def input_gradient(grad: Tensor, int8_weights: Tensor, scales: Tensor) -> Tensor:
+    """The gradient of a layer's input: ``grad @ (q * s)``.
+
+    Args:
+        grad: ``[..., out]`` float32 or float64, the gradient of its output.
+        int8_weights: ``[out, in]`` int8.
+        scales: ``[out]`` float32.
+
+    Returns:
+        ``[..., in]`` like ``grad``.
+    """
+    grad = grad * scales.to(grad.dtype)
+    if not int8_weights.shape[1]:
+        return grad.new_zeros(*grad.shape[:-1], 0)
+    total: Tensor | None = None
+    for rows in row_blocks(int8_weights):
+        part = grad[..., rows] @ int8_weights[rows].to(grad.dtype)
+        total = part if total is None else total + part  # not in place: vmap refuses that
+    assert total is not None
+    return total
+
+
+class StraightThrough(torch.autograd.Function):
+    """A product with :func:`input_gradient` as its gradient, so that rounding is passed straight through.
+
+    Keeps the int8 weights for backward, not float ones. Backward is made of torch's operators, so it can be
+    differentiated again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor | WeightForm, scales: Tensor, product: Callable[..., Tensor], *more: Any
+    ) -> Tensor:
+        """``product(x, weights, scales, *more)``: ``[..., in]`` → ``[..., out]``; ``more`` gets no gradient."""
+        ctx.form = weights if isinstance(weights, WeightForm) else None
+        ctx.count = len(more)
+        ctx.save_for_backward(weights if ctx.form is None else None, scales)
+        return product(x, weights, scales, *more)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of ``x``; None for the rest."""
+        codes, scales = ctx.saved_tensors
+        if codes is None:
+            codes = ctx.form.codes()
+        return input_gradient(grad, codes, scales), None, None, *([None] * ctx.count)

@@ -1,0 +1,79 @@
+"""The integer formula on plain codes: for graphs, where compilers fuse what is around its one product.
+
+The activations are split into int8 digits as in :mod:`~tinyq_lightning.kernels.int8`, by functional operators, and
+multiplied by ``torch._int_mm``. Nothing is packed, so a graph holds the codes as they are in the layer's buffer.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from tinyq_lightning.kernels.base import LONGEST_SUM
+from tinyq_lightning.kernels.probe import has_vnni, holds, is_hidden
+from tinyq_lightning.kernels.weights import quantize_rows_to_steps
+from tinyq_lightning.methods import Method
+
+__all__ = [
+    "has_plain_int8_product",
+    "integer_product",
+    "takes_integers",
+]
+
+
+@functools.cache
+def has_plain_int8_product() -> bool:
+    """Return True if ``torch._int_mm`` is fast and exact on this processor."""
+    return not is_hidden("int8") and has_vnni() and hasattr(torch, "_int_mm") and holds(_is_exact)
+
+
+def takes_integers(in_features: int) -> bool:
+    """Return True if :func:`integer_product` is exact here for so many features."""
+    # With one feature torch._int_mm returns wrong numbers (torch 2.13).
+    return 2 <= in_features <= LONGEST_SUM and has_plain_int8_product()
+
+
+def integer_product(x: Tensor, int8_weights: Tensor, scales: Tensor, method: Method) -> Tensor:
+    """``x @ (q * s)ᵀ`` with the activations held in ``method.digits`` int8 digits, on the CPU.
+
+    Args:
+        x: ``[..., in]`` float32.
+        int8_weights: ``[out, in]`` int8.
+        scales: ``[out]`` float32.
+        method: how finely activations are held.
+
+    Returns:
+        ``[..., out]`` float32. A row with NaN or infinity gives no finite value.
+    """
+    integers, step = quantize_rows_to_steps(x.reshape(-1, x.shape[-1]), method.steps)
+    sums = torch._int_mm(_digits(integers, method.digits), int8_weights.t()).to(x.dtype)
+    low, *higher = sums.chunk(method.digits)
+    for place, part in enumerate(higher, 1):
+        low = low + part * 256.0**place
+    return (low * scales * step).view(*x.shape[:-1], int8_weights.shape[0])
+
+
+def _digits(integers: Tensor, count: int) -> Tensor:
+    """The digits, lowest first: ``[rows, in]`` integers as floats → ``[count * rows, in]`` int8."""
+    if count == 1:
+        return integers.to(torch.int8)
+    rest, digits = integers.to(torch.int32), []
+    for _ in range(count - 1):
+        low = (rest << 24) >> 24
+        digits.append(low.to(torch.int8))
+        rest = (rest - low) >> 8
+    return torch.cat([*digits, rest.to(torch.int8)])
+
+
+def _is_exact() -> bool:
+    """Whether the largest digits do not saturate, and random ones of several sizes give exact sums."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    for rows, columns, outputs in ((1, 256, 32), (3, 256, 32), (5, 2, 3), (17, 33, 50)):
+        codes = torch.randint(-127, 128, (outputs, columns), generator=generator, dtype=torch.int8, device="cpu")
+        digits = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8, device="cpu")
+        for a, b in ((digits, codes), (torch.full_like(digits, -128), torch.full_like(codes, 127))):
+            if not torch.equal(torch._int_mm(a, b.t()).double(), a.double() @ b.double().t()):
+                return False
+    return True
