@@ -22,7 +22,7 @@ from tinyq_lightning.file import (
     read_checkpoint,
 )
 from tinyq_lightning.plan import state_bytes
-from tinyq_lightning.table import format_bytes, format_table
+from tinyq_lightning.table import Table, format_bytes
 
 __all__ = [
     "bench",
@@ -58,7 +58,7 @@ def evaluate(args: Namespace) -> Answer:
         [path, file_size(path), *(f"{values[name]:.6g}" if name in values else "" for name in names)]
         for path, values in metrics.items()
     ]
-    return Answer(format_table(["checkpoint", "size", *names], rows), {"metrics": metrics})
+    return Answer(Table(["checkpoint", "size", *names], rows).text(), {"metrics": metrics})
 
 
 def bench(args: Namespace) -> Answer:
@@ -88,7 +88,7 @@ def bench(args: Namespace) -> Answer:
         for each in timings
     ]
     weights = [state_bytes(model.state_dict()) for model in (float_model, quantized)]
-    table = format_table(["", "batch", "float ms", "int8 ms", "speedup", "float /s", "int8 /s"], rows)
+    table = Table(["", "batch", "float ms", "int8 ms", "speedup", "float /s", "int8 /s"], rows).text()
     text = (
         f"{table}\n\nweights  float {format_bytes(weights[0])}, int8 {format_bytes(weights[1])}\n"
         f"medians of {args.runs} runs, {torch.get_num_threads()} threads, torch {torch.__version__}"
