@@ -52,16 +52,17 @@ def layer_table(outcome: Outcome) -> Table:
     if not outcome.layers:
         return table
     rows = []
-    for decision, row in zip(outcome.plan, table.rows, strict=False):
-        error = outcome.layers.get(decision.name)
-        sqnr = error and error.output_sqnr_db.get(decision.method)
-        now = error and error.ms.get(decision.method, error.float_ms)
-        cells = [
-            "" if sqnr is None else f"{sqnr:.1f}",
-            "" if error is None else f"{error.crest:.1f}",
-            "" if error is None else f"{error.float_ms:.3g}",
-            "" if now is None else f"{now:.3g}",
-        ]
-        rows.append([*row, *cells])
+    for decision, row in zip(outcome.plan, table.rows, strict=False):  # the table's last row is the sum
+        cells, error = list(row), outcome.layers.get(decision.name)
+        if error is None:
+            rows.append([*cells, "", "", "", ""])
+        elif error.not_measured is not None:
+            cells[table.header.index("reason")] += f"; not measured: {error.not_measured}"
+            rows.append([*cells, "", "", "", ""])
+        else:
+            sqnr = error.output_sqnr_db.get(decision.method)
+            now = error.ms.get(decision.method, error.float_ms)
+            shown = "" if sqnr is None else f"{sqnr:.1f}"
+            rows.append([*cells, shown, f"{error.crest:.1f}", f"{error.float_ms:.3g}", f"{now:.3g}"])
     header = [*table.header, "output SQNR dB", "crest", "float ms", "ms"]
     return Table(header, [*rows, [*table.rows[-1], "", "", "", ""]], table.left)
