@@ -1,14 +1,14 @@
-"""Aligned plain-text tables."""
+"""Tables, written as text for a screen, as Markdown, or as HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 __all__ = [
     "Table",
     "format_bytes",
-    "format_table",
 ]
 
 
@@ -19,7 +19,7 @@ class Table:
     Attributes:
         header: one title for each column.
         rows: the cells.
-        left: how many columns, from the first, are aligned to the left; the others to the right.
+        left: the number of columns, from the first, that are aligned to the left; the others hold numbers.
     """
 
     header: Sequence[str]
@@ -27,8 +27,18 @@ class Table:
     left: int = 1
 
     def text(self) -> str:
-        """Aligned, for a screen."""
-        return format_table(self.header, self.rows, self.left)
+        """Columns padded with blanks, for a screen."""
+        lines = [list(self.header), *map(list, self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        rule = ["─" * width for width in widths]
+        return "\n".join(self._aligned(line, widths) for line in (self.header, rule, *self.rows))
+
+    def _aligned(self, line: Sequence[str], widths: Sequence[int]) -> str:
+        padded = (
+            cell.ljust(width) if column < self.left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        return "  ".join(padded).rstrip()
 
     def markdown(self) -> str:
         """For loggers that show Markdown."""
@@ -36,21 +46,21 @@ class Table:
         lines = [[cell.replace("|", "\\|") for cell in line] for line in (self.header, rule, *self.rows)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
+    def html(self) -> str:
+        """A ``<table>``; cells are escaped. Columns aligned to the left have the class ``left``."""
+        body = "".join(f"<tr>{self._html_cells(row, 'td')}</tr>" for row in self.rows)
+        head = self._html_cells(self.header, "th")
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns aligned under ``header``; the first ``left`` of them to the left, the rest to the right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-
-    def shown(line: Sequence[str]) -> str:
-        cells = (
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        return "  ".join(cells).rstrip()
-
-    rule = "  ".join("─" * width for width in widths)
-    return "\n".join([shown(lines[0]), rule, *map(shown, lines[1:])])
+    def _html_cells(self, cells: Sequence[str], tag: str) -> str:
+        shown = []
+        for column, cell in enumerate(cells):
+            if column < self.left:
+                shown.append(f"<{tag} class=left>{escape(cell)}</{tag}>")
+            else:
+                number = cell.replace("-", "−") if tag == "td" else cell
+                shown.append(f"<{tag}>{escape(number)}</{tag}>")
+        return "".join(shown)
 
 
 def format_bytes(count: float) -> str:

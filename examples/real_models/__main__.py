@@ -22,7 +22,7 @@ from wheels import INSTALL
 
 from tinyq_lightning import quantize
 from tinyq_lightning.plan.plan import state_bytes
-from tinyq_lightning.table import format_bytes, format_table
+from tinyq_lightning.table import Table, format_bytes
 
 MODELS = ("text", "dna", "digits")
 METHODS = ("float", "w8a32", "w8a16", "w8a8")
@@ -64,7 +64,7 @@ def main() -> None:
         ]
         rows.append([name, "weights", *(format_bytes(results[method][1]) for method in METHODS)])
         rows.append([name, "time", *(f"{results[method][2] / results['float'][2]:.2f}" for method in METHODS)])
-    print(format_table(["model", "", *METHODS], rows, left=2))
+    print(Table(["model", "", *METHODS], rows, left=2).text())
 
 
 if __name__ == "__main__":

@@ -14,13 +14,11 @@ from tinyq_lightning import QuantizationSpec
 from tinyq_lightning.layers.linear import W8A32LinearLayer
 from tinyq_lightning.plan.swap import Swap
 from tinyq_lightning.search.layer_calls import MAX_ROWS, Call, counted_calls, representative
-from tinyq_lightning.search.timing import SPEEDUP_LOST, Shape, Stopwatch, Timing, left_float, time_call
-
-SHAPE = Shape(8, 16, True, "w8a32", torch.float32)
+from tinyq_lightning.search.timing import SPEEDUP_LOST, Stopwatch, Timing, left_float, time_call
 
 
-def timing(float_ms, ms, rows=64):
-    return Timing(SHAPE, Call(rows), float_ms, ms)
+def called(float_ms, ms, rows=64, weight=1.0):
+    return weight, Call(rows), Timing(float_ms, ms)
 
 
 def swap_of(model, method="w8a32"):
@@ -31,7 +29,7 @@ def swap_of(model, method="w8a32"):
 
 
 def test_what_loses_is_left_float_and_the_reason_says_by_how_much_and_where():
-    changes = left_float({"slow": [(5.0, timing(1.0, 1.31))], "fast": [(5.0, timing(1.0, 0.4))]}, {})
+    changes = left_float({"slow": [called(1.0, 1.31, weight=5.0)], "fast": [called(1.0, 0.4, weight=5.0)]}, {})
     assert changes == {
         "slow": ("float", "left float: int8 took 1.31x the time of float at 64 rows, measured here"),
     }
@@ -40,23 +38,23 @@ def test_what_loses_is_left_float_and_the_reason_says_by_how_much_and_where():
 @pytest.mark.parametrize(("ms", "changed"), [(1.0, False), (1.05, False), (1.06, True)])
 def test_a_loss_within_the_noise_is_none(ms, changed):
     assert (1 / ms < SPEEDUP_LOST) == changed
-    assert bool(left_float({"layer": [(1.0, timing(1.0, ms))]}, {})) == changed
+    assert bool(left_float({"layer": [called(1.0, ms)]}, {})) == changed
 
 
 def test_row_counts_weigh_as_often_as_they_come():
-    wins_often = [(99.0, timing(1.0, 0.5, 64)), (1.0, timing(1.0, 9.0, 3))]
-    loses_often = [(1.0, timing(1.0, 0.5, 64)), (99.0, timing(1.0, 9.0, 3))]
+    wins_often = [called(1.0, 0.5, 64, weight=99.0), called(1.0, 9.0, 3)]
+    loses_often = [called(1.0, 0.5, 64), called(1.0, 9.0, 3, weight=99.0)]
     changes = left_float({"a": wins_often, "b": loses_often}, {})
     assert list(changes) == ["b"]
     assert "8.91x the time of float at 3 to 64 rows," in changes["b"][1]
-    assert "at 1 row," in left_float({"c": [(1.0, timing(1.0, 2.0, 1))]}, {})["c"][1]
+    assert "at 1 row," in left_float({"c": [called(1.0, 2.0, 1)]}, {})["c"][1]
 
 
 def test_layers_that_share_a_weight_are_judged_as_one():
-    work = {"a": [(1.0, timing(1.0, 1.5))], "b": [(1.0, timing(1.0, 0.4))], "c": [(1.0, timing(1.0, 1.8))]}
+    work = {"a": [called(1.0, 1.5)], "b": [called(1.0, 0.4)], "c": [called(1.0, 1.8)]}
     ties = {"a": ("b",), "b": ("a",)}
     assert list(left_float(work, ties)) == ["c"]
-    assert list(left_float(work | {"b": [(1.0, timing(1.0, 0.9))]}, ties)) == ["a", "c"]
+    assert list(left_float(work | {"b": [called(1.0, 0.9)]}, ties)) == ["a", "c"]
 
 
 def test_a_layer_that_was_not_called_is_not_judged():

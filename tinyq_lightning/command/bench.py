@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,38 +11,16 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from tinyq_lightning.errors import EvaluationError
-from tinyq_lightning.plan import Site, find_sites
+from tinyq_lightning.plan import find_sites
+from tinyq_lightning.search import Timing, time_in_turns
 
 __all__ = [
-    "Timing",
     "example_input",
     "time_layers",
     "time_model",
 ]
 
 _WARM_UP = 3
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One model, or one layer of it, on one batch.
-
-    Attributes:
-        name: of the layer; empty for the model.
-        batch: how many samples are in the batch.
-        float_ms: median time of one batch with float layers, in milliseconds.
-        int8_ms: the same with quantized layers.
-    """
-
-    name: str
-    batch: int
-    float_ms: float
-    int8_ms: float
-
-    @property
-    def samples_per_second(self) -> tuple[float, float]:
-        """Throughput, float and quantized."""
-        return self.batch / self.float_ms * 1e3, self.batch / self.int8_ms * 1e3
 
 
 def example_input(module: LightningModule, shape: Sequence[int] | None, batch: int) -> tuple[Any, ...]:
@@ -72,71 +48,67 @@ def example_input(module: LightningModule, shape: Sequence[int] | None, batch: i
 
 
 def _of_size(value: Any, batch: int) -> Any:
-    """The first ``batch`` samples of ``value``, those it has over and over where they are too few."""
+    """The first ``batch`` samples of ``value``, repeated if it has fewer."""
     if not isinstance(value, Tensor) or not value.dim():
         return value
     return value.repeat(-(-batch // len(value)), *[1] * (value.dim() - 1))[:batch]
 
 
-def time_model(
-    quantized: nn.Module, float_model: nn.Module, arguments: tuple[Any, ...], batch: int, runs: int
-) -> Timing:
-    """Median time of ``forward``, the two models taking turns, so that the machine's moods meet both.
+def time_model(quantized: nn.Module, float_model: nn.Module, arguments: tuple[Any, ...], runs: int) -> Timing:
+    """Median time of ``forward``, the two models taking turns.
 
     Args:
         quantized: in eval mode.
         float_model: in eval mode.
         arguments: of ``forward``.
-        batch: how many samples they hold.
         runs: how often each model runs, after three runs to warm up.
 
     Raises:
         EvaluationError: ``forward`` does not take such an input.
     """
-    times: tuple[list[float], list[float]] = ([], [])
+    return _time_pair(partial(float_model, *arguments), partial(quantized, *arguments), runs)
+
+
+def _time_pair(float_run: partial[Any], run: partial[Any], runs: int) -> Timing:
     with torch.inference_mode():
-        for run in range(_WARM_UP + runs):
-            for model, taken in zip((float_model, quantized), times, strict=True):
-                begin = time.perf_counter()
-                try:
-                    model(*arguments)
-                except Exception as error:
-                    shapes = ", ".join(str(list(each.shape)) for each in arguments if isinstance(each, Tensor))
-                    name = type(model).__name__
-                    raise EvaluationError(f"forward of {name} failed on an input of shape {shapes}: {error}") from error
-                if run >= _WARM_UP:
-                    taken.append((time.perf_counter() - begin) * 1e3)
-    return Timing("", batch, median(times[0]), median(times[1]))
+        try:
+            for _ in range(_WARM_UP):
+                float_run()
+                run()
+        except Exception as error:
+            shapes = ", ".join(str(list(each.shape)) for each in run.args if isinstance(each, Tensor))
+            name = type(float_run.func).__name__
+            raise EvaluationError(f"forward of {name} failed on an input of shape {shapes}: {error}") from error
+        return time_in_turns([(float_run, run)], lambda rounds: rounds < runs)
 
 
 def time_layers(
-    quantized: nn.Module, float_model: nn.Module, arguments: tuple[Any, ...], batch: int, runs: int
-) -> list[Timing]:
-    """As :func:`time_model` for each layer that was quantized, on the inputs it gets inside the model.
+    quantized: nn.Module, float_model: nn.Module, arguments: tuple[Any, ...], runs: int
+) -> dict[str, Timing]:
+    """As :func:`time_model` for each layer that was quantized, by its name, on the inputs it gets inside the model.
 
     A layer that runs several times in one forward pass is timed on its last input.
     """
-    inputs: dict[str, tuple[Any, ...]] = {}
-    sites = {site.name: site for site in find_sites(quantized)}
-    floats = {site.name: site for site in find_sites(float_model)}
-    changed = [
-        name for name, site in sites.items() if name in floats and type(floats[name].module) is not type(site.module)
-    ]
-    handles = [sites[name].module.register_forward_pre_hook(_note(inputs, name)) for name in changed]
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    sites = {site.name: site.module for site in find_sites(quantized)}
+    floats = {site.name: site.module for site in find_sites(float_model)}
+    changed = [name for name, layer in sites.items() if name in floats and type(floats[name]) is not type(layer)]
+    handles = [sites[name].register_forward_pre_hook(_note(calls, name), with_kwargs=True) for name in changed]
     with torch.inference_mode():
         quantized(*arguments)
     for handle in handles:
         handle.remove()
+    timings = {}
+    for name in changed:
+        if name in calls:
+            args, kwargs = calls[name]
+            float_run, run = (partial(layer, *args, **kwargs) for layer in (floats[name], sites[name]))
+            timings[name] = _time_pair(float_run, run, runs)
+    return timings
 
-    def timed(name: str, site: Site, other: Site) -> Timing:
-        found = time_model(site.module, other.module, inputs[name], batch, runs)
-        return Timing(name, batch, found.float_ms, found.int8_ms)
 
-    return [timed(name, sites[name], floats[name]) for name in changed if name in inputs]
-
-
-def _note(inputs: dict[str, tuple[Any, ...]], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        inputs[name] = arguments
+def _note(calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[name] = args, kwargs
 
     return hook

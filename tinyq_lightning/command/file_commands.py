@@ -30,7 +30,7 @@ from tinyq_lightning.file import (
 )
 from tinyq_lightning.plan import Decision, Plan, resolve
 from tinyq_lightning.spec import QuantizationSpec, as_spec
-from tinyq_lightning.table import format_bytes, format_table
+from tinyq_lightning.table import Table, format_bytes
 
 __all__ = [
     "export",
@@ -104,7 +104,7 @@ def _inspect_float(args: Namespace, source: Archive) -> Answer:
             for name, value in tensors.items()
             if value.dim() == 2 and value.is_floating_point()
         ]
-        table = format_table(["matrix", "shape", "dtype", "size"], rows)
+        table = Table(["matrix", "shape", "dtype", "size"], rows).text()
         note = "Those of Linear layers would be quantized; give --model to see which, and the plan."
         return Answer(f"{head}\n{table}\n\n{note}", data | {"matrices": [row[0] for row in rows]})
     model = FloatFile(source, model_class(args.model, source), args.init)
@@ -202,4 +202,4 @@ def _metrics_lines(tinyq: Mapping[str, Any], label: str) -> list[str]:
     ]
     if not rows:
         return ["metrics     none were measured"]
-    return [f"metrics of the {tinyq['metrics_from']} loop", "", format_table(["", "float", label, "delta"], rows), ""]
+    return [f"metrics of the {tinyq['metrics_from']} loop", "", Table(["", "float", label, "delta"], rows).text(), ""]

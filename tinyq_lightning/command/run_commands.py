@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from tinyq_lightning.command.answer import Answer, file_size, model_class
-from tinyq_lightning.command.bench import Timing, example_input, time_layers, time_model
+from tinyq_lightning.command.bench import example_input, time_layers, time_model
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.file import (
     Archive,
@@ -22,7 +22,8 @@ from tinyq_lightning.file import (
     read_checkpoint,
 )
 from tinyq_lightning.plan import state_bytes
-from tinyq_lightning.table import format_bytes, format_table
+from tinyq_lightning.search import Timing
+from tinyq_lightning.table import Table, format_bytes
 
 __all__ = [
     "bench",
@@ -58,7 +59,7 @@ def evaluate(args: Namespace) -> Answer:
         [path, file_size(path), *(f"{values[name]:.6g}" if name in values else "" for name in names)]
         for path, values in metrics.items()
     ]
-    return Answer(format_table(["checkpoint", "size", *names], rows), {"metrics": metrics})
+    return Answer(Table(["checkpoint", "size", *names], rows).text(), {"metrics": metrics})
 
 
 def bench(args: Namespace) -> Answer:
@@ -70,30 +71,35 @@ def bench(args: Namespace) -> Answer:
         module_class = model_class(args.model, source)
     quantized = load_quantized(args.checkpoint, module_class, **args.init)
     float_model = build(module_class, read_checkpoint(args.checkpoint), args.init).eval()
-    timings: list[Timing] = []
+    timings: list[tuple[str | None, int, Timing]] = []  # of a layer, or None for the model; at a batch size
     for batch in args.batch:
         arguments = example_input(quantized, args.shape, batch)
-        timings.append(time_model(quantized, float_model, arguments, batch, args.runs))
+        timings.append((None, batch, time_model(quantized, float_model, arguments, args.runs)))
         if args.layers:
-            timings += time_layers(quantized, float_model, arguments, batch, args.runs)
+            layers = time_layers(quantized, float_model, arguments, args.runs)
+            timings += [(name, batch, timing) for name, timing in layers.items()]
     rows = [
         [
-            each.name or "whole model",
-            str(each.batch),
-            f"{each.float_ms:.3f}",
-            f"{each.int8_ms:.3f}",
-            f"{each.float_ms / each.int8_ms:.2f}×",
-            *(f"{rate:.0f}" for rate in each.samples_per_second),
+            name or "all of the model",
+            str(batch),
+            f"{timing.float_ms:.3f}",
+            f"{timing.ms:.3f}",
+            f"{timing.float_ms / timing.ms:.2f}×",
+            f"{1000 * batch / timing.float_ms:.0f}",
+            f"{1000 * batch / timing.ms:.0f}",
         ]
-        for each in timings
+        for name, batch, timing in timings
     ]
     weights = [state_bytes(model.state_dict()) for model in (float_model, quantized)]
-    table = format_table(["", "batch", "float ms", "int8 ms", "speedup", "float /s", "int8 /s"], rows)
+    table = Table(["", "batch", "float ms", "int8 ms", "speedup", "float /s", "int8 /s"], rows)
     text = (
-        f"{table}\n\nweights  float {format_bytes(weights[0])}, int8 {format_bytes(weights[1])}\n"
+        f"{table.text()}\n\nweights  float {format_bytes(weights[0])}, int8 {format_bytes(weights[1])}\n"
         f"medians of {args.runs} runs, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    data = [{"layer": e.name or None, "batch": e.batch, "float_ms": e.float_ms, "int8_ms": e.int8_ms} for e in timings]
+    data = [
+        {"layer": name, "batch": batch, "float_ms": timing.float_ms, "int8_ms": timing.ms}
+        for name, batch, timing in timings
+    ]
     return Answer(text, {"timings": data, "bytes": {"float": weights[0], "int8": weights[1]}})
 
 

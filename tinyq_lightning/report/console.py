@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +10,10 @@ import torch
 from lightning.pytorch import Trainer
 
 from tinyq_lightning.report.outcome import Outcome, log_entries
-from tinyq_lightning.table import Table, format_bytes
+from tinyq_lightning.report.tables import comparison_table, layer_table
+from tinyq_lightning.table import Table
 
 __all__ = [
-    "comparison_table",
-    "layer_table",
     "log_outcomes",
     "log_tables",
     "show",
@@ -25,69 +23,15 @@ __all__ = [
 _ROWS_ON_SCREEN = 40
 
 
-def comparison_table(outcomes: Sequence[Outcome]) -> Table:
-    """Metrics, sizes and the time of a batch: float, and each outcome with its difference."""
-    first = outcomes[0]
-    header = ["", "float", *(title for each in outcomes for title in (each.name, "delta"))]
-    rows = []
-    for metric, values in first.results.items():
-        if not all(metric in each.results for each in outcomes):
-            continue
-        found = [each.results[metric] for each in outcomes]
-        pairs = [(f"{row[each.name]:.6g}", f"{row['delta']:+.2g}") for each, row in zip(outcomes, found, strict=True)]
-        rows.append([metric, f"{values['float']:.6g}", *(text for pair in pairs for text in pair)])
-    sizes = [(each.bytes, each.float_bytes) for each in outcomes]
-    rows.append(["weights", format_bytes(first.float_bytes), *_sizes(sizes)])
-    paths = [(each.quantized_path, each.float_path) for each in outcomes]
-    if all(path and os.path.isfile(path) for pair in paths for path in pair):
-        on_disk = [(os.path.getsize(str(path)), os.path.getsize(str(float_path))) for path, float_path in paths]
-        rows.append(["file on disk", format_bytes(on_disk[0][1]), *_sizes(on_disk)])
-    if first.float_seconds > 0:  # NaN where no loop was run
-        times = [(each.seconds, each.float_seconds) for each in outcomes]
-        cells = [text for now, before in times for text in (f"{1000 * now:.3g}", f"{now / before - 1:+.0%}")]
-        rows.append(["ms per batch", f"{1000 * first.float_seconds:.3g}", *cells])
-    return Table(header, rows)
-
-
-def _sizes(pairs: Sequence[tuple[int, int]]) -> list[str]:
-    return [
-        text
-        for now, before in pairs
-        for text in (format_bytes(now), f"{now / before - 1:+.1%}" if before else f"{0:+.1%}")
-    ]
-
-
-def layer_table(outcome: Outcome) -> Table:
-    """The plan and, where layers were measured on real batches, what was found."""
-    table = outcome.plan.as_table()
-    if not outcome.layers:
-        return table
-    rows = []
-    for decision, row in zip(outcome.plan, table.rows, strict=False):
-        error = outcome.layers.get(decision.name)
-        sqnr = error and error.output_sqnr_db.get(decision.method)
-        now = error and error.ms.get(decision.method, error.float_ms)
-        cells = [
-            "" if sqnr is None else f"{sqnr:.1f}",
-            "" if error is None else f"{error.crest:.1f}",
-            "" if error is None else f"{error.float_ms:.3g}",
-            "" if now is None else f"{now:.3g}",
-        ]
-        rows.append([*row, *cells])
-    header = [*table.header, "output SQNR dB", "crest", "float ms", "ms"]
-    return Table(header, [*rows, [*table.rows[-1], "", "", "", ""]], table.left)
-
-
 def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     """Print the comparison, the layers where there is one method, and where the files are; on rank 0."""
     if not trainer.is_global_zero:
         return
     first = outcomes[0]
     if len(outcomes) == 1:
-        count = sum(decision.method != "float" for decision in first.plan)
-        print(f"\nTinyQ: {count} of {len(first.plan)} Linear layers in int8 ({first.plan.label}), {first.note}\n")
+        print(f"\nTinyQ: {first.headline()}, {first.note}\n")
     else:
-        print(f"\nTinyQ: {len(outcomes)} methods for {len(first.plan)} Linear layers, {first.note}\n")
+        print(f"\nTinyQ: {len(outcomes)} methods for {len(first.plan)} layers, {first.note}\n")
     _print_table(comparison_table(outcomes))
     if len(outcomes) == 1:
         print()

@@ -17,6 +17,7 @@ from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import replace_file
 from tinyq_lightning.report.html import html_report
 from tinyq_lightning.report.outcome import Outcome, combined
+from tinyq_lightning.report.tables import comparison_table, layer_table
 from tinyq_lightning.trainer import write_on_rank_zero
 from tinyq_lightning.version import __version__
 
@@ -44,7 +45,8 @@ def _write(outcomes: Sequence[Outcome]) -> None:
                 resolved = resolved_yaml(outcome)
                 _write_text(f"{stem}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
                 _write_text(f"{stem}.yaml", resolved)
-                _write_text(f"{stem}.html", html_report(content, resolved))
+                page = html_report(content, comparison_table(outcomes), layer_table(outcome), resolved)
+                _write_text(f"{stem}.html", page)
     except CheckpointError as error:
         raise CheckpointError(f"the report is not whole, the quantized checkpoint stands: {error}") from error
 
@@ -81,6 +83,7 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
         "tinyq_lightning": __version__,
         "method": outcome.name,
         "label": plan.label,
+        "headline": outcome.headline(),
         "note": outcome.note,
         "float_checkpoint": outcome.float_path and os.path.basename(outcome.float_path),
         "quantized_checkpoint": outcome.quantized_path and os.path.basename(outcome.quantized_path),

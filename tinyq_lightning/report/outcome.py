@@ -57,6 +57,11 @@ class Outcome:
         """The results under another name than the column's."""
         return _renamed(self.results, self.name, label)
 
+    def headline(self) -> str:
+        """How much of the model is in int8, without a full stop."""
+        count = sum(decision.method != "float" for decision in self.plan)
+        return f"{count} of {len(self.plan)} layers in int8 ({self.plan.label})"
+
     def verdict(self) -> str | None:
         """Whether the budget was met, in a sentence; None without a budget."""
         budget, found = self.plan.spec.budget, self.search

@@ -1,19 +1,22 @@
 """Which layers give up int8: the budget's search, layer errors and timings. Nothing here knows of Lightning."""
 
-from tinyq_lightning.search.budget import LADDER, Changes, Layer, Search, evaluation_limit, loses, search
+from tinyq_lightning.search.budget import LADDER, Candidate, Changes, Search, evaluation_limit, loses, search
 from tinyq_lightning.search.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
+from tinyq_lightning.search.timer import Timing, time_in_turns
 from tinyq_lightning.search.timing import Stopwatch
 
 __all__ = [
     "LADDER",
     "SIGNAL_BATCHES",
+    "Candidate",
     "Changes",
-    "Layer",
     "LayerError",
     "Search",
     "Stopwatch",
+    "Timing",
     "evaluation_limit",
     "loses",
     "measured_layers",
     "search",
+    "time_in_turns",
 ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from tinyq_lightning.layers import QuantizedLinear
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.budget import LADDER
+from tinyq_lightning.search.layer_calls import input_of, values_of
+from tinyq_lightning.search.timer import timed
 
 __all__ = [
     "SIGNAL_BATCHES",
@@ -24,12 +26,12 @@ __all__ = [
 ]
 
 SIGNAL_BATCHES = 4
-"""What layers are measured on."""
+"""The number of batches that layers are measured on."""
 
 
 @dataclass
 class LayerError:
-    """One layer on the batches it saw, with the inputs it has in the float model.
+    """One layer on the batches that it was called with, with the inputs that it has in the float model.
 
     Attributes:
         output_sqnr_db: by method, in dB: variance of the float outputs, each feature about its own mean,
@@ -39,23 +41,28 @@ class LayerError:
             ``52.87 − 20·log10(crest)`` dB.
         float_ms: median time of the float layer on a batch, in milliseconds.
         ms: the same of the quantized layer, by method.
+        not_measured: why the layer could not be measured, or None. Its figures are empty then.
     """
 
     output_sqnr_db: dict[str, float] = field(default_factory=dict)
     crest: float = math.nan
     float_ms: float = math.nan
     ms: dict[str, float] = field(default_factory=dict)
+    not_measured: str | None = None
 
 
 @contextmanager
 def measured_layers(swap: Swap) -> Iterator[dict[str, LayerError]]:
-    """Watch every layer of ``swap``, on the inputs that it is given while the model runs inside the block.
+    """Measure every layer of ``swap``, on the inputs that it is given while the model runs inside the block.
+
+    A layer that cannot be measured never makes the model's own call fail: the reason is noted in
+    :attr:`LayerError.not_measured`.
 
     Args:
         swap: in or out: the layers are measured with the inputs of whichever model runs.
 
     Yields:
-        A dict that holds, after the block, what was seen of each layer that was called, by its name.
+        A dict that is filled when the block ends: by name, each layer that was called.
     """
     errors: dict[str, LayerError] = {}
     watches = {name: _Watch(module, layer) for name, module, layer in swap.pairs()}
@@ -68,7 +75,7 @@ def measured_layers(swap: Swap) -> Iterator[dict[str, LayerError]]:
     finally:
         for handle in handles:
             handle.remove()
-        errors |= {name: watch.error() for name, watch in watches.items() if watch.tokens}
+        errors |= {name: found for name, watch in watches.items() if (found := watch.error())}
 
 
 class _Watch:
@@ -82,44 +89,62 @@ class _Watch:
         self._squares: Tensor | float = 0.0
         self._crest = 0.0
         self._seconds: Mapping[str, list[float]] = {name: [] for name in ("float", *self._layers)}
-        self.tokens = 0
+        self._tokens = 0
+        self._failure: str | None = None
 
     def look(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward hook: run the float layer, and the quantized one by every method, on the inputs given."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        with torch.no_grad():
-            expected = self._timed("float", self._module, args, kwargs)
-            for method, layer in self._layers.items():
-                error = self._timed(method, layer.to(x.device), args, kwargs) - expected
-                self._noise[method] += error.square().sum().item()
-            self._sum = self._sum + expected.sum(0)
-            self._squares = self._squares + expected.square().sum(0)
-            rows = _tokens(x)
-            crest = rows.abs().amax(1) / rows.square().mean(1).sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
-            self._crest += crest.sum().item()
-            self.tokens += len(expected)
+        if self._failure is not None:
+            return
+        if torch.compiler.is_compiling():
+            self._failure = "it was called in a compiled graph"
+            return
+        try:
+            with torch.no_grad():
+                self._measure(input_of(args, kwargs))
+        except Exception as error:  # any at all: it must not reach the user's loop, which did nothing wrong
+            self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
 
-    def _timed(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Tensor:
-        start = time.perf_counter()
-        output = module.forward(*args, **kwargs)  # not module(...): its hooks, this one among them, would run again
-        self._seconds[name].append(time.perf_counter() - start)
-        return _tokens(output)
+    def _measure(self, given: Tensor) -> None:
+        x = values_of(given)
+        if not x.numel():
+            return
+        # not module(…): its hooks, this one among them, would run again
+        expected = self._timed("float", self._module, x)
+        for method, layer in self._layers.items():
+            error = self._timed(method, layer.to(x.device), x) - expected
+            self._noise[method] += error.square().sum().item()
+        self._sum = self._sum + expected.sum(0)
+        self._squares = self._squares + expected.square().sum(0)
+        rows = _rows(x)
+        crest = rows.abs().amax(1) / rows.square().mean(1).sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
+        self._crest += crest.sum().item()
+        self._tokens += len(expected)
 
-    def error(self) -> LayerError:
+    def _timed(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
+        output, seconds = timed(partial(module.forward, x), x.device)
+        self._seconds[name].append(seconds)
+        return _rows(output[0] if isinstance(output, tuple) else output)
+
+    def error(self) -> LayerError | None:
+        """What was measured, or why nothing was; None if the layer was not called."""
+        if self._failure is not None:
+            return LayerError(not_measured=self._failure)
+        if not self._tokens:
+            return None
         squares, total = torch.as_tensor(self._squares), torch.as_tensor(self._sum)
-        signal = (squares - total.square() / self.tokens).clamp_min(0).sum().item()
+        signal = (squares - total.square() / self._tokens).clamp_min(0).sum().item()
         ms = {name: 1000 * median(seconds) for name, seconds in self._seconds.items()}
         return LayerError(
             {method: _decibels(signal, noise) for method, noise in self._noise.items()},
-            self._crest / self.tokens,
+            self._crest / self._tokens,
             ms.pop("float"),
             ms,
         )
 
 
-def _tokens(output: Any) -> Tensor:
-    """``[tokens, features]`` float64 of a layer's input or output; the first where it is several."""
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+def _rows(tensor: Tensor) -> Tensor:
+    """``[tokens, features]``, float64."""
     return tensor.detach().cpu().double().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
 
 

@@ -1,7 +1,7 @@
 """How long layers take in float and in int8 at the row counts of the user's own evaluation, and which stay float.
 
 Layers alone are timed, not what lies between them. Layers of one shape take turns, as they do in the
-model: one that is called again and again keeps its weights in cache, which flatters float.
+model: a layer that is called repeatedly keeps its weights in cache, which shortens float more than int8.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import copy
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from tinyq_lightning.layers import QuantizedLinear, float_weight, linear_with
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.layer_calls import Call, counted_calls, representative
+from tinyq_lightning.search.timer import Run, Timing, time_in_turns, timed
 
 __all__ = [
     "ROUNDS",
@@ -29,7 +29,6 @@ __all__ = [
     "SPEEDUP_LOST",
     "Shape",
     "Stopwatch",
-    "Timing",
     "left_float",
     "time_call",
 ]
@@ -43,14 +42,14 @@ SECONDS = 0.03
 
 
 ROUNDS = 5
-"""At least so many rounds, float and int8 in turn; small layers have hundreds in their time."""
+"""The least number of rounds, float and int8 in turn; small layers have hundreds in their time."""
 
 
-# Layers of one shape that take turns, where so many fit into the time.
+# The most layers of one shape that take turns; fewer if their calls are too long for the time.
 _TURNS = 8
 
 
-# How many times its processor time a shape may take on a machine that is busy with other things.
+# On a busy machine a shape may take its processor time this many times over.
 _PATIENCE = 10
 
 
@@ -73,42 +72,17 @@ class Shape:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Medians of one call of layers of one shape.
-
-    Attributes:
-        shape: of the layers.
-        call: what they were called with.
-        float_ms: of ``nn.Linear``, in milliseconds.
-        ms: of the quantized layer.
-    """
-
-    shape: Shape
-    call: Call
-    float_ms: float
-    ms: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        content = asdict(self.shape) | {"input": asdict(self.call)} | {"float_ms": self.float_ms, "ms": self.ms}
-        return {key: _plain(value) for key, value in content.items()}
-
-
-_Run = Callable[[], Tensor]
-
-
-Work = Sequence[tuple[float, Timing]]
-"""What a layer has to do: how often each call comes, and what it takes."""
+Work = Sequence[tuple[float, Call, Timing]]
+"""What a layer has to do: the weight of each call, the call, and the time that it takes."""
 
 
 def left_float(work: Mapping[str, Work], ties: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, str]]:
     """The layers that int8 makes slower, each with ``float`` and the reason. Nothing is timed here.
 
     Args:
-        work: by the name of the layer; those without any are not judged.
-        ties: names of those that share a weight with a layer. They are judged together, under the name
-            of the first, by the sum of their times.
+        work: by the name of the layer; a layer without any is not judged.
+        ties: by the name of a layer, the names of those that share its weight. They are judged together,
+            under the name of the first, by the sum of their times.
     """
     changes: dict[str, tuple[str, str]] = {}
     judged: set[str] = set()
@@ -122,11 +96,11 @@ def left_float(work: Mapping[str, Work], ties: Mapping[str, Sequence[str]]) -> d
 
 
 def _why_slower(work: Work) -> str | None:
-    float_ms = sum(weight * timing.float_ms for weight, timing in work)
-    ms = sum(weight * timing.ms for weight, timing in work)
+    float_ms = sum(weight * timing.float_ms for weight, _, timing in work)
+    ms = sum(weight * timing.ms for weight, _, timing in work)
     if float_ms >= SPEEDUP_LOST * ms:
         return None
-    rows = sorted({timing.call.rows for _, timing in work})
+    rows = sorted({call.rows for _, call, _ in work})
     span = f"{rows[0]} to {rows[-1]}" if len(rows) > 1 else f"{rows[0]}"
     unit = "row" if rows[-1] == 1 else "rows"
     return f"left float: int8 took {ms / float_ms:.2f}x the time of float at {span} {unit}, measured here"
@@ -137,18 +111,14 @@ class Stopwatch:
 
     Attributes:
         calls: how often each layer was called in which way, by its name; empty until one was watched.
+        timings: by shape and call, in the order of their measurement.
         seconds: what all timing took.
     """
 
     def __init__(self) -> None:
         self.calls: dict[str, Counter[Call]] = {}
         self.seconds = 0.0
-        self._timings: dict[tuple[Shape, Call], Timing] = {}
-
-    @property
-    def timings(self) -> list[Timing]:
-        """In the order of their measurement."""
-        return list(self._timings.values())
+        self.timings: dict[tuple[Shape, Call], Timing] = {}
 
     @property
     def saw_all(self) -> bool:
@@ -177,7 +147,7 @@ class Stopwatch:
             alike[shape].append((module, layer))
         work = {
             name: [
-                (weight, self._timing(shape, call, alike[shape]))
+                (weight, call, self._timing(shape, call, alike[shape]))
                 for call, weight in representative(self.calls.get(name, {})).items()
             ]
             for name, shape in shapes.items()
@@ -187,16 +157,19 @@ class Stopwatch:
 
     def _timing(self, shape: Shape, call: Call, layers: Sequence[tuple[nn.Linear, QuantizedLinear]]) -> Timing:
         key = (shape, call)
-        if key not in self._timings:
-            self._timings[key] = Timing(shape, call, *time_call(layers, call))
-        return self._timings[key]
+        if key not in self.timings:
+            self.timings[key] = Timing(*time_call(layers, call))
+        return self.timings[key]
 
     def to_dict(self) -> dict[str, Any]:
         """What was timed, and with how many threads, as plain data."""
         return {
             "seconds": self.seconds,
             "threads": torch.get_num_threads(),
-            "timings": [timing.to_dict() for timing in self.timings],
+            "timings": [
+                _plain(asdict(shape) | {"input": asdict(call)} | timing._asdict())
+                for (shape, call), timing in self.timings.items()
+            ],
         }
 
 
@@ -204,70 +177,72 @@ def _shape(layer: QuantizedLinear) -> Shape:
     return Shape(layer.in_features, layer.out_features, layer.bias is not None, layer.method, layer.dtype)
 
 
-def time_call(layers: Sequence[tuple[nn.Linear, QuantizedLinear]], call: Call) -> tuple[float, float]:
+def time_call(layers: Sequence[tuple[nn.Linear, QuantizedLinear]], call: Call) -> Timing:
     """Median milliseconds of one call, of the float and of the quantized layer, in inference mode.
 
-    Float and int8 take turns call by call, so that the machine's moods meet both, and so do the layers. What
-    a busy machine takes away counts for neither: the time to spend is processor time, and a median of short
-    calls does not see the few that were interrupted. No global random state is used, and the layers are left
-    as they are.
+    Float and int8 take turns call by call, and so do the layers. A busy machine distorts neither: the time
+    to spend is processor time, a median of short calls leaves out the few that were interrupted, and what
+    looks slower in int8 is timed a second time: other load only adds time, so the shorter medians count. No
+    global random state is used, and the layers are left as they are.
 
     Args:
         layers: of one shape, float and quantized.
         call: what they are called with; ``device`` is where they are timed.
     """
-    with torch.inference_mode(False), torch.no_grad():  # what a layer keeps from its first call is to last
+    with torch.inference_mode(False), torch.no_grad():  # what a layer keeps from its first call must outlast this
         values = torch.randn(call.rows, layers[0][0].in_features, generator=torch.Generator().manual_seed(0))
         x = values.to(call.device, call.dtype)
-        runs = [_runs(*layers[0], x, call)]
-        warm = [sum(_seconds(run, call) for run in runs[0]) for _ in range(2)]
+        pairs = [_runs(*layers[0], x, call)]
+        warm = [sum(timed(run, call.device)[1] for run in pairs[0]) for _ in range(2)]
         for module, layer in layers[1 : min(_TURNS, int(SECONDS / ROUNDS / warm[1]))]:
-            runs.append(_runs(module, layer, x, call))
-            for run in runs[-1]:
-                _seconds(run, call)
-    taken: tuple[list[float], list[float]] = ([], [])
+            pairs.append(_runs(module, layer, x, call))
+            for run in pairs[-1]:
+                run()
     with torch.inference_mode():
-        busy, start = time.thread_time(), time.perf_counter()
-        while len(taken[0]) < ROUNDS * len(runs) or (
-            time.thread_time() - busy < SECONDS and time.perf_counter() - start < _PATIENCE * SECONDS
-        ):
-            for pair in runs:
-                for run, seconds in zip(pair, taken, strict=True):
-                    seconds.append(_seconds(run, call))
-    return 1000 * median(taken[0]), 1000 * median(taken[1])
+        timing = time_in_turns(pairs, _until_spent(), call.device)
+        if timing.float_ms < SPEEDUP_LOST * timing.ms:
+            again = time_in_turns(pairs, _until_spent(), call.device)
+            timing = Timing(min(timing.float_ms, again.float_ms), min(timing.ms, again.ms))
+    return timing
 
 
-def _runs(module: nn.Linear, layer: QuantizedLinear, x: Tensor, call: Call) -> tuple[_Run, _Run]:
+def _until_spent() -> Callable[[int], bool]:
+    """Whether there is time for another round: processor time, or on a busy machine some multiple of it."""
+    busy, start = time.thread_time(), time.perf_counter()
+
+    def more(rounds: int) -> bool:
+        spent, passed = time.thread_time() - busy, time.perf_counter() - start
+        return rounds < ROUNDS or (spent < SECONDS and passed < _PATIENCE * SECONDS)
+
+    return more
+
+
+def _runs(module: nn.Linear, layer: QuantizedLinear, x: Tensor, call: Call) -> tuple[Run, Run]:
     """The call, of the float and of the quantized layer, without the users' hooks."""
     weight, bias = float_weight(module).detach(), module.bias
     if layer.scales.device != torch.device(call.device):  # after a fit, Lightning has the model on the CPU
         weight, layer = weight.to(call.device), copy.deepcopy(layer).to(call.device)
         bias = None if bias is None else nn.Parameter(bias.detach().to(call.device), requires_grad=False)
     if call.part is None:
-        return partial(linear_with(weight, bias).forward, x), partial(layer.forward, x)
-    rows = slice(*call.part)
-
-    def float_rows() -> Tensor:
-        return nn.functional.linear(x, weight[rows], None if bias is None else bias[rows])
-
-    return float_rows, partial(layer.forward_rows, x, rows)
-
-
-def _seconds(run: _Run, call: Call) -> float:
-    device = torch.device(call.device).type
-    wait = _nothing if device == "cpu" else getattr(torch, device).synchronize
-    # no cache of cast weights: the model has each cast once in a step
-    autocast = torch.autocast(device, call.autocast, cache_enabled=False) if call.autocast else nullcontext()
-    with autocast:
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        return time.perf_counter() - start
+        runs = partial(linear_with(weight, bias).forward, x), partial(layer.forward, x)
+    else:
+        rows = slice(*call.part)
+        part = partial(nn.functional.linear, x, weight[rows], None if bias is None else bias[rows])
+        runs = part, partial(layer.forward_rows, x, rows)
+    return _as_called(runs[0], call), _as_called(runs[1], call)
 
 
-def _nothing() -> None:
-    return None
+def _as_called(run: Run, call: Call) -> Run:
+    """``run`` under the autocast of the call."""
+    if call.autocast is None:
+        return run
+
+    def under_autocast() -> Any:
+        # no cache of cast weights: the model casts each once in a step
+        with torch.autocast(torch.device(call.device).type, call.autocast, cache_enabled=False):
+            return run()
+
+    return under_autocast
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
 
 from tinyq_lightning.errors import EvaluationError
@@ -18,8 +19,8 @@ from tinyq_lightning.plan import Plan, Swap, state_bytes
 from tinyq_lightning.search import (
     LADDER,
     SIGNAL_BATCHES,
+    Candidate,
     Changes,
-    Layer,
     LayerError,
     Search,
     Stopwatch,
@@ -145,10 +146,16 @@ class MethodsRun:
 
     @cached_property
     def layers(self) -> dict[str, LayerError]:
-        """The output errors of all quantized layers by every method, from the first batches of the loop."""
+        """The output errors of all quantized layers by every method, from the first batches of the loop.
+
+        A loop that fails only when it is measured costs a warning and the layers not reached, not the file.
+        """
         swap = self._swaps[0]
         with measured_layers(swap) as errors, swap.opened():
-            run_validation(self._trainer, self._module, batches=SIGNAL_BATCHES)
+            try:
+                run_validation(self._trainer, self._module, batches=SIGNAL_BATCHES)
+            except EvaluationError as error:
+                rank_zero_warn(f"TinyQ: the errors of some layers could not be measured: {error}")
         shared: dict[str, LayerError] = self._trainer.strategy.broadcast(errors)
         return shared
 
@@ -232,17 +239,19 @@ class MethodsRun:
         return replace(measured[found.chosen], swap=asked.swap.switched(reasons), search=found)
 
 
-def _layers(asked: Measured, errors: Mapping[str, LayerError], too_slow: Mapping[str, frozenset[str]]) -> list[Layer]:
+def _layers(
+    asked: Measured, errors: Mapping[str, LayerError], too_slow: Mapping[str, frozenset[str]]
+) -> list[Candidate]:
     """What the search decides on: each Linear, those that share a weight as one."""
     decisions = {decision.name: decision for decision in asked.plan}
     ties = asked.swap.ties()
-    layers: dict[str, Layer] = {}
+    layers: dict[str, Candidate] = {}
     for name, _, layer in asked.swap.pairs():
         if not any(other in layers for other in ties[name]):
             shared = [decisions[each] for each in (name, *ties[name])]
             extra = sum(decision.float_bytes - decision.bytes for decision in shared)
             sqnr = errors[name].output_sqnr_db if name in errors else {}
-            layers[name] = Layer(name, layer.method, extra, sqnr, too_slow.get(name, frozenset()))
+            layers[name] = Candidate(name, layer.method, extra, sqnr, too_slow.get(name, frozenset()))
     return list(layers.values())
 
 
@@ -258,8 +267,10 @@ def _reasons(
     effect = f"{budget.monitor} lost {found.trials[0].lost:.3g}, now {loses(found.best)}"
     reasons = {}
     for name, method in found.best.changes.items():
-        sqnr = errors[name].output_sqnr_db if name in errors else {}
+        error = errors.get(name)
+        sqnr = error.output_sqnr_db if error else {}
         shown = [f"{sqnr[each]:.1f} dB in {each}" for each in dict.fromkeys((methods[name], method)) if each in sqnr]
-        signal = f"output SQNR {', '.join(shown)}" if shown else "not called in the first batches"
+        why_not = f"not measured: {error.not_measured}" if error else "not called in the first batches"
+        signal = f"output SQNR {', '.join(shown)}" if shown else why_not
         reasons[name] = (method, f"budget: {signal}; {effect}")
     return reasons

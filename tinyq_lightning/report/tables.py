@@ -1,0 +1,68 @@
+"""The tables of a report: metrics, sizes and times before and after, and the plan layer by layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from tinyq_lightning.report.outcome import Outcome
+from tinyq_lightning.table import Table, format_bytes
+
+__all__ = [
+    "comparison_table",
+    "layer_table",
+]
+
+
+def comparison_table(outcomes: Sequence[Outcome]) -> Table:
+    """Metrics, sizes and the time of a batch: float, and each outcome with its difference."""
+    first = outcomes[0]
+    header = ["", "float", *(title for each in outcomes for title in (each.name, "delta"))]
+    rows = []
+    for metric, values in first.results.items():
+        if not all(metric in each.results for each in outcomes):
+            continue
+        found = [each.results[metric] for each in outcomes]
+        pairs = [(f"{row[each.name]:.6g}", f"{row['delta']:+.2g}") for each, row in zip(outcomes, found, strict=True)]
+        rows.append([metric, f"{values['float']:.6g}", *(text for pair in pairs for text in pair)])
+    sizes = [(each.bytes, each.float_bytes) for each in outcomes]
+    rows.append(["weights", format_bytes(first.float_bytes), *_sizes(sizes)])
+    paths = [(each.quantized_path, each.float_path) for each in outcomes]
+    if all(path and os.path.isfile(path) for pair in paths for path in pair):
+        on_disk = [(os.path.getsize(str(path)), os.path.getsize(str(float_path))) for path, float_path in paths]
+        rows.append(["file on disk", format_bytes(on_disk[0][1]), *_sizes(on_disk)])
+    if first.float_seconds > 0:  # NaN where no loop was run
+        times = [(each.seconds, each.float_seconds) for each in outcomes]
+        cells = [text for now, before in times for text in (f"{1000 * now:.3g}", f"{now / before - 1:+.0%}")]
+        rows.append(["ms per batch", f"{1000 * first.float_seconds:.3g}", *cells])
+    return Table(header, rows)
+
+
+def _sizes(pairs: Sequence[tuple[int, int]]) -> list[str]:
+    return [
+        text
+        for now, before in pairs
+        for text in (format_bytes(now), f"{now / before - 1:+.1%}" if before else f"{0:+.1%}")
+    ]
+
+
+def layer_table(outcome: Outcome) -> Table:
+    """The plan and, where layers were measured on real batches, what was found."""
+    table = outcome.plan.as_table()
+    if not outcome.layers:
+        return table
+    rows = []
+    for decision, row in zip(outcome.plan, table.rows, strict=False):  # the table's last row is the sum
+        cells, error = list(row), outcome.layers.get(decision.name)
+        if error is None:
+            rows.append([*cells, "", "", "", ""])
+        elif error.not_measured is not None:
+            cells[table.header.index("reason")] += f"; not measured: {error.not_measured}"
+            rows.append([*cells, "", "", "", ""])
+        else:
+            sqnr = error.output_sqnr_db.get(decision.method)
+            now = error.ms.get(decision.method, error.float_ms)
+            shown = "" if sqnr is None else f"{sqnr:.1f}"
+            rows.append([*cells, shown, f"{error.crest:.1f}", f"{error.float_ms:.3g}", f"{now:.3g}"])
+    header = [*table.header, "output SQNR dB", "crest", "float ms", "ms"]
+    return Table(header, [*rows, [*table.rows[-1], "", "", "", ""]], table.left)
