@@ -1,4 +1,4 @@
-"""``TinyQCallback``: a finished run leaves an int8 checkpoint beside the float one, and two honest numbers."""
+"""``TinyQCallback``: after fit or test, saves an int8 checkpoint and reports each metric for float and int8."""
 
 from __future__ import annotations
 
@@ -52,61 +52,62 @@ __all__ = [
     "TinyQCallback",
 ]
 
-_AGAIN = "TinyQCallback(..., when='test_start') with Trainer.test(model, ckpt_path=...) quantizes a float checkpoint."
+_HOW_TO_QUANTIZE = (
+    "TinyQCallback(..., when='test_start') with Trainer.test(model, ckpt_path=...) quantizes a float checkpoint."
+)
 
-
-_ONLY_LATER = ". This was the sanity check: where the metric is logged only after it, set num_sanity_val_steps=0"
+_SANITY_CHECK_ADVICE = ". This was the sanity check: if the metric is logged only later, set num_sanity_val_steps=0"
 
 
 class TinyQCallback(Callback):
-    """Quantizes what a run produced, measures it with the user's own loop, and saves it beside the float file.
+    """Quantizes the model of a run, measures it with the user's own loop, and saves it beside the float checkpoint.
 
     With ``when="fit_end"`` the best checkpoint is quantized when training ends, and the validation loop
-    is run on float and on quantized weights. With ``when="test_start"`` a test run tests the quantized
-    model, with the float one beside it on the same batches. Either way the module is float again
-    afterwards, with the very same layers and weights.
+    is run on the float and on the quantized weights. With ``when="test_start"`` a test run measures both
+    on the same batches. Afterwards the module has its float layers and weights again, the same objects.
 
-    With ``monitor`` and ``max_drop``, layers are given up until the metric loses no more than that, as few and
-    as cheaply as a search finds; see :func:`tinyq_lightning.search.budget.search`. Where no plan is within the
-    budget, the best one found is saved, with a warning.
+    With ``monitor`` and ``max_drop``, a search leaves layers float (or gives them more bits of activation)
+    until the metric loses no more than ``max_drop``; see :func:`tinyq_lightning.search.budget.search`. If no
+    plan is within the budget, the best one found is saved, with a warning.
 
-    Several methods are measured side by side, the float model once, and a file is saved for each.
+    With several methods, the float model is measured once and one file is saved for each method.
 
-    With either, ``ckpt_path`` of ``test``, ``validate`` and ``predict`` may be a quantized checkpoint.
+    In both cases ``ckpt_path`` of ``test``, ``validate`` and ``predict`` may be a quantized checkpoint.
 
     Args:
         spec: a method (``w8a32``, ``w8a16``, ``w8a8``), a list of them, a path to YAML, a mapping, or a
             QuantizationSpec.
         exclude: patterns of layers to leave float, added to those of the spec.
-        when: ``fit_end`` or ``test_start``; over the spec's.
-        weights: ``best``, ``last`` or ``current``; over the spec's. Only for ``fit_end``.
-        monitor: name of a metric that validation logs: the budget's and, for ``weights``, the metric of the
-            ModelCheckpoint to take them from.
-        mode: ``max`` where more is better, ``min`` where less is; needed with max_drop where the metric is not
-            logged as a torchmetrics object that tells.
+        when: ``fit_end`` or ``test_start``; overrides the spec.
+        weights: ``best``, ``last`` or ``current``; overrides the spec. Only for ``fit_end``.
+        monitor: name of a metric that validation logs. It is the budget's metric and, for ``weights``, selects
+            the ModelCheckpoint that monitors it.
+        mode: ``max`` if more is better, ``min`` if less is. Needed with ``max_drop`` unless the metric is logged
+            as a torchmetrics object that knows it.
         max_drop: how much the metric may lose, in its unit or as a share of the float value such as ``1%``.
-        keep: of several methods: ``all``, or with a budget the ``smallest`` within it (of several as small,
-            the one that loses least); over the spec's.
+        keep: of several methods: ``all``, or with a budget the ``smallest`` within it (ties: least loss);
+            overrides the spec.
         never_slower: whether to time the layers as the evaluation calls them, and to leave float those that int8
-            makes slower on this machine; over the spec's.
+            makes slower on this machine; overrides the spec.
         save: whether to write the quantized checkpoint.
-        dirpath: its folder; by default that of the float checkpoint, or ``default_root_dir``.
-        filename: its name; by default ``<method>-<float stem>.ckpt``.
-        report: whether to print the comparison and the layers, give them to the loggers that take tables or
+        dirpath: the folder of the quantized checkpoint; by default that of the float checkpoint, or
+            ``default_root_dir``.
+        filename: the name of the quantized checkpoint; by default ``<method>-<float stem>.ckpt``.
+        report: whether to print the comparison and the layers, send them to the loggers that take tables or
             text, and write ``.json``, ``.html`` and ``.yaml`` (the plan as a spec) beside the quantized
             checkpoint. ``full`` adds each layer's output SQNR, crest factor and time, from a few batches.
 
     Attributes:
-        quantized_path: of the file that was written, of the first among several, or None.
-        quantized_paths: of each file that was written, by method.
-        float_path: of the checkpoint that was quantized, or None.
-        plan: the decision for each layer, of the first that was saved among several methods; None before a run.
+        quantized_path: path of the file that was written (with several methods, of the first), or None.
+        quantized_paths: path of each file that was written, by method.
+        float_path: path of the checkpoint that was quantized, or None.
+        plan: the decision for each layer (with several methods, of the first that was saved); None before a run.
         plans: the plan of each method.
         results: ``{"val_acc": {"float": …, "w8a32": …, "delta": …}}``, or with several methods
             ``{"val_acc": {"float": …, "w8a32": …, "delta/w8a32": …, "w8a8": …, "delta/w8a8": …}}``. The key is
             the plan's label (``mixed`` where it mixes methods); among several, the method asked for. Empty
             before a run.
-        search: what the budget's search measured and chose, of the plan saved; None without a budget.
+        search: what the budget's search measured and chose for the saved plan; None without a budget.
 
     Raises:
         SpecError: the spec or an argument is wrong.
@@ -136,12 +137,12 @@ class TinyQCallback(Callback):
         self.spec = with_arguments(as_spec(spec), exclude, given, budget, {"dirpath": dirpath, "filename": filename})
         self.monitor = self.spec.budget.monitor if self.spec.budget else monitor
         self.save, self.report = save, report
-        self._start: QuantizedStart | None = None
+        self._quantized_start: QuantizedStart | None = None
         self._runs: list[TestRun] = []
         self._earlier: list[TinyQCallback] = []
-        self._begin()
+        self._reset_results()
 
-    def _begin(self) -> None:
+    def _reset_results(self) -> None:
         self.quantized_paths: dict[str, str] = {}
         self.float_path: str | None = None
         self.plan: Plan | None = None
@@ -151,18 +152,18 @@ class TinyQCallback(Callback):
 
     @property
     def quantized_path(self) -> str | None:
-        """Of the file that was written, of the first among several, or None."""
+        """Path of the file that was written (with several methods, of the first), or None."""
         return next(iter(self.quantized_paths.values()), None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work; from here on ``ckpt_path`` may be a quantized file."""
+        """Refuse strategies that cannot work, and let ``ckpt_path`` be a quantized checkpoint."""
         refuse_sharding(trainer)
-        earlier = takewhile(lambda each: each is not self, _ours(trainer))
+        earlier = takewhile(lambda each: each is not self, _tinyq_callbacks(trainer))
         self._earlier = [each for each in earlier if each.spec.when == self.spec.when]
-        self._start = QuantizedStart(trainer, pl_module)
+        self._quantized_start = QuantizedStart(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What cannot end well is better known now than after the training."""
+        """Refuse before training what could not be quantized, measured or saved after it."""
         if self.spec.when == "fit_end":
             for spec in self.spec.each():
                 check_patterns(spec, pl_module)
@@ -172,22 +173,22 @@ class TinyQCallback(Callback):
             refuse_without_validation(self.spec, why_never_validated(trainer, pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first validation, which is the sanity check before training, shows whether the budget fits the metric."""
+        """Check the budget against the metrics of each validation; the first is the sanity check before training."""
         budget, logged = self.spec.budget, trainer.callback_metrics
         fits = trainer.state.fn == TrainerFn.FITTING and self.spec.when == "fit_end"
-        sanity = trainer.sanity_checking and logged  # one that logs nothing tells nothing of the loops to come
+        sanity = trainer.sanity_checking and logged  # a sanity check that logs nothing shows nothing
         if budget and fits and (sanity or budget.monitor in logged):
-            known_mode(budget, logged, directions(trainer), _ONLY_LATER if sanity else "")
+            known_mode(budget, logged, directions(trainer), _SANITY_CHECK_ADVICE if sanity else "")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize, evaluate float and int8, save, log, report; leave everything as it was."""
+        """Resolve, swap, evaluate, save and report; the module is unchanged afterwards."""
         if self.spec.when != "fit_end":
             return
-        self._begin()
+        self._reset_results()
         try:
             self._quantize_after_fit(trainer, pl_module)
         except Exception as error:
-            raise _training_is_safe(error, self.float_path) from error
+            raise _as_tinyq_error(error, self.float_path) from error
 
     def _quantize_after_fit(self, trainer: Trainer, module: LightningModule) -> None:
         source = choose_float_weights(trainer, self.spec.weights, self.monitor)
@@ -198,7 +199,7 @@ class TinyQCallback(Callback):
             run = MethodsRun(trainer, module, self.spec, why_no_validation(trainer, module))
             for measured in run.methods:
                 layers = run.layers if measured.searched or (self.report == "full" and run.before) else {}
-                outcome = outcome_of_fit(run, measured, self._name(measured.plan), layers, source)
+                outcome = outcome_of_fit(run, measured, self._column_name(measured.plan), layers, source)
                 if measured.kept:
                     with measured.swap:
                         outcome = self._save(trainer, module, source, outcome, "validate")
@@ -206,14 +207,14 @@ class TinyQCallback(Callback):
         if run.why_not:
             rank_zero_warn(f"TinyQ: quantized without a comparison: {run.why_not}")
         log_outcomes(trainer, outcomes, alone=not self._earlier)
-        self._tell(trainer, outcomes)
+        self._report(trainer, outcomes)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the quantized layers in: they are what the Trainer tests, with the float ones beside."""
+        """Put the quantized layers in for the Trainer to test; the float layers are tested beside them."""
         if self.spec.when != "test_start" or self._tests_a_quantized_file():
             return
-        self._begin()
-        first = next((run for callback in _ours(trainer) for run in callback._runs), None)
+        self._reset_results()
+        first = next((run for callback in _tinyq_callbacks(trainer) for run in callback._runs), None)
         stopwatch = Stopwatch() if self.spec.never_slower else None
         for spec in self.spec.each():
             self._runs.append(TestRun(trainer, pl_module, spec, first, self._log_results, stopwatch))
@@ -222,14 +223,14 @@ class TinyQCallback(Callback):
             self._runs[0].watch_layers()
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Have the steps beside draw the same random numbers as the Trainer's own."""
+        """Note the random state, so that every model draws the same random numbers on this batch."""
         for run in self._runs:
             run.before_batch(*args, **kwargs)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Run the same batch through the float model, and through each further method."""
+        """Run the same batch through the float model and through each further method."""
         for run in self._runs:
             run.after_batch(*args, **kwargs)
 
@@ -238,79 +239,79 @@ class TinyQCallback(Callback):
             run.log(log_entries([self._outcome_of_test(each) for each in self._runs], alone=not self._earlier))
 
     def _outcome_of_test(self, run: TestRun, source: FloatWeights | None = None) -> Outcome:
-        return outcome_of_test(run, self._name(run.swap.plan), self._runs[0].layers, source)
+        return outcome_of_test(run, self._column_name(run.swap.plan), self._runs[0].layers, source)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the quantized model; float layers back."""
-        if self._tests_a_quantized_file() and self._start is not None:
-            label = str(self._start.label)
+        """Save and report the quantized models, with the float layers back in the module."""
+        if self._tests_a_quantized_file() and self._quantized_start is not None:
+            label = str(self._quantized_start.label)
             self.quantized_paths = {label: str(trainer.ckpt_path)}
             self.results = {name: {label: value} for name, value in numbers(trainer.callback_metrics).items()}
         elif self._runs:
-            self._finish_test(trainer, pl_module)
+            self._save_after_test(trainer, pl_module)
 
-    def _finish_test(self, trainer: Trainer, module: LightningModule) -> None:
-        source = tested_weights(trainer, self._start.restored if self._start else None)
+    def _save_after_test(self, trainer: Trainer, module: LightningModule) -> None:
+        source = tested_weights(trainer, self._quantized_start.restored if self._quantized_start else None)
         self.float_path = source.path
         outcomes = []
         for run in self._runs:
             with run.swap:
                 outcomes.append(self._save(trainer, module, source, self._outcome_of_test(run, source), "test"))
-        self._let_go_of_runs()
-        self._tell(trainer, outcomes)
+        self._close_test_runs()
+        self._report(trainer, outcomes)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The module as it was."""
-        self._let_go()
+        """Undo what this callback changed in the module."""
+        self._restore_module()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The module as it was, since Lightning calls no teardown after an exception."""
-        self._let_go()
+        """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
+        self._restore_module()
         if (
             isinstance(exception, KeyboardInterrupt)
             and trainer.state.fn == TrainerFn.FITTING
             and self.spec.when == "fit_end"
         ):
-            trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {_AGAIN}")
+            trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {_HOW_TO_QUANTIZE}")
 
-    def _let_go(self) -> None:
-        self._let_go_of_runs()
-        if self._start is not None:
-            self._start.close()
-        self._start = None
+    def _restore_module(self) -> None:
+        self._close_test_runs()
+        if self._quantized_start is not None:
+            self._quantized_start.close()
+        self._quantized_start = None
 
-    def _let_go_of_runs(self) -> None:
+    def _close_test_runs(self) -> None:
         for run in self._runs:
             run.close()
         self._runs = []
 
     def _tests_a_quantized_file(self) -> bool:
-        return self._start is not None and self._start.label is not None
+        return self._quantized_start is not None and self._quantized_start.label is not None
 
-    def _name(self, plan: Plan) -> str:
-        """Of a method's figures; versioned, as a file's name is, where an earlier callback of the run has it."""
+    def _column_name(self, plan: Plan) -> str:
+        """The name of a plan's column: its label, with a version if an earlier callback of the run uses the label."""
         label = self._label(plan)
-        version = self._labels_before().count(label)
+        version = self._earlier_labels().count(label)
         return f"{label}-v{version}" if version else label
 
     def _label(self, plan: Plan) -> str:
-        """Among several methods, what was asked for tells them apart."""
+        """The plan's label, or with several methods the one asked for, which differs from plan to plan."""
         return plan.spec.method if self.spec.methods else plan.label
 
-    def _labels_before(self) -> list[str]:
-        """Of all that the callbacks before this one quantize in the same run."""
+    def _earlier_labels(self) -> list[str]:
+        """The labels of all plans of the callbacks before this one in the same run."""
         plans = ((each, [*each.plans.values(), *(run.swap.plan for run in each._runs)]) for each in self._earlier)
         return [each._label(plan) for each, theirs in plans for plan in theirs]
 
     def _save(
         self, trainer: Trainer, module: LightningModule, source: FloatWeights, outcome: Outcome, loop: str
     ) -> Outcome:
-        """Write the file, unless it is not wanted; the module holds its quantized layers."""
+        """Write the quantized checkpoint if ``save`` is set; the quantized layers must be in the module."""
         self.plan, self.search = self.plan or outcome.plan, self.search or outcome.search
         if not self.save:
             return outcome
         plan = outcome.plan
-        taken = {path for callback in _ours(trainer) for path in callback.quantized_paths.values()}
+        taken = {path for callback in _tinyq_callbacks(trainer) for path in callback.quantized_paths.values()}
         path = quantized_path(self.spec.save, source.folder, source.stem, plan.label, taken)
         content = make_checkpoint(
             source.base, module.state_dict(), plan, outcome.results_as(plan.label), source.sha256, loop
@@ -321,8 +322,8 @@ class TinyQCallback(Callback):
             rank_zero_info(f"TinyQ: {source.note}; the quantized checkpoint is {path}")
         return replace(outcome, quantized_path=path)
 
-    def _tell(self, trainer: Trainer, outcomes: list[Outcome]) -> None:
-        """Results to who asks for them, the report to who wants one, and a warning where a budget was not met."""
+    def _report(self, trainer: Trainer, outcomes: list[Outcome]) -> None:
+        """Set the results, warn if a budget was not met, and show, log and write the report."""
         self.results = combined(outcomes)
         self.plans = {outcome.name: outcome.plan for outcome in outcomes}
         for outcome in outcomes:
@@ -334,14 +335,16 @@ class TinyQCallback(Callback):
             write_report(trainer, outcomes)
 
 
-def _ours(trainer: Trainer) -> list[TinyQCallback]:
-    """All callbacks of this kind in the run; there may be one for each method."""
+def _tinyq_callbacks(trainer: Trainer) -> list[TinyQCallback]:
+    """The TinyQCallbacks of the run, in order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, TinyQCallback)]  # type: ignore[attr-defined]
 
 
-def _training_is_safe(error: Exception, float_path: str | None) -> TinyQError:
-    """The error as one of ours, with the word that nothing of the training is lost."""
+def _as_tinyq_error(error: Exception, float_path: str | None) -> TinyQError:
+    """The error as a TinyQError that says where the float checkpoint is and how to quantize it later."""
     kind = type(error) if isinstance(error, TinyQError) else TinyQError
     told = str(error) if isinstance(error, TinyQError) else f"{type(error).__name__}: {error}"
     where = f"; the float checkpoint is {float_path}" if float_path else ""
-    return kind(f"Quantizing failed: {told}\nThe training had finished and its results are safe{where}. {_AGAIN}")
+    return kind(
+        f"Quantizing failed: {told}\nThe training had finished and its results are safe{where}. {_HOW_TO_QUANTIZE}"
+    )

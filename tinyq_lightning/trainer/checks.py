@@ -1,4 +1,4 @@
-"""What can be refused before training starts, and what the budget's metric must be."""
+"""Checks before training starts, and of the metric that a budget names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 def why_never_validated(trainer: Trainer, module: LightningModule) -> str | None:
-    """What can be said of :func:`why_no_validation` before there are dataloaders."""
+    """As :func:`why_no_validation`, for use before the dataloaders exist."""
     if not is_overridden("validation_step", module):
         return f"{type(module).__name__} has no validation_step"
     if trainer.limit_val_batches == 0:
@@ -31,10 +31,14 @@ def why_never_validated(trainer: Trainer, module: LightningModule) -> str | None
 
 
 def refuse_without_validation(spec: QuantizationSpec, why_not: str | None) -> None:
-    """Refuse a spec that needs the validation loop, where ``why_not`` says why it cannot be run.
+    """Refuse a spec that needs the validation loop if that cannot be run.
+
+    Args:
+        spec: what the user asked for.
+        why_not: why the validation loop cannot be run, or None.
 
     Raises:
-        EvaluationError: it has a budget, or ``never_slower``.
+        EvaluationError: ``why_not`` is given, and the spec has a budget or ``never_slower``.
     """
     if spec.budget and why_not:
         raise EvaluationError(f"the budget's metric {spec.budget.monitor!r} cannot be measured: {why_not}")
@@ -45,16 +49,16 @@ def refuse_without_validation(spec: QuantizationSpec, why_not: str | None) -> No
 def known_mode(
     budget: Budget, names: Mapping[str, object], higher_is_better: Mapping[str, bool], advice: str = ""
 ) -> Budget:
-    """The budget with its mode, from the logged metrics.
+    """The budget with its mode, which the logged metric decides unless the spec gives it.
 
     Args:
         budget: as the spec has it.
-        names: what was logged, by name.
-        higher_is_better: by metric, where the logged torchmetrics object tells.
-        advice: what the error about a metric that was not logged ends with.
+        names: the logged metrics by name.
+        higher_is_better: by name, for metrics logged as torchmetrics objects that know it.
+        advice: appended to the error about a metric that was not logged.
 
     Raises:
-        SpecError: the metric was not logged, or nothing tells which way it is better.
+        SpecError: the metric was not logged, or its mode is unknown.
     """
     monitor = budget.monitor
     if monitor not in names:
@@ -74,10 +78,10 @@ def known_mode(
 
 
 def check_monitor(trainer: Trainer, monitor: str | None) -> None:
-    """Refuse a metric that no ModelCheckpoint of the run monitors.
+    """Refuse a ``monitor`` that selects none of the ModelCheckpoints.
 
     Raises:
-        SpecError: there are ModelCheckpoints, and all of them monitor other metrics.
+        SpecError: ModelCheckpoints monitor metrics, but none of them monitors this one.
     """
     monitored = [keeper.monitor for keeper in checkpoint_callbacks(trainer) if keeper.monitor is not None]
     if monitor is not None and monitored and monitor not in monitored:

@@ -1,4 +1,4 @@
-"""Which float weights are quantized at the end of a fit, and how they get into the module."""
+"""Chooses the float weights to quantize, and loads them into the module."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FloatWeights:
-    """Float weights with a name.
+    """Float weights and where they come from.
 
     Attributes:
-        path: the checkpoint that holds them; None where the module does.
-        base: the checkpoint's content, without what only training needs.
-        stem: what the quantized file is named after.
-        folder: where it goes unless told otherwise.
-        note: for people: where the weights come from.
+        path: the checkpoint that holds them; None if the module holds them.
+        base: the checkpoint's content without what only training needs.
+        stem: the part of the quantized file's name that names these weights.
+        folder: default folder of the quantized file.
+        note: where the weights come from, as shown to the user.
     """
 
     path: str | None
@@ -40,11 +40,11 @@ class FloatWeights:
 
     @property
     def sha256(self) -> str | None:
-        """Of the file; None where there is none."""
+        """Digest of the checkpoint file; None if there is none."""
         return None if self.path is None else file_sha256(self.path)
 
     def load_into(self, trainer: Trainer, module: LightningModule) -> None:
-        """Load them as Lightning would, hooks included; nothing where the module holds them already."""
+        """Load them as Lightning would, ``on_load_checkpoint`` included; do nothing if the module holds them."""
         if self.path is not None:
             content = dict(self.base)
             module.on_load_checkpoint(content)
@@ -52,13 +52,11 @@ class FloatWeights:
 
 
 def choose_float_weights(trainer: Trainer, wanted: str, monitor: str | None) -> FloatWeights:
-    """The weights that ``wanted`` names: ``best``, ``last`` or ``current``.
-
-    Where the ModelCheckpoints of the run saved none of that kind, the module's current weights.
+    """The ``best``, ``last`` or ``current`` weights; the current ones if no such checkpoint was saved.
 
     Args:
         trainer: at the end of a fit.
-        wanted: which.
+        wanted: ``best``, ``last`` or ``current``.
         monitor: prefer the ModelCheckpoint that monitors this metric.
     """
     keepers = sorted(
@@ -69,7 +67,7 @@ def choose_float_weights(trainer: Trainer, wanted: str, monitor: str | None) -> 
     if keeper is None or path is None:
         why = "" if wanted == "current" else f": no {wanted} checkpoint was saved"
         return current_weights(trainer, f"the weights at the end of training{why}")
-    # written by this very run, so it may hold objects of the user's classes
+    # This run wrote the file, so it is safe to unpickle objects of the user's classes.
     base = without_training_entries(trainer.strategy.load_checkpoint(path, weights_only=False))
     by = f" ({keeper.monitor})" if wanted == "best" and keeper.monitor else ""
     kind = "latest" if wanted == "best" and not by else wanted
@@ -84,7 +82,7 @@ def current_weights(trainer: Trainer, note: str) -> FloatWeights:
 
 
 def tested_weights(trainer: Trainer, restored: Mapping[str, Any] | None) -> FloatWeights:
-    """The weights that a test run restored, or those of the module where it restored none.
+    """The weights that a test run restored, or those of the module if it restored none.
 
     Args:
         trainer: in its test loop.

@@ -1,4 +1,4 @@
-"""Lets ``ckpt_path`` of a Trainer be a quantized checkpoint, for a class that knows nothing of quantization."""
+"""Lets ``ckpt_path`` of a Trainer be a quantized checkpoint, for any LightningModule."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ __all__ = [
 
 
 class QuantizedStart:
-    """From ``setup`` to ``teardown``: puts quantized layers in when a quantized checkpoint is restored.
+    """From ``setup`` to ``teardown``: makes the quantized layers before the Trainer restores a quantized checkpoint.
 
-    The hook ``on_load_checkpoint`` of the module is wrapped on the instance, since a callback's own
-    comes after the weights have been loaded.
+    The module's ``on_load_checkpoint`` is wrapped on the instance, because a callback's own hook is called
+    only after the weights have been loaded.
 
     Args:
         trainer: in ``setup``.
         module: the user's.
 
     Attributes:
-        restored: the content of the checkpoint that was restored, what only training needs left out, or None.
-        label: the method of the checkpoint that was restored, where that is quantized, or None.
+        restored: content of the restored checkpoint without what only training needs, or None.
+        label: method of the restored checkpoint if that is quantized, else None.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
@@ -65,7 +65,7 @@ class QuantizedStart:
         own(checkpoint)
 
     def close(self) -> None:
-        """Float layers again, with the dequantized weights: the module is what was tested, and can train."""
+        """Put the float layers back with the dequantized weights: the model that was tested, able to train."""
         vars(self._module).pop("on_load_checkpoint", None)
         for site, layer in self._made:
             linear = cast("nn.Linear | nn.Embedding", site.module)

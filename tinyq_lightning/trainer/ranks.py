@@ -1,4 +1,4 @@
-"""What several processes must do together: write, refuse, join a process group."""
+"""What depends on several processes: writing on rank 0, which strategies work, a second Trainer in the same group."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = [
 
 
 def write_on_rank_zero(trainer: Trainer, write: Callable[[], object]) -> None:
-    """Call ``write`` on rank 0, and have every rank know whether that went well.
+    """Call ``write`` on rank 0 only; if it raises CheckpointError, raise it on every rank.
 
     Raises:
-        CheckpointError: on every rank, where ``write`` raised one.
+        CheckpointError: on every rank, if ``write`` raised one.
     """
     failure: str | None = None
     if trainer.is_global_zero:
@@ -38,7 +38,7 @@ def refuse_sharding(trainer: Trainer) -> None:
     """Refuse strategies under which no process holds the whole model.
 
     Raises:
-        TrainerError: the strategy is neither single-device nor DDP, or of the other package.
+        TrainerError: the strategy is neither single-device nor DDP, or the Trainer is of ``pytorch_lightning``.
     """
     if not isinstance(trainer, Trainer):
         raise TrainerError(
@@ -46,8 +46,8 @@ def refuse_sharding(trainer: Trainer) -> None:
             "import Trainer and LightningModule from lightning.pytorch"
         )
     strategy = trainer.strategy
-    whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-    if not whole:
+    unsharded = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    if not unsharded:
         raise TrainerError(
             f"TinyQCallback does not work with {type(strategy).__name__}: it may shard the model, and quantizing needs "
             "each layer whole. Train without the callback, then quantize the consolidated checkpoint: "
@@ -56,7 +56,7 @@ def refuse_sharding(trainer: Trainer) -> None:
 
 
 class JoinedDDPStrategy(DDPStrategy):
-    """DDP among the processes that are there already."""
+    """DDP that uses the existing processes and process group instead of launching new ones."""
 
     def _configure_launcher(self) -> None:
         self._launcher = None
