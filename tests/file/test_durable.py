@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from models import Net
 
 from tinyq_lightning import quantize
 from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.file import durable
 from tinyq_lightning.file.checkpoint import make_checkpoint, read_checkpoint, write_checkpoint
 from tinyq_lightning.file.durable import replace_file
 
@@ -110,6 +112,54 @@ def test_what_a_killed_process_left_is_cleared_and_what_a_living_one_writes_is_n
 
     replace_file(tmp_path / "outer", write_outer)
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {"inner": b"inner", "outer": b"outer"}
+
+
+def without_locks(monkeypatch, number):
+    """As on a network file system that has no locks."""
+
+    def flock(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(durable.fcntl, "flock", flock)
+
+
+LEAVES = """
+import os, sys
+from tinyq_lightning.file.durable import replace_file
+replace_file(sys.argv[1], lambda file: os._exit(3))
+"""
+
+
+@pytest.mark.skipif(durable.fcntl is None, reason="has no flock")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EPERM])
+def test_saving_works_and_leftovers_go_where_files_cannot_be_locked(tmp_path, monkeypatch, number):
+    killed = subprocess.run([sys.executable, "-c", LEAVES, str(tmp_path / "file")], check=False)
+    assert killed.returncode == 3
+    assert len(list(tmp_path.glob(".*.tinyq-tmp"))) == 1
+    old, new = (tmp_path / f".{name}-1-0123456789ab.tinyq-tmp" for name in ("aaaaaaaa", "bbbbbbbb"))
+    for path in (old, new):
+        path.write_bytes(b"of another machine")
+    os.utime(old, (1e9, 1e9))
+    without_locks(monkeypatch, number)
+
+    def write_outer(file):
+        file.write(b"outer")
+        replace_file(tmp_path / "inner", lambda inner: inner.write(b"inner"))
+        assert Path(file.name).exists(), "this process is alive"
+
+    replace_file(tmp_path / "outer", write_outer)
+    assert {each.name for each in tmp_path.iterdir()} == {"inner", "outer", new.name}
+
+
+def test_leftovers_of_killed_processes_go_on_remote_file_systems_as_well():
+    memory = fsspec.filesystem("memory")
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead, alive = (f"/left/.{durable._machine()}-{pid}-0.tinyq-tmp" for pid in (int(gone.stdout), os.getpid()))
+    for path in (dead, alive):
+        memory.pipe(path, b"half")
+    replace_file("memory://left/file", lambda file: file.write(b"new"))
+    assert sorted(memory.ls("/left", detail=False)) == sorted([alive, "/left/file"])
+    memory.rm("/left", recursive=True)
 
 
 def test_an_error_while_writing_leaves_the_former_file(tmp_path):

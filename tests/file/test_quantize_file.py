@@ -93,7 +93,7 @@ def test_every_door_gives_the_same_bytes(tmp_path, kind, whole):
     callback = after_training(tmp_path, kind)
     path = callback.float_path
     with Archive(path) as source:
-        assert FloatFile(source, kind, {}).whole == whole
+        assert FloatFile(source, kind, {}).loaded == whole
         write_checkpoint(quantize_file(source, kind, as_spec(SPEC), {}), tmp_path / "command.ckpt")
 
     module = kind.load_from_checkpoint(path, weights_only=True)

@@ -16,6 +16,8 @@ from tinyq_lightning import quantize
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file.checkpoint import make_checkpoint, read_checkpoint, write_checkpoint
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
+from tinyq_lightning.plan import Plan
+from tinyq_lightning.spec import QuantizationSpec
 
 
 class Odd(Net):
@@ -86,3 +88,20 @@ def test_a_damaged_export_comes_back_whole_or_is_refused_by_name(tmp_path):
     assert all(refusal.startswith(f"{path}: ") for refusal in refusals)
     with pytest.raises(CheckpointError, match="no such file"):
         read_safetensors(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize("rows", [4, 6, 1])
+def test_a_weight_tied_to_its_transpose_is_exported_in_full(tmp_path, rows):
+    """As a tied Conv1D of Hugging Face, or ``head.weight = embed.weight.t()``, keeps it."""
+    weight = torch.randn(rows, 4)
+    content = read_checkpoint(checkpoint(tmp_path / "q.ckpt"))
+    state = content["state_dict"]
+    state["embed.weight"], state["out.weight"], state["out.same"] = weight, weight.t(), weight.t()
+    made = make_checkpoint({"epoch": 0}, state, Plan((), QuantizationSpec()), {}, None, None)
+    write_safetensors(made, tmp_path / "q.safetensors")
+    with safe_open(tmp_path / "q.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("embed.weight"), weight)
+        assert torch.equal(file.get_tensor("out.weight"), weight.t())
+    again = read_safetensors(tmp_path / "q.safetensors")["state_dict"]
+    assert torch.equal(again["out.weight"], weight.t())
+    assert torch.equal(again["out.same"], weight.t())

@@ -44,7 +44,7 @@ def quantize(args: Namespace) -> Answer:
     """A float file to a quantized one."""
     spec = _spec(args)
     _refuse_overwriting(args, args.output)
-    with Archive(args.checkpoint, weights_only=not args.trust) as source, progress("quantizing") as around:
+    with Archive(args.checkpoint, args.trust) as source, progress("quantizing") as around:
         content = quantize_file(source, model_class(args.model, source), spec, args.init, around)
     plan = _plan(content["tinyq"])
     folder = os.path.dirname(args.checkpoint)
@@ -62,7 +62,7 @@ def quantize(args: Namespace) -> Answer:
 
 def inspect(args: Namespace) -> Answer:
     """What a file is: a quantized one, or what would be quantized of a float one."""
-    with Archive(args.checkpoint, weights_only=not args.trust) as source:
+    with Archive(args.checkpoint, args.trust) as source:
         if not is_quantized(source.content):
             return _inspect_float(args, source)
         content = source.content
@@ -130,7 +130,7 @@ def verify(args: Namespace) -> Answer:
     if args.float is None:
         return Answer(text, data)
     plan = _plan(tinyq)
-    with Archive(args.float, weights_only=not args.trust) as source, progress("quantizing again") as around:
+    with Archive(args.float, args.trust) as source, progress("quantizing again") as around:
         again = quantize_file(source, model_class(args.model, source), plan.to_spec(), args.init, around)
     if tinyq["float_sha256"] not in (None, again["tinyq"]["float_sha256"]):
         text += f"\n{args.float}: this is not the float file it was made from, by SHA-256"

@@ -105,7 +105,7 @@ def bench(args: Namespace) -> Answer:
 
 def _load(args: Namespace, path: str) -> LightningModule:
     """A module from a float or a quantized file."""
-    with Archive(path, weights_only=not args.trust) as source:
+    with Archive(path, args.trust) as source:
         module_class = model_class(args.model, source)
         if is_quantized(source.content):
             return load_quantized(path, module_class, **args.init)

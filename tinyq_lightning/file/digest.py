@@ -1,7 +1,7 @@
-"""SHA-256 of plain data and tensors by their content, the same in any process, on any machine, in any language.
+"""SHA-256 digests of plain data and tensors, equal in every process and on every machine.
 
-The digest of a value is SHA-256 over a tag and what the value holds; containers hold the digests of their
-items, so each is computed once however often it occurs. ``FORMAT.md`` gives the table for other readers.
+The digest of a value is SHA-256 over a type tag and the value's bytes. A container is digested by the digests of
+its items, so an object that occurs many times is digested once. ``FORMAT.md`` specifies this for other readers.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = [
 def digest_of(value: Any) -> str:
     """The digest of a value, 64 hexadecimal digits.
 
-    Mappings and sets have no order here, lists and tuples do. A tensor counts by dtype, shape and values, bit
-    by bit; its strides, its device and whether it shares memory do not count.
+    The order of dicts and sets does not change it; the order of lists and tuples does. For a tensor dtype, shape and
+    values (bit by bit) count; strides, device and shared memory do not.
 
     Raises:
-        TypeError: there is something in it that is neither a tensor nor plain data.
-        RecursionError: it contains itself.
+        TypeError: the value holds something that is neither a tensor nor plain data.
+        RecursionError: the value contains itself.
 
     >>> digest_of({"a": 1, "b": [2.0, None]}) == digest_of({"b": [2.0, None], "a": 1})
     True
@@ -50,7 +50,7 @@ def _parts(value: Any, done: dict[int, bytes]) -> Iterable[Any]:
     if isinstance(value, Tensor):
         values = value.detach().cpu().contiguous()
         yield f"tensor:{_name(value.dtype)}:{','.join(map(str, value.shape))}:".encode()
-        # the empty tensor has no memory to look at
+        # an empty tensor cannot be viewed as bytes
         yield values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b""
     elif value is None or isinstance(value, bool | int):
         yield f"{type(value).__name__}:{value}".encode()

@@ -1,11 +1,15 @@
-"""Files written whole or not at all: to a temporary name beside the target, flushed to the disk, renamed."""
+"""Writes files so that they are complete or absent: to a temporary name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import IO
 
 import fsspec
@@ -20,25 +24,27 @@ __all__ = [
 
 try:
     import fcntl
-except ImportError:  # Windows, which refuses to remove a file that is open instead
+except ImportError:  # Windows; it refuses to remove an open file, so a file being written is safe there
     fcntl = None  # type: ignore[assignment]
 
 
 _ENDING = ".tinyq-tmp"
+_ABANDONED_SECONDS = 24 * 3600
+"""A temporary file of another machine counts as left behind if it was not written to for this long."""
 
 
 def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
-    """Put what ``write`` writes at ``path``: killed at any moment, there is the former file or the new one.
+    """Replace the file at ``path`` by what ``write`` writes. After a kill at any moment it is the old or the new one.
 
-    A killed process can leave a hidden file that ends in ``.tinyq-tmp``; the next call for the same folder
-    removes it, unless the process that writes it is alive.
+    A killed process can leave a hidden file that ends in ``.tinyq-tmp``. The next call for the same folder removes
+    it, unless the process that writes it is alive.
 
     Args:
-        path: local, or a URL that fsspec knows. Folders are made.
+        path: a local path or a URL that fsspec can open. Missing folders are made.
         write: fills the open file.
 
     Raises:
-        CheckpointError: it could not be written; what was there before is untouched.
+        CheckpointError: the file could not be written; what was there before is unchanged.
     """
     fs, location = fsspec.core.url_to_fs(os.fspath(path))
     try:
@@ -46,7 +52,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], obje
             _replace_local(os.path.realpath(location), write)
         else:
             _replace_remote(fs, location, write)
-    except (OSError, RuntimeError) as error:  # torch's writer turns some of the first into the second
+    except (OSError, RuntimeError) as error:  # torch's writer turns some OSErrors into RuntimeErrors
         raise CheckpointError(f"{path}: the file could not be written: {error}") from error
 
 
@@ -54,6 +60,7 @@ def _replace_remote(fs: AbstractFileSystem, location: str, write: Callable[[IO[b
     folder = fs._parent(location)
     temporary = f"{folder}/{_temporary_name()}"
     fs.makedirs(folder, exist_ok=True)
+    _remove_remote_leftovers(fs, folder)
     try:
         with fs.open(temporary, "wb") as file:
             write(file)
@@ -61,6 +68,16 @@ def _replace_remote(fs: AbstractFileSystem, location: str, write: Callable[[IO[b
     finally:
         if fs.exists(temporary):
             fs.rm(temporary)
+
+
+def _remove_remote_leftovers(fs: AbstractFileSystem, folder: str) -> None:
+    with suppress(Exception):  # file systems raise errors of their own, and none of them may fail the save
+        for path in fs.ls(folder, detail=False):
+            name = path.rpartition("/")[2]
+            if _is_temporary(name):
+                modified = fs.modified(path)
+                if _is_abandoned(name, modified.timestamp() if isinstance(modified, datetime) else float(modified)):
+                    fs.rm(path)
 
 
 def _replace_local(target: str, write: Callable[[IO[bytes]], object]) -> None:
@@ -72,9 +89,9 @@ def _replace_local(target: str, write: Callable[[IO[bytes]], object]) -> None:
         file.flush()
         os.fsync(file.fileno())
         if fcntl is None:
-            file.close()  # Windows renames no open file
+            file.close()  # Windows cannot rename an open file
         os.replace(file.name, target)
-    with suppress(OSError):  # the rename itself, where folders can be flushed
+    with suppress(OSError):  # makes the rename durable; some systems cannot open or flush a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -84,17 +101,20 @@ def _replace_local(target: str, write: Callable[[IO[bytes]], object]) -> None:
 
 @contextmanager
 def _locked_temporary(folder: str) -> Iterator[IO[bytes]]:
-    """A new file, locked while its process lives, and gone after the block unless it was renamed."""
+    """A new file. It is locked while this process lives and removed after the block unless it was renamed."""
     while True:
         path = os.path.join(folder, _temporary_name())
         with open(path, "xb") as file:
-            _lock(file)
+            try:
+                _lock(file)
+            except BlockingIOError:
+                continue  # another process is just removing it as a leftover
             if fcntl is not None and os.fstat(file.fileno()).st_nlink == 0:
-                continue  # taken for a leftover before it was locked
+                continue  # another process removed it as a leftover before it was locked
             try:
                 yield file
             finally:
-                with suppress(OSError):  # a full disk fails here once more
+                with suppress(OSError):  # on a full disk closing fails again
                     file.close()
                 with suppress(FileNotFoundError):
                     os.remove(path)
@@ -102,18 +122,62 @@ def _locked_temporary(folder: str) -> Iterator[IO[bytes]]:
 
 
 def _remove_leftovers(folder: str) -> None:
-    for entry in os.scandir(folder):
-        if entry.name.startswith(".") and entry.name.endswith(_ENDING):
-            with suppress(OSError), open(entry.path, "rb") as file:
-                _lock(file)
-                os.remove(entry.path)
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_temporary(entry.name):
+                with suppress(OSError):
+                    if fcntl is None:
+                        os.remove(entry.path)  # Windows refuses if the file is open in a living process
+                        continue
+                    with open(entry.path, "rb") as file:
+                        if _lock(file) or _is_abandoned(entry.name, os.fstat(file.fileno()).st_mtime):
+                            os.remove(entry.path)
 
 
-def _lock(file: IO[bytes]) -> None:
-    """Take the file's lock, which the system gives back when the process ends in whatever way."""
-    if fcntl is not None:
+def _lock(file: IO[bytes]) -> bool:
+    """Lock the file until it is closed or the process ends. Return False if the file system has no locks.
+
+    Raises:
+        BlockingIOError: a living process holds the lock.
+    """
+    if fcntl is None:
+        return False
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP, … of network file systems
+        return False
+    return True
 
 
 def _temporary_name() -> str:
-    return f".{uuid.uuid4().hex[:12]}{_ENDING}"
+    return f".{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:12]}{_ENDING}"
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(_ENDING)
+
+
+def _is_abandoned(name: str, modified: float) -> bool:
+    """True if the process that made the file is gone; if that cannot be known, True if the file is old."""
+    machine, _, rest = name[1:].partition("-")
+    pid = rest.partition("-")[0]
+    if machine == _machine() and pid.isdecimal() and hasattr(os, "fork") and not _is_alive(int(pid)):
+        return True
+    return time.time() - modified > _ABANDONED_SECONDS
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it belongs to another user
+        return True
+    return True
+
+
+def _machine() -> str:
+    """Tells machines apart that share a file system, without naming them."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]

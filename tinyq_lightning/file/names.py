@@ -1,4 +1,4 @@
-"""Where a quantized file goes and what it is called."""
+"""The folder and the name of a quantized file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = [
 
 
 def check_folder(spec: QuantizationSpec) -> None:
-    """Refuse a ``dirpath`` that is a file.
+    """Check the spec's ``save.dirpath``.
 
     Raises:
-        SpecError: it is.
+        SpecError: it is a file, not a folder.
     """
     folder = spec.save.dirpath
     if folder is not None and os.path.isfile(folder):
@@ -27,14 +27,15 @@ def check_folder(spec: QuantizationSpec) -> None:
 
 
 def quantized_path(save: Save, folder: str, stem: str, label: str, taken: Collection[str | None] = ()) -> str:
-    """Where the quantized file goes: ``<folder>/<label>-<stem>.ckpt`` unless the spec says otherwise.
+    """The path of the quantized file: ``<folder>/<label>-<stem>.ckpt`` unless ``save`` gives another.
 
     Args:
-        save: of the spec.
-        folder: of the float checkpoint.
+        save: the spec's ``save`` entry.
+        folder: the folder of the float checkpoint.
         stem: the float checkpoint's name without its ending.
-        label: the plan's.
-        taken: paths that other callbacks of the run have written; the name gets a version past them.
+        label: the label of the plan.
+        taken: paths that other callbacks of this run have written. If the path is one of them, ``-v1``, ``-v2``, …
+            is added to the name.
     """
     name = (save.filename or f"{label}-{stem}").removesuffix(".ckpt")
     versions = (f"{name}{version}.ckpt" for version in ("", *(f"-v{number}" for number in range(1, len(taken) + 1))))
@@ -43,5 +44,5 @@ def quantized_path(save: Save, folder: str, stem: str, label: str, taken: Collec
 
 
 def stem_of(path: str | os.PathLike[str]) -> str:
-    """``epoch=7-step=400`` of ``…/epoch=7-step=400.ckpt``."""
+    """The name of a checkpoint without folder and ending: ``epoch=7`` for ``runs/epoch=7.ckpt``."""
     return os.fspath(path).rpartition("/")[2].removesuffix(".ckpt")

@@ -1,4 +1,4 @@
-"""A float checkpoint file to a quantized one, without a Trainer and without the float model in memory."""
+"""Quantizes a float checkpoint file without a Trainer and without the float model in memory."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ def quantize_file(
     init_args: Mapping[str, Any],
     around: Present = nullcontext,
 ) -> dict[str, Any]:
-    """The content of the quantized checkpoint that ``TinyQCallback`` would make of a float checkpoint.
+    """Make the same quantized checkpoint of a float checkpoint as ``TinyQCallback`` does.
 
-    The most that is held is the quantized model and one float layer; see :class:`FloatFile` for when more is.
+    Peak memory is the quantized model and one float layer, or the float model if :class:`FloatFile` must load it.
 
     Args:
-        source: the float checkpoint, open.
+        source: the open float checkpoint.
         module_class: the LightningModule it was made from.
         spec: what to quantize, and how.
-        init_args: arguments of the class, over the hyper-parameters stored in the file.
-        around: entered with each layer while it is at work, for those who want to watch.
+        init_args: arguments of the class; they replace the hyper-parameters stored in the file.
+        trust: import and call the classes that the stored hyper-parameters name.
+        around: a context manager entered for each layer while it is quantized, for a progress bar.
 
     Returns:
-        The content, without metrics, for :func:`~tinyq_lightning.file.checkpoint.write_checkpoint`.
+        The content for :func:`~tinyq_lightning.file.checkpoint.write_checkpoint`, without metrics.
 
     Raises:
         CheckpointError: the file is not a float Lightning checkpoint, or does not fit the class.
@@ -69,17 +70,18 @@ def quantize_file(
 class FloatFile:
     """A float checkpoint as a module whose weights are read one layer at a time.
 
-    A class that cannot be built without values, or that may make something else of the file's than
-    ``load_state_dict`` does by itself (hooks, entries of other names), is loaded whole instead.
+    All weights are loaded at once instead if the class cannot be built without values, or if loading may do more
+    than copy each entry into the tensor of its name (hooks, other names).
 
     Args:
-        source: the float checkpoint, open.
+        source: the open float checkpoint.
         module_class: the LightningModule it was made from.
-        init_args: arguments of the class, over the hyper-parameters stored in the file.
+        init_args: arguments of the class; they replace the hyper-parameters stored in the file.
+        trust: import and call the classes that the stored hyper-parameters name.
 
     Attributes:
-        module: float; its tensors are on the meta device, or all there.
-        whole: whether they are all there.
+        module: the float module. Its tensors are on the meta device, or have values if ``loaded`` is True.
+        loaded: True if all weights were loaded at once.
 
     Raises:
         CheckpointError: the file is not a float Lightning checkpoint, or does not fit the class.
@@ -94,12 +96,12 @@ class FloatFile:
         self._source = source
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
         module = self._weightless(module_class, init_args)
-        self.whole = module is None
+        self.loaded = module is None
         self.module: LightningModule = self._loaded(module_class, init_args) if module is None else module
 
     @contextmanager
     def present(self, layer: nn.Module) -> Iterator[None]:
-        """A block in which the parameters and buffers of ``layer`` have their values."""
+        """Context manager in which the parameters and buffers of ``layer`` have their values."""
         waiting = {id(tensor): tensor for _, tensor in named_tensors(layer) if tensor.is_meta}
         for tensor in waiting.values():
             self._read(tensor)
@@ -110,7 +112,7 @@ class FloatFile:
                 put_value(tensor, torch.empty_like(tensor, device="meta"))
 
     def fill(self) -> None:
-        """Read all that the module still has without values."""
+        """Read every tensor that is still on the meta device."""
         for tensor in self.module.state_dict(keep_vars=True).values():
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._read(tensor)
@@ -127,7 +129,7 @@ class FloatFile:
                 )
             if not _loads_as_it_stands(module, state_dict):
                 return None
-            # by identity, which a parameter keeps when it moves from layer to layer or gets a value
+            # by identity: a parameter stays the same object when it gets a value or another layer takes it
             own = module.state_dict(keep_vars=True)
             self._entries = {id(tensor): (tensor, state_dict[name]) for name, tensor in own.items()}
             layers = [tensor for site in find_sites(module) for _, tensor in named_tensors(site.module)]
@@ -138,7 +140,7 @@ class FloatFile:
             return module
         except CheckpointError:
             raise
-        except Exception:  # whatever a class does in __init__ that cannot be done without values
+        except Exception:  # an __init__ that needs values can raise anything on meta tensors
             return None
 
     def _loaded(self, module_class: type[LightningModule], init_args: Mapping[str, Any]) -> LightningModule:
@@ -160,7 +162,7 @@ def _apart_from_weights(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _loads_as_it_stands(module: LightningModule, state_dict: Mapping[str, Any]) -> bool:
-    """Whether ``load_state_dict`` would put each entry into the tensor of its name, and do nothing else."""
+    """True if ``load_state_dict`` copies each entry into the tensor of its name and does nothing else."""
     from lightning.pytorch import LightningModule
 
     own = module.state_dict(keep_vars=True)

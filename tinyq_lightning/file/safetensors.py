@@ -1,7 +1,7 @@
-"""Quantized checkpoints as safetensors files, which other languages read, and back without a loss.
+"""Writes quantized checkpoints as safetensors files, which other languages read, and reads them without loss.
 
-The tensors stand under their names in the state dict. The rest of the checkpoint is JSON in the metadata:
-``tinyq`` for readers, and ``checkpoint`` with all that is needed to make the very same checkpoint again.
+Tensors have their names of the state dict. The rest of the checkpoint is JSON in the metadata: ``tinyq`` for
+other readers, and ``checkpoint``, from which the same checkpoint can be made again.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ _NO_LIBRARY = "safetensors files need the package safetensors: pip install 'tiny
 
 
 def write_safetensors(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a quantized checkpoint as a safetensors file, whole or not at all.
+    """Write a quantized checkpoint as a safetensors file. The file is complete or is not there.
 
-    Tensors that share memory are written once; ``checkpoint`` gives their other names.
+    Tensors with the same memory and layout are written once; ``checkpoint`` gives their other names. Tensors that
+    share memory in another layout, such as a weight and its transpose, are each written.
 
     Args:
         content: of a quantized checkpoint.
-        path: local, or a URL that fsspec knows.
+        path: a local path or a URL that fsspec can open.
 
     Raises:
-        CheckpointError: it could not be written.
+        CheckpointError: the file could not be written.
         MissingExtraError: safetensors is not installed.
     """
     try:
@@ -52,9 +53,13 @@ def write_safetensors(content: Mapping[str, Any], path: str | os.PathLike[str]) 
         raise MissingExtraError(_NO_LIBRARY) from error
     tensors: dict[str, Tensor] = {}
     names: _Names = {}
+    storages: set[int] = set()
     for name, value in content["state_dict"].items():
         if isinstance(value, Tensor) and names.setdefault(_memory(value), name) == name:
-            tensors[name] = value.contiguous()
+            values = value.contiguous()
+            storage = values.untyped_storage()._cdata
+            tensors[name] = values.clone() if storage in storages else values  # safetensors refuses shared memory
+            storages.add(storage)
     encoded = _encoded({**content, "state_dict": dict(content["state_dict"])}, tensors, names)
     metadata = {
         "format": "pt",
@@ -103,19 +108,19 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    """What tensors that are one and the same have in common; shape and dtype tell empty ones apart."""
-    return tensor.untyped_storage()._cdata, tensor.shape, tensor.dtype
+    """Equal for tensors that are the same values in the same memory."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _encoded(value: Any, tensors: dict[str, Tensor], names: _Names) -> Any:
-    """``value`` as JSON; an object with one key, the type, stands for what JSON has no word for."""
+    """``value`` as JSON. A type that JSON lacks becomes an object with one key, the name of the type."""
 
     def inner(item: Any) -> Any:
         return _encoded(item, tensors, names)
 
     if isinstance(value, Tensor):
         name = names.setdefault(_memory(value), f"tensor.{len(tensors)}")
-        tensors.setdefault(name, value.contiguous())
+        tensors.setdefault(name, value.clone(memory_format=torch.contiguous_format))
         return {"tensor": name}
     if isinstance(value, dict):
         return {type(value).__name__: [[inner(key), inner(item)] for key, item in value.items()]}

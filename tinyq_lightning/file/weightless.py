@@ -1,4 +1,4 @@
-"""Modules built without memory for their parameters, which take their values from a file instead."""
+"""Builds modules without memory for their parameters, and gives them the tensors of a file as values."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = [
 
 @contextmanager
 def without_weights() -> Iterator[Callable[[], bool]]:
-    """Parameters that modules get inside the block are on the meta device; all else is made as ever.
+    """Context manager: each parameter that is registered in a module moves to the meta device.
 
-    Each parameter has its memory until a module takes it, so there is one at a time. Its object stays the
-    same, and with it every tie. Buffers are real: what ``__init__`` computes, and no file holds, is there.
+    A parameter has memory until it is registered, so at most one at a time does. It stays the same object, so
+    ties stay. Buffers are not moved, because ``__init__`` may compute values that no file holds.
 
     Yields:
-        Whether a tensor on the meta device has been left behind by the block, wherever it may be held.
+        A function that returns True if any meta tensor made in the block still exists, wherever it is held.
     """
     here, before = threading.get_ident(), _meta_tensors()
 
@@ -37,7 +37,7 @@ def without_weights() -> Iterator[Callable[[], bool]]:
         if threading.get_ident() == here and type(parameter) is nn.Parameter and not parameter.is_meta:
             put_value(parameter, torch.empty_like(parameter, device="meta"))
 
-    known = {id(tensor) for tensor in before}  # which `before` keeps alive, so their ids are theirs
+    known = {id(tensor) for tensor in before}  # `before` keeps them alive, so no new tensor gets such an id
 
     def leaves_any() -> bool:
         if any(id(tensor) not in known for tensor in _meta_tensors()):
@@ -56,27 +56,27 @@ def _meta_tensors() -> list[Tensor]:
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers with their names; one that has several is given under each."""
+    """Parameters and buffers with their names; a tensor that has several names comes once for each."""
     return chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
 
 
 def put_value(tensor: Tensor, value: Tensor) -> None:
-    """Give a parameter or buffer the memory, dtype and device of ``value``; it stays the same object."""
-    value = value.detach()  # an object of its own, since the two trade places
+    """Give ``tensor`` the memory, dtype and device of ``value``. ``tensor`` stays the same object."""
+    value = value.detach()  # a new object, because swap_tensors exchanges the two
     swap_tensors(tensor, nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value)  # type: ignore[no-untyped-call]
 
 
 def take_values(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
-    """Give every tensor on the meta device the memory of the entry of its name, in the dtype it has.
+    """Give each meta tensor of the module the value of its entry in ``state_dict``, in the module's dtype.
 
     Returns:
-        Whether there was an entry of the right shape for each of them.
+        False if a meta tensor has no entry of its name and shape; the module is then only partly filled.
     """
     taken = set()
     for name, tensor in named_tensors(module):
         value = state_dict.get(name)
         if tensor.is_meta:
-            if value is None or value.shape != tensor.shape:
+            if not isinstance(value, Tensor) or value.shape != tensor.shape:
                 return False
             shared = value.untyped_storage()._cdata in taken
             taken.add(value.untyped_storage()._cdata)
