@@ -109,7 +109,7 @@ def quantized_linear(
     if input.dim() == 0 or input.shape[-1] != int8_weights.shape[1]:
         raise ValueError(f"the input must have shape [..., {int8_weights.shape[1]}], got {list(input.shape)}")
     device = input.device.type
-    available = torch.amp.is_autocast_available(device)  # not on meta
+    available = device != "meta"  # torch.amp.is_autocast_available cannot be traced before torch 2.8
     autocast = available and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast and input.dtype != torch.float64 else input.dtype
     work = torch.float64 if input.dtype == torch.float64 else torch.float32
