@@ -15,7 +15,7 @@ from torch import nn
 
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.file import replace_file
-from tinyq_lightning.layers import LAYERS, QuantizedEmbedding, QuantizedLinear, float_weight
+from tinyq_lightning.layers import LAYERS, Int8Weight, QuantizedEmbedding, QuantizedLinear, float_weight
 from tinyq_lightning.plan import (
     Plan,
     Site,
@@ -148,6 +148,8 @@ def replace_linear_with_target_and_quantize(
 def _target_layer(site: Site, target_class: Any, shares: Any) -> nn.Module | None:
     """What takes the place of ``site``, with the codes of ``shares``; None where it stays."""
     layer: nn.Module
+    if isinstance(site.module, Int8Weight):
+        return None
     if isinstance(target_class, type) and issubclass(target_class, QuantizedLinear):
         if isinstance(site.module, nn.Embedding):
             layer = QuantizedEmbedding.from_embedding(site.module, shares)

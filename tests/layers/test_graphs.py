@@ -88,7 +88,9 @@ def test_a_called_layer_whose_bias_is_trained_compiles_too(kernel, method):
     assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, 4))
 
 
+# torch's tracer warns of its own use of an autograd function
 @each_method
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_layer_sees_new_weights_and_gives_gradients(kernel, method):
     torch._dynamo.reset()
     layer = random_layer(method, *LARGE)

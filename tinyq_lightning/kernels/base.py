@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 from typing_extensions import override
 
+from tinyq_lightning.kernels.tracing import outside_modes
 from tinyq_lightning.methods import METHODS, Method
 
 __all__ = [
@@ -203,7 +204,7 @@ class CodeHolder(WeightForm):
         plain = self._plain
         codes = None if plain is None else plain.tensor()
         if codes is None:
-            with torch.inference_mode(False), torch.no_grad():
+            with outside_modes():
                 codes = self._unpacked()
             self._plain = TensorSnapshot(codes)
         return codes

@@ -7,7 +7,6 @@ import threading
 from collections.abc import MutableMapping
 from weakref import WeakValueDictionary
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -17,6 +16,7 @@ from tinyq_lightning.kernels.float16 import FLOAT16
 from tinyq_lightning.kernels.float32 import FLOAT32
 from tinyq_lightning.kernels.formula import FORMULA
 from tinyq_lightning.kernels.int8 import INT8
+from tinyq_lightning.kernels.tracing import outside_modes
 from tinyq_lightning.methods import KERNELS, KernelName, Method
 
 __all__ = [
@@ -92,6 +92,6 @@ def weight_form(kernel: str, codes: Tensor, scales: Tensor) -> WeightForm:
         known = _made.setdefault(codes, WeakValueDictionary())
         form = known.get(kernel)
         if form is None or not form.is_current(codes, scales):
-            with torch.inference_mode(False), torch.no_grad():  # else a layer could not be trained past later
+            with outside_modes():
                 form = known[kernel] = FORMS[kernel](codes, scales)
         return form

@@ -73,4 +73,4 @@ class StraightThrough(torch.autograd.Function):
         codes, scales = ctx.saved_tensors
         if codes is None:
             codes = ctx.form.codes()
-        return input_gradient(grad, codes, scales), None, None, *([None] * ctx.count)
+        return input_gradient(grad, codes, scales), None, None, None, *([None] * ctx.count)

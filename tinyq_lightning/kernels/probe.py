@@ -34,7 +34,7 @@ _CAN_BE_HIDDEN = ("int8", "float16", "quantized")
 def holds(check: Callable[[], bool]) -> bool:
     """Whether it does: not where an operator has another signature, or is not for this processor."""
     try:
-        with outside_modes(), torch.inference_mode(False), torch.no_grad():
+        with outside_modes():
             return check()
     except (RuntimeError, TypeError, NotImplementedError, AttributeError):
         return False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.autograd import forward_ad
@@ -33,6 +34,17 @@ def is_exporting() -> bool:
     return probe is not None and probe()
 
 
-def outside_modes() -> AbstractContextManager[object]:
-    """Return a context manager in which tensors are real, also if a tracer works with fake ones."""
-    return _disable_current_modes()
+@contextmanager
+def outside_modes() -> Iterator[None]:
+    """Return a context manager in which tensors are real, whatever tracer or transform the caller runs in.
+
+    What is made inside can be kept: no tracer records it, no transform of ``torch.func`` wraps it, and it can take part
+    in training, also if it is made in inference mode.
+    """
+    tracing = torch._C._get_tracing_state()  # of jit.trace
+    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]

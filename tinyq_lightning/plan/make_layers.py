@@ -55,8 +55,9 @@ class QuantizedLayers:
         Those that share their weight get the codes of the first of them, which is to be made before.
         """
         module, decision = site.module, self._decisions[site.name]
-        if decision.method == "float" or not isinstance(module, nn.Linear | nn.Embedding):
+        if decision.method == "float" or isinstance(module, Int8Weight):
             return None
+        assert isinstance(module, nn.Linear | nn.Embedding)
         made = self._made[decision.tied_to] if decision.tied_to else _quantized(float_weight(module))
         codes, sqnr = self._made[site.name] = made
         layer: QuantizedLinear | QuantizedEmbedding

@@ -137,6 +137,8 @@ class Site:
 
 def is_layer(module: object) -> bool:
     """Whether ``module`` would itself be replaced, which takes a parent that holds it."""
+    if isinstance(module, Int8Weight):  # asked first: a QuantizedLinear is an nn.Linear too
+        return False
     return isinstance(module, nn.Linear | nn.MultiheadAttention) or is_conv1d(module)
 
 
@@ -254,7 +256,7 @@ def _why_closed(module: nn.MultiheadAttention) -> str | None:
         return None
     if why := _why_own_way(module, nn.MultiheadAttention):
         return why
-    if not isinstance(module.out_proj, nn.Linear):
+    if not isinstance(module.out_proj, nn.Linear) or isinstance(module.out_proj, Int8Weight):
         return f"its out_proj has the type {type(module.out_proj).__name__}"
     held = {*module._modules, *module._buffers, *module._parameters}
     if more := sorted(held - _HELD_BY_ATTENTION):
