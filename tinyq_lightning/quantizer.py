@@ -7,25 +7,24 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.file import replace_file
-from tinyq_lightning.layers import LAYERS, Int8Weight, QuantizedEmbedding, QuantizedLinear, float_weight
+from tinyq_lightning.layers import LAYERS, QuantizedLinear, float_weight, is_replaceable
 from tinyq_lightning.plan import (
     Plan,
     Site,
     carry_out,
-    dress,
+    carry_over,
     find_sites,
-    is_layer,
     put_in,
     quantize,
     resolve,
+    why_not_replaced,
 )
 from tinyq_lightning.spec import QuantizationSpec
 
@@ -69,7 +68,7 @@ class Quantizer:
         """
         exclude = _names(module_not_to_quantize, "module_not_to_quantize")
         spec = QuantizationSpec.from_dict({"method": q_method, "exclude": exclude})
-        if is_layer(self.model) and spec.method in LAYERS:
+        if is_replaceable(self.model) and spec.method in LAYERS:
             target = LAYERS[spec.method]
             self.quantized_model = replace_linear_with_target_and_quantize(self.model, target, exclude)
         else:
@@ -117,7 +116,7 @@ def replace_linear_with_target_and_quantize(
     ours = isinstance(target_class, type) and issubclass(target_class, QuantizedLinear)
     if not ours and not callable(getattr(target_class, "quantize", None)):
         raise SpecError(f"target_class {target_class!r} has no .quantize(weight)")
-    if is_layer(module):
+    if is_replaceable(module):
         if exclude:
             raise SpecError(
                 f"module is itself a {type(module).__name__} without a name, so nothing can match {exclude}"
@@ -126,18 +125,21 @@ def replace_linear_with_target_and_quantize(
         container = nn.Sequential(module)
         replace_linear_with_target_and_quantize(container, target_class, [])
         if container[0] is module:
-            why = find_sites(container)[0].why_float or f"a {target_class.__name__} can stand for an nn.Linear only"
+            why = (
+                why_not_replaced(find_sites(container)[0])
+                or f"a {target_class.__name__} can stand for an nn.Linear only"
+            )
             raise ModelError(f"the module is a {type(module).__name__} that cannot be replaced: {why}")
         return container[0]
     method = target_class.method if ours else "w8a32"  # type: ignore[attr-defined]
     spec = QuantizationSpec.from_dict({"method": method, "exclude": exclude})
-    plan = resolve(spec, module, why_left=attrgetter("why_float"))
+    sites = find_sites(module)
+    plan = resolve(spec, module, why_float=why_not_replaced, sites=sites)
     if target_class in LAYERS.values():
-        carry_out(plan, module)
+        carry_out(plan, sites)
         return module
     # all are made before the first is put in, since a class of others may raise at any of them
     layers: dict[str, nn.Module | None] = {}
-    sites = find_sites(module)
     for site, decision in zip(sites, plan, strict=True):
         shares = layers[decision.tied_to] if decision.tied_to else None
         layers[site.name] = None if decision.method == "float" else _target_layer(site, target_class, shares)
@@ -148,20 +150,18 @@ def replace_linear_with_target_and_quantize(
 def _target_layer(site: Site, target_class: Any, shares: Any) -> nn.Module | None:
     """What takes the place of ``site``, with the codes of ``shares``; None where it stays."""
     layer: nn.Module
-    if isinstance(site.module, Int8Weight):
+    if site.is_quantized:
         return None
     if isinstance(target_class, type) and issubclass(target_class, QuantizedLinear):
-        if isinstance(site.module, nn.Embedding):
-            layer = QuantizedEmbedding.from_embedding(site.module, shares)
-        elif isinstance(site.module, nn.Linear):
-            layer = target_class.from_linear(site.module, shares)
+        if site.kind.multiplies:
+            layer = target_class.from_linear(cast(nn.Linear, site.module), shares)
         else:
-            return None
-    elif isinstance(site.module, nn.Linear) and _is_plain(site):
-        layer = _foreign_layer(site.module, target_class)
+            layer = site.kind.make(site.module, shares, target_class.method, "auto")
+    elif site.kind.multiplies and _is_plain(site):
+        layer = _foreign_layer(cast(nn.Linear, site.module), target_class)
     else:
         return None
-    dress(layer, site)
+    carry_over(site, layer)
     return layer
 
 

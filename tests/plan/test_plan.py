@@ -17,7 +17,7 @@ from tinyq_lightning.layers.linear import QuantizedLinear
 from tinyq_lightning.plan.plan import Plan
 from tinyq_lightning.plan.resolve import check_patterns, resolve
 from tinyq_lightning.plan.sites import find_sites
-from tinyq_lightning.spec.spec import METHOD_NAMES
+from tinyq_lightning.spec import METHOD_NAMES
 
 
 class Block(nn.Module):
@@ -257,10 +257,9 @@ def test_a_meta_weight_is_refused_by_name_and_may_be_excluded():
     assert decisions(model, exclude=["1"])["1"] == ("float", "excluded")
 
 
-def test_a_weight_that_is_not_floating_point_is_refused_by_name_and_may_be_excluded():
+def test_a_weight_that_is_not_floating_point_stays_as_it_is_with_the_reason():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64))
-    with pytest.raises(ModelError, match=r"^1: .*torch\.complex64"):
-        resolve(spec(), model)
+    assert decisions(model)["1"] == ("float", "its weight is complex64")
     assert decisions(model, exclude=["1"])["1"] == ("float", "excluded")
 
 
@@ -375,7 +374,7 @@ def test_sizes_are_those_of_the_tensors():
 def test_table_has_a_line_for_each_layer_and_the_totals_and_why_the_kernels():
     model = Net()
     plan = quantize(model, {"exclude": ["head"], "kernel": "reference"})
-    *lines, note = plan.table().splitlines()
+    *lines, note, others = plan.table().splitlines()
     assert lines[0].split() == ["layer", "method", "reason", "kernel", "SQNR", "dB", "float", "now"]
     assert [line.split()[0] for line in lines[2:-1]] == NAMES
     assert lines[-1].startswith("5 layers")
@@ -385,6 +384,7 @@ def test_table_has_a_line_for_each_layer_and_the_totals_and_why_the_kernels():
     total = sum(d.float_bytes for d in plan)
     assert f"{total} B" in lines[-1]
     assert note == "kernel reference: as asked for"
+    assert others == "not in a layer of the plan, and left as they are: 1 weight of 160 B (embed.weight [10, 4])"
 
 
 def test_the_plan_records_the_kernel_of_each_layer_and_why(monkeypatch):
@@ -458,7 +458,7 @@ def test_to_spec_reproduces_what_was_asked_for_and_what_a_search_decided(tmp_pat
     except SpecError:
         return  # shadowed, or nothing left
     changed = [
-        replace(d, method="float", reason="budget: costs 0.01", bytes=d.float_bytes)
+        replace(d, method="float", reason="budget: costs 0.01", bytes=d.float_bytes, decided_by="budget")
         if d.name in reverted and d.method != "float"
         else d
         for d in plan
@@ -473,7 +473,7 @@ def test_to_spec_reproduces_what_was_asked_for_and_what_a_search_decided(tmp_pat
 def test_to_spec_reproduces_a_plan_whose_rule_was_overruled_by_the_search(tmp_path):
     model = Net()
     plan = resolve(spec(rules=[{"match": "head", "method": "w8a8"}]), model)
-    reverted = replace(plan.decisions[-1], method="float", reason="budget: costs 0.01")
+    reverted = replace(plan.decisions[-1], method="float", reason="budget: costs 0.01", decided_by="budget")
     searched = Plan((*plan.decisions[:-1], replace(reverted, bytes=reverted.float_bytes)), plan.spec)
     assert reproduced(searched, model, tmp_path).decisions == searched.decisions
 
@@ -481,7 +481,9 @@ def test_to_spec_reproduces_a_plan_whose_rule_was_overruled_by_the_search(tmp_pa
 def test_to_spec_reproduces_a_plan_that_a_search_left_all_float(tmp_path):
     model = Net()
     plan = resolve(spec(), model)
-    changed = [replace(d, method="float", reason="budget: costs 0.01", bytes=d.float_bytes) for d in plan]
+    changed = [
+        replace(d, method="float", reason="budget: costs 0.01", bytes=d.float_bytes, decided_by="budget") for d in plan
+    ]
     searched = Plan(tuple(changed), plan.spec)
     assert reproduced(searched, model, tmp_path).decisions == searched.decisions
 

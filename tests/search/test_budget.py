@@ -435,7 +435,7 @@ def test_attention_and_tied_layers_are_searched_and_stay_tied(tmp_path):
 @pytest.mark.parametrize("method", ["w8a16", "float"])
 def test_a_tied_embedding_follows_its_linear_as_the_written_spec_has_it(method):
     module = Tied()
-    switched = Swap(module, QuantizationSpec(method="w8a8")).switched({"out": (method, "budget: costs 0.1")})
+    switched = Swap(module, QuantizationSpec(method="w8a8")).switched({"out": (method, "budget: costs 0.1")}, "budget")
     assert list(Swap(module, switched.plan.to_spec()).plan) == list(switched.plan)
     with switched:
         assert isinstance(module.out, nn.Linear) == isinstance(module.embed, nn.Embedding) == (method == "float")

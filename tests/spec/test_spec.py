@@ -12,9 +12,9 @@ from torch import nn
 from tinyq_lightning import QuantizationSpec, quantize
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.methods import METHODS
+from tinyq_lightning.spec import METHOD_NAMES, Budget, Rule, Save, as_spec
 from tinyq_lightning.spec.matching import pattern_matches
 from tinyq_lightning.spec.reader import nearest
-from tinyq_lightning.spec.spec import METHOD_NAMES, Budget, Rule, Save, as_spec
 
 FULL = """\
 method: w8a16
@@ -207,7 +207,7 @@ def test_errors_name_the_file_of_several_that_is_wrong(write):
         ("exclude: ['']", 1, "exclude.0", "must be text, not ''"),
         ("exclude:\n- 're:('", 2, "exclude.0", "'re:(' is not a regular expression: missing )"),
         ("rules: {match: a}", 1, "rules", "must be a list, not dict"),
-        ("rules:\n- a", 2, "rules.0", "must be a mapping with the keys match, method, reason, not 'a'"),
+        ("rules:\n- a", 2, "rules.0", "must be a mapping with the keys match, method, reason, decided_by, not 'a'"),
         ("rules:\n- match: a", 2, "rules.0", "the key 'method' is missing"),
         ("rules:\n- method: w8a8", 2, "rules.0", "the key 'match' is missing"),
         ("rules:\n- match: a\n  method: w8a23", 3, "rules.0.method", "'w8a23' is not a method. Did you mean 'w8a32'"),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tinyq_lightning.errors import ModelError
 from tinyq_lightning.file import Archive, import_class
-from tinyq_lightning.plan import Present
+from tinyq_lightning.plan import WithValues
 from tinyq_lightning.table import format_bytes
 
 __all__ = [
@@ -55,7 +55,7 @@ def file_size(path: str) -> str:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Present]:
+def progress(title: str) -> Iterator[WithValues]:
     """A bar on a terminal that moves with each layer; nothing elsewhere."""
     with tqdm(desc=title, unit=" layers", disable=None, leave=False) as bar:
 

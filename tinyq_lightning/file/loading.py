@@ -15,9 +15,8 @@ from tinyq_lightning.errors import CheckpointError, ModelError, TrainerError
 from tinyq_lightning.file.build import build, import_class
 from tinyq_lightning.file.checkpoint import HYPER_PARAMETERS, check_digests, check_format, is_quantized, read_checkpoint
 from tinyq_lightning.file.weightless import take_values, without_weights
-from tinyq_lightning.layers import LAYERS, Int8Weight, QuantizedEmbedding, float_weight
-from tinyq_lightning.methods import KernelName
-from tinyq_lightning.plan import Site, find_sites
+from tinyq_lightning.layers import Int8Weight
+from tinyq_lightning.plan import Site, carry_over, find_sites
 
 __all__ = [
     "QuantizedCheckpointMixin",
@@ -61,36 +60,24 @@ def prepare_structure(
                 f"{source} has the quantized layer {name!r}, {type(module).__name__} has no Linear layer of that name. "
                 f"It has: {', '.join(sorted(sites)) or 'none'}"
             )
-        if isinstance(site.module, Int8Weight):
+        if site.is_quantized:
             continue
         state = checkpoint["state_dict"]
         codes = next((state[f"{n}.int8_weights"] for n in site.names if f"{n}.int8_weights" in state), None)
-        here = tuple(site.module.weight.shape)
+        here = tuple(site.weight_like.shape)
         if codes is not None and tuple(codes.shape) != here:
             raise CheckpointError(
                 f"layer {name!r} is [{codes.shape[0]}, {codes.shape[1]}] in {source} and [{here[0]}, {here[1]}] in "
                 f"{type(module).__name__}: build it with the arguments it was trained with"
             )
-        layer = _empty_layer(site, entry["method"], checkpoint["tinyq"]["spec"].get("kernel", "auto"))
+        kernel = checkpoint["tinyq"]["spec"].get("kernel", "auto")
+        layer = site.kind.make_empty(site.module, entry["method"], kernel)
+        carry_over(site, layer)
         shared = made.get(entry.get("tied_to"))
         made[name] = site, layer if shared is None else layer.share(shared[1])
     for site, layer in made.values():
         site.put(layer)
     return list(made.values())
-
-
-def _empty_layer(site: Site, method: str, kernel: KernelName) -> Int8Weight:
-    module = site.module
-    if isinstance(module, nn.Embedding):
-        rows, columns = module.weight.shape
-        embedding = QuantizedEmbedding(rows, columns, module.padding_idx, module.weight.dtype, module.weight.device)
-        return embedding.train(site.training)
-    assert isinstance(module, nn.Linear)
-    weight = float_weight(module)
-    rows, columns = weight.shape
-    layer = LAYERS[method](columns, rows, module.bias is not None, weight.dtype, weight.device)
-    layer.kernel = kernel
-    return layer.train(site.training)
 
 
 class QuantizedCheckpointMixin:

@@ -15,7 +15,7 @@ from tinyq_lightning.file.build import build
 from tinyq_lightning.file.checkpoint import file_sha256, is_quantized, make_checkpoint, without_training_entries
 from tinyq_lightning.file.loading import QuantizedCheckpointMixin
 from tinyq_lightning.file.weightless import named_tensors, put_value, without_weights
-from tinyq_lightning.plan import Present, find_sites, quantize_by_layer
+from tinyq_lightning.plan import WithValues, find_sites, quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def quantize_file(
     module_class: type[LightningModule],
     spec: QuantizationSpec,
     init_args: Mapping[str, Any],
-    around: Present = nullcontext,
+    around: WithValues = nullcontext,
 ) -> dict[str, Any]:
     """Make the same quantized checkpoint of a float checkpoint as ``TinyQCallback`` does.
 

@@ -1,20 +1,30 @@
 """Modules that hold int8 codes, and the table of the kinds of layer that they replace."""
 
 from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
-from tinyq_lightning.layers.embedding import QuantizedEmbedding
+from tinyq_lightning.layers.embedding import QuantizedEmbedding, ScaledQuantizedEmbedding
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.kind import Candidate, Kind
+from tinyq_lightning.layers.kinds import KINDS, is_opened, is_replaceable, kind_of, why_closed
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear, W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
 
 __all__ = [
+    "KINDS",
     "LAYERS",
+    "Candidate",
     "Int8Weight",
+    "Kind",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
+    "ScaledQuantizedEmbedding",
     "W8A8LinearLayer",
     "W8A16LinearLayer",
     "W8A32LinearLayer",
     "float_weight",
     "in_projections",
+    "is_opened",
+    "is_replaceable",
+    "kind_of",
     "linear_with",
+    "why_closed",
 ]

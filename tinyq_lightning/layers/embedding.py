@@ -10,6 +10,7 @@ from tinyq_lightning.layers.int8_weight import Int8Weight
 
 __all__ = [
     "QuantizedEmbedding",
+    "ScaledQuantizedEmbedding",
 ]
 
 
@@ -63,3 +64,36 @@ class QuantizedEmbedding(Int8Weight):
         """What ``print(model)`` shows in the brackets."""
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, dtype={self.dtype}"
+
+
+class ScaledQuantizedEmbedding(QuantizedEmbedding):
+    """Look-ups whose rows are multiplied by a number, as in Gemma and in BART.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: size of each row.
+        padding_idx: as in :class:`QuantizedEmbedding`.
+        dtype: floating dtype of what is looked up.
+        device: where the layer lives.
+        output_scale: what each row is multiplied by.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        output_scale: float = 1.0,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx, dtype, device)
+        self.output_scale = output_scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` ``[...]`` of integers → ``[..., dim]`` of the layer's dtype, multiplied by the scale."""
+        return super().forward(input) * self.output_scale
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows in the brackets."""
+        return f"{super().extra_repr()}, output_scale={self.output_scale:g}"

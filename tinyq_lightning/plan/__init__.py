@@ -1,25 +1,27 @@
 """What happens to each layer of one model, and why: a spec resolved against it into a ``Plan``, and carried out."""
 
 from tinyq_lightning.plan.heap import return_freed_memory
-from tinyq_lightning.plan.make_layers import QuantizedLayers, dress, refuse_root
-from tinyq_lightning.plan.plan import Decision, Plan, state_bytes
+from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, refuse_root
+from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan, state_bytes
 from tinyq_lightning.plan.replace import carry_out, put_in, quantize, quantize_by_layer, quantized
-from tinyq_lightning.plan.resolve import Present, check_patterns, resolve
-from tinyq_lightning.plan.sites import Site, find_sites, is_layer
+from tinyq_lightning.plan.resolve import WithValues, check_patterns, resolve, why_not_replaced
+from tinyq_lightning.plan.sites import Site, find_sites, is_metric
 from tinyq_lightning.plan.swap import Swap
 
 __all__ = [
+    "DecidedBy",
     "Decision",
+    "OtherWeight",
     "Plan",
-    "Present",
     "QuantizedLayers",
     "Site",
     "Swap",
+    "WithValues",
     "carry_out",
+    "carry_over",
     "check_patterns",
-    "dress",
     "find_sites",
-    "is_layer",
+    "is_metric",
     "put_in",
     "quantize",
     "quantize_by_layer",
@@ -28,4 +30,5 @@ __all__ = [
     "resolve",
     "return_freed_memory",
     "state_bytes",
+    "why_not_replaced",
 ]

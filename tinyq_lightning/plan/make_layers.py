@@ -1,4 +1,4 @@
-"""The quantized layer that takes the place of a float one, with all that its user hung on that."""
+"""The quantized layer that takes the place of a float one, with the hooks and attributes that its user gave that."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from tinyq_lightning.errors import ModelError
 from tinyq_lightning.kernels import quantize_per_row_with_sqnr
-from tinyq_lightning.layers import LAYERS, Int8Weight, QuantizedEmbedding, QuantizedLinear, float_weight
+from tinyq_lightning.layers import Int8Weight, float_weight, is_replaceable
 from tinyq_lightning.plan.plan import Plan
-from tinyq_lightning.plan.sites import Site, is_layer
+from tinyq_lightning.plan.sites import Site
 
 __all__ = [
     "QuantizedLayers",
-    "dress",
+    "carry_over",
     "refuse_root",
 ]
 
@@ -32,6 +32,10 @@ _HOOKS = (
 )
 
 
+# What torch makes for one module, and what a class that is no nn.Linear keeps for its own state dict.
+_OF_THE_FLOAT_LAYER = ("_compiled_call_impl", "_load_hook")
+
+
 class QuantizedLayers:
     """The quantized layers of a plan, made one by one. Making one changes nothing in the model.
 
@@ -40,33 +44,27 @@ class QuantizedLayers:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._spec = plan.spec
+        self._plan = plan
         self._decisions = {decision.name: decision for decision in plan}
         self._made: dict[str, tuple[Int8Weight, float]] = {}
 
     @property
     def plan(self) -> Plan:
         """The plan with the SQNR of each weight that has been quantized."""
-        return Plan(tuple(self._decisions.values()), self._spec)
+        return replace(self._plan, decisions=tuple(self._decisions.values()))
 
-    def make(self, site: Site) -> QuantizedLinear | QuantizedEmbedding | None:
-        """The layer that takes the place of ``site``; None where the model keeps what it has.
+    def make(self, site: Site) -> Int8Weight | None:
+        """The layer that takes the place of ``site``; None if the model keeps what it has.
 
-        Those that share their weight get the codes of the first of them, which is to be made before.
+        Layers that share their weight get the codes of the first of them, which must be made before the others.
         """
-        module, decision = site.module, self._decisions[site.name]
-        if decision.method == "float" or isinstance(module, Int8Weight):
+        decision = self._decisions[site.name]
+        if decision.method == "float" or site.is_quantized:
             return None
-        assert isinstance(module, nn.Linear | nn.Embedding)
-        made = self._made[decision.tied_to] if decision.tied_to else _quantized(float_weight(module))
+        made = self._made[decision.tied_to] if decision.tied_to else _quantized(float_weight(site.module))
         codes, sqnr = self._made[site.name] = made
-        layer: QuantizedLinear | QuantizedEmbedding
-        if isinstance(module, nn.Embedding):
-            layer = QuantizedEmbedding.from_embedding(module, codes)
-        else:
-            layer = linear = LAYERS[decision.method].from_linear(module, codes)
-            linear.kernel = self._spec.kernel
-        dress(layer, site)
+        layer = site.kind.make(site.module, codes, decision.method, self._plan.spec.kernel)
+        carry_over(site, layer)
         self._decisions[site.name] = replace(decision, weight_sqnr_db=sqnr)
         return layer
 
@@ -80,21 +78,24 @@ def _quantized(weight: Tensor) -> tuple[Int8Weight, float]:
     return codes, sqnr
 
 
-def dress(layer: nn.Module, site: Site) -> None:
-    """Give ``layer`` the hooks, the mode and the users' own attributes of the layer it stands for."""
-    for name, value in vars(site.original).items():
-        if name in _HOOKS or (name not in vars(layer) and name != "_compiled_call_impl"):
+def carry_over(site: Site, layer: nn.Module) -> None:
+    """Give ``layer`` the hooks, the mode, and the user's attributes and buffers of the layer it stands for."""
+    original = site.original
+    for name, value in vars(original).items():
+        if name in _HOOKS or (name not in vars(layer) and name not in _OF_THE_FLOAT_LAYER):
             vars(layer)[name] = value
+    for name, buffer in original._buffers.items():
+        layer.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
     layer.train(site.training)
 
 
 def refuse_root(model: nn.Module) -> None:
-    """Refuse a model that is itself a layer: nothing holds it in which another could take its place.
+    """Refuse a model that is itself a layer: no module holds it, so that no other could take its place.
 
     Raises:
         ModelError: it is one.
     """
-    if is_layer(model):
+    if is_replaceable(model):
         raise ModelError(
             f"the model is itself an nn.{type(model).__name__}, which cannot be replaced in place: put it in an "
             "nn.Sequential, or use replace_linear_with_target_and_quantize, which returns the new layer"

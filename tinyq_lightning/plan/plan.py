@@ -5,19 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
 from tinyq_lightning.kernels import Choice
-from tinyq_lightning.spec import QuantizationSpec, Rule, is_measured, wanted_method
+from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Rule, RuleBy, wanted_method
 from tinyq_lightning.table import Table, format_bytes
 
 __all__ = [
+    "DecidedBy",
     "Decision",
+    "OtherWeight",
     "Plan",
     "state_bytes",
 ]
+
+
+DecidedBy = Literal["spec", "rule", "exclude", "tie", "layer", "budget", "timing", "file"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,9 @@ class Decision:
         tied_to: name of the first layer with the very same weight; None where that is this one.
         kernel: how the layer is computed on this machine's CPU, and why; None for a float layer, for an
             embedding, and in a plan that was read from a file, which knows nothing of machines.
+        decided_by: what the decision comes from: ``spec`` (its method), ``rule``, ``exclude``, ``tie`` (another
+            layer with the same weight), ``layer`` (what the layer is), ``budget`` or ``timing`` (what a run
+            measured); ``file`` in a plan that was read from one, which does not say.
     """
 
     name: str
@@ -48,11 +56,30 @@ class Decision:
     aliases: tuple[str, ...] = ()
     tied_to: str | None = None
     kernel: Choice | None = field(default=None, compare=False)
+    decided_by: DecidedBy = field(default="file", compare=False)
 
     @property
     def measured(self) -> bool:
         """Whether a run decided so from what it measured, not the spec."""
-        return is_measured(self.reason)
+        return self.decided_by in MEASURED_BY
+
+
+@dataclass(frozen=True)
+class OtherWeight:
+    """A parameter with two dimensions or more that is in no layer of the plan.
+
+    Attributes:
+        name: its dotted path.
+        shape: its sizes.
+        bytes: what it takes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+_OTHERS_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -64,10 +91,13 @@ class Plan:
     Attributes:
         decisions: one for each layer.
         spec: what was asked for.
+        others: parameters that hold matrices and belong to no layer of the plan, so that they stay as they are;
+            empty in a plan that was read from a file.
     """
 
     decisions: tuple[Decision, ...]
     spec: QuantizationSpec
+    others: tuple[OtherWeight, ...] = field(default=(), compare=False)
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
@@ -96,25 +126,37 @@ class Plan:
         changed = []
         for decision in self:
             wanted = wanted_method(spec, (decision.name, *decision.aliases))
-            if decision.measured and wanted != (decision.method, decision.reason):
-                changed.append(Rule(f"re:{re.escape(decision.name)}", decision.method, decision.reason))
+            if decision.measured and (wanted.method, wanted.reason) != (decision.method, decision.reason):
+                pattern, by = f"re:{re.escape(decision.name)}", cast("RuleBy", decision.decided_by)
+                changed.append(Rule(pattern, decision.method, decision.reason, by))
         numbered = (replace(rule, reason=rule.reason or f"rule {i + 1}") for i, rule in enumerate(spec.rules))
         taken = {decision.reason for decision in self}
         rules = spec.rules if not changed else tuple(rule for rule in numbered if rule.reason in taken)
         return replace(spec, rules=(*changed, *rules))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """The decisions as plain data, without the kernels: the same on every machine."""
+        """The decisions as plain data, without kernels, which depend on the machine, and ``decided_by``."""
         rows = []
         for decision in self:
             row = asdict(decision) | {"aliases": list(decision.aliases)}
-            del row["kernel"]
+            del row["kernel"], row["decided_by"]
             rows.append(row)
         return rows
 
     def table(self) -> str:
-        """The plan as a text table for people, and why its kernels were chosen."""
-        return "\n".join([self.as_table().text(), *self.kernel_notes()])
+        """The plan as a text table for people, why its kernels were chosen, and what else holds matrices."""
+        return "\n".join([self.as_table().text(), *self.kernel_notes(), *filter(None, [self.others_note()])])
+
+    def others_note(self) -> str | None:
+        """Which parameters hold matrices and are in no layer of the plan, in a sentence; None if there are none."""
+        if not self.others:
+            return None
+        count, size = len(self.others), format_bytes(sum(other.bytes for other in self.others))
+        largest = sorted(self.others, key=lambda other: -other.bytes)[:_OTHERS_NAMED]
+        named = ", ".join(f"{other.name} {list(other.shape)}" for other in largest)
+        more = ", …" if count > len(largest) else ""
+        what = f"{count} weight{'s' * (count > 1)} of {size}"
+        return f"not in a layer of the plan, and left as they are: {what} ({named}{more})"
 
     def kernel_notes(self) -> list[str]:
         """For each kernel that was chosen: why, in words."""

@@ -15,7 +15,7 @@ from torch import nn
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers, refuse_root
 from tinyq_lightning.plan.plan import Plan
-from tinyq_lightning.plan.resolve import Present, resolve
+from tinyq_lightning.plan.resolve import WithValues, resolve
 from tinyq_lightning.plan.sites import Site, find_sites
 from tinyq_lightning.plan.swap import Swap
 from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
@@ -32,10 +32,10 @@ __all__ = [
 def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
     """Quantize the Linear layers of any ``nn.Module``, in place.
 
-    All is checked first: where the spec or a weight is refused, nothing is changed. Then float weights are
-    let go layer by layer, the largest last, so that at no time more is held than the float weights and the codes
-    of one layer. What shares a weight, and the projections of one attention, go together. Whoever interrupts that
-    finds each layer either float or quantized, and the next call does the rest.
+    All is checked first: if the spec or a weight is refused, nothing is changed. Then layers are replaced one at a
+    time, smallest first: peak memory is the float model plus one layer's codes. Layers that share a weight, and the
+    projections of one attention, are replaced together. After an interruption each layer is either float or
+    quantized; call quantize again to finish.
 
     Args:
         model: any module with ``nn.Linear`` somewhere below it.
@@ -51,17 +51,18 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
     return quantize_by_layer(model, as_spec(spec), nullcontext)
 
 
-def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, present: Present) -> Plan:
-    """As :func:`quantize`, for a model whose weights are had one layer at a time.
+def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, with_values: WithValues) -> Plan:
+    """As :func:`quantize`, for a model whose weights are read one layer at a time.
 
     Args:
         model: any module with ``nn.Linear`` somewhere below it.
         spec: what to quantize, and how.
-        present: gives a block in which the weights of a layer have their values.
+        with_values: gives a block in which a layer has its real weights.
     """
     refuse_root(model)
     _warn_of_budget(spec)
-    return carry_out(resolve(spec, model, present), model, present)
+    sites = find_sites(model)
+    return carry_out(resolve(spec, model, with_values, sites=sites), sites, with_values)
 
 
 def _warn_of_budget(spec: QuantizationSpec) -> None:
@@ -73,17 +74,27 @@ def _warn_of_budget(spec: QuantizationSpec) -> None:
         )
 
 
-def carry_out(plan: Plan, model: nn.Module, present: Present = nullcontext) -> Plan:
-    """Put layers in the place of float ones as soon as they are made. Returns the plan with the SQNR of each."""
-    sites = {site.name: site for site in find_sites(model)}
+def carry_out(plan: Plan, sites: list[Site], with_values: WithValues = nullcontext) -> Plan:
+    """Put layers in the place of float ones as soon as they are made.
+
+    Args:
+        plan: the decisions.
+        sites: the layers of the model. The list is emptied: a float weight is freed once nothing holds its site.
+        with_values: gives a block in which a layer has its real weights.
+
+    Returns:
+        The plan with the SQNR of each weight.
+    """
+    by_name = {site.name: site for site in sites}
+    sites.clear()
     sizes = {decision.name: decision.float_bytes for decision in plan}
-    much = sum(sizes.values()) / 16
+    worth_returning = sum(sizes.values()) / 16
     layers, freed, in_cycles = QuantizedLayers(plan), 0, False
-    for names in _groups(plan, sites):
+    for names in _groups(plan, by_name):
         pairs = []
         for name in names:
-            site = sites.pop(name)  # with its last holder, a float weight goes
-            with present(site.module):
+            site = by_name.pop(name)
+            with with_values(site.module):
                 layer = layers.make(site)
             if layer is not None:
                 pairs.append((site, layer))
@@ -91,7 +102,7 @@ def carry_out(plan: Plan, model: nn.Module, present: Present = nullcontext) -> P
                 in_cycles |= site.is_parametrized
             del site
         put_in(pairs)
-        if freed > much or not sites:
+        if freed > worth_returning or not by_name:
             pairs.clear()
             if in_cycles:  # torch has the properties of a parametrized module hold that module
                 gc.collect()

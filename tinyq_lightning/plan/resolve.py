@@ -3,51 +3,61 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.kernels import Choice, choose_kernel, count_non_finite
-from tinyq_lightning.layers import Int8Weight, QuantizedEmbedding, QuantizedLinear, float_weight
+from tinyq_lightning.layers import QuantizedLinear, float_weight
 from tinyq_lightning.methods import METHODS, KernelName
 from tinyq_lightning.plan.heap import return_freed_memory
-from tinyq_lightning.plan.plan import Decision, Plan
-from tinyq_lightning.plan.sites import Site, dtype_of, find_sites, shape_of
+from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan
+from tinyq_lightning.plan.sites import Site, find_sites, is_metric
+from tinyq_lightning.plan.ties import weights_of
 from tinyq_lightning.spec import (
+    MEASURED_BY,
     QuantizationSpec,
+    Wanted,
     deciding_rule,
     excluding,
-    is_measured,
     nearest,
     pattern_matches,
     wanted_method,
 )
 
 __all__ = [
-    "Present",
+    "WithValues",
     "check_patterns",
     "resolve",
-    "why_left_float",
+    "why_not_replaced",
+    "why_stays_float",
 ]
 
 _SCALE_BYTES = 4  # one float32 a row
 
 
-Present = Callable[[nn.Module], AbstractContextManager[object]]
+WithValues = Callable[[nn.Module], AbstractContextManager[object]]
+"""A function that gives a context manager in which a layer of a model without values has its real weights."""
 
 
-def check_patterns(spec: QuantizationSpec, model: nn.Module) -> None:
+def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Site] | None = None) -> None:
     """Check the spec's patterns against the names in ``model``, without a look at any weight.
 
+    Args:
+        spec: what was asked for.
+        model: any module with ``nn.Linear`` somewhere below it.
+        sites: its layers, where they have been found already.
+
     Raises:
-        ModelError: the model has no Linear layer.
+        ModelError: the model has no layer of a known kind, or none that can be quantized.
         SpecError: a pattern matches nothing, a rule is shadowed by what stands before it, or nothing is
             left to quantize.
     """
-    sites = find_sites(model)
+    sites = find_sites(model) if sites is None else sites
     if not sites:
         kinds = Counter(type(m).__name__ for m in model.modules() if not m._modules and m._parameters)
         has = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4)) or "no layers"
@@ -67,9 +77,9 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module) -> None:
                 f"{where}: rule {index + 1} ({rule.match!r}) is shadowed: all that it matches, such as "
                 f"{covered[0].name!r}, is taken by {taker} before it. Move it up, narrow the other, or remove it"
             )
-    linears = [site for site in sites if not site.is_embedding]
+    linears = [site for site in sites if site.kind.multiplies]
     wanted = [wanted_method(spec, site.names) for site in linears]
-    if all(method == "float" and not is_measured(reason) for method, reason in wanted):
+    if all(each.method == "float" and each.decided_by not in MEASURED_BY for each in wanted):
         raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(linears)} Linear layers float")
 
 
@@ -88,11 +98,25 @@ def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site]) -> str:
     return f"pattern {pattern!r} matches no Linear layer.{hint or ''} The layers are: {shown}"
 
 
-def why_left_float(site: Site) -> str | None:
-    """Why a layer stays float whatever the spec says: it cannot be replaced, or a file would not shrink by it."""
-    if site.why_float or isinstance(site.module._parameters.get("weight"), UninitializedParameter):
+def why_not_replaced(site: Site) -> str | None:
+    """Why a layer cannot be replaced whatever the spec says; None if it can."""
+    if site.why_float or site.is_lazy or site.is_quantized:
         return site.why_float
-    columns, size = shape_of(site.module)[1], dtype_of(site).itemsize
+    shape, expected = site.weight_like.shape, site.shape
+    if shape != expected:
+        return f"its weight is {list(shape)} where its sizes tell of {list(expected)}"
+    bias = getattr(site.module, "bias", None)
+    if bias is not None and bias.shape != expected[:1]:
+        return f"its bias is {list(bias.shape)} where its sizes tell of {list(expected[:1])}"
+    return None
+
+
+def why_stays_float(site: Site) -> str | None:
+    """Why a layer stays float whatever the spec says: it cannot be replaced, or a file would not shrink by it."""
+    why = why_not_replaced(site)
+    if why or site.is_lazy:
+        return why
+    columns, size = site.shape[1], site.dtype.itemsize
     if columns + _SCALE_BYTES < columns * size:
         return None
     return f"int8 is no smaller: {columns} + {_SCALE_BYTES} bytes a row, {columns * size} as float"
@@ -101,21 +125,22 @@ def why_left_float(site: Site) -> str | None:
 def resolve(
     spec: QuantizationSpec,
     model: nn.Module,
-    present: Present = nullcontext,
-    why_left: Callable[[Site], str | None] = why_left_float,
+    with_values: WithValues = nullcontext,
+    why_float: Callable[[Site], str | None] = why_stays_float,
+    sites: Sequence[Site] | None = None,
 ) -> Plan:
     """One decision for every Linear layer of ``model`` and every embedding tied to one; nothing is changed.
 
     Args:
         spec: what was asked for.
         model: any module with ``nn.Linear`` somewhere below it.
-        present: gives a block in which the weights of a layer have their values, where the model is without.
-        why_left: why a layer stays float whatever the spec says; None where it need not.
+        with_values: gives a block in which a layer has its real weights, for a model that is without.
+        why_float: why a layer stays float whatever the spec says; None if it need not.
+        sites: the model's layers, where they have been found already.
 
     Raises:
-        ModelError: a layer that would be quantized has no values yet, tensors of other shapes than its sizes
-            tell of or, unless the spec says ``non_finite: float``, values that are not finite. The message
-            names layers and counts.
+        ModelError: a layer that would be quantized has no values yet or, unless the spec says
+            ``non_finite: float``, values that are not finite. The message names layers and counts.
         SpecError: as :func:`check_patterns`; or the spec asks for what only a run can decide.
     """
     if spec.methods:
@@ -129,20 +154,21 @@ def resolve(
             "none of here. Give never_slower to TinyQCallback; the YAML that its run leaves beside the checkpoint has "
             "the layers left float as rules, and is good here as well"
         )
-    check_patterns(spec, model)
-    sites = {site.name: site for site in find_sites(model)}
-    made, refused, checked = dict[str, tuple[str, str]](), [], set[str]()
-    for name, site in sites.items():
-        made[name] = _structural(spec, site, sites, why_left)
-        _let_go(site)
-    for name, site in sites.items():
-        if checked.isdisjoint(site.tied) and all(made[each][0] != "float" for each in (name, *site.tied)):
+    found = find_sites(model) if sites is None else sites
+    check_patterns(spec, model, found)
+    by_name = {site.name: site for site in found}
+    made, refused, checked = dict[str, Wanted](), [], set[str]()
+    for name, site in by_name.items():
+        made[name] = _structural(spec, site, by_name, why_float)
+        _free_parametrized(site)
+    for name, site in by_name.items():
+        if checked.isdisjoint(site.tied) and all(made[each].method != "float" for each in (name, *site.tied)):
             checked.add(name)
-            with present(site.module):
+            with with_values(site.module):
                 bad = _check_values(site)
-                _let_go(site)
+                _free_parametrized(site)
             if bad and spec.non_finite == "float":
-                made[name] = ("float", "non-finite weights")
+                made[name] = Wanted("float", "non-finite weights", "layer")
             elif bad:
                 refused.append(f"{name}: {bad} of {site.weight_like.numel()}")
     if refused:
@@ -151,90 +177,93 @@ def resolve(
             "them so, exclude these layers, or set non_finite: float to leave them as they are"
         )
     decisions: dict[str, Decision] = {}
-    for name, site in sites.items():
-        method, reason = made[name]
-        partners = sorted(site.tied, key=lambda other: sites[other].is_embedding)
-        stays_float = next((other for other in partners if made[other][0] == "float"), None)
-        if method != "float" and stays_float is not None:
-            method, reason = "float", f"tied to {stays_float}.weight ({made[stays_float][1]})"
+    for name, site in by_name.items():
+        wanted = made[name]
+        partners = sorted(site.tied, key=lambda other: not by_name[other].kind.multiplies)
+        stays_float = next((other for other in partners if made[other].method == "float"), None)
+        if wanted.method != "float" and stays_float is not None:
+            wanted = Wanted("float", f"tied to {stays_float}.weight ({made[stays_float].reason})", "tie")
         tied_to = next((other for other in site.tied if other in decisions), None)
-        decisions[name] = _decision(site, method, reason, tied_to, spec.kernel)
-    return Plan(tuple(decisions.values()), spec)
+        decisions[name] = _decision(site, wanted, tied_to, spec.kernel)
+    return Plan(tuple(decisions.values()), spec, _others(model, found))
 
 
 def _structural(
-    spec: QuantizationSpec, site: Site, sites: Mapping[str, Site], why_left: Callable[[Site], str | None]
-) -> tuple[str, str]:
+    spec: QuantizationSpec, site: Site, sites: Mapping[str, Site], why_float: Callable[[Site], str | None]
+) -> Wanted:
     """Method and reason by the spec and by what the layer is, without its values and its ties."""
-    method, reason = wanted_method(spec, site.names)
-    if isinstance(site.module, QuantizedLinear):
-        return site.module.method, "already quantized"
-    if site.is_embedding:
-        linears = [sites[name] for name in site.tied if not sites[name].is_embedding]
-        theirs = [(linear.name, *_structural(spec, linear, sites, why_left)) for linear in linears]
-        if isinstance(site.module, QuantizedEmbedding):
-            return (theirs[0][1] if theirs else method), "already quantized"
-        if reason == "spec":  # nothing names it, so it is what the Linear is
-            name, method, why = next((each for each in theirs if each[1] != "float"), theirs[0])
-            reason = f"tied to {name}.weight" + (f" ({why})" if method == "float" else "")
-    if method == "float":
-        return method, reason
-    if left := why_left(site):
-        return "float", left
-    if isinstance(site.module._parameters.get("weight"), UninitializedParameter):
+    wanted = wanted_method(spec, site.names)
+    if site.is_quantized and site.kind.multiplies:
+        return Wanted(cast(QuantizedLinear, site.module).method, "already quantized", "layer")
+    if site.kind.only_tied:
+        linears = [sites[name] for name in site.tied if sites[name].kind.multiplies]
+        theirs = [(linear.name, _structural(spec, linear, sites, why_float)) for linear in linears]
+        if site.is_quantized:
+            return Wanted(theirs[0][1].method if theirs else wanted.method, "already quantized", "layer")
+        if wanted.decided_by == "spec":  # nothing names it, so it is what the Linear is
+            name, other = next((each for each in theirs if each[1].method != "float"), theirs[0])
+            why = f" ({other.reason})" if other.method == "float" else ""
+            wanted = Wanted(other.method, f"tied to {name}.weight{why}", "tie")
+    if wanted.method == "float":
+        return wanted
+    if (left := why_float(site)) is not None:
+        return Wanted("float", left, "layer")
+    if site.is_lazy:
         raise ModelError(f"{site.name}: this LazyLinear has no weight yet: run one batch through the model first")
-    _refuse_shapes(site)
-    return method, reason
+    return wanted
 
 
-def _decision(site: Site, method: str, reason: str, tied_to: str | None, kernel: KernelName) -> Decision:
-    rows, columns = shape_of(site.module)
-    bias = site.module.bias if isinstance(site.module, nn.Linear | QuantizedLinear) else None
+def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelName) -> Decision:
+    rows, columns = site.shape
+    bias = getattr(site.module, "bias", None)
     extra = 0 if bias is None or isinstance(bias, UninitializedParameter) else bias.numel() * bias.element_size()
-    float_bytes = extra + (rows * columns * dtype_of(site).itemsize if tied_to is None else 0)
+    float_bytes = extra + (rows * columns * site.dtype.itemsize if tied_to is None else 0)
     quantized = extra + (rows * (columns + _SCALE_BYTES) if tied_to is None else 0)
-    now = float_bytes if method == "float" else quantized
+    method, reason, by = wanted
     return Decision(
-        site.name, method, reason, None, float_bytes, now, site.names[1:], tied_to, _kernel(site, method, kernel)
+        name=site.name,
+        method=method,
+        reason=reason,
+        weight_sqnr_db=None,
+        float_bytes=float_bytes,
+        bytes=float_bytes if method == "float" else quantized,
+        aliases=site.names[1:],
+        tied_to=tied_to,
+        kernel=_kernel(site, method, kernel),
+        decided_by=cast(DecidedBy, by),
     )
 
 
 def _kernel(site: Site, method: str, kernel: KernelName) -> Choice | None:
-    if isinstance(site.module, QuantizedLinear):
-        return site.module.choice
-    if method == "float" or site.is_embedding:
+    if not site.kind.multiplies:
         return None
-    return choose_kernel(kernel, METHODS[method], *shape_of(site.module))
+    if site.is_quantized:
+        return cast(QuantizedLinear, site.module).choice
+    return None if method == "float" else choose_kernel(kernel, METHODS[method], *site.shape)
 
 
-def _refuse_shapes(site: Site) -> None:
-    """Refuse a layer whose tensors were exchanged for others than its sizes tell of."""
-    shape, expected = site.weight_like.shape, shape_of(site.module)
-    if shape != expected:
-        raise ModelError(
-            f"{site.name}: its weight is {list(shape)} where its sizes tell of {list(expected)}: set its sizes to "
-            "those of the weight, or exclude it"
-        )
-    bias = getattr(site.module, "bias", None)
-    if bias is not None and bias.shape != expected[:1]:
-        raise ModelError(f"{site.name}: its bias is {list(bias.shape)} and must be {list(expected[:1])}: exclude it")
+def _others(model: nn.Module, sites: Iterable[Site]) -> tuple[OtherWeight, ...]:
+    """The parameters with two dimensions or more that no layer of the plan has and no metric holds."""
+    apart = {id(tensor) for site in sites for tensor, _ in weights_of(*site.parameter)}
+    apart |= {id(p) for module in model.modules() if is_metric(module) for p in module.parameters()}
+    return tuple(
+        OtherWeight(name, tuple(parameter.shape), parameter.numel() * parameter.element_size())
+        for name, parameter in model.named_parameters()
+        if not is_lazy(parameter) and parameter.dim() >= 2 and id(parameter) not in apart
+    )
 
 
-def _let_go(site: Site) -> None:
-    """Have the heap not grow with each weight that was made to be looked at."""
+def _free_parametrized(site: Site) -> None:
+    """Return the memory of a weight that was made only to be looked at, so that the heap does not grow with each."""
     if site.is_parametrized:
         return_freed_memory()
 
 
 def _check_values(site: Site) -> int:
     """How many of a layer's weights are not finite."""
-    if isinstance(site.module, Int8Weight):
+    if site.is_quantized:
         return 0
     weight = float_weight(site.module)
     if weight.is_meta:
         raise ModelError(f"{site.name}: its weight is on the meta device and has no values: load the model first")
-    if not weight.is_floating_point():
-        raise ModelError(
-            f"{site.name}: its weight is {weight.dtype}, and only floating point can be quantized: exclude it"
-        )
     return count_non_finite(weight)

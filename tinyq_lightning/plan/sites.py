@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +12,25 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from tinyq_lightning.layers import (
+    Candidate,
     Int8Weight,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    QuantizedMultiheadAttention,
+    Kind,
     float_weight,
-    in_projections,
-    linear_with,
+    is_opened,
+    kind_of,
+    why_closed,
 )
+from tinyq_lightning.plan.references import CompiledPlace, Place, find_references, place_in
 from tinyq_lightning.plan.ties import MemoryMap, weights_of
 
 __all__ = [
     "Attention",
     "Site",
-    "dtype_of",
     "find_sites",
-    "is_conv1d",
-    "is_layer",
-    "shape_of",
+    "is_metric",
 ]
 
-Layer = nn.Linear | nn.Embedding | QuantizedLinear | QuantizedEmbedding
-
-
-_Places = tuple[tuple[nn.Module, str], ...]
+_Places = tuple[Place | CompiledPlace, ...]
 
 
 _EncoderLayers = tuple[tuple[nn.TransformerEncoderLayer, int], ...]
@@ -44,10 +38,10 @@ _EncoderLayers = tuple[tuple[nn.TransformerEncoderLayer, int], ...]
 
 @dataclass(frozen=True)
 class Attention:
-    """A float ``nn.MultiheadAttention``, and what takes its place where a projection of it is quantized."""
+    """A float module that holds its layers as bare matrices, and what takes its place if one of them is quantized."""
 
-    module: nn.MultiheadAttention
-    opened: QuantizedMultiheadAttention
+    module: nn.Module
+    opened: nn.Module
     places: _Places
 
 
@@ -56,18 +50,20 @@ class Site:
     """A layer that can be quantized or is, and every place in the model that holds it.
 
     Attributes:
-        module: the layer. For a projection of ``nn.MultiheadAttention`` and for Hugging Face's
-            ``Conv1D``, a Linear that holds the same parameters.
+        kind: of the layer: how it is made, counted and restored.
+        module: the layer. For a projection of ``nn.MultiheadAttention`` and for what is no ``nn.Linear`` but computes
+            the same, a Linear that holds the same parameters.
         names: its dotted paths.
-        places: the modules that hold it, with the attribute.
+        places: where it is held.
         parameter: where its weight is: a module, and the parameter's name there.
         attention: for a projection, what it is a part of.
         encoder_layers: each ``nn.TransformerEncoderLayer`` above it, with its ``activation_relu_or_gelu``.
-        why_float: why it cannot be quantized without a change of meaning; None where it can.
+        why_float: why it cannot be quantized without a change of meaning; None if it can.
         tied: names of the other layers with the very same weight.
     """
 
-    module: Layer
+    kind: Kind
+    module: nn.Module
     names: tuple[str, ...]
     places: _Places
     parameter: tuple[nn.Module, str]
@@ -82,9 +78,29 @@ class Site:
         return self.names[0]
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether it holds codes already."""
+        return isinstance(self.module, Int8Weight)
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether its weight has no shape yet."""
+        return isinstance(self.module._parameters.get("weight"), UninitializedParameter)
+
+    @property
     def is_parametrized(self) -> bool:
         """Whether its weight is made anew each time that it is read."""
         return parametrize.is_parametrized(self.module)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight, by the sizes that the layer tells."""
+        return self.kind.shape(self.module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the weight, or the one that a quantized layer stands for."""
+        return self.module.dtype if isinstance(self.module, Int8Weight) else self.weight_like.dtype
 
     @cached_property
     def weight_like(self) -> Tensor:
@@ -95,13 +111,8 @@ class Site:
         return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
     @property
-    def is_embedding(self) -> bool:
-        """Whether rows are looked up in it."""
-        return isinstance(self.module, nn.Embedding | QuantizedEmbedding)
-
-    @property
     def original(self) -> nn.Module:
-        """What the model holds where nothing is quantized: :attr:`module`, or the ``Conv1D``."""
+        """What the model holds where nothing is quantized: :attr:`module`, or what it stands for."""
         return self.module if self.attention else self.parameter[0]
 
     @property
@@ -110,16 +121,16 @@ class Site:
         return self.attention.module.training if self.attention else self.original.training
 
     def put(self, layer: nn.Module) -> None:
-        """Put ``layer`` into every place; what was there before where it is :attr:`module`."""
+        """Put ``layer`` into every place; the model's own layer if ``layer`` is :attr:`module`."""
         back = layer is self.module
-        for parent, attribute in self.places:
-            parent._modules[attribute] = self.original if back else layer
+        for place in self.places:
+            place.put(self.original if back else layer)
         if not back:
             self.open()
             return
         if self.attention:
-            for parent, attribute in self.attention.places:
-                parent._modules[attribute] = self.attention.module
+            for place in self.attention.places:
+                place.put(self.attention.module)
         for encoder_layer, value in self.encoder_layers:
             encoder_layer.activation_relu_or_gelu = value
 
@@ -127,27 +138,20 @@ class Site:
         """Have what is above the layer call it as a module, whether it is float or quantized."""
         if self.attention:
             self.attention.opened.training = self.training
-            for parent, attribute in self.attention.places:
-                parent._modules[attribute] = self.attention.opened
+            for place in self.attention.places:
+                place.put(self.attention.opened)
         for encoder_layer, _ in self.encoder_layers:
             # 0 has its forward call the layers. Otherwise, in eval mode, it hands their float weights to a
             # fused kernel: made anew from the codes on each call.
             encoder_layer.activation_relu_or_gelu = 0
 
 
-def is_layer(module: object) -> bool:
-    """Whether ``module`` would itself be replaced, which takes a parent that holds it."""
-    if isinstance(module, Int8Weight):  # asked first: a QuantizedLinear is an nn.Linear too
-        return False
-    return isinstance(module, nn.Linear | nn.MultiheadAttention) or is_conv1d(module)
-
-
 def find_sites(model: nn.Module, embeddings: Collection[str] = ()) -> list[Site]:
     """All layers of ``model`` that can be quantized or are, each once, with all of its places.
 
-    Those are ``nn.Linear`` and its subclasses, the projections of ``nn.MultiheadAttention``, Hugging
-    Face's ``Conv1D``, and each ``nn.Embedding`` that one of these is tied to. Nothing is changed, and
-    no values are looked at.
+    Those are the layers of ``kinds.KINDS``: ``nn.Linear`` and what computes the same, the projections of
+    ``nn.MultiheadAttention``, and each ``nn.Embedding`` that one of these is tied to. Networks inside a metric of
+    torchmetrics measure the model and are no part of it. Nothing is changed, and no values are looked at.
 
     Args:
         model: where to look.
@@ -157,10 +161,18 @@ def find_sites(model: nn.Module, embeddings: Collection[str] = ()) -> list[Site]
     for parent, attribute, path, above in _walk(model):
         module = model if parent is None else parent._modules[attribute]
         assert module is not None
-        entry = found.setdefault(id(module), _Found(module, [], [], []))
+        entry = found.setdefault(id(module), _Found(module))
         entry.add(parent, attribute, path, above)
     sites = [site for entry in found.values() for site in _sites_of(entry)]
-    return _with_ties(sites, model, embeddings)
+    return _with_references(_with_ties(sites, model, embeddings), model)
+
+
+def is_metric(module: nn.Module) -> bool:
+    """Whether a module is a metric of torchmetrics, known by the names of its classes: nothing is imported."""
+    return any(
+        each.__name__ == "Metric" and each.__module__.partition(".")[0] == "torchmetrics"
+        for each in type(module).__mro__
+    )
 
 
 @dataclass
@@ -168,15 +180,15 @@ class _Found:
     """A module and where the walk came by it."""
 
     module: nn.Module
-    names: list[str]
-    places: list[tuple[nn.Module, str]]
-    above: list[nn.Module]
+    names: list[str] = field(default_factory=list)
+    parents: list[tuple[nn.Module, str]] = field(default_factory=list)
+    above: list[nn.Module] = field(default_factory=list)
 
     def add(self, parent: nn.Module | None, attribute: str, path: str, above: tuple[nn.Module, ...]) -> None:
         if path not in self.names:
             self.names.append(path)
-        if parent is not None and not any(holder is parent and name == attribute for holder, name in self.places):
-            self.places.append((parent, attribute))
+        if parent is not None and not any(holder is parent and name == attribute for holder, name in self.parents):
+            self.parents.append((parent, attribute))
         self.above.extend(above)
 
 
@@ -189,12 +201,11 @@ def _walk(model: nn.Module) -> Iterator[tuple[nn.Module | None, str, str, tuple[
 def _walk_below(
     module: nn.Module, prefix: str, above: tuple[nn.Module, ...]
 ) -> Iterator[tuple[nn.Module, str, str, tuple[nn.Module, ...]]]:
-    opened = isinstance(module, QuantizedMultiheadAttention)
-    if isinstance(module, nn.MultiheadAttention) and not opened and _why_closed(module) is None:
+    if isinstance(module, nn.MultiheadAttention) and not is_opened(module) and why_closed(module) is None:
         return  # its projections come with it
     above = (*above, module)
     for attribute, child in module._modules.items():
-        if child is None or any(child is each for each in above):
+        if child is None or any(child is each for each in above) or is_metric(child):
             continue
         # torch.compile's wrapper is not a level that users know
         path = prefix if attribute == "_orig_mod" else f"{prefix}.{attribute}".removeprefix(".")
@@ -203,114 +214,40 @@ def _walk_below(
 
 
 def _sites_of(found: _Found) -> Iterator[Site]:
-    module, names, places = found.module, tuple(found.names), tuple(found.places)
+    module, names = found.module, tuple(found.names)
+    kind = kind_of(module)
+    if kind is None:
+        return
+    places = tuple(place_in(parent, attribute) for parent, attribute in found.parents)
     layers = {id(each): each for each in found.above if isinstance(each, nn.TransformerEncoderLayer)}
     fused = [each for each in layers.values() if each.activation_relu_or_gelu]
     encoder_layers = tuple((each, each.activation_relu_or_gelu) for each in fused)
-    if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-        yield Site(module, names, places, (module, "int8_weights"))
-    elif isinstance(module, nn.MultiheadAttention):
-        if not isinstance(module, QuantizedMultiheadAttention):
-            yield from _projections(module, names, places, encoder_layers)
-    elif isinstance(module, nn.Linear):
-        above = (each for each, _ in places if isinstance(each, nn.MultiheadAttention))
-        why = next((why for each in above if (why := _why_closed(each))), None) or _why_float(module, nn.Linear)
-        yield Site(module, names, places, (module, "weight"), None, encoder_layers, why)
-    elif isinstance(module, nn.Embedding):
-        why = "max_norm rewrites its rows" if module.max_norm is not None else _why_float(module, nn.Embedding)
-        yield Site(module, names, places, (module, "weight"), None, encoder_layers, why)
-    elif is_conv1d(module):
-        weight, bias = module._parameters["weight"], module._parameters["bias"]
-        assert weight is not None
-        turned = nn.Parameter(weight.detach().t(), requires_grad=weight.requires_grad)
-        linear = linear_with(turned, bias).train(module.training)
-        why = _why_float(module, type(module))
-        yield Site(linear, names, places, (module, "weight"), None, encoder_layers, why)
+    if isinstance(module, Int8Weight):
+        yield Site(kind, module, names, places, (module, "int8_weights"))
+        return
+    closed = next((why for parent, _ in found.parents if (why := why_closed(parent))), None)
+    candidates = list(kind.candidates(module, closed))
+    opened = next((each.opened for each in candidates if each.opened is not None), None)
+    attention = None if opened is None else Attention(module, opened, places)
+    for each in candidates:
+        yield _site(each, names, places, attention, encoder_layers)
 
 
-def _projections(
-    module: nn.MultiheadAttention, names: tuple[str, ...], places: _Places, encoder_layers: _EncoderLayers
-) -> Iterator[Site]:
-    closed = _why_closed(module)
-    attention = None if closed else Attention(module, QuantizedMultiheadAttention(module), places)
-    inside: nn.Module = attention.opened if attention else nn.ModuleDict(in_projections(module))
-    for part, layer in inside._modules.items():
-        assert isinstance(layer, nn.Linear)
-        holder = (layer, "weight") if part == "out_proj" else (module, f"{part}_weight")
-        why = closed or _why_float(layer, nn.Linear)
-        below = tuple(f"{name}.{part}".removeprefix(".") for name in names)
-        yield Site(layer, below, ((inside, part),), holder, attention, encoder_layers, why)
-
-
-def is_conv1d(module: object) -> TypeGuard[nn.Module]:
-    """Hugging Face's ``Conv1D``: a Linear with the weight ``[in, out]``; known by its looks, not imported."""
-    if type(module).__name__ != "Conv1D" or not isinstance(module, nn.Module):
-        return False
-    weight, width = module._parameters.get("weight"), getattr(module, "nf", None)
-    return weight is not None and weight.dim() == 2 and weight.shape[1] == width and "bias" in module._parameters
-
-
-def _why_closed(module: nn.MultiheadAttention) -> str | None:
-    """Why an attention must be left as it is; None where its projections can become layers."""
-    if isinstance(module, QuantizedMultiheadAttention):
-        return None
-    if why := _why_own_way(module, nn.MultiheadAttention):
-        return why
-    if not isinstance(module.out_proj, nn.Linear) or isinstance(module.out_proj, Int8Weight):
-        return f"its out_proj has the type {type(module.out_proj).__name__}"
-    held = {*module._modules, *module._buffers, *module._parameters}
-    if more := sorted(held - _HELD_BY_ATTENTION):
-        return f"it holds {', '.join(more)} besides what nn.MultiheadAttention does"
-    return None
-
-
-_HELD_BY_ATTENTION = {f"{part}_proj_weight" for part in ("in", "q", "k", "v")}
-
-
-_HELD_BY_ATTENTION |= {"in_proj_bias", "bias_k", "bias_v", "out_proj"}
-
-
-# What a subclass may define and still be replaced: how it is made and shown, not what it does.
-_HARMLESS = {"reset_parameters", "extra_repr", "_version"}
-
-
-_TELLING = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
-
-
-def _why_own_way(module: nn.Module, base: Any) -> str | None:
-    """Why a module is more than its torch class, whose behaviour is known; None where it is not."""
-    kind: Any = parametrize.type_before_parametrizations(module)
-    if kind.forward is not base.forward:
-        return f"{kind.__name__} has a forward of its own"
-    if "forward" in vars(module):
-        return "its forward was replaced"
-    own = {name for each in kind.__mro__[: kind.__mro__.index(base)] for name in vars(each)}
-    own = {name for name in own - _HARMLESS if not name.startswith("__") or name in _TELLING}
-    return f"{kind.__name__} adds {', '.join(sorted(own))} to nn.{base.__name__}" if own else None
-
-
-def _why_float(module: nn.Module, base: Any) -> str | None:
-    """Why a layer, taken for itself, cannot be replaced without a change of meaning; None where it can."""
-    weight = module._parameters.get("weight")
-    if isinstance(weight, UninitializedParameter):
-        return None  # an error, unless it is left float
-    if why := _why_own_way(module, base):
-        return why
-    if parametrize.is_parametrized(module, "weight"):
-        return None
-    if weight is None:
-        hooks = module._forward_pre_hooks.values()
-        named = [
-            hook for hook in hooks if "weight" in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
-        ]
-        return "its weight is computed by " + (f"the hook {type(named[0]).__name__}" if named else "a hook")
-    if type(weight) is not nn.Parameter:
-        return f"its weight has the type {type(weight).__name__}"
-    return None if weight.layout == torch.strided else f"its weight is {str(weight.layout).removeprefix('torch.')}"
+def _site(
+    each: Candidate,
+    names: tuple[str, ...],
+    places: _Places,
+    attention: Attention | None,
+    encoder_layers: _EncoderLayers,
+) -> Site:
+    if each.part:
+        names = tuple(f"{name}.{each.part}".removeprefix(".") for name in names)
+        places = () if attention is None else (Place(attention.opened._modules, each.part),)
+    return Site(each.kind, each.layer, names, places, each.parameter, attention, encoder_layers, each.why_float)
 
 
 def _with_ties(sites: list[Site], model: nn.Module, embeddings: Collection[str]) -> list[Site]:
-    """The sites with their ties, without the embeddings that have none."""
+    """The sites with their ties, without those of a kind that is planned only if tied and is not."""
     memory = MemoryMap(model)
     by_parameter = {(id(site.parameter[0]), site.parameter[1]): site for site in sites}
     tied = []
@@ -321,25 +258,41 @@ def _with_ties(sites: list[Site], model: nn.Module, embeddings: Collection[str])
                 partner = by_parameter.get((id(module), name))
                 if module is owner and same:
                     continue
-                if partner is None or not same or is_conv1d(module) != is_conv1d(owner):
+                if partner is None or not same or _is_turned(partner) != _is_turned(site):
                     others.append(path)
                 elif partner is not site:
                     partners.append(partner)
-        linears = any(not each.is_embedding for each in partners)
-        if isinstance(site.module, nn.Embedding) and not linears and site.name not in embeddings:
+        multiplied = any(each.kind.multiplies for each in partners)
+        if site.kind.only_tied and not site.is_quantized and not multiplied and site.name not in embeddings:
             continue
         why = site.why_float or (f"tied to {others[0]}" if others else None)
         tied.append(replace(site, tied=tuple(each.name for each in partners), why_float=why))
     return tied
 
 
-def shape_of(layer: Layer) -> tuple[int, int]:
-    """Rows and columns of the layer's weight: ``[out, in]``, or ``[num, dim]`` of an embedding."""
-    if isinstance(layer, nn.Embedding | QuantizedEmbedding):
-        return layer.num_embeddings, layer.embedding_dim
-    return layer.out_features, layer.in_features
+def _is_turned(site: Site) -> bool:
+    """Whether the model holds the weight as ``[in, out]``."""
+    holder, name = site.parameter
+    weight, own = holder._parameters.get(name), site.module._parameters.get("weight")
+    return weight is not None and own is not None and (weight.shape, weight.stride()) != (own.shape, own.stride())
 
 
-def dtype_of(site: Site) -> torch.dtype:
-    """The floating dtype of the layer's weight, or the one that a quantized layer stands for."""
-    return site.module.dtype if isinstance(site.module, Int8Weight) else site.weight_like.dtype
+def _with_references(sites: Sequence[Site], model: nn.Module) -> list[Site]:
+    """The sites with the lists and dicts that hold them too; float, where something else holds them."""
+    free = [site for site in sites if not (site.why_float or site.is_quantized or site.is_lazy)]
+    layers = [site.original for site in free] + [site.attention.module for site in free if site.attention]
+    references = find_references(model, layers)
+    found = []
+    for site in sites:
+        own = references.get(id(site.original), []) if site.why_float is None else []
+        above = references.get(id(site.attention.module), []) if site.attention and site.why_float is None else []
+        fixed = next((each.where for each in (*own, *above) if each.place is None), None)
+        if fixed is not None:
+            site = replace(site, why_float=f"{fixed} holds it too, where it cannot be replaced")
+        elif own or above:
+            site = replace(site, places=(*site.places, *(each.place for each in own if each.place)))
+            if above and site.attention:
+                more = tuple(each.place for each in above if each.place)
+                site = replace(site, attention=replace(site.attention, places=(*site.attention.places, *more)))
+        found.append(site)
+    return found

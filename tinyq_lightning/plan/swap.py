@@ -6,16 +6,17 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import cast
 
 from torch import nn
 
 from tinyq_lightning.errors import ModelError
 from tinyq_lightning.kernels import Choice
-from tinyq_lightning.layers import QuantizedEmbedding, QuantizedLinear
+from tinyq_lightning.layers import Int8Weight, QuantizedLinear
 from tinyq_lightning.plan.make_layers import QuantizedLayers, refuse_root
-from tinyq_lightning.plan.plan import Decision, Plan
+from tinyq_lightning.plan.plan import DecidedBy, Decision
 from tinyq_lightning.plan.resolve import resolve
-from tinyq_lightning.plan.sites import find_sites
+from tinyq_lightning.plan.sites import Site, find_sites
 from tinyq_lightning.spec import QuantizationSpec
 
 __all__ = [
@@ -42,13 +43,14 @@ class Swap:
 
     def __init__(self, model: nn.Module, spec: QuantizationSpec) -> None:
         refuse_root(model)
-        layers = QuantizedLayers(resolve(spec, model))
-        made = ((site, layers.make(site)) for site in find_sites(model))
-        self._pairs = [(site, layer) for site, layer in made if layer is not None]
+        sites = find_sites(model)
+        layers = QuantizedLayers(resolve(spec, model, sites=sites))
+        made = ((site, layers.make(site)) for site in sites)
+        self._pairs: list[tuple[Site, Int8Weight]] = [(site, layer) for site, layer in made if layer is not None]
         self.plan = layers.plan
 
     def or_refuse(self) -> Swap:
-        """This swap, where there is something to put in.
+        """Return this swap; refuse one that would put nothing in.
 
         Raises:
             ModelError: there is nothing, as where the model is quantized already; where a run found
@@ -59,12 +61,13 @@ class Swap:
             raise ModelError(f"there is nothing to quantize ({why})")
         return self
 
-    def switched(self, changes: Mapping[str, tuple[str, str]]) -> Swap:
+    def switched(self, changes: Mapping[str, tuple[str, str]], decided_by: DecidedBy) -> Swap:
         """A swap of the same int8 codes with other methods; nothing is quantized again.
 
         Args:
             changes: method and reason by the name of a Linear that this swap quantizes; ``float`` leaves it
                 alone. What shares its weight follows; every other layer is as in this swap.
+            decided_by: what the changes come from: ``budget`` or ``timing``.
         """
         other = copy.copy(self)
         other._pairs = []
@@ -74,15 +77,18 @@ class Swap:
             source = next((name for name in (site.name, *site.tied) if name in changes), None)
             if source is not None:
                 method, reason = changes[source]
-                if isinstance(layer, QuantizedEmbedding):  # its reason is the one that its spec resolves to
+                by, kernel = decided_by, None
+                if not site.kind.multiplies:  # its reason is the one that its spec resolves to
+                    by = "tie"
                     reason = f"tied to {source}.weight ({reason})" if method == "float" else decision.reason
-                elif method != "float":
-                    layer = layer.with_method(method)
-                kernel = layer.choice if isinstance(layer, QuantizedLinear) else None
-                decisions[site.name] = decision = _changed(decision, method, reason, kernel)
+                else:
+                    linear = cast(QuantizedLinear, layer)
+                    layer = linear = linear if method == "float" else linear.with_method(method)
+                    kernel = linear.choice
+                decisions[site.name] = decision = _changed(decision, method, reason, kernel, by)
             if decision.method != "float":
                 other._pairs.append((site, layer))
-        other.plan = Plan(tuple(decisions.values()), self.plan.spec)
+        other.plan = replace(self.plan, decisions=tuple(decisions.values()))
         return other
 
     @contextmanager
@@ -107,9 +113,8 @@ class Swap:
     def pairs(self) -> Iterator[tuple[str, nn.Linear, QuantizedLinear]]:
         """Name, float layer and quantized layer of each Linear that this swap replaces."""
         for site, layer in self._pairs:
-            if isinstance(layer, QuantizedLinear):
-                assert isinstance(site.module, nn.Linear)
-                yield site.name, site.module, layer
+            if site.kind.multiplies:
+                yield site.name, cast(nn.Linear, site.module), cast(QuantizedLinear, layer)
 
     def put_in(self) -> None:
         """Quantized layers in the model, in the mode (train or eval) of those they stand for."""
@@ -143,8 +148,8 @@ class Swap:
         self.take_out()
 
 
-def _changed(decision: Decision, method: str, reason: str, kernel: Choice | None) -> Decision:
+def _changed(decision: Decision, method: str, reason: str, kernel: Choice | None, by: DecidedBy) -> Decision:
+    changed = replace(decision, method=method, reason=reason, kernel=kernel, decided_by=by)
     if method == "float":
-        float_bytes = decision.float_bytes
-        return replace(decision, method=method, reason=reason, weight_sqnr_db=None, bytes=float_bytes, kernel=None)
-    return replace(decision, method=method, reason=reason, kernel=kernel)
+        return replace(changed, weight_sqnr_db=None, bytes=decision.float_bytes, kernel=None)
+    return changed

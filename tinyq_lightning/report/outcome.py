@@ -82,7 +82,7 @@ class Outcome:
         """What ``never_slower`` came to, in a sentence; None without it."""
         if self.stopwatch is None:
             return None
-        left = sum("left float: " in decision.reason for decision in self.plan)
+        left = sum(decision.decided_by == "timing" for decision in self.plan)
         timed, seconds = len(self.stopwatch.timings), self.stopwatch.seconds
         return f"never slower: {left} of {len(self.plan)} layers left float ({timed} timings took {seconds:.2g} s)"
 

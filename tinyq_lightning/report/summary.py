@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_summary.model_summary_deepspeed import De
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from tinyq_lightning.layers import QuantizedEmbedding, QuantizedLinear
+from tinyq_lightning.layers import Int8Weight, kind_of
 
 __all__ = [
     "QuantizedModelSummary",
@@ -98,9 +98,8 @@ def _int8_shapes(module: nn.Module) -> Iterator[tuple[int, int]]:
     """Rows and columns of each int8 weight, those that layers share once."""
     seen = set()
     for layer in module.modules():
-        if isinstance(layer, QuantizedLinear | QuantizedEmbedding):
+        if isinstance(layer, Int8Weight) and (kind := kind_of(layer)) is not None:
             place = layer.scales.untyped_storage()._cdata, layer.scales.storage_offset()
             if place not in seen:
                 seen.add(place)
-                columns = layer.in_features if isinstance(layer, QuantizedLinear) else layer.embedding_dim
-                yield layer.scales.numel(), columns
+                yield kind.shape(layer)

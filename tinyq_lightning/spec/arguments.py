@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from tinyq_lightning.errors import SpecError
-from tinyq_lightning.spec.spec import QuantizationSpec
+from tinyq_lightning.spec.places import Origin
+from tinyq_lightning.spec.reader import Reader
+from tinyq_lightning.spec.spec import QuantizationSpec, parse_budget
 
 __all__ = [
     "with_arguments",
@@ -35,18 +37,27 @@ def with_arguments(
     """
     if isinstance(exclude, str):
         raise SpecError(f"exclude must be a list of patterns, not the text {exclude!r}: write [{exclude!r}]")
-    content = spec.to_dict() | _given(keys)
-    content["exclude"] = [*content["exclude"], *exclude]
-    content["save"] |= {name: str(value) for name, value in _given(save).items()}
-    limits = _given(budget)
-    if spec.budget or "max_drop" in limits:
-        content["budget"] = (content["budget"] or {}) | limits
+    given, limits = _given(keys), _given(budget)
+    asked = spec.budget
+    if asked is not None or "max_drop" in limits:
+        below = Reader(Origin(), ("budget",))
+        asked = replace(asked, **limits) if asked is not None else parse_budget(limits, below)
     elif "mode" in limits:
         raise SpecError("mode belongs to a budget: give max_drop as well, or leave it out")
-    result = replace(QuantizationSpec.from_dict(content), origin=spec.origin)
+    files = {name: str(value) for name, value in _given(save).items()}
+    # without the places of the spec's keys: an error from here is about an argument
+    result = replace(
+        spec,
+        **given,
+        exclude=(*spec.exclude, *exclude),
+        budget=asked,
+        save=replace(spec.save, **files),
+        origin=Origin(),
+    )
+    result = replace(result, origin=spec.origin)
     _refuse_contradictions(result)
     if result.when == "test_start":
-        _refuse_idle(spec, {**_given(keys), **limits})
+        _refuse_idle(spec, {**given, **limits})
     return result
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tinyq_lightning.spec.spec import QuantizationSpec
 
 __all__ = [
+    "Wanted",
     "deciding_rule",
     "excluding",
-    "is_measured",
     "pattern_matches",
     "wanted_method",
 ]
@@ -52,17 +53,26 @@ def deciding_rule(spec: QuantizationSpec, names: Sequence[str]) -> int | None:
     return next((i for i, rule in rules if any(pattern_matches(rule.match, name) for name in names)), None)
 
 
-def wanted_method(spec: QuantizationSpec, names: Sequence[str]) -> tuple[str, str]:
-    """Method and reason of a layer with these names, by the spec alone."""
+class Wanted(NamedTuple):
+    """What the spec alone says of a layer.
+
+    Attributes:
+        method: the method.
+        reason: why, as the plan shows it.
+        decided_by: ``spec``, ``exclude``, or what the rule says: ``rule``, ``budget`` or ``timing``.
+    """
+
+    method: str
+    reason: str
+    decided_by: str
+
+
+def wanted_method(spec: QuantizationSpec, names: Sequence[str]) -> Wanted:
+    """What the spec alone says of a layer with these names."""
     if excluding(spec, names) is not None:
-        return "float", "excluded"
+        return Wanted("float", "excluded", "exclude")
     index = deciding_rule(spec, names)
     if index is None:
-        return spec.method, "spec"
+        return Wanted(spec.method, "spec", "spec")
     rule = spec.rules[index]
-    return rule.method, rule.reason or f"rule {index + 1}"
-
-
-def is_measured(reason: str) -> bool:
-    """Whether a reason is that a run decided so from what it measured."""
-    return reason.startswith(("budget", "left float"))
+    return Wanted(rule.method, rule.reason or f"rule {index + 1}", rule.decided_by)

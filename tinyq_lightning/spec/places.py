@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +16,7 @@ from tinyq_lightning.errors import SpecError
 
 __all__ = [
     "Origin",
+    "apply_override",
     "key_path",
     "read_yaml",
 ]
@@ -78,6 +80,24 @@ def read_yaml(path: str | Path) -> tuple[DictConfig, dict[KeyPath, str]]:
     if not isinstance(config, DictConfig) or not isinstance(node, yaml.MappingNode | None):
         raise SpecError(f"{path}:1: a spec is a mapping, for example 'method: w8a32'")
     return config, places
+
+
+def apply_override(config: Any, override: str) -> None:
+    """Set one key of ``config`` as ``override`` (``key=value``) says.
+
+    Raises:
+        SpecError: it is not of that form, or there is no such place.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise SpecError(f"override {override!r}: write it as key=value, for example 'method=w8a16'")
+    try:
+        parsed = OmegaConf.from_dotlist([f"value={text}"])  # not resolved here: ${...} is about the whole spec
+        value = cast("dict[str, Any]", OmegaConf.to_container(parsed))["value"]
+        OmegaConf.update(config, key, value, force_add=True)
+    except (OmegaConfBaseException, yaml.YAMLError, AssertionError, IndexError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SpecError(f"override {override!r} ({key}): {reason}") from error
 
 
 def key_path(key: str) -> KeyPath:

@@ -1,25 +1,33 @@
-"""What the user asks for: YAML, mapping or arguments, parsed once into a frozen ``QuantizationSpec``."""
+"""What the user asks for: YAML, mapping or arguments, read into a frozen ``QuantizationSpec`` and checked there."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tinyq_lightning.errors import SpecError
-from tinyq_lightning.methods import KERNELS, METHODS, KernelName
-from tinyq_lightning.spec.places import Origin, key_path, read_yaml
-from tinyq_lightning.spec.reader import Reader, nearest, shown
+from tinyq_lightning.methods import METHODS, KernelName
+from tinyq_lightning.spec.checks import (
+    Keep,
+    NonFinite,
+    Weights,
+    When,
+    check_budget,
+    check_choices,
+    check_methods,
+    check_rule,
+    check_save,
+)
+from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Rule, RuleBy, Save
+from tinyq_lightning.spec.places import Origin, apply_override, key_path, read_yaml
+from tinyq_lightning.spec.reader import Reader, shown
 
 __all__ = [
-    "METHOD_NAMES",
     "Budget",
     "QuantizationSpec",
     "Rule",
@@ -27,84 +35,8 @@ __all__ = [
     "SpecLike",
     "SpecOrMethods",
     "as_spec",
+    "parse_budget",
 ]
-
-When = Literal["fit_end", "test_start"]
-
-
-Weights = Literal["best", "last", "current"]
-
-
-NonFinite = Literal["error", "float"]
-
-
-Mode = Literal["min", "max"]
-
-
-Keep = Literal["all", "smallest"]
-
-
-METHOD_NAMES = (*METHODS, "float")
-"""What may stand for ``method``; ``float`` leaves a layer alone."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A pattern and the method of the layers it covers.
-
-    Attributes:
-        match: the pattern, see :func:`~tinyq_lightning.spec.matching.pattern_matches`.
-        method: ``w8a32``, ``w8a16``, ``w8a8`` or ``float``.
-        reason: what the plan gives as the reason; ``rule N`` where none is given.
-    """
-
-    match: str
-    method: str
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much a metric may lose.
-
-    Attributes:
-        monitor: name of the logged metric.
-        mode: ``max`` where more is better, ``min`` where less is; None: what the logged torchmetrics
-            object says of itself.
-        max_drop: the loss allowed, as a number in the metric's unit or ``"1%"`` of the float value.
-        max_evals: validation loops that the search may run, past those of the float model and of the
-            plan as asked for; None: as many as the search ever needs.
-        max_seconds: time after which the search begins no further validation loop; None: no limit.
-    """
-
-    monitor: str
-    mode: Mode | None
-    max_drop: float | str
-    max_evals: int | None = None
-    max_seconds: float | None = None
-
-    def allowed(self, float_value: float) -> float:
-        """The loss allowed, in the metric's unit."""
-        if isinstance(self.max_drop, str):
-            return float(self.max_drop.rstrip(" %")) / 100 * abs(float_value)
-        return self.max_drop
-
-    def lost(self, float_value: float, value: float) -> float:
-        """How much worse ``value`` is than the float model's; negative where it is better."""
-        return float_value - value if self.mode == "max" else value - float_value
-
-
-@dataclass(frozen=True)
-class Save:
-    """Where the quantized checkpoint goes.
-
-    Attributes:
-        dirpath: folder; None: beside the float checkpoint.
-        filename: name with or without ``.ckpt``; None: ``<method>-<float stem>.ckpt``.
-    """
-
-    dirpath: str | None = None
-    filename: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +74,21 @@ class QuantizationSpec:
     never_slower: bool = False
     origin: Origin = field(default_factory=Origin, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        reader = Reader(self.origin)
+        check_methods(self.method, self.methods, reader)
+        check_choices(vars(self), reader)
+        reader.flag(self.never_slower, "never_slower")
+        check_save(self.save, reader.below("save"))
+        patterns = reader.below("exclude")
+        exclude = [patterns.pattern(p, i) for i, p in enumerate(reader.items(self.exclude, "exclude"))]
+        rules = [check_rule(rule, reader.below("rules", i)) for i, rule in enumerate(self.rules)]
+        object.__setattr__(self, "exclude", tuple(exclude))
+        object.__setattr__(self, "rules", tuple(rules))
+        object.__setattr__(self, "methods", tuple(self.methods) if len(self.methods) > 1 else ())
+        if self.budget is not None:
+            object.__setattr__(self, "budget", check_budget(self.budget, reader.below("budget")))
+
     @classmethod
     def from_yaml(cls, path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> QuantizationSpec:
         """Read a spec from YAML; ``${...}`` interpolation is OmegaConf's.
@@ -165,7 +112,7 @@ class QuantizationSpec:
         try:
             merged = OmegaConf.merge(*configs)
             for override in overrides:
-                _override(merged, override)
+                apply_override(merged, override)
                 origin = origin.replaced(key_path(override.partition("=")[0]), f"override {override!r}")
             content = OmegaConf.to_container(merged, resolve=True)
         except OmegaConfBaseException as error:
@@ -190,7 +137,9 @@ class QuantizationSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain data with the keys of the YAML; ``from_dict`` gives the same spec back."""
         rules = [
-            {"match": rule.match, "method": rule.method} | ({"reason": rule.reason} if rule.reason else {})
+            {"match": rule.match, "method": rule.method}
+            | ({"reason": rule.reason} if rule.reason else {})
+            | ({"decided_by": rule.decided_by} if rule.decided_by in MEASURED_BY else {})
             for rule in self.rules
         ]
         content = {
@@ -221,20 +170,6 @@ class QuantizationSpec:
         return text
 
 
-def _override(config: Any, override: str) -> None:
-    """Set one key of ``config`` as ``override`` (``key=value``) says."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise SpecError(f"override {override!r}: write it as key=value, for example 'method=w8a16'")
-    try:
-        parsed = OmegaConf.from_dotlist([f"value={text}"])  # not resolved here: ${...} is about the whole spec
-        value = cast("dict[str, Any]", OmegaConf.to_container(parsed))["value"]
-        OmegaConf.update(config, key, value, force_add=True)
-    except (OmegaConfBaseException, yaml.YAMLError, AssertionError, IndexError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SpecError(f"override {override!r} ({key}): {reason}") from error
-
-
 SpecLike = str | Path | Mapping[str, Any] | QuantizationSpec
 
 
@@ -248,7 +183,7 @@ def as_spec(spec: SpecOrMethods) -> QuantizationSpec:
         SpecError: a string that is neither a method nor a YAML file, or a spec that is wrong.
     """
     if isinstance(spec, QuantizationSpec):
-        return _parse(spec.to_dict(), spec.origin)
+        return spec
     if isinstance(spec, Mapping) or OmegaConf.is_dict(spec):
         return QuantizationSpec.from_dict(cast("Mapping[str, Any]", spec))
     if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
@@ -278,89 +213,50 @@ _KEYS = (
 
 
 def _parse(content: Any, origin: Origin) -> QuantizationSpec:
+    """A spec from plain data: its structure is read here, its values are checked as the spec is made."""
     reader = Reader(origin)
-    given = reader.mapping({} if content is None else content, _KEYS)
-    exclude = reader.below("exclude")
-    method, methods = _parse_method(given.get("method", "w8a32"), reader)
+    given = dict(reader.mapping({} if content is None else content, _KEYS))
+    method, methods = given.pop("method", "w8a32"), ()
+    if isinstance(method, list):
+        if not method:
+            reader.below("method").fail(f"the list of methods is empty. Choose from: {', '.join(METHODS)}")
+        method, methods = method[0], tuple(method)
+    rules = reader.items(given.pop("rules", None), "rules")
     return QuantizationSpec(
-        method=method,
-        exclude=tuple(exclude.pattern(p, i) for i, p in enumerate(reader.items(given.get("exclude"), "exclude"))),
-        rules=tuple(
-            _parse_rule(rule, reader.below("rules", i))
-            for i, rule in enumerate(reader.items(given.get("rules"), "rules"))
-        ),
-        when=reader.choice(given.get("when", "fit_end"), ("fit_end", "test_start"), "when"),
-        weights=reader.choice(given.get("weights", "best"), ("best", "last", "current"), "weights"),
-        kernel=reader.choice(given.get("kernel", "auto"), KERNELS, "kernel"),
-        non_finite=reader.choice(given.get("non_finite", "error"), ("error", "float"), "non_finite"),
-        budget=_parse_budget(given.get("budget"), reader.below("budget")),
-        save=_parse_save(given.get("save"), reader.below("save")),
+        method,
+        rules=tuple(_parse_rule(rule, reader.below("rules", i)) for i, rule in enumerate(rules)),
+        budget=parse_budget(given.pop("budget", None), reader.below("budget")),
+        save=_parse_save(given.pop("save", None), reader.below("save")),
         methods=methods,
-        keep=reader.choice(given.get("keep", "all"), ("all", "smallest"), "keep"),
-        never_slower=reader.flag(given.get("never_slower", False), "never_slower"),
         origin=origin,
+        **given,
     )
-
-
-def _parse_method(value: Any, reader: Reader) -> tuple[str, tuple[str, ...]]:
-    """The method, or the first of a list and all of it."""
-    if not isinstance(value, list):
-        return reader.choice(value, METHOD_NAMES, "method"), ()
-    below = reader.below("method")
-    for index, method in enumerate(value):
-        if method not in METHODS:
-            hint = nearest(method, METHODS) if isinstance(method, str) else ""
-            why = " The float model is measured in any case." if method == "float" else hint
-            below.fail(f"{shown(method)} cannot be compared.{why} Choose from: {', '.join(METHODS)}", index)
-        if method in value[:index]:
-            below.fail(f"{method!r} is in the list twice", index)
-    if not value:
-        below.fail(f"the list of methods is empty. Choose from: {', '.join(METHODS)}")
-    return value[0], tuple(value) if len(value) > 1 else ()
 
 
 def _parse_rule(value: Any, reader: Reader) -> Rule:
-    given = reader.mapping(value, ("match", "method", "reason"), required=("match", "method"))
-    return Rule(
-        reader.pattern(given["match"], "match"),
-        reader.choice(given["method"], METHOD_NAMES, "method"),
-        reader.text(given.get("reason"), "reason"),
-    )
+    given = reader.mapping(value, ("match", "method", "reason", "decided_by"), required=("match", "method"))
+    reason, decided_by = given.get("reason"), given.get("decided_by")
+    if decided_by is None:
+        decided_by = _decided_by_reason(reason)
+    return Rule(given["match"], given["method"], reason, decided_by)
+
+
+def _decided_by_reason(reason: Any) -> RuleBy:
+    """Who wrote a rule that does not say so: files of format 1 tell by its reason."""
+    text = reason if isinstance(reason, str) else ""
+    return "budget" if text.startswith("budget") else "timing" if text.startswith("left float") else "rule"
 
 
 def _parse_save(value: Any, reader: Reader) -> Save:
     given = reader.mapping({} if value is None else value, ("dirpath", "filename"))
-    save = Save(reader.text(given.get("dirpath"), "dirpath"), reader.text(given.get("filename"), "filename"))
-    name = save.filename or ""
-    if "/" in name or "\\" in name:
-        reader.fail(f"filename {name!r} must be a name without folders: use dirpath for those", "filename")
-    if re.match(r"last(-v?\d+)?(\.|-|$)", name):
-        reader.fail(f"filename {name!r} is one that ckpt_path='last' would pick up: begin it otherwise", "filename")
-    if "{" in name:
-        reader.fail(f"filename {name!r} is taken as it is: nothing is put in for braces", "filename")
-    return save
+    return Save(given.get("dirpath"), given.get("filename"))
 
 
-def _parse_budget(value: Any, reader: Reader) -> Budget | None:
+def parse_budget(value: Any, reader: Reader) -> Budget | None:
+    """A budget from plain data; None for none."""
     if value is None:
         return None
     known = ("monitor", "mode", "max_drop", "max_evals", "max_seconds")
     given = reader.mapping(value, known, required=("monitor", "max_drop"))
-    mode, evals, seconds = (given.get(key) for key in ("mode", "max_evals", "max_seconds"))
-    drop: Any = given["max_drop"]
-    share = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", drop) if isinstance(drop, str) else None
-    if not share and not _is_number(drop):
-        reader.fail(f"max_drop must be a number of at least 0 or a share such as '1%', not {shown(drop)}", "max_drop")
-    if evals is not None and not (isinstance(evals, int) and not isinstance(evals, bool) and evals >= 1):
-        reader.fail(f"max_evals must be a whole number of at least 1, not {shown(evals)}", "max_evals")
-    if seconds is not None and not (_is_number(seconds) and seconds > 0):
-        reader.fail(f"max_seconds must be a number above 0, not {shown(seconds)}", "max_seconds")
-    if mode is not None:
-        reader.choice(mode, ("min", "max"), "mode")
-    monitor = cast(str, reader.text(given["monitor"], "monitor"))
-    return Budget(monitor, mode, drop.strip() if isinstance(drop, str) else drop, evals, seconds)
-
-
-def _is_number(value: Any) -> bool:
-    """Finite and not negative."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    values: Any = [given.get(key) for key in known]
+    return Budget(*values)

@@ -182,7 +182,7 @@ class MethodsRun:
 
     def _without_slower(self, swap: Swap) -> Swap:
         changes = self._slower(swap)
-        return swap.switched(changes) if changes else swap
+        return swap.switched(changes, "timing") if changes else swap
 
     def _slower(self, swap: Swap) -> dict[str, tuple[str, str]]:
         """What rank 0 finds slower than float, on every rank."""
@@ -197,7 +197,7 @@ class MethodsRun:
         found: dict[str, set[str]] = defaultdict(set)
         for level, method in enumerate(LADDER[:-1] if self.stopwatch else ()):
             raised = {name: (method, "") for name, _, layer in swap.pairs() if layer.method in LADDER[:level]}
-            for name in self._slower(swap.switched(raised)) if raised else ():
+            for name in self._slower(swap.switched(raised, "timing")) if raised else ():
                 found[name].add(method)
         return {name: frozenset(methods) for name, methods in found.items()}
 
@@ -222,7 +222,7 @@ class MethodsRun:
         measured = [asked]
 
         def measure(changes: Changes) -> float:
-            swap = asked.swap.switched({name: (method, "budget") for name, method in changes.items()})
+            swap = asked.swap.switched({name: (method, "budget") for name, method in changes.items()}, "budget")
             measured.append(self._measure(swap))
             bar.update()
             return _value(budget, measured[-1])
@@ -236,7 +236,7 @@ class MethodsRun:
                 layers, budget, self._float_value, _value(budget, asked), measure, lambda: self._out_of_time(budget)
             )
         reasons = _reasons(budget, asked.plan, errors, found)
-        return replace(measured[found.chosen], swap=asked.swap.switched(reasons), search=found)
+        return replace(measured[found.chosen], swap=asked.swap.switched(reasons, "budget"), search=found)
 
 
 def _layers(

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tinyq_lightning.file import (
     check_digests,
@@ -68,15 +64,6 @@ class QuantizedStart:
         """Put the float layers back with the dequantized weights: the model that was tested, able to train."""
         vars(self._module).pop("on_load_checkpoint", None)
         for site, layer in self._made:
-            linear = cast("nn.Linear | nn.Embedding", site.module)
-            linear.to(layer.scales.device, layer.dtype)
-            with torch.no_grad():
-                if parametrize.is_parametrized(linear, "weight"):
-                    with suppress(NotImplementedError):  # a parametrization that has no inverse
-                        linear.weight = layer.dequantize().to(layer.dtype)
-                else:
-                    linear.weight.data.copy_(layer.dequantize())
-                if isinstance(bias := getattr(linear, "bias", None), nn.Parameter):
-                    bias.data.copy_(cast(Tensor, layer.bias))
-            site.put(linear)
+            site.kind.restore(site.module, layer)
+            site.put(site.module)
         self._made = []

@@ -127,7 +127,7 @@ class TestRun:
         if changes := self._trainer.strategy.broadcast(found):
             with self._beside.entered() if self._first else nullcontext():  # the world that holds its layers
                 self.swap.take_out()
-                self.swap = self.swap.switched(changes)
+                self.swap = self.swap.switched(changes, "timing")
                 self.swap.put_in()
                 self.bytes = state_bytes(self._module.state_dict())
 

@@ -1,0 +1,211 @@
+"""What a layer of another class computes: its forward is tried on small tensors, never on the layer itself.
+
+A subclass may write the same product in other words, as timm's ``Linear`` and transformers' ``FalconLinear`` do; a
+class that is no subclass may as well, as torch_geometric's ``Linear`` and Hugging Face's ``Conv1D``. A name tells
+nothing. Here the forward of the class runs on a stand-in with small random float64 parameters, and its results are
+compared with those of torch's own function.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "computes_linear",
+    "computes_scaled_embedding",
+    "forward_takes_one_input",
+    "multiplies_matrices",
+]
+
+_ROWS, _COLUMNS = 5, 3
+_WRITES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_DEREF", "DELETE_ATTR", "DELETE_GLOBAL", "DELETE_SUBSCR")
+
+
+class _ReadsMoreError(Exception):
+    """The forward reads or writes what the function it is compared with knows nothing of."""
+
+
+def computes_linear(module: nn.Module, transposed: bool = False) -> bool:
+    """Whether the forward of ``module`` is ``x @ weight.T + bias`` and nothing else, in training and in evaluation.
+
+    Args:
+        module: with a matrix ``weight``, and a ``bias`` that is a vector or None.
+        transposed: compare with ``x @ weight + bias``, as Hugging Face's ``Conv1D`` has it.
+    """
+    bias = module._parameters.get("bias")
+    shape = (_COLUMNS, _ROWS) if transposed else (_ROWS, _COLUMNS)
+
+    def expected(x: Tensor, weight: Tensor, added: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, weight.t() if transposed else weight, added)
+
+    sizes = _small_sizes(module, shape)
+    for training in (False, True):
+        for size in (1e-3, 1.0, 1e3):
+            weight = _random(shape) * size
+            added = None if bias is None else _random((_ROWS,)) * size
+            tensors = {"weight": weight, "bias": added}
+            for lead in ((4,), (2, 3), ()):
+                x = (_random((*lead, _COLUMNS)) * size).requires_grad_()
+                got = _forward(module, x, tensors, sizes, training)
+                wanted = expected(x, weight, added)
+                if got is None or not _same(got, wanted) or not _same(_gradient(got, x), _gradient(wanted, x)):
+                    return False
+    return True
+
+
+def computes_scaled_embedding(module: nn.Module) -> float | None:
+    """The factor by which the forward of ``module`` multiplies the rows of ``weight``; None if it does more than that.
+
+    The factor is a number of the class, or one that the module holds as an attribute or a buffer without dimensions.
+    """
+    own = cast(Tensor, module.weight)
+    shape = (_ROWS, _COLUMNS)
+    held: dict[str, Any] = {name: value for name, value in vars(module).items() if isinstance(value, int | float)}
+    held |= {name: value for name, value in module._buffers.items() if _is_number(value)}
+    known = {**held, **_small_sizes(module, shape)}
+    words = torch.tensor([[0, 3, 3], [4, 1, 2]])
+    ones = _forward(module, words, {"weight": torch.ones(shape, dtype=own.dtype)}, known, False)
+    if ones is None or not ones.numel() or not bool((ones == ones.flatten()[0]).all()):
+        return None
+    factor = ones.flatten()[0].item()
+    for training in (False, True):
+        for size in (1e-3, 1.0, 1e3):
+            weight = _random(shape) * size
+            got = _forward(module, words, {"weight": weight}, known, training)
+            again = _forward(module, words, {"weight": weight.to(own.dtype)}, known, training)
+            wanted = nn.functional.embedding(words, weight.to(own.dtype)) * factor
+            if got is None or again is None or again.dtype != own.dtype or again.shape != wanted.shape:
+                return None
+            exact = _forward(module, words, {"weight": torch.ones_like(weight)}, known, training)
+            if exact is None or not _same(got, nn.functional.embedding(words, weight) * exact.flatten()[0]):
+                return None
+            if not torch.allclose(again.double(), wanted.double(), rtol=4 * torch.finfo(own.dtype).eps, atol=0):
+                return None
+    return float(factor)
+
+
+def forward_takes_one_input(module: nn.Module) -> bool:
+    """Whether ``forward`` is a Python function of one input."""
+    try:
+        parameters = list(inspect.signature(type(module).forward).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    return len(parameters) == 2 and all(each.kind is each.POSITIONAL_OR_KEYWORD for each in parameters)
+
+
+def multiplies_matrices(module: nn.Module) -> bool:
+    """Whether a module has no children, and just a matrix ``weight`` and a ``bias`` that fits it or is None."""
+    parameters = module._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if module._modules or module._buffers or parameters.keys() - {"weight", "bias"} or "bias" not in parameters:
+        return False
+    if not isinstance(weight, Tensor) or weight.dim() != 2:  # a weight without values yet has no shape either
+        return False
+    return bias is None or (bias.dim() == 1 and bias.shape[0] in weight.shape)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta
+
+
+def _small_sizes(module: nn.Module, shape: tuple[int, int]) -> dict[str, int]:
+    """The attributes that tell the size of the weight, with the sizes of the small one."""
+    rows, columns = cast(Tensor, module.weight).shape
+    found = {}
+    for name, value in vars(module).items():
+        if type(value) is int and value in (rows, columns) and name != "padding_idx":
+            found[name] = shape[0] if value == rows else shape[1]
+    return found
+
+
+def _random(shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def _same(got: Any, wanted: Tensor) -> bool:
+    """Whether these are the same numbers of the same dtype, up to the order in which float64 sums are taken."""
+    return (
+        type(got) is Tensor
+        and got.dtype == wanted.dtype
+        and got.shape == wanted.shape
+        and torch.allclose(got, wanted, rtol=1e-9, atol=1e-9 * float(wanted.detach().abs().max()))
+    )
+
+
+def _gradient(output: Tensor, x: Tensor) -> Tensor:
+    if not output.requires_grad:
+        return torch.full_like(x, torch.nan)
+    return torch.autograd.grad(output.square().sum(), x)[0]
+
+
+def _forward(
+    module: nn.Module, x: Tensor, tensors: dict[str, Tensor | None], known: dict[str, Any], training: bool
+) -> Tensor | None:
+    """What the forward of the module's class gives for a stand-in with these tensors; None if it fails or does more."""
+    kind: Any = type(module)
+    if any(_writes(function) for function in _forwards(kind)):
+        return None
+    stand_in = _stand_in(kind, {**known, **tensors, "training": training})
+    with _aside():
+        try:
+            result = kind.forward(stand_in, x)
+        except Exception:  # whatever a forward may raise: it is not the function it is compared with
+            return None
+    return result if isinstance(result, Tensor) else None
+
+
+def _forwards(kind: type) -> Iterator[Callable[..., Any]]:
+    """The forward of a class, and those of the classes it inherits from up to torch's own."""
+    for each in kind.__mro__:
+        if each.__module__.partition(".")[0] == "torch":
+            return
+        if "forward" in vars(each):
+            yield vars(each)["forward"]
+
+
+def _writes(function: Callable[..., Any]) -> bool:
+    """Whether a function assigns to anything but its own names: to try it would change something."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return code is None or any(each.opname in _WRITES for each in dis.get_instructions(code))
+
+
+def _stand_in(kind: Any, values: dict[str, Any]) -> Any:
+    """An object of a subclass of ``kind`` whose only data are ``values``; a read of any other is an error."""
+    constants: Collection[str] = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    defaults = {name: getattr(nn.Embedding, name, None) for name in constants}
+    defaults |= {"norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
+
+    def read(self: Any, name: str) -> Any:
+        if name in values:
+            return values[name]
+        if name in defaults:
+            return defaults[name]
+        if name == "__class__" or callable(getattr(kind, name, None)):
+            return object.__getattribute__(self, name)
+        raise _ReadsMoreError(name)
+
+    def write(self: Any, name: str, value: Any) -> None:
+        raise _ReadsMoreError(name)
+
+    return object.__new__(type(kind.__name__, (kind,), {"__getattribute__": read, "__setattr__": write}))
+
+
+@contextmanager
+def _aside() -> Iterator[None]:
+    """A block that leaves no trace in random state and modes: gradients on, autocast off, on the CPU."""
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+    ):
+        yield

@@ -1,0 +1,114 @@
+"""What the values of a spec may be: checked once, when a ``QuantizationSpec`` is made, from whatever source."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+from tinyq_lightning.methods import KERNELS, METHODS
+from tinyq_lightning.spec.parts import Budget, Rule, RuleBy, Save
+from tinyq_lightning.spec.reader import Reader, nearest, shown
+
+__all__ = [
+    "METHOD_NAMES",
+    "Keep",
+    "NonFinite",
+    "Weights",
+    "When",
+    "check_budget",
+    "check_choices",
+    "check_methods",
+    "check_rule",
+    "check_save",
+]
+
+When = Literal["fit_end", "test_start"]
+
+
+Weights = Literal["best", "last", "current"]
+
+
+NonFinite = Literal["error", "float"]
+
+
+Keep = Literal["all", "smallest"]
+
+
+METHOD_NAMES = (*METHODS, "float")
+"""What may stand for ``method``; ``float`` leaves a layer alone."""
+
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "when": get_args(When),
+    "weights": get_args(Weights),
+    "kernel": KERNELS,
+    "non_finite": get_args(NonFinite),
+    "keep": get_args(Keep),
+}
+
+
+def check_choices(values: Mapping[str, Any], reader: Reader) -> None:
+    """Refuse a value that is not one of those its key allows."""
+    for key, known in _CHOICES.items():
+        reader.choice(values[key], known, key)
+
+
+def check_methods(method: Any, methods: Sequence[Any], reader: Reader) -> None:
+    """Refuse an unknown method, or a list of methods that cannot be compared."""
+    if not methods:
+        reader.choice(method, METHOD_NAMES, "method")
+    below = reader.below("method")
+    for index, each in enumerate(methods):
+        if not isinstance(each, str) or each not in METHODS:
+            hint = nearest(each, METHODS) if isinstance(each, str) else ""
+            why = " The float model is measured in any case." if each == "float" else hint
+            below.fail(f"{shown(each)} cannot be compared.{why} Choose from: {', '.join(METHODS)}", index)
+        if each in methods[:index]:
+            below.fail(f"{each!r} is in the list twice", index)
+
+
+def check_rule(rule: Rule, reader: Reader) -> Rule:
+    """The rule, with a number as its pattern made text."""
+    match = reader.pattern(rule.match, "match")
+    reader.choice(rule.method, METHOD_NAMES, "method")
+    reader.text(rule.reason, "reason")
+    reader.choice(rule.decided_by, get_args(RuleBy), "decided_by")
+    return rule if match is rule.match else replace(rule, match=match)
+
+
+def check_save(save: Save, reader: Reader) -> None:
+    """Refuse a file name that is none, or that ModelCheckpoint would take for its own."""
+    reader.text(save.dirpath, "dirpath")
+    name = reader.text(save.filename, "filename") or ""
+    if "/" in name or "\\" in name:
+        reader.fail(f"filename {name!r} must be a name without folders: use dirpath for those", "filename")
+    if re.match(r"last(-v?\d+)?(\.|-|$)", name):
+        reader.fail(f"filename {name!r} is one that ckpt_path='last' would pick up: begin it otherwise", "filename")
+    if "{" in name:
+        reader.fail(f"filename {name!r} is taken as it is: nothing is put in for braces", "filename")
+
+
+def check_budget(budget: Budget, reader: Reader) -> Budget:
+    """The budget, with a share such as `` 1% `` written without the blanks around it."""
+    drop: Any = budget.max_drop
+    evals, seconds = budget.max_evals, budget.max_seconds
+    share = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", drop) if isinstance(drop, str) else None
+    if not share and not _is_number(drop):
+        reader.fail(f"max_drop must be a number of at least 0 or a share such as '1%', not {shown(drop)}", "max_drop")
+    if evals is not None and not (isinstance(evals, int) and not isinstance(evals, bool) and evals >= 1):
+        reader.fail(f"max_evals must be a whole number of at least 1, not {shown(evals)}", "max_evals")
+    if seconds is not None and not (_is_number(seconds) and seconds > 0):
+        reader.fail(f"max_seconds must be a number above 0, not {shown(seconds)}", "max_seconds")
+    if budget.mode is not None:
+        reader.choice(budget.mode, ("min", "max"), "mode")
+    if budget.monitor is None or reader.text(budget.monitor, "monitor") is None:
+        reader.fail("the key 'monitor' is missing")
+    return replace(budget, max_drop=drop.strip()) if isinstance(drop, str) else budget
+
+
+def _is_number(value: Any) -> bool:
+    """Finite and not negative."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

@@ -1,0 +1,86 @@
+"""The parts of a spec: a rule, a budget, where to save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "MEASURED_BY",
+    "Budget",
+    "Mode",
+    "Rule",
+    "RuleBy",
+    "Save",
+]
+
+Mode = Literal["min", "max"]
+
+
+RuleBy = Literal["rule", "budget", "timing"]
+"""Who wrote a rule: the user; or a run, for what its budget's search or its timings decided."""
+
+
+MEASURED_BY: tuple[RuleBy, ...] = ("budget", "timing")
+"""What a run decides from what it measured, not from the spec."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pattern and the method of the layers it covers.
+
+    Attributes:
+        match: the pattern, see :func:`~tinyq_lightning.spec.matching.pattern_matches`.
+        method: ``w8a32``, ``w8a16``, ``w8a8`` or ``float``.
+        reason: what the plan gives as the reason; ``rule N`` where none is given.
+        decided_by: ``rule`` for one that a user wrote; ``budget`` or ``timing`` for what a run measured.
+    """
+
+    match: str
+    method: str
+    reason: str | None = None
+    decided_by: RuleBy = "rule"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a metric may lose.
+
+    Attributes:
+        monitor: name of the logged metric.
+        mode: ``max`` where more is better, ``min`` where less is; None: what the logged torchmetrics
+            object says of itself.
+        max_drop: the loss allowed, as a number in the metric's unit or ``"1%"`` of the float value.
+        max_evals: validation loops that the search may run, past those of the float model and of the
+            plan as asked for; None: as many as the search ever needs.
+        max_seconds: time after which the search begins no further validation loop; None: no limit.
+    """
+
+    monitor: str
+    mode: Mode | None
+    max_drop: float | str
+    max_evals: int | None = None
+    max_seconds: float | None = None
+
+    def allowed(self, float_value: float) -> float:
+        """The loss allowed, in the metric's unit."""
+        if isinstance(self.max_drop, str):
+            return float(self.max_drop.rstrip(" %")) / 100 * abs(float_value)
+        return self.max_drop
+
+    def lost(self, float_value: float, value: float) -> float:
+        """How much worse ``value`` is than the float model's; negative where it is better."""
+        return float_value - value if self.mode == "max" else value - float_value
+
+
+@dataclass(frozen=True)
+class Save:
+    """Where the quantized checkpoint goes.
+
+    Attributes:
+        dirpath: folder; None: beside the float checkpoint.
+        filename: name with or without ``.ckpt``; None: ``<method>-<float stem>.ckpt``.
+    """
+
+    dirpath: str | None = None
+    filename: str | None = None
