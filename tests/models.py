@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,6 +13,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 FEATURES, CLASSES = 8, 4
+
+loops_of: Counter[str] = Counter()
+"""Validation loops by the name of the class; neither modules nor classes can keep what an evaluation puts back."""
 
 
 def samples(count: int = 192, seed: int = 0) -> TensorDataset:

@@ -34,6 +34,7 @@ from tinyq_lightning.trainer import (
     QuantizedStart,
     Results,
     TestRun,
+    TestStart,
     check_monitor,
     choose_float_weights,
     directions,
@@ -63,8 +64,9 @@ class TinyQCallback(Callback):
     """Quantizes the model of a run, measures it with the user's own loop, and saves it beside the float checkpoint.
 
     With ``when="fit_end"`` the best checkpoint is quantized when training ends, and the validation loop
-    is run on the float and on the quantized weights. With ``when="test_start"`` a test run measures both
-    on the same batches. Afterwards the module has its float layers and weights again, the same objects.
+    is run on the float and on the quantized weights. With ``when="test_start"`` a test run tests the quantized
+    model, and then the float one on the same batches. Afterwards the module has its float layers and weights
+    again, the same objects.
 
     With ``monitor`` and ``max_drop``, a search leaves layers float (or gives them more bits of activation)
     until the metric loses no more than ``max_drop``; see :func:`tinyq_lightning.search.budget.search`. If no
@@ -138,6 +140,7 @@ class TinyQCallback(Callback):
         self.monitor = self.spec.budget.monitor if self.spec.budget else monitor
         self.save, self.report = save, report
         self._quantized_start: QuantizedStart | None = None
+        self._test_start: TestStart | None = None
         self._runs: list[TestRun] = []
         self._earlier: list[TinyQCallback] = []
         self._reset_results()
@@ -161,6 +164,8 @@ class TinyQCallback(Callback):
         earlier = takewhile(lambda each: each is not self, _tinyq_callbacks(trainer))
         self._earlier = [each for each in earlier if each.spec.when == self.spec.when]
         self._quantized_start = QuantizedStart(trainer, pl_module)
+        if stage == "test" and self.spec.when == "test_start":
+            self._test_start = TestStart(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what could not be quantized, measured or saved after it."""
@@ -210,29 +215,27 @@ class TinyQCallback(Callback):
         self._report(trainer, outcomes)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the quantized layers in for the Trainer to test; the float layers are tested beside them."""
-        if self.spec.when != "test_start" or self._tests_a_quantized_file():
+        """Put the quantized layers in for the Trainer to test; the float model is tested after it."""
+        if self._test_start is None or self._tests_a_quantized_file():
             return
         self._reset_results()
         first = next((run for callback in _tinyq_callbacks(trainer) for run in callback._runs), None)
         stopwatch = Stopwatch() if self.spec.never_slower else None
         for spec in self.spec.each():
-            self._runs.append(TestRun(trainer, pl_module, spec, first, self._log_results, stopwatch))
+            self._runs.append(TestRun(trainer, pl_module, spec, self._test_start, first, self._log_results, stopwatch))
             first = first or self._runs[0]
         if self.report == "full":
             self._runs[0].watch_layers()
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Note the random state, so that every model draws the same random numbers on this batch."""
+        """Start the clock on the Trainer's own step."""
         for run in self._runs:
             run.before_batch(*args, **kwargs)
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """Run the same batch through the float model and through each further method."""
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Stop the clock on the Trainer's own step."""
         for run in self._runs:
-            run.after_batch(*args, **kwargs)
+            run.after_batch()
 
     def _log_results(self, run: TestRun) -> None:
         if run is self._runs[-1]:
@@ -283,7 +286,9 @@ class TinyQCallback(Callback):
     def _close_test_runs(self) -> None:
         for run in self._runs:
             run.close()
-        self._runs = []
+        if self._test_start is not None:
+            self._test_start.close()
+        self._runs, self._test_start = [], None
 
     def _tests_a_quantized_file(self) -> bool:
         return self._quantized_start is not None and self._quantized_start.label is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from models import Net, keeper, loader, trainer
+from models import Net, keeper, loader, loops_of, trainer
 
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized, quantize
 from tinyq_lightning.errors import SpecError
@@ -16,10 +16,8 @@ METHODS = ["w8a32", "w8a16", "w8a8"]
 
 
 class Counts(Net):
-    loops = 0
-
     def on_validation_epoch_start(self):
-        type(self).loops += 1
+        loops_of[type(self).__name__] += 1
 
 
 def fit(root, callback):
@@ -31,9 +29,9 @@ def fit(root, callback):
 def test_float_is_measured_once_and_each_method_once(tmp_path):
     callback = TinyQCallback(METHODS, report=False)
     run = trainer(tmp_path, keeper(tmp_path), callback, num_sanity_val_steps=0)
-    Counts.loops = 0
+    loops_of["Counts"] = 0
     run.fit(Counts(), loader(shuffle=True), loader(seed=1))
-    assert Counts.loops == 2 + 1 + 3, "two epochs, the float model, three methods"
+    assert loops_of["Counts"] == 2 + 1 + 3, "two epochs, the float model, three methods"
     assert list(callback.quantized_paths) == list(callback.plans) == METHODS
     assert callback.quantized_path == callback.quantized_paths["w8a32"]
     assert callback.plan is callback.plans["w8a32"]

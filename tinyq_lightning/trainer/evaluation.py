@@ -1,34 +1,34 @@
-"""What a validation loop tells beside its values: which way a metric is better, and how long a batch takes."""
+"""Runs the user's validation or test loop on the weights that a module holds now, and leaves everything as it was."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, cast
 
-from lightning.fabric.utilities.warnings import PossibleUserWarning
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
 from tinyq_lightning.trainer.checks import why_never_validated
-from tinyq_lightning.trainer.isolation import rewound_randomness
-from tinyq_lightning.trainer.ranks import JoinedDDPStrategy
+from tinyq_lightning.trainer.inner_trainer import Stage, inner_trainer, quiet, shadowed, state_roots
+from tinyq_lightning.trainer.isolation import Snapshot
 from tinyq_lightning.trainer.results import numbers
 
 __all__ = [
-    "Validation",
-    "ValidationWatch",
+    "Evaluation",
+    "LoopWatch",
+    "dataloaders",
     "directions",
-    "run_validation",
+    "run_evaluation",
     "why_no_validation",
 ]
 
@@ -37,7 +37,7 @@ def directions(trainer: Trainer) -> dict[str, bool]:
     """Whether higher is better, for each metric that was logged as a torchmetrics object that tells.
 
     Args:
-        trainer: in ``on_validation_end``.
+        trainer: in ``on_validation_end`` or ``on_test_end``.
     """
     results = trainer._results
     found: dict[str, bool] = {}
@@ -50,52 +50,122 @@ def directions(trainer: Trainer) -> dict[str, bool]:
     return found
 
 
-class ValidationWatch(Callback):
-    """Watches one validation loop.
+class LoopWatch:
+    """Watches one evaluation loop, batch by batch.
 
     Attributes:
-        higher_is_better: by metric, where the logged torchmetrics object tells.
+        digests: of each batch, in their order.
     """
 
     def __init__(self) -> None:
-        self.higher_is_better: dict[str, bool] = {}
+        self.digests: list[int] = []
         self._seconds: list[float] = []
         self._began = 0.0
+        self._kept: KeptBatch | None = None
 
     @property
     def seconds_per_batch(self) -> float:
         """Median over the batches; NaN where there were none."""
         return median(self._seconds) if self._seconds else math.nan
 
-    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        """The clock starts once the batch is there."""
+    def batch_started(self, batch: Any, loaders: list[Any]) -> None:
+        """Before the user's hooks and step: note what the batch holds, and start the clock."""
+        self.batches_ended()
+        self.digests.append(batch_digest(batch))
+        self._kept = KeptBatch(batch, loaders)
         self._began = time.perf_counter()
 
-    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """The clock stops."""
+    def batch_stepped(self) -> None:
+        """The step has ended."""
         self._seconds.append(time.perf_counter() - self._began)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The logged objects are still there."""
+    def batches_ended(self) -> None:
+        """The last batch is done with: what belongs to the dataset is put back as it was."""
+        if self._kept is not None:
+            self._kept.put_back()
+        self._kept = None
+
+    def refuse_lost_batch(self, module: LightningModule, step: str) -> None:
+        """Refuse a loop that a StopIteration has ended, which Lightning takes for the end of the data.
+
+        Raises:
+            EvaluationError: a step began and did not end.
+        """
+        if len(self._seconds) < len(self.digests):
+            raise EvaluationError(
+                f"{type(module).__name__}.{step} raised StopIteration in batch {len(self._seconds)}, which the loop "
+                "took for the end of the data. If it calls next(self.parameters()): a model whose weights are all "
+                "quantized may have no parameter; take self.device, and the dtype of the batch or of a buffer"
+            )
+
+
+class _Watch(Callback):
+    """The callback of an inner Trainer: times the loop, and keeps an eye on batches and weights."""
+
+    def __init__(self, module: LightningModule, stage: Stage, known: Mapping[str, Any], cut_short: bool) -> None:
+        self.loop = LoopWatch()
+        self.higher_is_better: dict[str, bool] = {}
+        self.metrics: dict[str, float] = {}
+        self.other_weights = False
+        self._module, self._step = module, "validation_step" if stage == "validate" else "test_step"
+        self._known, self._cut_short = known, cut_short
+        self._weights = weights_digest(module)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer._logger_connector._callback_metrics.update(self._known)
+
+    def _batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kw: Any) -> None:
+        if not self.loop.digests:
+            self.other_weights = weights_digest(pl_module) != self._weights
+        self.loop.batch_started(batch, _flat(_loop(trainer)._combined_loader))
+
+    def _batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        self.loop.batch_stepped()
+        if self._cut_short and trainer._results is not None:
+            trainer._results.clear()  # a metric of the first batches would be computed, which may not be possible
+
+    def _epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.loop.batches_ended()
+        self.loop.refuse_lost_batch(pl_module, self._step)
+        if self._cut_short:
+            raise _EnoughBatchesError
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.higher_is_better = directions(trainer)
+        logged = trainer.callback_metrics
+        self.metrics = numbers({name: value for name, value in logged.items() if value is not self._known.get(name)})
+
+    on_validation_start = on_test_start = _start
+    on_validation_batch_start = on_test_batch_start = _batch_start
+    on_validation_batch_end = on_test_batch_end = _batch_end
+    on_validation_epoch_end = on_test_epoch_end = _epoch_end
+    on_validation_end = on_test_end = _end
+
+
+class _EnoughBatchesError(Exception):
+    """Ends a loop that runs over the first batches only, before hooks that need all of them."""
 
 
 @dataclass(frozen=True)
-class Validation:
-    """What one run of the validation loop gave.
+class Evaluation:
+    """What one run of a validation or test loop gave.
 
     Attributes:
         metrics: every logged metric by its name.
         higher_is_better: by metric, where the logged torchmetrics object tells.
         seconds_per_batch: median over the batches.
+        digests: of each batch that this process read.
+        other_weights: whether the module's hooks put other weights in before the first batch.
     """
 
     metrics: dict[str, float]
     higher_is_better: dict[str, bool]
     seconds_per_batch: float
+    digests: tuple[int, ...] = ()
+    other_weights: bool = False
 
 
-# Set up once, for the fit; a second time they would rebuild the layers or the data under evaluation.
+# Set up once, for the user's own run; a second time they would rebuild the layers or the data under evaluation.
 _SETUP_HOOKS = ("prepare_data", "setup", "teardown", "configure_model", "configure_callbacks")
 
 
@@ -106,22 +176,33 @@ def why_no_validation(trainer: Trainer, module: LightningModule) -> str | None:
     """Why the user's validation loop cannot be run, or None where it can."""
     if why_not := why_never_validated(trainer, module):
         return why_not
-    if not _loaders(trainer):
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if trainer.val_dataloaders is None and loop._data_source.is_defined():
+        with quiet():  # those of a fit that never validated are asked for here
+            loop.setup_data()
+    if not dataloaders(trainer, "validate"):
         return "there is no validation dataloader, or it is empty"
     return None
 
 
-def run_validation(trainer: Trainer, module: LightningModule, batches: int | None = None) -> Validation:
-    """What the user's validation loop logs on the weights that ``module`` holds now.
+def dataloaders(trainer: Trainer, stage: Stage) -> list[Any]:
+    """The dataloaders of a loop, one by one."""
+    return _flat(_combined_loader(trainer, stage))
 
-    A second, silent Trainer runs it over the dataloaders of the first: same batches, same limits, same
-    precision, same processes. The random state is put back afterwards, so a run that follows draws the
-    same. Attributes of the module are not put back: wrap this in ``preserved``.
+
+def run_evaluation(trainer: Trainer, module: LightningModule, stage: Stage, batches: int | None = None) -> Evaluation:
+    """What the user's loop logs on the weights that ``module`` holds now.
+
+    A second, silent Trainer runs it over the dataloaders of the first: same batches, same limits, same precision,
+    same processes. Afterwards everything is as it was: attributes of the module, of its data module and of what
+    hangs on them, optimizers, random state, the place in the data.
 
     Args:
-        trainer: the user's, at the end of a fit.
+        trainer: the user's, at the end of a fit, or at the end of a test epoch.
         module: the user's.
-        batches: at most so many of each dataloader; None: as many as the user's Trainer takes.
+        stage: which loop.
+        batches: at most so many of each dataloader, without the hooks that come after the last, and without metrics;
+            None: as many as the user's Trainer takes.
 
     Returns:
         What was logged, and how long it took; the same on every process, for them to decide alike.
@@ -129,129 +210,76 @@ def run_validation(trainer: Trainer, module: LightningModule, batches: int | Non
     Raises:
         EvaluationError: the loop failed.
     """
-    loaders = trainer.val_dataloaders
-    watch = ValidationWatch()
-    inner = _silent_trainer(trainer, watch, batches)
+    combined = _combined_loader(trainer, stage)
+    assert combined is not None
+    loaders = CombinedLoader(combined.iterables, combined._mode)
+    known = dict(trainer.callback_metrics) if stage == "validate" else {}
+    watch = _Watch(module, stage, known, batches is not None)
+    inner = inner_trainer(trainer, watch, stage, batches)
     data: dict[str, Any] = {"dataloaders": loaders}
     shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, _nothing))]
     if (datamodule := _datamodule(trainer)) is not None:  # for its transfer hooks, and for `self.trainer.datamodule`
         data = {"datamodule": datamodule}
         hooks = dict.fromkeys(_DATA_SETUP_HOOKS, _nothing)
-        shadows.append((datamodule, {**hooks, "val_dataloader": lambda: loaders, "trainer": inner}))
-    with rewound_randomness(_loaders(trainer)), _shadowed(shadows), _quiet():
+        asked = "val_dataloader" if stage == "validate" else "test_dataloader"
+        shadows.append((datamodule, {**hooks, asked: lambda: loaders, "trainer": inner}))
+    # hooks that run before the first batch may put other weights in, and the loop may end before those that undo it
+    weights = any(is_overridden(f"on_{_NAMES[stage]}{hook}", module) for hook in ("_start", "_epoch_start"))
+    with _isolated(trainer, module, stage, weights), shadowed(shadows), quiet(), torch.inference_mode(False):
         try:
-            inner.validate(module, verbose=False, **data)
+            getattr(inner, stage)(module, verbose=False, **data)
+        except _EnoughBatchesError:
+            pass
+        except EvaluationError:
+            raise
         except Exception as error:
+            loop = {"validate": "validation", "test": "test"}[stage]
             raise EvaluationError(
-                f"the validation loop of {type(module).__name__} failed when it was run again for the comparison: "
+                f"the {loop} loop of {type(module).__name__} failed when it was run again for the comparison: "
                 f"{type(error).__name__}: {error}"
             ) from error
-    result = Validation(numbers(inner.callback_metrics), watch.higher_is_better, watch.seconds_per_batch)
-    return trainer.strategy.broadcast(result)
+    shared = trainer.strategy.broadcast((watch.metrics, watch.higher_is_better, watch.loop.seconds_per_batch))
+    return Evaluation(*shared, tuple(watch.loop.digests), watch.other_weights)
+
+
+_NAMES = {"validate": "validation", "test": "test"}
+
+
+@contextmanager
+def _isolated(trainer: Trainer, module: LightningModule, stage: Stage, weights: bool) -> Iterator[None]:
+    """Put everything back after the block, and warn of what cannot be."""
+    snapshot = Snapshot(*state_roots(trainer, module), data=dataloaders(trainer, stage), weights=weights)
+    try:
+        yield
+    finally:
+        if changed := snapshot.put_back():
+            rank_zero_warn(
+                f"TinyQ: the {_NAMES[stage]} loop changed what cannot be put back ({', '.join(changed)}), so a run of "
+                "it with other weights may not see what it saw"
+            )
+
+
+def weights_digest(module: LightningModule) -> int:
+    """Of a few values of each parameter: it tells whether other weights have been put in."""
+    return batch_digest([parameter.detach() for parameter in module.parameters()])
 
 
 def _datamodule(trainer: Trainer) -> LightningDataModule | None:
     return cast("LightningDataModule | None", trainer.datamodule)  # type: ignore[attr-defined]
 
 
+def _loop(trainer: Trainer) -> Any:
+    return trainer.test_loop if trainer.testing else trainer.validate_loop
+
+
+def _combined_loader(trainer: Trainer, stage: Stage) -> CombinedLoader | None:
+    loop = trainer.test_loop if stage == "test" else trainer.fit_loop.epoch_loop.val_loop
+    return loop._combined_loader
+
+
+def _flat(combined: CombinedLoader | None) -> list[Any]:
+    return [] if combined is None else list(combined.flattened)
+
+
 def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
-
-
-def _loaders(trainer: Trainer) -> list[Any]:
-    """The validation dataloaders one by one; those of a fit that never validated are asked for here."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    if trainer.val_dataloaders is None and loop._data_source.is_defined():
-        with _quiet():
-            loop.setup_data()
-    loaders = trainer.val_dataloaders
-    return [] if loaders is None else list(CombinedLoader(loaders, "sequential").flattened)
-
-
-class _SilentLogger(DummyLogger):
-    """Takes what the user's hooks log and drops it, but knows where the user's logger keeps its files."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        super().__init__()
-        self._log_dir = trainer.log_dir
-        self._save_dir = trainer.logger.save_dir if trainer.logger else trainer.default_root_dir
-
-    @property
-    def log_dir(self) -> str | None:
-        return self._log_dir
-
-    @property
-    def save_dir(self) -> str | None:
-        return self._save_dir
-
-
-def _silent_trainer(trainer: Trainer, watch: ValidationWatch, batches: int | None) -> Trainer:
-    limit = trainer.limit_val_batches
-    if batches is not None:
-        limit = min(limit, batches) if isinstance(limit, int) else batches
-    strategy: Strategy | str = "auto"
-    devices: Any = trainer.num_devices if trainer.strategy.root_device.type == "cpu" else trainer.device_ids
-    if isinstance(trainer.strategy, DDPStrategy):
-        strategy = JoinedDDPStrategy(
-            cluster_environment=trainer.strategy.cluster_environment,
-            process_group_backend=trainer.strategy.process_group_backend,
-        )
-    with _quiet():
-        inner = Trainer(
-            accelerator=trainer.accelerator,
-            devices=devices,
-            num_nodes=trainer.num_nodes,
-            strategy=strategy,
-            plugins=[trainer.precision_plugin],
-            limit_val_batches=limit,
-            logger=_SilentLogger(trainer),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            inference_mode=False,  # states and caches made under it could not be trained past
-            use_distributed_sampler=False,  # the loaders have theirs already
-            default_root_dir=trainer.default_root_dir,
-        )
-    inner.callbacks = [watch]  # type: ignore[attr-defined]  # packages may register some for every Trainer
-    # what `self.current_epoch` and `self.global_step` say inside the user's hooks
-    inner.fit_loop.epoch_progress = trainer.fit_loop.epoch_progress
-    theirs, ours = trainer.fit_loop.epoch_loop, inner.fit_loop.epoch_loop
-    ours.automatic_optimization.optim_progress = theirs.automatic_optimization.optim_progress
-    ours.manual_optimization.optim_step_progress = theirs.manual_optimization.optim_step_progress
-    return inner
-
-
-@contextmanager
-def _shadowed(shadows: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
-    """Set attributes on instances inside the block, over those of their class."""
-    before = [(owner, {name: vars(owner).get(name, _nothing) for name in names}) for owner, names in shadows]
-    for owner, names in shadows:
-        vars(owner).update(names)
-    try:
-        yield
-    finally:
-        for owner, names in before:
-            for name, value in names.items():
-                if value is _nothing:
-                    with suppress(KeyError):
-                        del vars(owner)[name]
-                else:
-                    vars(owner)[name] = value
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No notes of the second Trainer's on hardware, loggers and workers: the user has read them once."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities")]
-    loggers += [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("lightning.")]
-    levels = [(logger, logger.level) for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=PossibleUserWarning)
-            warnings.filterwarnings("ignore", module=r"lightning\.|tinyq_lightning\.evaluation")
-            yield
-    finally:
-        for logger, level in levels:
-            logger.setLevel(level)

@@ -1,149 +1,140 @@
-"""Leaves a module, and the random state around it, exactly as they were."""
+"""Puts a module, and all Python state that hangs on it, back exactly as it was before an evaluation."""
 
 from __future__ import annotations
 
 import random
-from collections import OrderedDict, deque
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from tinyq_lightning.trainer.state import CONSTANTS, class_state, is_written, package_of, state_of
 
 __all__ = [
-    "Attributes",
-    "RandomState",
+    "Snapshot",
     "preserved",
-    "rewound_randomness",
 ]
 
+# Containers of more items are not copied where they belong to datasets: those are the data, not its state.
+_DATA_ITEMS = 1000
 
-class Attributes:
-    """The attributes of every module below a root, to be put back as they were.
+_NO_USERS_CLASSES = {"builtins", "torch", "torchmetrics", "lightning", "pytorch_lightning", "tinyq_lightning"}
 
-    Each module's ``__dict__`` is kept: training flags, hooks, submodules, parameters as objects, and
-    whatever users put there. Lists, dicts, sets and deques are put back with their former contents,
-    also inside one another. Tensors are put back as objects; see :func:`preserved` for their values.
+
+class Snapshot:
+    """The state of everything that hangs on some objects, to be put back into the same objects.
+
+    The graph of objects is walked once, from the attributes of the roots: containers and their subclasses,
+    attributes and slots of objects, arrays, tensors, open files, random generators, and what users keep on their own
+    classes. Other packages' machinery is left alone: Trainers, loggers, threads, functions.
 
     Args:
-        root: the module.
+        roots: modules, data modules and other objects.
+        data: dataloaders. Of these and of datasets the attributes, small containers and random generators are kept,
+            so that they can be read again from the same place, but not the data.
+        weights: copy the values of parameters too. Without it a parameter gets back its own memory, if that was
+            exchanged, but not the values in it.
+        also: a former snapshot; every object that it knows is part of this one.
+        randomness: the random generators of Python, NumPy and torch belong to the snapshot.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self._modules = [(module, dict(vars(module)), _rewinders(vars(module))) for module in root.modules()]
+    def __init__(
+        self,
+        *roots: object,
+        data: Iterable[object] = (),
+        weights: bool = False,
+        also: Snapshot | None = None,
+        randomness: bool = True,
+    ) -> None:
+        self._restores: list[tuple[str, Callable[[], object]]] = []
+        self._written: list[tuple[str, Callable[[], object]]] = []
+        self._seen: dict[int, tuple[object, str, bool]] = {}  # holds the objects: an id is theirs while they live
+        self._random = _global_random_state() if randomness else []
+        pending = [(loader, "dataloader", True) for loader in data]
+        pending += [(root, type(root).__name__, False) for root in roots]
+        pending += also._seen.values() if also else ()
+        with torch.inference_mode(False), torch.no_grad():  # the copies are to outlive an inference mode
+            while pending:
+                value, name, is_data = pending.pop()
+                if type(value) not in CONSTANTS and id(value) not in self._seen:
+                    is_data = is_data or isinstance(value, Dataset | DataLoader)
+                    self._seen[id(value)] = value, name, is_data
+                    parts = self._keep(value, name, is_data, weights)
+                    pending += [(part, f"{name}{way}", is_data) for way, part in parts if type(part) not in CONSTANTS]
 
-    def put_back(self) -> None:
-        """Every attribute as it was."""
-        for module, attributes, rewinders in self._modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for rewind in rewinders:
-                rewind()
+    def _keep(self, value: object, name: str, is_data: bool, weights: bool) -> Iterator[tuple[str, object]]:
+        """Note the state of one object, and give what hangs on it."""
+        if is_data and (isinstance(value, Tensor | np.ndarray) or _size(value) > _DATA_ITEMS):
+            return
+        if (state := state_of(value, weights)) is None:
+            return
+        (self._written if is_written(value) else self._restores).append((name, state.restore))
+        yield from state.parts
+        for kind in () if is_data else type(value).__mro__:
+            if id(kind) not in self._seen and _is_users(kind):
+                self._seen[id(kind)] = kind, kind.__name__, False
+                of_class = class_state(kind)
+                self._restores.append((kind.__name__, of_class.restore))
+                yield from of_class.parts
+
+    def put_back(self, files: bool = True) -> list[str]:
+        """Everything as it was, in the same objects.
+
+        Args:
+            files: cut open files down to what was written then. False where a later snapshot has to find them as
+                they are now.
+
+        Returns:
+            Where something was changed that cannot be put back, such as a generator.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            states = [*self._restores, *(self._written if files else ())]
+            changed = [name for name, restore in states if restore() is False]
+        for restore_random, state in self._random:
+            restore_random(state)
+        return changed
 
 
-def _rewinders(attributes: dict[str, Any]) -> list[Callable[[], None]]:
-    """A call for each plain container below ``attributes`` that gives it back its contents."""
-    calls: list[Callable[[], None]] = []
-    seen: set[int] = set()
-    pending = list(attributes.values())
-    while pending:
-        value = pending.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if type(value) in (dict, OrderedDict):
-            calls.append(_rewind_dict(value, dict(value)))
-            pending.extend(value.values())
-        elif type(value) in (list, deque):
-            calls.append(_rewind_list(value, list(value)))
-            pending.extend(value)
-        elif type(value) is set:
-            calls.append(_rewind_dict(value, set(value)))
-        elif type(value) is tuple:
-            pending.extend(value)
-    return calls
+def _size(value: object) -> int:
+    return len(value) if isinstance(value, dict | list | set | tuple | frozenset) else 0
 
 
-def _rewind_dict(value: Any, contents: Any) -> Callable[[], None]:
-    def rewind() -> None:
-        value.clear()
-        value.update(contents)
+def _is_users(kind: type) -> bool:
+    """Whether the attributes of a class are the user's state, since the class is the user's own."""
+    if package_of(kind) in _NO_USERS_CLASSES or package_of(kind) in sys.stdlib_module_names - {"__main__"}:
+        return False
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return issubclass(kind, LightningModule | LightningDataModule) or "-packages" not in file
 
-    return rewind
 
-
-def _rewind_list(value: Any, contents: list[Any]) -> Callable[[], None]:
-    def rewind() -> None:
-        value.clear()
-        value.extend(contents)
-
-    return rewind
+def _global_random_state() -> list[tuple[Callable[[Any], object], Any]]:
+    """Of the generators that belong to no object: what puts each back, and its state."""
+    states: list[tuple[Callable[[Any], object], Any]] = [
+        (random.setstate, random.getstate()),
+        (np.random.set_state, np.random.get_state()),
+        (torch.set_rng_state, torch.get_rng_state()),
+    ]
+    if torch.cuda.is_available():
+        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    return states
 
 
 @contextmanager
 def preserved(module: nn.Module, weights: bool) -> Iterator[None]:
-    """Put back, after the block, all attributes of ``module`` and its submodules, and its tensors' values.
+    """Put back, after the block, the :class:`Snapshot` of ``module``.
 
     Args:
         module: what to preserve.
-        weights: keep the values of parameters too, at the cost of a copy of them. Buffers and tensors
-            held as plain attributes, such as the states of metrics, always keep theirs.
+        weights: keep the values of parameters too, at the cost of a copy of them.
     """
-    tensors: dict[int, Tensor] = {}
-    for each in module.modules():
-        held = [
-            *each._buffers.values(),
-            *vars(each).values(),
-            *(each._parameters.values() if weights else ()),
-        ]
-        tensors.update({id(value): value for value in held if isinstance(value, Tensor)})
-    attributes = Attributes(module)
-    copies = [(tensor, tensor.detach().clone()) for tensor in tensors.values() if not tensor.is_meta]
+    snapshot = Snapshot(module, weights=weights)
     try:
         yield
     finally:
-        attributes.put_back()
-        with torch.no_grad():
-            for tensor, copy in copies:
-                tensor.data.copy_(copy)
-
-
-class RandomState:
-    """The state of every random generator, to be put back: Python's, NumPy's, torch's, the loaders' own.
-
-    Args:
-        loaders: dataloaders whose generators, and whose samplers' generators, belong to it.
-    """
-
-    def __init__(self, loaders: Iterable[Any] = ()) -> None:
-        holders = [holder for loader in loaders for holder in (loader, getattr(loader, "sampler", None))]
-        generators = {id(g): g for h in holders if isinstance(g := getattr(h, "generator", None), torch.Generator)}
-        self._own = [(generator, generator.get_state()) for generator in generators.values()]
-        self._python, self._numpy, self._torch = (
-            random.getstate(),
-            np.random.get_state(),
-            torch.get_rng_state(),
-        )
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    def put_back(self) -> None:
-        """Every generator as it was."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-        for generator, state in self._own:
-            generator.set_state(state)
-
-
-@contextmanager
-def rewound_randomness(loaders: Iterable[Any] = ()) -> Iterator[None]:
-    """Put the :class:`RandomState` back after the block."""
-    state = RandomState(loaders)
-    try:
-        yield
-    finally:
-        state.put_back()
+        snapshot.put_back()

@@ -31,7 +31,7 @@ from tinyq_lightning.search import (
 )
 from tinyq_lightning.spec import Budget, QuantizationSpec
 from tinyq_lightning.trainer.checks import known_mode, refuse_without_validation
-from tinyq_lightning.trainer.evaluation import Validation, run_validation
+from tinyq_lightning.trainer.evaluation import Evaluation, run_evaluation
 
 __all__ = [
     "Measured",
@@ -54,7 +54,7 @@ class Measured:
 
     method: str
     swap: Swap
-    after: Validation | None
+    after: Evaluation | None
     bytes: int
     search: Search | None = None
     kept: bool = True
@@ -104,7 +104,7 @@ class MethodsRun:
         refuse_without_validation(spec, why_not)
         self.stopwatch = Stopwatch() if spec.never_slower else None
         with self._watching_float():
-            before = None if why_not else run_validation(trainer, module)
+            before = None if why_not else run_evaluation(trainer, module, "validate")
         self.why_not = why_not or (None if before and before.metrics else "validation_step logged no metric")
         self.before = before if before and before.metrics else None
         self.float_bytes = state_bytes(module.state_dict())
@@ -153,7 +153,7 @@ class MethodsRun:
         swap = self._swaps[0]
         with measured_layers(swap) as errors, swap.opened():
             try:
-                run_validation(self._trainer, self._module, batches=SIGNAL_BATCHES)
+                run_evaluation(self._trainer, self._module, "validate", batches=SIGNAL_BATCHES)
             except EvaluationError as error:
                 rank_zero_warn(f"TinyQ: the errors of some layers could not be measured: {error}")
         shared: dict[str, LayerError] = self._trainer.strategy.broadcast(errors)
@@ -204,7 +204,7 @@ class MethodsRun:
     def _measure(self, swap: Swap) -> Measured:
         with swap:
             runs = self.before or self.stopwatch
-            after = run_validation(self._trainer, self._module) if runs else None
+            after = run_evaluation(self._trainer, self._module, "validate") if runs else None
             return Measured(swap.plan.spec.method, swap, after, state_bytes(self._module.state_dict()))
 
     def _lost(self, budget: Budget, measured: Measured) -> float:

@@ -1,0 +1,208 @@
+"""A silent second Trainer that runs a loop of the user's, and answers the module as the user's own Trainer would."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, cast
+
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from tinyq_lightning.trainer.ranks import JoinedDDPStrategy
+from tinyq_lightning.trainer.state import package_of
+
+__all__ = [
+    "Stage",
+    "inner_trainer",
+    "quiet",
+    "shadowed",
+    "state_roots",
+]
+
+Stage = Literal["validate", "test"]
+
+_HOOKS = [name for name in vars(Callback) if name.startswith("on_") or name in ("setup", "teardown")]
+
+_PREFIX = {"validate": "on_validation", "test": "on_test"}
+
+_MISSING = object()
+
+
+def inner_trainer(trainer: Trainer, watch: Callback, stage: Stage, batches: int | None) -> Trainer:
+    """A Trainer that runs a loop of ``trainer`` again: same precision, limits, processes; nothing written or shown.
+
+    What a module may ask its Trainer for is that of the user's: epochs, optimizers, loggers' names and folders,
+    settings, attributes of the user's own. Callbacks that change the batches run; the others are there, but without
+    hooks.
+
+    Args:
+        trainer: the user's.
+        watch: a callback of ours that runs before the user's.
+        stage: which loop.
+        batches: at most so many of each dataloader; None: as many as the user's Trainer takes.
+    """
+    limit_name = "limit_val_batches" if stage == "validate" else "limit_test_batches"
+    limit = getattr(trainer, limit_name)
+    if batches is not None:
+        limit = min(limit, batches) if isinstance(limit, int) else batches
+    strategy: Strategy | str = "auto"
+    devices: Any = trainer.num_devices if trainer.strategy.root_device.type == "cpu" else trainer.device_ids
+    if isinstance(trainer.strategy, DDPStrategy):
+        strategy = JoinedDDPStrategy(
+            cluster_environment=trainer.strategy.cluster_environment,
+            process_group_backend=trainer.strategy.process_group_backend,
+        )
+    with quiet(), _without_settings_of_the_environment():
+        inner = _SilentTrainer(
+            accelerator=trainer.accelerator,
+            devices=devices,
+            num_nodes=trainer.num_nodes,
+            strategy=strategy,
+            plugins=[trainer.precision_plugin],
+            logger=[_SilentLogger(logger) for logger in trainer.loggers],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            # states and caches made under it could not be trained past
+            inference_mode=stage == "test" and trainer.test_loop.inference_mode,
+            use_distributed_sampler=False,  # the loaders have theirs already
+            default_root_dir=trainer.default_root_dir,
+        )
+    inner.outer = trainer
+    for name, value in vars(trainer).items():  # settings, and what users put there
+        if name not in vars(inner) or type(value) in (bool, int, float, str, type(None)):
+            vars(inner)[name] = value
+    setattr(inner, limit_name, limit)
+    for name in ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs"):
+        setattr(inner.strategy, name, getattr(trainer.strategy, name))
+    inner.callbacks = [watch, *_callbacks(trainer, stage)]  # type: ignore[attr-defined]
+    return inner
+
+
+class _SilentTrainer(Trainer):
+    """Says of the files of a run what the user's Trainer says."""
+
+    outer: Trainer
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        self.fit_loop = self.outer.fit_loop  # only now: attaching data to a Trainer empties its loops
+        return super()._run(*args, **kwargs)
+
+    @property
+    def log_dir(self) -> str | None:
+        return self.outer.log_dir
+
+
+class _SilentLogger(DummyLogger):
+    """Takes what the user's hooks log and drops it, but has the name, version and folders of a logger of theirs."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def name(self) -> str | None:  # type: ignore[override]
+        return self._logger.name
+
+    @property
+    def version(self) -> int | str | None:  # type: ignore[override]
+        return self._logger.version
+
+    @property
+    def log_dir(self) -> str | None:
+        return self._logger.log_dir
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._logger.save_dir
+
+    def __getattr__(self, name: str) -> Any:
+        """Plain values are those of the user's logger; methods do nothing."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        value = getattr(self._logger, name)
+        return value if isinstance(value, str | int | float | os.PathLike) or value is None else _nothing
+
+
+def state_roots(trainer: Trainer, module: LightningModule) -> list[object]:
+    """What an evaluation may change: the module, its data module, optimizers, schedulers, what is on the Trainer."""
+    schedulers = [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
+    return [*vars(trainer).values(), *trainer.strategy.optimizers, *schedulers, module]
+
+
+def _callbacks(trainer: Trainer, stage: Stage) -> Iterator[Callback]:
+    """Copies of the user's callbacks, with the hooks of the loop if they change batches, else without any."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        kept = _PREFIX[stage] if _changes_batches(callback, stage) else "no hook"
+        muted = {name: _nothing for name in _HOOKS if not name.startswith(kept)}
+        with suppress(TypeError):  # a class that cannot be derived from
+            copied: Any = object.__new__(type(type(callback).__name__, (type(callback),), muted))
+            vars(copied).update({name: value for name, value in vars(callback).items() if name not in muted})
+            yield cast(Callback, copied)
+
+
+def _changes_batches(callback: Callback, stage: Stage) -> bool:
+    """Whether it is a callback of the user's with a hook before each batch."""
+    hook = f"{_PREFIX[stage]}_batch_start"
+    definer = next((kind for kind in type(callback).__mro__ if hook in vars(kind)), Callback)
+    return package_of(definer) not in ("lightning", "pytorch_lightning", "tinyq_lightning") and not isinstance(
+        callback, Checkpoint | EarlyStopping | ProgressBar
+    )
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@contextmanager
+def _without_settings_of_the_environment() -> Iterator[None]:
+    """Without the variables ``PL_TRAINER_*``, which set arguments of every Trainer."""
+    names = [name for name in os.environ if name.startswith("PL_TRAINER_")]
+    kept = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+@contextmanager
+def shadowed(shadows: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
+    """Set attributes on instances inside the block, over those of their class."""
+    before = [(owner, {name: vars(owner).get(name, _MISSING) for name in names}) for owner, names in shadows]
+    for owner, names in shadows:
+        vars(owner).update(names)
+    try:
+        yield
+    finally:
+        for owner, names in before:
+            for name, value in names.items():
+                if value is _MISSING:
+                    vars(owner).pop(name, None)
+                else:
+                    vars(owner)[name] = value
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No notes of the second Trainer's on hardware, loggers and workers: the user has read them once."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities")]
+    loggers += [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("lightning.")]
+    levels = [(logger, logger.level) for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=PossibleUserWarning)
+            warnings.filterwarnings("ignore", module=r"lightning\.|tinyq_lightning\.trainer")
+            yield
+    finally:
+        for logger, level in levels:
+            logger.setLevel(level)
