@@ -4,7 +4,7 @@ from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers, dress, refuse_root
 from tinyq_lightning.plan.plan import Decision, Plan, state_bytes
 from tinyq_lightning.plan.replace import carry_out, put_in, quantize, quantize_by_layer, quantized
-from tinyq_lightning.plan.resolve import Present, check_patterns, resolve
+from tinyq_lightning.plan.resolve import Present, check_patterns, resolve, why_left_float
 from tinyq_lightning.plan.sites import Site, find_sites, is_layer
 from tinyq_lightning.plan.swap import Swap
 
@@ -28,4 +28,5 @@ __all__ = [
     "resolve",
     "return_freed_memory",
     "state_bytes",
+    "why_left_float",
 ]
