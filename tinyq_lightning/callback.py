@@ -55,8 +55,8 @@ __all__ = [
     "TinyQCallback",
 ]
 
-# Attributes that belong to one run, and those that a run sets for the user.
-_OF_A_RUN = ("_quantized_start", "_runs", "_earlier")
+# Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
+_OF_A_RUN = ("_quantized_start", "_runs", "_earlier", "log", "log_dict")
 _OUTCOME = ("quantized_paths", "float_path", "plan", "plans", "results", "search", "error")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Protocol
 
 from lightning.pytorch import Trainer
@@ -62,7 +62,7 @@ def step_after_run(owner: _Failing, trainer: Trainer, name: str) -> Iterator[Non
         owner.error = owner.error or error
         if owner.strict:
             raise error from reason
-        _release_frames(error)
+        _without_frames(error)
         rank_zero_warn(f"TinyQ: {error}")
 
 
@@ -91,27 +91,14 @@ def _failure(step: str, error: Exception, stage: str, float_path: str | None) ->
     return kind(f"{step} failed: {reason}\n{safe}")
 
 
-def _release_frames(error: BaseException) -> None:
-    """Drop what the frames of an error's tracebacks hold: the Trainer, the model, copies of its weights.
+def _without_frames(error: BaseException) -> None:
+    """Replace the tracebacks of an error by a note with their text.
 
-    Frames that still run cannot be cleared, so they leave the traceback.
+    The frames of a traceback hold the Trainer, the model and copies of its weights as long as the error lives.
     """
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        each = pending.pop()
-        if each is not None and id(each) not in seen:
-            seen.add(id(each))
-            each.__traceback__ = _cleared(each.__traceback__)
-            pending += [each.__cause__, each.__context__]
-
-
-def _cleared(entry: TracebackType | None) -> TracebackType | None:
-    if entry is None:
-        return None
-    rest = _cleared(entry.tb_next)
-    try:
-        entry.tb_frame.clear()
-    except RuntimeError:
-        return rest
-    return TracebackType(rest, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
+    told = "".join(traceback.format_exception(error))
+    chain: list[BaseException] = [error]
+    for each in chain:
+        each.__traceback__ = None
+        chain += [other for other in (each.__cause__, each.__context__) if other is not None and other not in chain]
+    vars(error)["__notes__"] = [told]  # as add_note does, which Python 3.10 is without
