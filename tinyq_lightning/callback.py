@@ -13,8 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from tinyq_lightning.errors import SpecError, TinyQError
-from tinyq_lightning.file import check_folder, make_checkpoint, quantized_path, write_checkpoint
-from tinyq_lightning.plan import Plan, check_patterns
+from tinyq_lightning.file import make_checkpoint, quantized_path, write_checkpoint
+from tinyq_lightning.plan import Plan
 from tinyq_lightning.report import (
     Outcome,
     combined,
@@ -29,22 +29,25 @@ from tinyq_lightning.report import (
 from tinyq_lightning.search import Search, Stopwatch
 from tinyq_lightning.spec import SpecOrMethods, as_spec, with_arguments
 from tinyq_lightning.trainer import (
+    HOW_TO_QUANTIZE_LATER,
     FloatWeights,
     MethodsRun,
     QuantizedStart,
     Results,
     TestRun,
     TestStart,
-    check_monitor,
+    check_before_fit,
+    check_budget,
     choose_float_weights,
     directions,
-    known_mode,
+    folder_of,
     numbers,
     preserved,
     refuse_sharding,
-    refuse_without_validation,
+    registered,
+    return_to_main_process,
+    step_after_run,
     tested_weights,
-    why_never_validated,
     why_no_validation,
     write_on_rank_zero,
 )
@@ -53,11 +56,9 @@ __all__ = [
     "TinyQCallback",
 ]
 
-_HOW_TO_QUANTIZE = (
-    "TinyQCallback(..., when='test_start') with Trainer.test(model, ckpt_path=...) quantizes a float checkpoint."
-)
-
-_SANITY_CHECK_ADVICE = ". This was the sanity check: if the metric is logged only later, set num_sanity_val_steps=0"
+# Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
+_OF_A_RUN = ("_quantized_start", "_test_start", "_runs", "_earlier", "log", "log_dict")
+_OUTCOME = ("quantized_paths", "float_path", "plan", "plans", "results", "search", "error")
 
 
 class TinyQCallback(Callback):
@@ -98,6 +99,9 @@ class TinyQCallback(Callback):
         report: whether to print the comparison and the layers, send them to the loggers that take tables or
             text, and write ``.json``, ``.html`` and ``.yaml`` (the plan as a spec) beside the quantized
             checkpoint. ``full`` adds each layer's output SQNR, crest factor and time, from a few batches.
+        strict: whether an error after training or testing is raised. By default it is a warning with the whole
+            reason, ``error`` holds it, and the run ends as it would without the callback. What is wrong
+            before training is raised in either case.
 
     Attributes:
         quantized_path: path of the file that was written (with several methods, of the first), or None.
@@ -110,6 +114,8 @@ class TinyQCallback(Callback):
             the plan's label (``mixed`` where it mixes methods); among several, the method asked for. Empty
             before a run.
         search: what the budget's search measured and chose for the saved plan; None without a budget.
+        error: what failed after training or testing (if several things, the first), on every rank; None if
+            nothing failed. Its ``__cause__`` is the exception as it was raised.
 
     Raises:
         SpecError: the spec or an argument is wrong.
@@ -131,6 +137,7 @@ class TinyQCallback(Callback):
         dirpath: str | None = None,
         filename: str | None = None,
         report: bool | Literal["full"] = True,
+        strict: bool = False,
     ) -> None:
         if report not in (True, False, "full"):
             raise SpecError(f"report must be True, False or 'full', not {report!r}")
@@ -138,12 +145,26 @@ class TinyQCallback(Callback):
         budget = {"monitor": monitor, "mode": mode, "max_drop": max_drop}
         self.spec = with_arguments(as_spec(spec), exclude, given, budget, {"dirpath": dirpath, "filename": filename})
         self.monitor = self.spec.budget.monitor if self.spec.budget else monitor
-        self.save, self.report = save, report
+        self.save, self.report, self.strict = save, report, strict
+        self._key = registered(self)
+        self._reset_run()
+        self._reset_results()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a run: the Trainer, the module and layers made for it."""
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_RUN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy belongs to no run."""
+        vars(self).update(state)
+        self._key = registered(self, self._key)
+        self._reset_run()
+
+    def _reset_run(self) -> None:
         self._quantized_start: QuantizedStart | None = None
         self._test_start: TestStart | None = None
         self._runs: list[TestRun] = []
         self._earlier: list[TinyQCallback] = []
-        self._reset_results()
 
     def _reset_results(self) -> None:
         self.quantized_paths: dict[str, str] = {}
@@ -152,6 +173,7 @@ class TinyQCallback(Callback):
         self.plans: dict[str, Plan] = {}
         self.results: Results = {}
         self.search: Search | None = None
+        self.error: TinyQError | None = None
 
     @property
     def quantized_path(self) -> str | None:
@@ -166,36 +188,29 @@ class TinyQCallback(Callback):
         self._quantized_start = QuantizedStart(trainer, pl_module)
         if stage == "test" and self.spec.when == "test_start":
             self._test_start = TestStart(trainer, pl_module)
+        return_to_main_process(trainer, self._key, lambda: {name: getattr(self, name) for name in _OUTCOME})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what could not be quantized, measured or saved after it."""
         if self.spec.when == "fit_end":
-            for spec in self.spec.each():
-                check_patterns(spec, pl_module)
-            check_folder(self.spec)
-            if self.spec.weights != "current" and self.spec.budget is None:
-                check_monitor(trainer, self.monitor)
-            refuse_without_validation(self.spec, why_never_validated(trainer, pl_module))
+            check_before_fit(trainer, pl_module, self.spec, self.monitor, self.save)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the budget against the metrics of each validation; the first is the sanity check before training."""
-        budget, logged = self.spec.budget, trainer.callback_metrics
-        fits = trainer.state.fn == TrainerFn.FITTING and self.spec.when == "fit_end"
-        sanity = trainer.sanity_checking and logged  # a sanity check that logs nothing shows nothing
-        if budget and fits and (sanity or budget.monitor in logged):
-            known_mode(budget, logged, directions(trainer), _SANITY_CHECK_ADVICE if sanity else "")
+        if self.spec.budget and self.spec.when == "fit_end" and trainer.state.fn == TrainerFn.FITTING:
+            check_budget(trainer, self.spec.budget, directions(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve, swap, evaluate, save and report; the module is unchanged afterwards."""
-        if self.spec.when != "fit_end":
-            return
-        self._reset_results()
-        try:
-            self._quantize_after_fit(trainer, pl_module)
-        except Exception as error:
-            raise _as_tinyq_error(error, self.float_path) from error
+        if self.spec.when == "fit_end":
+            self._reset_results()
+            outcomes: list[Outcome] = []
+            with step_after_run(self, trainer, "Quantizing"):
+                outcomes = self._quantize_after_fit(trainer, pl_module)
+            if outcomes:
+                self._report(trainer, outcomes)
 
-    def _quantize_after_fit(self, trainer: Trainer, module: LightningModule) -> None:
+    def _quantize_after_fit(self, trainer: Trainer, module: LightningModule) -> list[Outcome]:
         source = choose_float_weights(trainer, self.spec.weights, self.monitor)
         self.float_path = source.path
         outcomes = []
@@ -211,12 +226,11 @@ class TinyQCallback(Callback):
                 outcomes.append(outcome)
         if run.why_not:
             rank_zero_warn(f"TinyQ: quantized without a comparison: {run.why_not}")
-        log_outcomes(trainer, outcomes, alone=not self._earlier)
-        self._report(trainer, outcomes)
+        return outcomes
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the quantized layers in for the Trainer to test; the float model is tested after it."""
-        if self._test_start is None or self._tests_a_quantized_file():
+        if self._test_start is None or (self._quantized_start and self._quantized_start.label):
             return
         self._reset_results()
         first = next((run for callback in _tinyq_callbacks(trainer) for run in callback._runs), None)
@@ -246,22 +260,23 @@ class TinyQCallback(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save and report the quantized models, with the float layers back in the module."""
-        if self._tests_a_quantized_file() and self._quantized_start is not None:
-            label = str(self._quantized_start.label)
+        if self._quantized_start and (label := self._quantized_start.label):
             self.quantized_paths = {label: str(trainer.ckpt_path)}
             self.results = {name: {label: value} for name, value in numbers(trainer.callback_metrics).items()}
         elif self._runs:
             self._save_after_test(trainer, pl_module)
 
     def _save_after_test(self, trainer: Trainer, module: LightningModule) -> None:
-        source = tested_weights(trainer, self._quantized_start.restored if self._quantized_start else None)
-        self.float_path = source.path
-        outcomes = []
-        for run in self._runs:
-            with run.swap:
-                outcomes.append(self._save(trainer, module, source, self._outcome_of_test(run, source), "test"))
+        outcomes: list[Outcome] = []
+        with step_after_run(self, trainer, "Quantizing"):
+            source = tested_weights(trainer, self._quantized_start.restored if self._quantized_start else None)
+            self.float_path = source.path
+            for run in self._runs:
+                with run.swap:
+                    outcomes.append(self._save(trainer, module, source, self._outcome_of_test(run, source), "test"))
         self._close_test_runs()
-        self._report(trainer, outcomes)
+        if outcomes:
+            self._report(trainer, outcomes)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo what this callback changed in the module."""
@@ -270,12 +285,9 @@ class TinyQCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
         self._restore_module()
-        if (
-            isinstance(exception, KeyboardInterrupt)
-            and trainer.state.fn == TrainerFn.FITTING
-            and self.spec.when == "fit_end"
-        ):
-            trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {_HOW_TO_QUANTIZE}")
+        fitting = trainer.state.fn == TrainerFn.FITTING and self.spec.when == "fit_end"
+        if fitting and isinstance(exception, KeyboardInterrupt):
+            trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {HOW_TO_QUANTIZE_LATER}")
 
     def _restore_module(self) -> None:
         self._close_test_runs()
@@ -290,66 +302,52 @@ class TinyQCallback(Callback):
             self._test_start.close()
         self._runs, self._test_start = [], None
 
-    def _tests_a_quantized_file(self) -> bool:
-        return self._quantized_start is not None and self._quantized_start.label is not None
-
     def _column_name(self, plan: Plan) -> str:
         """The name of a plan's column: its label, with a version if an earlier callback of the run uses the label."""
-        label = self._label(plan)
-        version = self._earlier_labels().count(label)
-        return f"{label}-v{version}" if version else label
+        plans = [(each, [*each.plans.values(), *(run.swap.plan for run in each._runs)]) for each in self._earlier]
+        version = [each._label(other) for each, others in plans for other in others].count(self._label(plan))
+        return f"{self._label(plan)}-v{version}" if version else self._label(plan)
 
     def _label(self, plan: Plan) -> str:
         """The plan's label, or with several methods the one asked for, which differs from plan to plan."""
         return plan.spec.method if self.spec.methods else plan.label
 
-    def _earlier_labels(self) -> list[str]:
-        """The labels of all plans of the callbacks before this one in the same run."""
-        plans = ((each, [*each.plans.values(), *(run.swap.plan for run in each._runs)]) for each in self._earlier)
-        return [each._label(plan) for each, theirs in plans for plan in theirs]
-
     def _save(
         self, trainer: Trainer, module: LightningModule, source: FloatWeights, outcome: Outcome, loop: str
     ) -> Outcome:
-        """Write the quantized checkpoint if ``save`` is set; the quantized layers must be in the module."""
+        """Write the quantized checkpoint if one is wanted; the quantized layers must be in the module."""
         self.plan, self.search = self.plan or outcome.plan, self.search or outcome.search
-        if not self.save:
+        if not self.save or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return outcome
-        plan = outcome.plan
-        taken = {path for callback in _tinyq_callbacks(trainer) for path in callback.quantized_paths.values()}
-        path = quantized_path(self.spec.save, source.folder, source.stem, plan.label, taken)
-        content = make_checkpoint(
-            source.base, module.state_dict(), plan, outcome.results_as(plan.label), source.sha256, loop
-        )
-        write_on_rank_zero(trainer, partial(write_checkpoint, content, path))
-        self.quantized_paths[outcome.name] = path
-        if source.path is None:
-            rank_zero_info(f"TinyQ: {source.note}; the quantized checkpoint is {path}")
-        return replace(outcome, quantized_path=path)
+        with step_after_run(self, trainer, "Saving the quantized checkpoint"):
+            plan = outcome.plan
+            taken = {path for callback in _tinyq_callbacks(trainer) for path in callback.quantized_paths.values()}
+            folder = self.spec.save.dirpath or folder_of(trainer, source)
+            path = quantized_path(self.spec.save, folder, source.stem, plan.label, taken)
+            results = outcome.results_as(plan.label)
+            content = make_checkpoint(source.base, module.state_dict(), plan, results, source.sha256, loop)
+            write_on_rank_zero(trainer, partial(write_checkpoint, content, path))
+            self.quantized_paths[outcome.name] = path
+            outcome = replace(outcome, quantized_path=path)
+            if source.path is None:
+                rank_zero_info(f"TinyQ: {source.note}; the quantized checkpoint is {path}")
+        return outcome
 
     def _report(self, trainer: Trainer, outcomes: list[Outcome]) -> None:
-        """Set the results, warn if a budget was not met, and show, log and write the report."""
+        """Set the results, warn if a budget was not met, and log, show and write them; each step may fail alone."""
         self.results = combined(outcomes)
         self.plans = {outcome.name: outcome.plan for outcome in outcomes}
         for outcome in outcomes:
             for warning in outcome.warnings():
                 rank_zero_warn(f"TinyQ: {outcome.name}: {warning}")
-        if self.report:
-            show(trainer, outcomes)
-            log_tables(trainer, outcomes)
-            write_report(trainer, outcomes)
+        log = partial(log_outcomes, alone=not self._earlier)  # after a test the module has logged them
+        steps = [("Logging the results", log)] if trainer.state.fn == TrainerFn.FITTING else []
+        reports = [("Showing the report", show), ("Logging tables", log_tables), ("Writing the report", write_report)]
+        for name, step in steps + (reports if self.report else []):
+            with step_after_run(self, trainer, name):
+                step(trainer, outcomes)
 
 
 def _tinyq_callbacks(trainer: Trainer) -> list[TinyQCallback]:
     """The TinyQCallbacks of the run, in order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, TinyQCallback)]  # type: ignore[attr-defined]
-
-
-def _as_tinyq_error(error: Exception, float_path: str | None) -> TinyQError:
-    """The error as a TinyQError that says where the float checkpoint is and how to quantize it later."""
-    kind = type(error) if isinstance(error, TinyQError) else TinyQError
-    told = str(error) if isinstance(error, TinyQError) else f"{type(error).__name__}: {error}"
-    where = f"; the float checkpoint is {float_path}" if float_path else ""
-    return kind(
-        f"Quantizing failed: {told}\nThe training had finished and its results are safe{where}. {_HOW_TO_QUANTIZE}"
-    )

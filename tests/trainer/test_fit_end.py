@@ -9,11 +9,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from models import CLASSES, FEATURES, Blobs, Net, NetOfHooks, keeper, loader, trainer
 from torch import nn
 
 from tinyq_lightning import TinyQCallback, TinyQError, load_quantized
-from tinyq_lightning.errors import EvaluationError, SpecError, TrainerError
+from tinyq_lightning.errors import CheckpointError, EvaluationError, SpecError, TrainerError
 from tinyq_lightning.layers.linear import QuantizedLinear
 
 
@@ -291,12 +292,26 @@ def test_without_a_checkpoint_the_current_weights_are_written_below_the_root(tmp
     assert torch.equal(content["state_dict"]["head.bias"], module.head.bias)
 
 
-@pytest.mark.parametrize("settings", [{"fast_dev_run": True}, {"max_epochs": 0}, {"check_val_every_n_epoch": 5}])
+@pytest.mark.parametrize("settings", [{"max_epochs": 0}, {"check_val_every_n_epoch": 5}])
 def test_runs_that_hardly_train_still_end_with_a_file(tmp_path, settings):
     callback = quiet("w8a32")
     fit(tmp_path, callback, **settings)
     assert set(callback.results["val_acc"]) == {"float", "w8a32", "delta"}
     assert isinstance(load_quantized(callback.quantized_path, Net).head, QuantizedLinear)
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_fast_dev_run_measures_and_writes_nothing(tmp_path, stage, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    callback = TinyQCallback("w8a32", when="fit_end" if stage == "fit" else "test_start")
+    run = trainer(tmp_path, callback, fast_dev_run=True)
+    if stage == "fit":
+        run.fit(Net(), loader(shuffle=True), loader(seed=1))
+    else:
+        run.test(Net(), loader(seed=2), verbose=False)
+    assert callback.results
+    assert callback.quantized_path is None
+    assert list(tmp_path.iterdir()) == []
 
 
 class WithoutValidation(LightningModule):
@@ -416,24 +431,102 @@ def test_a_folder_that_is_a_file_stops_the_run_before_it_trains(tmp_path):
         fit(tmp_path, quiet("w8a32", dirpath=tmp_path / "file"))
 
 
-def test_when_quantizing_fails_the_error_says_that_the_training_is_safe(tmp_path):
-    class FailsLater(Net):
-        def validation_step(self, batch, batch_idx):
-            if self.trainer.state.fn == "validate":
-                raise ValueError("not again")
-            super().validation_step(batch, batch_idx)
+class FailsLater(Net):
+    def validation_step(self, batch, batch_idx):
+        if self.trainer.state.fn == "validate":
+            raise ValueError("not again")
+        super().validation_step(batch, batch_idx)
 
-    module, callback = FailsLater(), quiet("w8a32")
-    with pytest.raises(EvaluationError, match="not again") as caught:
-        fit(tmp_path, callback, module=module)
+
+def failed(root, callback, **settings):
+    """A fit after which something failed: what was warned of it, and the module."""
+    with pytest.warns(UserWarning, match="TinyQ: .* failed: ") as caught:
+        _, module = fit(root, callback, **settings)
+    return "".join(str(each.message) for each in caught if "failed: " in str(each.message)), module
+
+
+def test_what_fails_after_training_is_a_warning_with_the_reason_and_the_run_ends_as_without_us(tmp_path):
+    callback = quiet("w8a32")
+    told, module = failed(tmp_path, callback, module=FailsLater())
     best = next(tmp_path.glob("epoch*.ckpt"))
-    assert "training had finished and its results are safe" in str(caught.value)
-    assert str(best) in str(caught.value)
+    for text in (told, str(callback.error)):
+        assert "not again" in text
+        assert "training had finished and its results are safe" in text
+        assert str(best) in text
+    assert isinstance(callback.error, EvaluationError)
+    assert isinstance(callback.error.__cause__, EvaluationError)
     Net.load_from_checkpoint(best, weights_only=True)
     assert module.training
     assert not any(isinstance(each, QuantizedLinear) for each in module.modules())
     assert callback.quantized_path is None
     assert not list(tmp_path.glob("*w8a32*"))
+
+
+def test_strict_raises_what_fails_after_training(tmp_path):
+    callback = quiet("w8a32", strict=True)
+    with pytest.raises(EvaluationError, match="not again") as caught:
+        fit(tmp_path, callback, module=FailsLater())
+    assert callback.error is caught.value
+    assert "training had finished and its results are safe" in str(caught.value)
+
+
+def test_an_error_is_of_its_run_only(tmp_path):
+    callback = quiet("w8a32")
+    failed(tmp_path, callback, module=FailsLater())
+    fit(tmp_path, callback)
+    assert callback.error is None
+    assert callback.results
+
+
+def test_without_a_float_checkpoint_the_error_says_that_the_weights_are_in_the_module(tmp_path):
+    class FailsOnInt8(Net):
+        def validation_step(self, batch, batch_idx):
+            if isinstance(self.head, QuantizedLinear):
+                raise ValueError("no int8")
+            super().validation_step(batch, batch_idx)
+
+    callback = quiet("w8a32")
+    told, _ = failed(tmp_path, callback, module=FailsOnInt8(), keep=False, enable_checkpointing=False)
+    assert "the trained weights are in the module" in told
+    assert "safe" not in told
+
+
+def test_a_logger_that_fails_costs_neither_the_file_nor_the_results(tmp_path):
+    class Fails(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            if any(name.startswith("tinyq/") for name in metrics):
+                raise ConnectionError("the server is away")
+            super().log_metrics(metrics, step)
+
+    callback = TinyQCallback("w8a32")
+    told, _ = failed(tmp_path, callback, logger=Fails(tmp_path))
+    assert "Logging the results failed: ConnectionError: the server is away" in told
+    assert callback.results["val_acc"]
+    assert load_quantized(callback.quantized_path, Net)
+    assert Path(callback.quantized_path).with_suffix(".json").exists()
+
+
+def test_a_file_that_cannot_be_saved_costs_neither_the_results_nor_what_is_logged(tmp_path):
+    (tmp_path / "q.ckpt").write_text("a file of the user's")
+    callback = quiet("w8a32", filename="q")
+    with pytest.warns(UserWarning, match="Saving the quantized checkpoint failed: .*is not overwritten"):
+        run, _ = fit(tmp_path, callback)
+    assert isinstance(callback.error, CheckpointError)
+    assert callback.quantized_path is None
+    assert callback.results["val_acc"]
+    assert callback.plan
+    assert "tinyq/val_acc/w8a32" in run.callback_metrics
+    assert (tmp_path / "q.ckpt").read_text() == "a file of the user's"
+
+
+def test_an_error_holds_no_frames_of_the_run_but_their_text(tmp_path):
+    callback = quiet("w8a32")
+    failed(tmp_path, callback, module=FailsLater())
+    assert "in validation_step" in callback.error.__notes__[0]
+    each = callback.error
+    while each is not None:
+        assert each.__traceback__ is None
+        each = each.__cause__ or each.__context__
 
 
 @pytest.mark.parametrize(("raised", "caught"), [(KeyboardInterrupt, SystemExit), (RuntimeError, RuntimeError)])

@@ -19,6 +19,7 @@ from tinyq_lightning.file.names import check_folder, quantized_path, stem_of
 from tinyq_lightning.file.plain import kind_of_config, plain, plain_entries, plain_state
 from tinyq_lightning.file.quantize_file import FloatFile, quantize_file
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
+from tinyq_lightning.file.writable import why_not_writable
 
 __all__ = [
     "Archive",
@@ -46,6 +47,7 @@ __all__ = [
     "refuse_resuming",
     "replace_file",
     "stem_of",
+    "why_not_writable",
     "without_training_entries",
     "write_checkpoint",
     "write_safetensors",

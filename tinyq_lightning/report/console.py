@@ -47,7 +47,7 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     paths = [each.quantized_path for each in outcomes if each.quantized_path]
     for path in paths:
         print(f"quantized  {path}")
-    print("" if paths else "no file was written (save=False)\n", end="\n" if paths else "")
+    print("" if paths else "no file was written\n", end="\n" if paths else "")
 
 
 def _shortened(table: Table) -> Table:

@@ -1,9 +1,11 @@
 """All that needs a Trainer: the user's loop run on other weights, which float weights, checks before training."""
 
-from tinyq_lightning.trainer.checks import check_monitor, known_mode, refuse_without_validation, why_never_validated
+from tinyq_lightning.trainer.checks import check_before_fit, check_budget
 from tinyq_lightning.trainer.evaluation import directions, why_no_validation
-from tinyq_lightning.trainer.float_weights import FloatWeights, choose_float_weights, tested_weights
+from tinyq_lightning.trainer.failures import HOW_TO_QUANTIZE_LATER, step_after_run
+from tinyq_lightning.trainer.float_weights import FloatWeights, choose_float_weights, folder_of, tested_weights
 from tinyq_lightning.trainer.isolation import preserved
+from tinyq_lightning.trainer.launched import registered, return_to_main_process
 from tinyq_lightning.trainer.methods_run import Measured, MethodsRun
 from tinyq_lightning.trainer.quantized_start import QuantizedStart
 from tinyq_lightning.trainer.ranks import refuse_sharding, write_on_rank_zero
@@ -11,6 +13,7 @@ from tinyq_lightning.trainer.results import Results, compare, numbers
 from tinyq_lightning.trainer.test_run import TestRun, TestStart
 
 __all__ = [
+    "HOW_TO_QUANTIZE_LATER",
     "FloatWeights",
     "Measured",
     "MethodsRun",
@@ -18,17 +21,19 @@ __all__ = [
     "Results",
     "TestRun",
     "TestStart",
-    "check_monitor",
+    "check_before_fit",
+    "check_budget",
     "choose_float_weights",
     "compare",
     "directions",
-    "known_mode",
+    "folder_of",
     "numbers",
     "preserved",
     "refuse_sharding",
-    "refuse_without_validation",
+    "registered",
+    "return_to_main_process",
+    "step_after_run",
     "tested_weights",
-    "why_never_validated",
     "why_no_validation",
     "write_on_rank_zero",
 ]

@@ -2,23 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from tinyq_lightning.errors import EvaluationError, SpecError
-from tinyq_lightning.spec import Budget, Mode, QuantizationSpec, nearest
+from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
+from tinyq_lightning.file import check_folder, plain_entries, why_not_writable
+from tinyq_lightning.plan import check_patterns, find_sites, why_not_replaced
+from tinyq_lightning.spec import MEASURED_BY, Budget, Mode, QuantizationSpec, nearest, wanted_method
+from tinyq_lightning.trainer.ranks import write_on_rank_zero
 
 __all__ = [
+    "check_before_fit",
+    "check_budget",
     "check_monitor",
     "checkpoint_callbacks",
     "known_mode",
+    "logged_per_dataloader",
     "refuse_without_validation",
     "why_never_validated",
 ]
+
+
+_SANITY_CHECK_ADVICE = ". This was the sanity check: if the metric is logged only later, set num_sanity_val_steps=0"
+
+
+def check_before_fit(
+    trainer: Trainer, module: LightningModule, spec: QuantizationSpec, monitor: str | None, save: bool
+) -> None:
+    """Refuse before training what could not be quantized, measured or saved after it.
+
+    Args:
+        trainer: in ``on_fit_start``.
+        module: the user's.
+        spec: one method or several.
+        monitor: metric that selects a ModelCheckpoint, or None.
+        save: whether a file is to be written.
+
+    Raises:
+        SpecError: a pattern or ``monitor`` names nothing, or the folder cannot be written to.
+        ModelError: there is nothing to quantize, or hyper-parameters cannot be resolved.
+        EvaluationError: a metric is needed that cannot be measured.
+    """
+    for each in spec.each():
+        check_patterns(each, module)
+        _refuse_nothing_to_quantize(each, module)
+    if spec.weights != "current" and spec.budget is None:
+        check_monitor(trainer, monitor)
+    refuse_without_validation(spec, why_never_validated(trainer, module))
+    if save and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        check_folder(spec)
+        write_on_rank_zero(trainer, partial(_check_target, trainer, spec))
+        _check_hyper_parameters(trainer, module)
+
+
+def _refuse_nothing_to_quantize(spec: QuantizationSpec, module: LightningModule) -> None:
+    """Raise ModelError if every layer stays float. Weights are not read: some parametrizations change when read."""
+    reasons = []
+    for site in find_sites(module):
+        wanted = wanted_method(spec, site.names)
+        left = wanted.reason if wanted.method == "float" else why_not_replaced(site)
+        if wanted.decided_by in MEASURED_BY or (left is None and not site.is_quantized):
+            return
+        reasons.append(f"{site.name}: {left or 'already quantized'}")
+    raise ModelError(f"there is nothing to quantize ({'; '.join(reasons)})")
+
+
+def _check_target(trainer: Trainer, spec: QuantizationSpec) -> None:
+    """Write a small file to the folder of the quantized checkpoint, if that folder is known before training."""
+    folder, source = spec.save.dirpath, f"{spec.origin.where('save', 'dirpath')}: dirpath"
+    if folder is None:
+        if checkpoint_callbacks(trainer) and spec.weights != "current":
+            return  # the folder is that of the checkpoint, where a ModelCheckpoint has to write as well
+        folder, source = trainer.default_root_dir, "default_root_dir"
+    if why_not := why_not_writable(folder):
+        raise SpecError(
+            f"{source} {os.fspath(folder)!r} cannot be written to, so the quantized checkpoint could not be saved "
+            f"after training: {why_not}. Choose another dirpath, or save=False"
+        )
+
+
+def _check_hyper_parameters(trainer: Trainer, module: LightningModule) -> None:
+    """Warn about hyper-parameters that the quantized file cannot hold.
+
+    Raises:
+        ModelError: they cannot be resolved.
+    """
+    for owner in (module, trainer.datamodule):  # type: ignore[attr-defined]
+        name, dropped = type(owner).__name__, list[str]()
+        try:
+            plain_entries(vars(owner).get("_hparams", {}) if owner is not None else {}, name, dropped)
+        except Exception as error:  # of OmegaConf, or of a value's own class
+            raise ModelError(
+                f"the hyper-parameters of {name} cannot be resolved, so no checkpoint could hold them: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if dropped:
+            rank_zero_warn(
+                f"TinyQ: the quantized checkpoint holds plain data only, so it will not have these hyper-parameters: "
+                f"{', '.join(dropped)}. Pass them as init arguments when loading it, or keep them out of "
+                "save_hyperparameters(ignore=[...])"
+            )
 
 
 def why_never_validated(trainer: Trainer, module: LightningModule) -> str | None:
@@ -62,11 +152,15 @@ def known_mode(
     """
     monitor = budget.monitor
     if monitor not in names:
+        meant = _meant(monitor, names)
         logged = ", ".join(sorted(name for name in names if not name.startswith("tinyq/"))) or "nothing"
-        raise SpecError(
-            f"budget: validation logs no metric {monitor!r}.{nearest(monitor, names)} It logs: {logged}{advice}"
-        )
+        raise SpecError(f"budget: validation logs no metric {monitor!r}.{meant} It logs: {logged}{advice}")
     if budget.mode is not None:
+        if monitor in higher_is_better and (budget.mode == "max") != higher_is_better[monitor]:
+            raise SpecError(
+                f"budget: mode={budget.mode!r} contradicts the metric: {monitor!r} is logged as a torchmetrics object "
+                f"with higher_is_better={higher_is_better[monitor]}. Leave mode out, or log the value that you mean"
+            )
         return budget
     if monitor not in higher_is_better:
         raise SpecError(
@@ -75,6 +169,20 @@ def known_mode(
         )
     mode: Mode = "max" if higher_is_better[monitor] else "min"
     return replace(budget, mode=mode)
+
+
+def check_budget(trainer: Trainer, budget: Budget, higher_is_better: Mapping[str, bool]) -> None:
+    """Check a budget against the metrics of a validation in ``fit``; the first is the sanity check before training.
+
+    A sanity check that logs nothing shows nothing, and a later validation may log other metrics than the next.
+
+    Raises:
+        SpecError: the metric was not logged, or its mode is unknown or contradicted.
+    """
+    logged = trainer.callback_metrics
+    sanity = trainer.sanity_checking and bool(logged)
+    if sanity or budget.monitor in logged or logged_per_dataloader(budget.monitor, logged):
+        known_mode(budget, logged, higher_is_better, _SANITY_CHECK_ADVICE if sanity else "")
 
 
 def check_monitor(trainer: Trainer, monitor: str | None) -> None:
@@ -86,9 +194,22 @@ def check_monitor(trainer: Trainer, monitor: str | None) -> None:
     monitored = [keeper.monitor for keeper in checkpoint_callbacks(trainer) if keeper.monitor is not None]
     if monitor is not None and monitored and monitor not in monitored:
         raise SpecError(
-            f"monitor: no ModelCheckpoint monitors {monitor!r}.{nearest(monitor, monitored)} "
+            f"monitor: no ModelCheckpoint monitors {monitor!r}.{_meant(monitor, monitored)} "
             f"Monitored: {', '.join(monitored)}"
         )
+
+
+def logged_per_dataloader(monitor: str, names: Iterable[str]) -> list[str]:
+    """The names under which Lightning logs a metric if there are several dataloaders."""
+    return [name for name in names if name.startswith(f"{monitor}/dataloader_idx_")]
+
+
+def _meant(monitor: str, names: Iterable[str]) -> str:
+    """A hint at the metric that was meant, with a leading space; empty if none is near."""
+    if indexed := logged_per_dataloader(monitor, names):
+        meant = " or ".join(map(repr, indexed[:3]))
+        return f" There are several dataloaders, so Lightning appends their index. Did you mean {meant}?"
+    return nearest(monitor, list(names))
 
 
 def checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:

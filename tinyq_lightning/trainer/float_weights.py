@@ -9,13 +9,15 @@ from typing import Any
 
 import fsspec
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from tinyq_lightning.file import file_sha256, stem_of, without_training_entries
+from tinyq_lightning.file import file_sha256, stem_of, why_not_writable, without_training_entries
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
 
 __all__ = [
     "FloatWeights",
     "choose_float_weights",
+    "folder_of",
     "tested_weights",
 ]
 
@@ -26,17 +28,22 @@ class FloatWeights:
 
     Attributes:
         path: the checkpoint that holds them; None if the module holds them.
-        base: the checkpoint's content without what only training needs.
+        checkpoint: its content; after :meth:`load_into`, without what only training needs.
         stem: the part of the quantized file's name that names these weights.
         folder: default folder of the quantized file.
         note: where the weights come from, as shown to the user.
     """
 
     path: str | None
-    base: Mapping[str, Any]
+    checkpoint: dict[str, Any]
     stem: str
     folder: str
     note: str
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The checkpoint's content without what only training needs."""
+        return without_training_entries(self.checkpoint)
 
     @property
     def sha256(self) -> str | None:
@@ -46,32 +53,46 @@ class FloatWeights:
     def load_into(self, trainer: Trainer, module: LightningModule) -> None:
         """Load them as Lightning would, ``on_load_checkpoint`` included; do nothing if the module holds them."""
         if self.path is not None:
-            content = dict(self.base)
+            content = dict(self.checkpoint)  # the user's hook sees all entries, and may take some out
             module.on_load_checkpoint(content)
             trainer.strategy.load_model_state_dict(content, strict=module.strict_loading)
+        for key in self.checkpoint.keys() - self.base.keys():  # optimizer states need not stay in memory
+            del self.checkpoint[key]
 
 
 def choose_float_weights(trainer: Trainer, wanted: str, monitor: str | None) -> FloatWeights:
     """The ``best``, ``last`` or ``current`` weights; the current ones if no such checkpoint was saved.
+
+    Rank 0 chooses, since files may be visible to it alone and the ModelCheckpoints of other ranks may differ.
 
     Args:
         trainer: at the end of a fit.
         wanted: ``best``, ``last`` or ``current``.
         monitor: prefer the ModelCheckpoint that monitors this metric.
     """
+    chosen = _best_or_last(trainer, wanted, monitor) if trainer.is_global_zero else None
+    chosen = trainer.strategy.broadcast(chosen)
+    if chosen is None:
+        why = "" if wanted == "current" else f": no {wanted} checkpoint was saved"
+        return current_weights(trainer, f"the weights at the end of training{why}")
+    path, note = chosen
+    # This run wrote the file, so it is safe to unpickle objects of the user's classes.
+    checkpoint = dict(trainer.strategy.load_checkpoint(path, weights_only=False))
+    return FloatWeights(path, checkpoint, stem_of(path), os.path.dirname(path), note)
+
+
+def _best_or_last(trainer: Trainer, wanted: str, monitor: str | None) -> tuple[str, str] | None:
+    """Path and note of the checkpoint that a ModelCheckpoint saved; None if none did."""
     keepers = sorted(
         checkpoint_callbacks(trainer), key=lambda keeper: monitor is not None and keeper.monitor != monitor
     )
-    paths = ((keeper, getattr(keeper, f"{wanted}_model_path", "")) for keeper in keepers)
-    keeper, path = next(((keeper, path) for keeper, path in paths if path and _exists(path)), (None, None))
-    if keeper is None or path is None:
-        why = "" if wanted == "current" else f": no {wanted} checkpoint was saved"
-        return current_weights(trainer, f"the weights at the end of training{why}")
-    # This run wrote the file, so it is safe to unpickle objects of the user's classes.
-    base = without_training_entries(trainer.strategy.load_checkpoint(path, weights_only=False))
-    by = f" ({keeper.monitor})" if wanted == "best" and keeper.monitor else ""
-    kind = "latest" if wanted == "best" and not by else wanted
-    return FloatWeights(path, base, stem_of(path), os.path.dirname(path), f"{kind} checkpoint{by}")
+    for keeper in keepers:
+        path = getattr(keeper, f"{wanted}_model_path", "")
+        if path and _exists(path):
+            by = f" ({keeper.monitor})" if wanted == "best" and keeper.monitor else ""
+            kind = "latest" if wanted == "best" and not by else wanted
+            return path, f"{kind} checkpoint{by}"
+    return None
 
 
 def current_weights(trainer: Trainer, note: str) -> FloatWeights:
@@ -91,7 +112,20 @@ def tested_weights(trainer: Trainer, restored: Mapping[str, Any] | None) -> Floa
     path = trainer.ckpt_path
     if path is None or restored is None:
         return current_weights(trainer, "the module's weights: no ckpt_path was given")
-    return FloatWeights(str(path), restored, stem_of(path), os.path.dirname(path), "ckpt_path")
+    return FloatWeights(str(path), dict(restored), stem_of(path), os.path.dirname(path), "ckpt_path")
+
+
+def folder_of(trainer: Trainer, source: FloatWeights) -> str:
+    """The folder of the float weights, or ``default_root_dir`` with a warning if that cannot be written to."""
+    why_not = why_not_writable(source.folder) if trainer.is_global_zero else None
+    why_not = trainer.strategy.broadcast(why_not)
+    if why_not is None:
+        return source.folder
+    rank_zero_warn(
+        f"TinyQ: {source.folder} cannot be written to ({why_not}), so the quantized checkpoint goes to "
+        f"default_root_dir, {trainer.default_root_dir}. Give dirpath to choose another folder"
+    )
+    return str(trainer.default_root_dir)
 
 
 def _exists(path: str) -> bool:

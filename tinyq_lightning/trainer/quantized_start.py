@@ -28,8 +28,9 @@ __all__ = [
 class QuantizedStart:
     """From ``setup`` to ``teardown``: makes the quantized layers before the Trainer restores a quantized checkpoint.
 
-    The module's ``on_load_checkpoint`` is wrapped on the instance, because a callback's own hook is called
-    only after the weights have been loaded.
+    The Trainer's connector is told to prepare the layers before it restores the model, because a callback's
+    own hook is called only after the weights have been loaded. Nothing is set on the module: a copy or a pickle
+    of it during the run would take the Trainer along.
 
     Args:
         trainer: in ``setup``.
@@ -45,10 +46,15 @@ class QuantizedStart:
         self._made: list[tuple[Site, Int8Weight]] = []
         self.restored: dict[str, Any] | None = None
         self.label: str | None = None
-        hook = partial(self._on_load_checkpoint, module.on_load_checkpoint)
-        vars(module)["on_load_checkpoint"] = hook
+        self._connector = trainer._checkpoint_connector
+        vars(self._connector)["restore_model"] = partial(self._restore_model, self._connector.restore_model)
 
-    def _on_load_checkpoint(self, own: Callable[[Any], Any], checkpoint: dict[str, Any]) -> None:
+    def _restore_model(self, restore: Callable[[], None]) -> None:
+        if checkpoint := self._connector._loaded_checkpoint:
+            self._prepare(checkpoint)
+        restore()
+
+    def _prepare(self, checkpoint: dict[str, Any]) -> None:
         self.restored = without_training_entries(checkpoint)
         if is_quantized(checkpoint):
             path = str(self._trainer.ckpt_path)
@@ -58,11 +64,10 @@ class QuantizedStart:
             self._made = prepare_structure(self._module, checkpoint, path)
             self.label = checkpoint["tinyq"].get("label")
             rank_zero_info(f"TinyQ: {path} is quantized already ({self.label}), and is run as it is")
-        own(checkpoint)
 
     def close(self) -> None:
         """Put the float layers back with the dequantized weights: the model that was tested, able to train."""
-        vars(self._module).pop("on_load_checkpoint", None)
+        vars(self._connector).pop("restore_model", None)
         for site, layer in self._made:
             site.kind.restore(site.module, layer)
             site.put(site.module)

@@ -1,40 +1,130 @@
-"""What depends on several processes: writing on rank 0, which strategies work, a second Trainer in the same group."""
+"""What depends on several processes: writing on rank 0, agreeing on failures, which strategies work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, cast
 
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
+from torch.distributed import distributed_c10d
 
-from tinyq_lightning.errors import CheckpointError, TrainerError
+from tinyq_lightning.errors import CheckpointError, TinyQError, TrainerError
 
 __all__ = [
     "JoinedDDPStrategy",
+    "agreed_on_failure",
+    "as_tinyq_error",
     "refuse_sharding",
     "write_on_rank_zero",
 ]
 
 
 def write_on_rank_zero(trainer: Trainer, write: Callable[[], object]) -> None:
-    """Call ``write`` on rank 0 only; if it raises CheckpointError, raise it on every rank.
+    """Call ``write`` on rank 0 only; if it raises, raise on every rank.
 
     Raises:
-        CheckpointError: on every rank, if ``write`` raised one.
+        TinyQError: on every rank, if ``write`` raised one; a CheckpointError if it raised another exception.
     """
-    failure: str | None = None
+    failure: tuple[type[TinyQError], str] | None = None
+    cause: Exception | None = None
     if trainer.is_global_zero:
         try:
             write()
-        except CheckpointError as error:
-            failure = str(error)
+        except Exception as error:
+            cause = error
+            failure = as_tinyq_error(error, CheckpointError)
     failure = trainer.strategy.broadcast(failure)
     if failure is not None:
-        raise CheckpointError(failure)
+        kind, text = failure
+        raise kind(text) from cause
 
 
-def refuse_sharding(trainer: Trainer) -> None:
+def as_tinyq_error(error: Exception, other: type[TinyQError] = TinyQError) -> tuple[type[TinyQError], str]:
+    """Type and text of an error as a TinyQError; ``other`` is the type for exceptions of other packages."""
+    if isinstance(error, TinyQError):
+        return type(error), str(error)
+    return other, f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def agreed_on_failure(trainer: Trainer) -> Iterator[None]:
+    """If the block raises on any rank, raise on every rank, with the reason of the rank that failed first.
+
+    A rank that fails must not leave the others waiting in a collective, be it ours or one of the user's loop.
+    So with gloo the block has a process group of its own. A failing rank closes it, which interrupts
+    the collectives of the other ranks; the group of the run remains usable. Other backends have no such way to
+    interrupt a collective: there the ranks agree at the end of the block only.
+
+    Raises:
+        TinyQError: on a rank that did not fail first: the same kind of error, with the rank that did.
+        Exception: on the rank that failed first, whatever the block raised.
+    """
+    if trainer.world_size == 1 or not dist.is_initialized():
+        yield
+        return
+    own: Exception | None = None
+    order = 0
+    group = _ClosableGroup()
+    try:
+        yield
+    except Exception as error:
+        own, order = error, group.count_failure()
+        group.close()
+    except BaseException:
+        group.close()
+        raise
+    group.leave()
+    told = None if own is None else (order, as_tinyq_error(own))
+    everyone: list[tuple[int, tuple[type[TinyQError], str]] | None] = [None] * trainer.world_size
+    dist.all_gather_object(everyone, told)
+    group.close()  # not earlier: another rank may have been in a last collective of the block
+    failed = [(told[0], rank, *told[1]) for rank, told in enumerate(everyone) if told is not None]
+    if not failed:
+        return
+    _, rank, kind, text = min(failed, key=lambda each: each[:2])
+    if own is not None and rank == trainer.global_rank:
+        raise own
+    raise kind(text) from own
+
+
+class _ClosableGroup:
+    """The default process group while it is entered: one that a failing rank can close, with gloo.
+
+    Raises:
+        RuntimeError: a rank has failed before, so the group cannot be made.
+    """
+
+    def __init__(self) -> None:
+        self._former = cast("dist.ProcessGroup", dist.group.WORLD)
+        self._group: dist.ProcessGroup | None = None
+        if dist.get_backend() == dist.Backend.GLOO:
+            dist.barrier()  # fails if a rank has failed before; making a group would wait for that rank
+            self._group = dist.new_group()
+            self._key = f"tinyq-failures-{self._group.group_name}"
+            distributed_c10d._update_default_pg(self._group)
+
+    def count_failure(self) -> int:
+        """How many ranks have failed: a rank counts before it closes its group, which makes the others fail."""
+        return int(distributed_c10d._get_default_store().add(self._key, 1)) if self._group else 0
+
+    def leave(self) -> None:
+        """Make the former group the default again."""
+        distributed_c10d._update_default_pg(self._former)
+
+    def close(self) -> None:
+        """Close the connections of the group, which ends the collectives of other ranks with an error."""
+        self.leave()
+        if self._group is not None:
+            with suppress(RuntimeError, ValueError):  # another rank has closed it
+                dist.destroy_process_group(self._group)
+            self._group = None
+
+
+def refuse_sharding(trainer: Any) -> None:
     """Refuse strategies under which no process holds the whole model.
 
     Raises:

@@ -1,0 +1,104 @@
+"""An error after a run: told in full, without taking the results of the run along."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from tinyq_lightning.errors import TinyQError
+from tinyq_lightning.trainer.ranks import agreed_on_failure, as_tinyq_error
+
+__all__ = [
+    "HOW_TO_QUANTIZE_LATER",
+    "step_after_run",
+]
+
+HOW_TO_QUANTIZE_LATER = (
+    "TinyQCallback(..., when='test_start') with Trainer.test(model, ckpt_path=...) quantizes a float checkpoint."
+)
+
+
+class _Failing(Protocol):
+    """What takes an error: whether to raise it, the first one, and the float checkpoint that the user still has."""
+
+    strict: bool
+    error: TinyQError | None
+    float_path: str | None
+
+
+@contextmanager
+def step_after_run(owner: _Failing, trainer: Trainer, name: str) -> Iterator[None]:
+    """Run a step after training or testing: if it fails on any rank, each rank sets ``error``, and rank 0 warns.
+
+    Steps may be nested.
+
+    Args:
+        owner: its ``error`` is set unless it holds an earlier one.
+        trainer: the user's.
+        name: what fails, such as ``Quantizing``.
+
+    Raises:
+        TinyQError: the step failed and the owner is ``strict``.
+    """
+    began = False
+    try:
+        with agreed_on_failure(trainer):
+            began = True
+            yield
+    except Exception as reason:
+        if not began:  # another rank failed before this step, which a step around this one tells
+            raise
+        if owner.error is not None and str(reason) == str(owner.error):  # of a step inside this one
+            raise owner.error from owner.error.__cause__
+        stage = "fit" if trainer.state.fn == TrainerFn.FITTING else "test"
+        error = _failure(name, reason, stage, owner.float_path)
+        error.__cause__ = reason
+        owner.error = owner.error or error
+        if owner.strict:
+            raise error from reason
+        _without_frames(error)
+        rank_zero_warn(f"TinyQ: {error}")
+
+
+def _failure(step: str, error: Exception, stage: str, float_path: str | None) -> TinyQError:
+    """The error as a TinyQError that also says what the user still has.
+
+    Args:
+        step: what failed, such as ``Quantizing``.
+        error: why.
+        stage: ``fit`` or ``test``.
+        float_path: the float checkpoint, or None.
+    """
+    kind, reason = as_tinyq_error(error)
+    if stage == "test":
+        safe = "The test had finished and its results are safe."
+    elif float_path is not None:
+        safe = (
+            "The training had finished and its results are safe; the float checkpoint is "
+            f"{float_path}. {HOW_TO_QUANTIZE_LATER}"
+        )
+    else:
+        safe = (
+            "The training had finished. No float checkpoint was saved: the trained weights are in the module, and "
+            f"trainer.save_checkpoint(...) saves them. {HOW_TO_QUANTIZE_LATER}"
+        )
+    return kind(f"{step} failed: {reason}\n{safe}")
+
+
+def _without_frames(error: BaseException) -> None:
+    """Replace the tracebacks of an error by a note with their text.
+
+    The frames of a traceback hold the Trainer, the model and copies of its weights as long as the error lives.
+    """
+    told = "".join(traceback.format_exception(error))
+    chain: list[BaseException] = [error]
+    for each in chain:
+        each.__traceback__ = None
+        chain += [other for other in (each.__cause__, each.__context__) if other is not None and other not in chain]
+    vars(error)["__notes__"] = [told]  # as add_note does, which Python 3.10 is without
