@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 from lightning.pytorch import LightningModule, Trainer
 
-from tinyq_lightning.file import file_sha256, stem_of, without_training_entries
+from tinyq_lightning.file import HookView, file_sha256, stem_of, without_training_entries
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
 
 __all__ = [
@@ -46,7 +46,7 @@ class FloatWeights:
     def load_into(self, trainer: Trainer, module: LightningModule) -> None:
         """Load them as Lightning would, hooks included; nothing where the module holds them already."""
         if self.path is not None:
-            content = dict(self.base)
+            content = HookView(self.base, type(module), self.path)
             module.on_load_checkpoint(content)
             trainer.strategy.load_model_state_dict(content, strict=module.strict_loading)
 

@@ -13,14 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tinyq_lightning.file import (
-    check_digests,
-    check_format,
-    is_quantized,
-    prepare_structure,
-    refuse_resuming,
-    without_training_entries,
-)
+from tinyq_lightning.file import call_hook, is_quantized, restore_structure, without_training_entries
 from tinyq_lightning.layers import Int8Weight
 from tinyq_lightning.plan import Site
 
@@ -56,13 +49,10 @@ class QuantizedStart:
         self.restored = without_training_entries(checkpoint)
         if is_quantized(checkpoint):
             path = str(self._trainer.ckpt_path)
-            refuse_resuming(self._trainer, path)
-            check_format(checkpoint, path)
-            check_digests(checkpoint, path, only=("state_dict", "tinyq"))
-            self._made = prepare_structure(self._module, checkpoint, path)
+            self._made = restore_structure(self._module, self._trainer, checkpoint, path)
             self.label = checkpoint["tinyq"].get("label")
             rank_zero_info(f"TinyQ: {path} is quantized already ({self.label}), and is run as it is")
-        own(checkpoint)
+        call_hook(own, type(self._module), checkpoint, str(self._trainer.ckpt_path))
 
     def close(self) -> None:
         """Float layers again, with the dequantized weights: the module is what was tested, and can train."""
