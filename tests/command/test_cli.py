@@ -192,12 +192,15 @@ def test_bench_times_model_and_layers(folder, capsys):
     assert told["bytes"]["int8"] < told["bytes"]["float"]
 
 
-def test_the_class_is_read_from_the_file_where_lightning_cli_noted_it(folder, capsys):
+def test_the_class_that_lightning_cli_noted_is_imported_only_with_trust(folder, capsys):
     content = torch.load("epoch=7.ckpt", weights_only=True)
     content["hyper_parameters"]["_class_path"] = "nets.Net"
     torch.save(content, "noted.ckpt")
-    assert main(["quantize", "noted.ckpt"]) == 0
-    assert main(["bench", "w8a32-noted.ckpt", "--runs", "1"]) == 0
+    assert main(["quantize", "noted.ckpt"]) == 1
+    assert "says that it was made from nets.Net: give --model nets.Net, or --trust" in capsys.readouterr().err
+    assert main(["quantize", "noted.ckpt", "--trust"]) == 0
+    assert main(["bench", "w8a32-noted.ckpt", "--runs", "1"]) == 1
+    assert main(["bench", "w8a32-noted.ckpt", "--runs", "1", "--trust"]) == 0
 
 
 MISTAKES = [

@@ -115,7 +115,7 @@ def test_what_is_loaded_is_what_was_saved_whatever_the_class_does(tmp_path, kind
     assert not any(tensor.is_meta for _, tensor in named_tensors(loaded))
     assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in module.named_parameters()], "ties are as built"
     if weightless is not None:
-        assert (_built_weightless(kind, read_checkpoint(path), {}, "the file") is not None) == weightless
+        assert (_built_weightless(kind, read_checkpoint(path), {}, "the file", False) is not None) == weightless
 
 
 def test_nothing_that_is_loaded_shares_memory_that_the_class_keeps_apart(tmp_path):

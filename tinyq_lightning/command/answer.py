@@ -40,11 +40,20 @@ class Answer:
     good: bool = True
 
 
-def model_class(path: str | None, source: Archive) -> type[LightningModule]:
-    """The class that was asked for, or the one that LightningCLI noted in the checkpoint."""
+def model_class(path: str | None, source: Archive, trust: bool) -> type[LightningModule]:
+    """The class at ``path``; if that is None and the file is trusted, the one that LightningCLI noted in the file.
+
+    Raises:
+        ModelError: there is no such class, or the file names it and is not trusted.
+    """
     stored = source.content.get("hyper_parameters") if isinstance(source.content, dict) else None
-    path = path or (stored.get("_class_path") if isinstance(stored, dict) else None)
-    if path is None:
+    noted = stored.get("_class_path") if isinstance(stored, dict) else None
+    if path is None and noted is not None and not trust:
+        raise ModelError(
+            f"{source.path} says that it was made from {noted}: give --model {noted}, or --trust if you trust the file"
+        )
+    path = path or noted
+    if not isinstance(path, str):
         raise ModelError(f"{source.path} does not say which class it was made from: give --model package.module:Class")
     return import_class(path, LightningModule)
 

@@ -28,7 +28,7 @@ _EXIT_CODES = """exit codes:
   130  interrupted"""
 
 
-_MODEL = "the LightningModule class, package.module:Class; needed unless LightningCLI noted it in the checkpoint"
+_MODEL = "the LightningModule class, package.module:Class; needed unless --trust and LightningCLI noted it"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,7 +175,7 @@ def _add(commands: Any, name: str, what: str, example: str) -> argparse.Argument
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="M:CLASS", help=_MODEL)
     _add_init(command, "--init", "an argument of the class, over the hyper-parameters stored in the file")
-    trust = "let a file name classes to import, which runs code of its maker's choice; off: tensors and plain data only"
+    trust = "let the file name what is imported and called, which can run any code; without it, nothing is"
     command.add_argument("--trust", action="store_true", help=trust)
 
 

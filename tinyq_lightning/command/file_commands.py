@@ -19,6 +19,7 @@ from tinyq_lightning.file import (
     FloatFile,
     check_format,
     digest_of,
+    escaped,
     is_quantized,
     quantize_file,
     quantized_path,
@@ -45,7 +46,9 @@ def quantize(args: Namespace) -> Answer:
     spec = _spec(args)
     _refuse_overwriting(args, args.output)
     with Archive(args.checkpoint, args.trust) as source, progress("quantizing") as around:
-        content = quantize_file(source, model_class(args.model, source), spec, args.init, around)
+        content = quantize_file(
+            source, model_class(args.model, source, args.trust), spec, args.init, around, args.trust
+        )
     plan = _plan(content["tinyq"])
     folder = os.path.dirname(args.checkpoint)
     path = args.output or quantized_path(spec.save, folder, stem_of(args.checkpoint), plan.label)
@@ -107,7 +110,7 @@ def _inspect_float(args: Namespace, source: Archive) -> Answer:
         table = Table(["matrix", "shape", "dtype", "size"], rows).text()
         note = "Those of Linear layers would be quantized; give --model to see which, and the plan."
         return Answer(f"{head}\n{table}\n\n{note}", data | {"matrices": [row[0] for row in rows]})
-    model = FloatFile(source, model_class(args.model, source), args.init)
+    model = FloatFile(source, model_class(args.model, source, args.trust), args.init, args.trust)
     with progress("reading") as around:
 
         def present(layer: nn.Module) -> ExitStack:
@@ -131,7 +134,9 @@ def verify(args: Namespace) -> Answer:
         return Answer(text, data)
     plan = _plan(tinyq)
     with Archive(args.float, args.trust) as source, progress("quantizing again") as around:
-        again = quantize_file(source, model_class(args.model, source), plan.to_spec(), args.init, around)
+        again = quantize_file(
+            source, model_class(args.model, source, args.trust), plan.to_spec(), args.init, around, args.trust
+        )
     if tinyq["float_sha256"] not in (None, again["tinyq"]["float_sha256"]):
         text += f"\n{args.float}: this is not the float file it was made from, by SHA-256"
         return Answer(text, data | {"same": False, "differs": ["float_sha256"]}, good=False)
@@ -185,7 +190,16 @@ def _plan(tinyq: Mapping[str, Any]) -> Plan:
     known = {field.name for field in fields(Decision)}
     rows = [{key: value for key, value in entry.items() if key in known} for entry in tinyq["plan"]]
     decisions = tuple(Decision(**{**row, "aliases": tuple(row.get("aliases", ()))}) for row in rows)
-    return Plan(decisions, QuantizationSpec.from_dict(tinyq["spec"]))
+    return Plan(decisions, QuantizationSpec.from_dict(_as_text(tinyq["spec"])))
+
+
+def _as_text(value: Any) -> Any:
+    """The spec of a file, in which nothing is resolved: it was written without interpolations."""
+    if isinstance(value, Mapping):
+        return {key: _as_text(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_text(item) for item in value]
+    return escaped(value) if isinstance(value, str) else value
 
 
 def _described(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,9 +68,9 @@ def bench(args: Namespace) -> Answer:
         torch.set_num_threads(args.threads)
     with Archive(args.checkpoint) as source:
         check_format(source.content, args.checkpoint)
-        module_class = model_class(args.model, source)
-    quantized = load_quantized(args.checkpoint, module_class, **args.init)
-    float_model = build(module_class, read_checkpoint(args.checkpoint), args.init).eval()
+        module_class = model_class(args.model, source, args.trust)
+    quantized = load_quantized(args.checkpoint, module_class, trust=args.trust, **args.init)
+    float_model = build(module_class, read_checkpoint(args.checkpoint), args.init, args.trust, args.checkpoint).eval()
     timings: list[tuple[str | None, int, Timing]] = []  # of a layer, or None for the model; at a batch size
     for batch in args.batch:
         arguments = example_input(quantized, args.shape, batch)
@@ -106,9 +106,9 @@ def bench(args: Namespace) -> Answer:
 def _load(args: Namespace, path: str) -> LightningModule:
     """A module from a float or a quantized file."""
     with Archive(path, args.trust) as source:
-        module_class = model_class(args.model, source)
+        module_class = model_class(args.model, source, args.trust)
         if is_quantized(source.content):
-            return load_quantized(path, module_class, **args.init)
-        model = FloatFile(source, module_class, args.init)
+            return load_quantized(path, module_class, trust=args.trust, **args.init)
+        model = FloatFile(source, module_class, args.init, args.trust)
         model.fill()
         return model.module

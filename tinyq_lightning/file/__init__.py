@@ -1,43 +1,47 @@
-"""The quantized checkpoint and its neighbours: written, verified, loaded, made from a float file, exported."""
+"""Files: quantized checkpoints are written, checked, loaded, made from a float file and exported here."""
 
 from tinyq_lightning.file.archive import Archive
-from tinyq_lightning.file.build import build, import_class
+from tinyq_lightning.file.build import build
 from tinyq_lightning.file.checkpoint import (
     check_digests,
-    check_format,
     file_sha256,
-    is_quantized,
     make_checkpoint,
     read_checkpoint,
-    without_training_entries,
     write_checkpoint,
 )
 from tinyq_lightning.file.digest import digest_of
 from tinyq_lightning.file.durable import replace_file
-from tinyq_lightning.file.loading import QuantizedCheckpointMixin, load_quantized, prepare_structure, refuse_resuming
+from tinyq_lightning.file.hooks import HookView, call_hook
+from tinyq_lightning.file.loading import load_quantized
+from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
 from tinyq_lightning.file.names import check_folder, quantized_path, stem_of
-from tinyq_lightning.file.plain import kind_of_config, plain, plain_entries, plain_state
+from tinyq_lightning.file.plain import plain, plain_state
 from tinyq_lightning.file.quantize_file import FloatFile, quantize_file
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
+from tinyq_lightning.file.structure import prepare_structure, refuse_resuming, restore_structure
+from tinyq_lightning.file.trust import import_class
+from tinyq_lightning.file.typed import escaped, typed_entries
+from tinyq_lightning.file.validate import check_format, is_quantized, without_training_entries
 from tinyq_lightning.file.writable import why_not_writable
 
 __all__ = [
     "Archive",
     "FloatFile",
+    "HookView",
     "QuantizedCheckpointMixin",
     "build",
+    "call_hook",
     "check_digests",
     "check_folder",
     "check_format",
     "digest_of",
+    "escaped",
     "file_sha256",
     "import_class",
     "is_quantized",
-    "kind_of_config",
     "load_quantized",
     "make_checkpoint",
     "plain",
-    "plain_entries",
     "plain_state",
     "prepare_structure",
     "quantize_file",
@@ -46,7 +50,9 @@ __all__ = [
     "read_safetensors",
     "refuse_resuming",
     "replace_file",
+    "restore_structure",
     "stem_of",
+    "typed_entries",
     "why_not_writable",
     "without_training_entries",
     "write_checkpoint",

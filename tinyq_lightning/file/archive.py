@@ -30,7 +30,8 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable
-from typing import IO, Any
+from functools import partial
+from typing import IO, Any, cast
 
 import fsspec
 import torch
@@ -51,7 +52,7 @@ class Archive:
     """An open file that ``torch.save`` wrote. Use it as a context manager.
 
     Args:
-        path: a local path or a URL that fsspec can open.
+        path: a local path, a URL that fsspec can open, or an open file, which stays open.
         trust: import and call the classes that the file names. If False, the file may hold tensors and plain
             data only, as with ``torch.load(weights_only=True)``.
 
@@ -63,13 +64,14 @@ class Archive:
             or records larger than the file, or holds objects and ``trust`` is False.
     """
 
-    def __init__(self, path: str | os.PathLike[str], trust: bool = False) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: str | os.PathLike[str] | IO[bytes], trust: bool = False) -> None:
+        is_open = hasattr(path, "read")
+        self.path = str(getattr(path, "name", "the file")) if is_open else os.fspath(cast("str", path))
         self._storages: dict[int, tuple[torch.UntypedStorage, str, int]] = {}
         self._shared: dict[str, torch.UntypedStorage] = {}
         try:
-            fs, location = fsspec.core.url_to_fs(self.path)
-            self._file: IO[bytes] = fs.open(location, "rb")
+            self._file: IO[bytes] = cast("IO[bytes]", path) if is_open else _opened(self.path)
+            self._close: Callable[[], object] = partial(self._file.seek, 0) if is_open else self._file.close
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.path}: there is no such file") from error
         except (OSError, ValueError, ImportError) as error:
@@ -78,17 +80,17 @@ class Archive:
             self._records = _records(self._file)
             self.content = self._unpickle(trust)
         except CheckpointError as error:
-            self._file.close()
+            self._close()
             raise CheckpointError(f"{self.path}: {error}") from error
         except Exception as error:  # unpickling damaged bytes can raise any exception
-            self._file.close()
+            self._close()
             raise CheckpointError(f"{self.path}: the file is damaged: {type(error).__name__}: {error}") from error
 
     def __enter__(self) -> Archive:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        self._close()
 
     def read(self, tensor: Tensor) -> Tensor:
         """Read one tensor.
@@ -206,6 +208,11 @@ class _TrustingUnpickler(pickle.Unpickler):
         if module_name == "torch" and global_name.endswith("Storage") and global_name != "UntypedStorage":
             return torch.serialization.StorageType(global_name)  # type: ignore[no-untyped-call]
         return super().find_class(module_name, global_name)
+
+
+def _opened(path: str) -> IO[bytes]:
+    fs, location = fsspec.core.url_to_fs(path)
+    return cast("IO[bytes]", fs.open(location, "rb"))
 
 
 def _records(file: IO[bytes]) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The quantized file: written whole or not at all, read without running anything from it, loaded bit-equal."""
+"""Makes, writes and reads quantized checkpoints. Nothing in a file is executed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import hashlib
 import os
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import partial
-from importlib.metadata import version
-from typing import Any, cast
+from importlib.metadata import PackageNotFoundError, version
+from typing import IO, Any, cast
 
 import fsspec
 import torch
@@ -17,51 +18,28 @@ from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file.archive import Archive
 from tinyq_lightning.file.digest import digest_of
 from tinyq_lightning.file.durable import replace_file
-from tinyq_lightning.file.plain import kind_of_config, plain, plain_entries, plain_state
+from tinyq_lightning.file.plain import plain, plain_entries, plain_state
+from tinyq_lightning.file.trust import call_with
+from tinyq_lightning.file.typed import typed_entries
+from tinyq_lightning.file.validate import (
+    FORMAT_VERSION,
+    HYPER_PARAMETERS,
+    HYPER_PARAMETERS_TYPE,
+    LIGHTNING_VERSION,
+    check_format,
+    check_layers,
+    without_training_entries,
+)
 from tinyq_lightning.plan import Plan
-from tinyq_lightning.spec import METHOD_NAMES
 from tinyq_lightning.version import __version__
 
 __all__ = [
-    "FORMAT_VERSION",
     "check_digests",
-    "check_format",
     "file_sha256",
-    "is_quantized",
     "make_checkpoint",
     "read_checkpoint",
-    "without_training_entries",
     "write_checkpoint",
 ]
-
-FORMAT_VERSION = 1
-"""Of the ``tinyq`` block. A reader refuses a newer one and reads every older one."""
-
-
-# Entries of a Lightning checkpoint, as LightningModule.CHECKPOINT_HYPER_PARAMS_KEY and its sisters name them. Spelled
-# out here, since reading a file must not need Lightning.
-HYPER_PARAMETERS = "hyper_parameters"
-HYPER_PARAMETERS_NAME = "hparams_name"
-HYPER_PARAMETERS_TYPE = "hparams_type"
-_LIGHTNING_VERSION = "pytorch-lightning_version"
-
-
-# What a float checkpoint holds for going on with the training, which an int8 model cannot do.
-_TRAINING_KEYS = {
-    "callbacks",
-    "optimizer_states",
-    "lr_schedulers",
-    "loops",
-    "current_model_state",
-    "averaging_state",
-    "MixedPrecision",
-    "native_amp_scaling_state",
-}
-
-
-def without_training_entries(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint without optimizer states, loops and the like."""
-    return {key: value for key, value in checkpoint.items() if key not in _TRAINING_KEYS}
 
 
 def make_checkpoint(
@@ -75,31 +53,34 @@ def make_checkpoint(
     """The content of a quantized checkpoint, plain data and tensors only.
 
     Args:
-        base: the float checkpoint: hyper-parameters, epoch, step and the user's own entries come over,
-            what only training needs does not.
+        base: the float checkpoint. Hyper-parameters, epoch, step and the user's own entries are taken from it,
+            the entries for going on with the training are not.
         state_dict: of the quantized module.
         plan: what was quantized.
-        metrics: before and after.
-        float_sha256: of the float file; None where there is none.
-        loop: where the metrics come from, ``validate`` or ``test``; not recorded where there are none.
+        metrics: of the float and the quantized model.
+        float_sha256: of the float file, or None if there is no file.
+        loop: the loop that gave the metrics, ``validate`` or ``test``. It is not recorded without metrics.
 
     Returns:
-        What :func:`write_checkpoint` takes.
+        The content for :func:`write_checkpoint`.
+
+    Raises:
+        CheckpointError: ``state_dict`` lacks the codes of a layer that the plan has as quantized, or holds objects.
     """
     content: dict[str, Any] = {}
     dropped: list[str] = []
-    hyper_parameters = dict(base.get(HYPER_PARAMETERS, {}))
+    notes: dict[str, list[dict[str, Any]]] = {}
     for key, value in without_training_entries(base).items():
         if key in ("state_dict", "tinyq"):
             continue
-        if key == HYPER_PARAMETERS_TYPE:
-            content[plain(key)] = plain(
-                getattr(value, "__name__", str(value))
-            )  # a class; Lightning reads its name as well
-        elif key in (HYPER_PARAMETERS, "datamodule_hyper_parameters"):
-            content[plain(key)] = plain_entries(value, key, dropped)
+        if key == HYPER_PARAMETERS_TYPE:  # a class; Lightning reads its name as well
+            content[plain(key)] = plain(getattr(value, "__name__", str(value)))
+        elif key in (HYPER_PARAMETERS, "datamodule_hyper_parameters") and isinstance(value, Mapping):
+            content[plain(key)] = typed_entries(value, key, dropped, notes.setdefault(key, []))
         else:
-            content |= plain_entries({key: value}, "", dropped)
+            content |= plain_entries({key: value}, dropped)
+    types = notes.get(HYPER_PARAMETERS, [])
+    configs = {note["path"][0]: note["kind"] for note in types if _is_in_configs(note)}
     content["state_dict"] = plain_state(state_dict)
     tinyq = {
         "format_version": FORMAT_VERSION,
@@ -110,27 +91,41 @@ def make_checkpoint(
         "metrics_from": loop if metrics else None,
         "float_sha256": float_sha256,
         "dropped": dropped,
-        "configs": {name: kind for name, value in hyper_parameters.items() if (kind := kind_of_config(value))},
+        "configs": configs,
+        "types": [note for note in types if not _is_in_configs(note)],
         "versions": {
             "torch": torch.__version__.split("+")[0],
-            "lightning": version("lightning"),
+            "lightning": _version_of_lightning(),
             "tinyq_lightning": __version__,
         },
     }
     content["tinyq"] = plain(tinyq)
+    check_layers(content, "the quantized checkpoint")
     content["tinyq"]["digests"] = plain(_digests(content))
     if dropped:
         warnings.warn(
-            f"the quantized checkpoint holds plain data only, so these were left out: {', '.join(dropped)}. Pass them "
-            "as init arguments when loading it",
+            f"the quantized checkpoint holds plain data only, so these were left out: {', '.join(dropped)}. Give them "
+            f"when loading it, as in {call_with(None, dropped[0].removeprefix(f'{HYPER_PARAMETERS}.'))}",
             stacklevel=2,
         )
     return content
 
 
+def _version_of_lightning() -> str:
+    for name in ("lightning", "pytorch-lightning"):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return "none"
+
+
+def _is_in_configs(note: Mapping[str, Any]) -> bool:
+    """True for what the first readers of the format turn back, by the key ``configs``."""
+    return len(note["path"]) == 1 and note["kind"] in ("omegaconf", "namespace") and "class" not in note
+
+
 def _digests(content: Mapping[str, Any]) -> dict[str, str]:
-    """The digest of each entry, but for the version that Lightning brings up to date when it reads a file."""
-    parts = {key: value for key, value in content.items() if key != _LIGHTNING_VERSION}
+    """The digest of each entry except the Lightning version, which Lightning updates when it reads a file."""
+    parts = {key: value for key, value in content.items() if key != LIGHTNING_VERSION}
     parts["tinyq"] = {key: value for key, value in content["tinyq"].items() if key != "digests"}
     state_dict = content["state_dict"]
     parts["state_dict"] = [dict(state_dict), getattr(state_dict, "_metadata", None)]
@@ -138,7 +133,7 @@ def _digests(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str | None:
-    """SHA-256 of a file, local or remote; None for a folder, which distributed checkpoints are."""
+    """SHA-256 of a local or remote file; None for a folder, such as a distributed checkpoint."""
     fs, location = fsspec.core.url_to_fs(os.fspath(path))
     if fs.isdir(location):
         return None
@@ -150,27 +145,27 @@ def file_sha256(path: str | os.PathLike[str]) -> str | None:
 
 
 def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint whole or not at all; see :func:`~tinyq_lightning.file.durable.replace_file`.
+    """Write a checkpoint; the file is complete or not there, see :func:`~tinyq_lightning.file.durable.replace_file`.
 
-    A quantized checkpoint of another float file that is there already is replaced with a warning; any
-    other file is not.
+    A quantized checkpoint that is there already is replaced, with a warning if it was made from another float file.
+    Any other file is not replaced.
 
     Args:
         content: from :func:`make_checkpoint`.
-        path: local, or a URL that fsspec knows. Folders are made.
+        path: a local path or a URL that fsspec can open. Missing folders are made.
 
     Raises:
-        CheckpointError: it could not be written; what was there before is untouched.
+        CheckpointError: the file could not be written; what was there before is unchanged.
     """
     before = _existing(path)
-    # an open file, not a name: torch.save puts names into the file, and with them their bytes
+    # an open file, because torch.save writes the name of a named file into it, which changes the bytes
     replace_file(path, partial(torch.save, content))
     if before is not None and before["float_sha256"] != content["tinyq"]["float_sha256"]:
         warnings.warn(f"{path}: a quantized checkpoint of another float checkpoint was replaced", stacklevel=2)
 
 
 def _existing(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
-    """The ``tinyq`` block of the quantized checkpoint at ``path``; None where there is nothing."""
+    """The ``tinyq`` block of the quantized checkpoint at ``path``; None if there is no file."""
     fs, location = fsspec.core.url_to_fs(os.fspath(path))
     if not fs.exists(location):
         return None
@@ -185,12 +180,7 @@ def _existing(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
         ) from error
 
 
-def is_quantized(checkpoint: Any) -> bool:
-    """Whether a loaded checkpoint is one of ours."""
-    return isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("tinyq"), Mapping)
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any]:
     """Read a quantized checkpoint onto the CPU; nothing in it is executed.
 
     Raises:
@@ -198,52 +188,23 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             format.
     """
     with Archive(path) as archive:
-        check_format(archive.content, path)
+        check_format(archive.content, archive.path)
         content = cast("dict[str, Any]", archive.read_all(archive.content))
-    check_digests(content, path)
+    check_digests(content, archive.path)
+    check_layers(content, archive.path)
     return content
 
 
-def check_format(content: Any, path: str | os.PathLike[str]) -> None:
-    """Refuse what is not a quantized checkpoint of a format that this version reads.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    if not is_quantized(content):
-        lightning_made = isinstance(content, Mapping) and _LIGHTNING_VERSION in content
-        kind = "a float Lightning checkpoint" if lightning_made else "no Lightning checkpoint"
-        raise CheckpointError(f"{path}: this is {kind}, not a quantized one")
-    tinyq = content["tinyq"]
-    found = tinyq.get("format_version")
-    if not isinstance(found, int) or found > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {found!r} is newer than {FORMAT_VERSION}, the newest that tinyq_lightning "
-            f"{__version__} reads: upgrade it"
-        )
-    kinds = {"spec": dict, "plan": list, "metrics": dict, "digests": dict, "versions": dict, "label": str}
-    wrong = [key for key, kind in kinds.items() if not isinstance(tinyq.get(key), kind)]
-    wrong += [] if isinstance(content.get("state_dict"), dict) else ["state_dict"]
-    wrong += [] if "float_sha256" in tinyq else ["float_sha256"]
-    decisions = tinyq["plan"] if "plan" not in wrong else []
-    if not all(
-        isinstance(d, dict) and d.get("method") in METHOD_NAMES and isinstance(d.get("name"), str) for d in decisions
-    ):
-        wrong.append("plan")
-    if wrong:
-        raise CheckpointError(f"{path}: the file is damaged: it has no {', '.join(wrong)}")
-
-
 def check_digests(content: Mapping[str, Any], path: str | os.PathLike[str], only: Collection[str] = ()) -> None:
-    """Refuse content that is not what was written, bit by bit.
+    """Compare the content with the digests that were written with it.
 
     Args:
         content: of a quantized checkpoint, with its tensors.
         path: for the error.
-        only: entries to check; all by default.
+        only: the entries to check; all of them if empty.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: an entry is not bit for bit what was written.
     """
     written = content["tinyq"]["digests"]
     try:

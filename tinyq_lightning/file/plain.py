@@ -1,4 +1,4 @@
-"""Checkpoint content as plain data and tensors: what ``torch.load(weights_only=True)`` reads."""
+"""Turns checkpoint content into plain data and tensors, which ``torch.load(weights_only=True)`` reads."""
 
 from __future__ import annotations
 
@@ -12,54 +12,49 @@ from typing import Any
 
 import torch
 from omegaconf import Container, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from tinyq_lightning.errors import CheckpointError
 
 __all__ = [
-    "kind_of_config",
     "plain",
     "plain_entries",
     "plain_state",
-    "restore_config",
 ]
 
 
-def plain_entries(entries: Any, prefix: str, dropped: list[str]) -> dict[str, Any]:
-    """The entries that plain data can hold; the names of the others go to ``dropped``."""
-    if isinstance(entries, Container):
-        entries = OmegaConf.to_container(entries, resolve=True)
+def plain_entries(entries: Mapping[str, Any], dropped: list[str]) -> dict[str, Any]:
+    """The entries that can be plain data. The names of the others are added to ``dropped``."""
     kept = {}
-    for key, value in dict(entries).items():
+    for key, value in entries.items():
         try:
             kept[plain(key)] = plain(value)
-        except TypeError:
-            dropped.append(f"{prefix}.{key}".removeprefix("."))
+        except (TypeError, RecursionError, OmegaConfBaseException):
+            dropped.append(str(key))
     return kept
 
 
 def plain(value: Any) -> Any:
-    """``value`` in types that ``torch.load(weights_only=True)`` reads; equal text becomes one object.
+    """``value`` in types that ``torch.load(weights_only=True)`` reads. Equal strings become one object.
 
-    That makes the bytes of a file depend on its content alone: pickle refers back to objects by identity.
+    Pickle refers to objects by identity, so otherwise equal content could give different bytes.
 
     Raises:
-        TypeError: there is something in it that plain data cannot hold.
+        TypeError: the value holds something that plain data cannot hold.
+        RecursionError: the value contains itself.
+        OmegaConfBaseException: an interpolation in the value cannot be resolved.
     """
-    if value is None or isinstance(value, bool | int | float | complex | bytes):
-        return value if type(value) in (type(None), bool, int, float, complex, bytes) else _plain_subclass(value)
     if isinstance(value, Enum):
         return plain(value.value)
-    if isinstance(value, str):
+    if value is None or isinstance(value, bool | int | float | complex | bytes):
+        kinds: tuple[type[Any], ...] = (int, float, complex, bytes)
+        exact = value is None or type(value) in (bool, *kinds)
+        return value if exact else next(kind(value) for kind in kinds if isinstance(value, kind))
+    if isinstance(value, str | PurePath):
         return sys.intern(str(value))
-    if isinstance(value, PurePath):
-        return sys.intern(str(value))
-    if isinstance(value, Tensor):
-        return (
-            value.detach().cpu().resolve_conj().resolve_neg()
-            if type(value) in (Tensor, nn.Parameter)
-            else _refuse(value)
-        )
+    if type(value) in (Tensor, nn.Parameter):
+        return value.detach().cpu().resolve_conj().resolve_neg()
     if isinstance(value, torch.dtype | torch.device):
         return value
     if isinstance(value, Container):
@@ -72,29 +67,18 @@ def plain(value: Any) -> Any:
         kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
         items = map(plain, value)
         return list(items) if kind is frozenset else kind(items)
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a NumPy scalar
-        return plain(value.item())
-    return _refuse(value)
-
-
-def _plain_subclass(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return plain(value.value)
-    kinds: tuple[type[Any], ...] = (int, float, complex, bytes)
-    return next(kind(value) for kind in kinds if isinstance(value, kind))
-
-
-def _refuse(value: Any) -> Any:
+    if not isinstance(value, Tensor) and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return plain(value.item())  # a NumPy scalar
     raise TypeError(type(value).__name__)
 
 
 def plain_state(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     """A state dict as plain data, with the version numbers that modules keep in it.
 
-    Tensors that share memory still do; a tensor that is a part of something larger is copied out of it.
+    Tensors that share memory still share it. A tensor that is a part of a larger one is copied out of it.
 
     Raises:
-        CheckpointError: an entry, such as a module's extra state, is more than plain data.
+        CheckpointError: an entry, such as a module's extra state, is not plain data.
     """
     state: OrderedDict[str, Any] = OrderedDict()
     for name, value in state_dict.items():
@@ -111,15 +95,3 @@ def plain_state(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     if hasattr(state_dict, "_metadata"):
         state._metadata = plain(state_dict._metadata)  # type: ignore[attr-defined]
     return state
-
-
-def kind_of_config(value: Any) -> str | None:
-    """What a hyper-parameter must be turned back into where plain data took its place: attributes are read of it."""
-    if isinstance(value, Container):
-        return "omegaconf"
-    return "namespace" if isinstance(value, Namespace) else None
-
-
-def restore_config(kind: str, value: Any) -> Any:
-    """Plain data as what :func:`kind_of_config` saw before."""
-    return OmegaConf.create(value) if kind == "omegaconf" else Namespace(**value)

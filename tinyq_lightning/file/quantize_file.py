@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file.archive import Archive
 from tinyq_lightning.file.build import build
-from tinyq_lightning.file.checkpoint import file_sha256, is_quantized, make_checkpoint, without_training_entries
-from tinyq_lightning.file.loading import QuantizedCheckpointMixin
+from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint
+from tinyq_lightning.file.hooks import HookView
+from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
+from tinyq_lightning.file.validate import is_quantized, without_training_entries
 from tinyq_lightning.file.weightless import named_tensors, put_value, without_weights
 from tinyq_lightning.plan import WithValues, find_sites, quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
@@ -33,6 +35,7 @@ def quantize_file(
     spec: QuantizationSpec,
     init_args: Mapping[str, Any],
     around: WithValues = nullcontext,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Make the same quantized checkpoint of a float checkpoint as ``TinyQCallback`` does.
 
@@ -54,7 +57,7 @@ def quantize_file(
         SpecError: the spec does not fit the model.
         ModelError: a weight cannot be quantized.
     """
-    model = FloatFile(source, module_class, init_args)
+    model = FloatFile(source, module_class, init_args, trust)
 
     @contextmanager
     def present(layer: nn.Module) -> Iterator[None]:
@@ -87,13 +90,19 @@ class FloatFile:
         CheckpointError: the file is not a float Lightning checkpoint, or does not fit the class.
     """
 
-    def __init__(self, source: Archive, module_class: type[LightningModule], init_args: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        source: Archive,
+        module_class: type[LightningModule],
+        init_args: Mapping[str, Any],
+        trust: bool = False,
+    ) -> None:
         content = source.content
         if is_quantized(content):
             raise CheckpointError(f"{source.path}: it is quantized already: give the float checkpoint it was made from")
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise CheckpointError(f"{source.path}: it has no state_dict: is it a Lightning checkpoint?")
-        self._source = source
+        self._source, self._trust = source, trust
         self._entries: dict[int, tuple[Tensor, Tensor]] = {}
         module = self._weightless(module_class, init_args)
         self.loaded = module is None
@@ -124,9 +133,8 @@ class FloatFile:
         state_dict = self._source.content["state_dict"]
         try:
             with without_weights():
-                module = build(
-                    module_class, self._source.read_all(_apart_from_weights(self._source.content)), init_args
-                )
+                content = self._source.read_all(_apart_from_weights(self._source.content))
+                module = build(module_class, content, init_args, self._trust, self._source.path)
             if not _loads_as_it_stands(module, state_dict):
                 return None
             # by identity: a parameter stays the same object when it gets a value or another layer takes it
@@ -146,7 +154,8 @@ class FloatFile:
     def _loaded(self, module_class: type[LightningModule], init_args: Mapping[str, Any]) -> LightningModule:
         content = self._source.read_all(without_training_entries(self._source.content))
         try:
-            module = build(module_class, content, init_args)
+            module = build(module_class, content, init_args, self._trust, self._source.path)
+            content = HookView(content, module_class, self._source.path)
             module.on_load_checkpoint(content)
             module.load_state_dict(content["state_dict"], strict=module.strict_loading)
         except (RuntimeError, TypeError) as error:

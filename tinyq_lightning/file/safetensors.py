@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from tinyq_lightning.errors import CheckpointError, MissingExtraError
-from tinyq_lightning.file.checkpoint import check_digests, check_format
+from tinyq_lightning.file.checkpoint import check_digests
 from tinyq_lightning.file.durable import replace_file
 from tinyq_lightning.file.plain import plain, plain_state
+from tinyq_lightning.file.validate import check_format, check_layers
 
 __all__ = [
     "read_safetensors",
@@ -104,6 +105,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the file is damaged: {error}") from error
     check_format(content, path)
     check_digests(content, path)
+    check_layers(content, path)
     return content
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
-from tinyq_lightning.file import check_folder, plain_entries, why_not_writable
+from tinyq_lightning.file import check_folder, typed_entries, why_not_writable
 from tinyq_lightning.plan import check_patterns, find_sites, why_not_replaced
 from tinyq_lightning.spec import MEASURED_BY, Budget, Mode, QuantizationSpec, nearest, wanted_method
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
@@ -97,7 +97,7 @@ def _check_hyper_parameters(trainer: Trainer, module: LightningModule) -> None:
     for owner in (module, trainer.datamodule):  # type: ignore[attr-defined]
         name, dropped = type(owner).__name__, list[str]()
         try:
-            plain_entries(vars(owner).get("_hparams", {}) if owner is not None else {}, name, dropped)
+            typed_entries(vars(owner).get("_hparams", {}) if owner is not None else {}, name, dropped, [])
         except Exception as error:  # of OmegaConf, or of a value's own class
             raise ModelError(
                 f"the hyper-parameters of {name} cannot be resolved, so no checkpoint could hold them: "

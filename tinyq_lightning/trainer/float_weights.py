@@ -11,7 +11,7 @@ import fsspec
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from tinyq_lightning.file import file_sha256, stem_of, why_not_writable, without_training_entries
+from tinyq_lightning.file import HookView, file_sha256, stem_of, why_not_writable, without_training_entries
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
 
 __all__ = [
@@ -53,7 +53,7 @@ class FloatWeights:
     def load_into(self, trainer: Trainer, module: LightningModule) -> None:
         """Load them as Lightning would, ``on_load_checkpoint`` included; do nothing if the module holds them."""
         if self.path is not None:
-            content = dict(self.checkpoint)  # the user's hook sees all entries, and may take some out
+            content = HookView(self.checkpoint, type(module), self.path)  # the user's hook may take entries out
             module.on_load_checkpoint(content)
             trainer.strategy.load_model_state_dict(content, strict=module.strict_loading)
         for key in self.checkpoint.keys() - self.base.keys():  # optimizer states need not stay in memory

@@ -9,14 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from tinyq_lightning.file import (
-    check_digests,
-    check_format,
-    is_quantized,
-    prepare_structure,
-    refuse_resuming,
-    without_training_entries,
-)
+from tinyq_lightning.file import HookView, is_quantized, restore_structure, without_training_entries
 from tinyq_lightning.layers import Int8Weight
 from tinyq_lightning.plan import Site
 
@@ -50,18 +43,22 @@ class QuantizedStart:
         vars(self._connector)["restore_model"] = partial(self._restore_model, self._connector.restore_model)
 
     def _restore_model(self, restore: Callable[[], None]) -> None:
-        if checkpoint := self._connector._loaded_checkpoint:
+        checkpoint = self._connector._loaded_checkpoint
+        if checkpoint:
             self._prepare(checkpoint)
-        restore()
+        if self.label is not None:  # the user's hook may read entries that only the training had
+            view = HookView(checkpoint, type(self._module), str(self._trainer.ckpt_path))
+            self._connector._loaded_checkpoint = view
+        try:
+            restore()
+        finally:
+            self._connector._loaded_checkpoint = checkpoint
 
     def _prepare(self, checkpoint: dict[str, Any]) -> None:
         self.restored = without_training_entries(checkpoint)
         if is_quantized(checkpoint):
             path = str(self._trainer.ckpt_path)
-            refuse_resuming(self._trainer, path)
-            check_format(checkpoint, path)
-            check_digests(checkpoint, path, only=("state_dict", "tinyq"))
-            self._made = prepare_structure(self._module, checkpoint, path)
+            self._made = restore_structure(self._module, self._trainer, checkpoint, path)
             self.label = checkpoint["tinyq"].get("label")
             rank_zero_info(f"TinyQ: {path} is quantized already ({self.label}), and is run as it is")
 

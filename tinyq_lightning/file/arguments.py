@@ -1,0 +1,225 @@
+"""Which arguments a module is built with: the stored hyper-parameters, under those that the user gives."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from tinyq_lightning.errors import CheckpointError, ModelError
+from tinyq_lightning.file.trust import call_with, import_class
+from tinyq_lightning.file.typed import ClassUnknown, InterpolationFound, restored
+from tinyq_lightning.file.validate import HYPER_PARAMETERS, HYPER_PARAMETERS_NAME, HYPER_PARAMETERS_TYPE
+
+__all__ = [
+    "Arguments",
+    "parameters_of",
+]
+
+
+class Arguments:
+    """The hyper-parameters of a file as arguments of a class.
+
+    Args:
+        module_class: the class.
+        content: of a checkpoint, float or quantized.
+        given: the user's arguments. A name such as ``block.cls`` gives one entry of a stored argument.
+        trust: whether what the file names may be imported and called.
+        source: the file's name, for errors.
+
+    Attributes:
+        stored: the hyper-parameters as they were when the module was made, with the given entries.
+        from_cli: whether LightningCLI made the module.
+
+    Raises:
+        CheckpointError: the file could not hold an argument that is not given, or its interpolations are not trusted.
+    """
+
+    def __init__(
+        self, module_class: type, content: Mapping[str, Any], given: Mapping[str, Any], trust: bool, source: str
+    ) -> None:
+        self._class, self._given, self._trust, self._source = module_class, given, trust, source
+        tinyq = content.get("tinyq", {})
+        self._takes = parameters_of(module_class)
+        name = content.get(HYPER_PARAMETERS_NAME)
+        takes_it = isinstance(name, str) and name in self._takes and not _is_open(self._takes[name])
+        self._holder: str | None = name if takes_it else None
+        stored = _copied(dict(_items(content.get(HYPER_PARAMETERS, {}))))
+        self.from_cli = stored.pop("_instantiator", None) is not None
+        self._put_given_entries(stored)
+        kinds: Mapping[str, str] = tinyq.get("configs", {})
+        notes = [{"path": [key], "kind": kind} for key, kind in kinds.items()] + list(tinyq.get("types", ()))
+        if content.get(HYPER_PARAMETERS_TYPE) is not None:
+            notes.append({"path": [], "kind": "omegaconf"})
+        elif self._holder is not None:
+            notes.append({"path": [], "kind": "AttributeDict"})
+        absent = [
+            name.partition(".")[2] for name in tinyq.get("dropped", ()) if name.startswith(f"{HYPER_PARAMETERS}.")
+        ]
+        self.stored: Any = self._restored(stored, notes, absent)
+        self._refuse_absent(absent)
+
+    def for_call(self) -> dict[str, Any]:
+        """Keyword arguments of the class."""
+        stored: Mapping[str, Any]
+        if self._holder is not None:
+            stored = {self._holder: self.stored}
+        else:
+            stored = {key: value for key, value in _items(self.stored) if isinstance(key, str)}
+        top = {name: value for name, value in self._given.items() if "." not in name}
+        arguments = {**stored, **top}
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in self._takes.values()):
+            return arguments
+        unknown = sorted(set(top) - set(self._takes))
+        if unknown:
+            raise TypeError(f"it takes no argument {', '.join(unknown)}")
+        return {name: value for name, value in arguments.items() if name in self._takes or name == "_class_path"}
+
+    def _put_given_entries(self, stored: dict[str, Any]) -> None:
+        for name, value in self._given.items():
+            *way, last = self._below_holder(name).split(".")
+            place: Any = stored
+            for key in way:
+                place = next((item for at, item in place.items() if str(at) == key), None)
+                if not isinstance(place, dict):
+                    raise TypeError(f"it takes no argument {name}: the file holds no entry {key!r} to put it into")
+            if way or self._below_holder(name) != name:
+                place[last] = value
+
+    def _below_holder(self, name: str) -> str:
+        """The name of an entry as it is in the file, which does not name the argument that holds all of them."""
+        holder = f"{self._holder}."
+        return name.removeprefix(holder) if self._holder is not None else name
+
+    def _restored(self, stored: dict[str, Any], notes: list[Mapping[str, Any]], absent: list[str]) -> Any:
+        root: dict[Any, Any] = {"": stored}
+        for note in sorted(notes, key=lambda note: -len(note["path"])):  # a value before its container
+            path = ["", *note["path"]]
+            name = ".".join(map(str, path[1:]))
+            if self._is_given(name):
+                continue
+            try:
+                value = restored(_item_at(root, path), note, self._find_class, self._trust)
+                _put_item(root, path, value)
+            except ClassUnknown:
+                absent.append(name)
+            except InterpolationFound as found:
+                raise CheckpointError(
+                    f"{self._source}: the hyper-parameter {self._shown(name)!r} holds the interpolation "
+                    f"{str(found)!r}, which could call any resolver. {self._advice(name)}"
+                ) from None
+            except Exception as error:
+                raise CheckpointError(
+                    f"{self._source}: the file is damaged: the hyper-parameter {self._shown(name)!r} is no "
+                    f"{note['kind']}: {error}"
+                ) from error
+        return root[""]
+
+    def _find_class(self, name: str) -> type | None:
+        with suppress(ModelError):
+            return import_class(name, object) if self._trust else _classes_near(self._class).get(name)
+        return None
+
+    def _is_given(self, name: str) -> bool:
+        given = [self._below_holder(each) for each in self._given]
+        return self._holder in self._given or any(f"{name}.".startswith(f"{each}.") for each in given)
+
+    def _refuse_absent(self, absent: list[str]) -> None:
+        takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in self._takes.values())
+        wanted = [
+            name
+            for name in absent
+            if not self._is_given(name) and (self._holder or takes_any or name.partition(".")[0] in self._takes)
+        ]
+        if wanted:
+            names = [self._shown(name) for name in wanted]
+            raise CheckpointError(
+                f"{self._source}: the file could not hold {', '.join(names)}, which {self._class.__name__} was made "
+                f"with: give it as it was, as in {call_with(self._class, names[0])}"
+            )
+
+    def _shown(self, name: str) -> str:
+        return ".".join(filter(None, (self._holder, name)))
+
+    def _advice(self, name: str) -> str:
+        return (
+            "Pass trust=True (--trust on the command line) if you trust who made the file, or give the argument as in "
+            f"{call_with(self._class, self._shown(name) or 'argument')}"
+        )
+
+
+def parameters_of(module_class: type) -> dict[str, inspect.Parameter]:
+    """The parameters of ``__init__`` but for ``self``."""
+    return dict(list(inspect.signature(module_class.__init__).parameters.items())[1:])  # type: ignore[misc]
+
+
+def _is_open(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+
+
+def _items(stored: Any) -> Iterator[tuple[Any, Any]]:
+    """The entries that have a value; a configuration may have some that are missing."""
+    for key in stored:
+        with suppress(Exception):
+            yield key, stored[key]
+
+
+def _copied(value: Any) -> Any:
+    """A copy of the containers in it, because entries are replaced in them; other values stay the same objects."""
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
+
+
+def _item_at(root: Any, path: Sequence[Any]) -> Any:
+    for key in path:
+        root = root[key]
+    return root
+
+
+def _put_item(root: Any, path: Sequence[Any], value: Any) -> None:
+    """Put a value at a path; a tuple on the way is replaced by a new one."""
+    place = _item_at(root, path[:-1])
+    if isinstance(place, tuple):
+        _put_item(root, path[:-1], (*place[: path[-1]], value, *place[path[-1] + 1 :]))
+    else:
+        place[path[-1]] = value
+
+
+def _classes_near(module_class: type) -> dict[str, type]:
+    """The classes that a class itself refers to: in it, in the annotations and in the defaults of ``__init__``."""
+    found: dict[str, type] = {}
+
+    def add(value: Any) -> None:
+        if isinstance(value, type):
+            found.setdefault(f"{value.__module__}.{value.__qualname__}", value)
+        for each in typing.get_args(value):
+            add(each)
+
+    for cls in module_class.__mro__:
+        for value in vars(cls).values():
+            add(value if isinstance(value, type) else None)
+        init = vars(cls).get("__init__")
+        if init is None:
+            continue
+        with suppress(Exception):  # names in annotations that cannot be resolved
+            for annotation in typing.get_type_hints(init).values():
+                add(annotation)
+        with suppress(ValueError, TypeError):
+            for parameter in inspect.signature(init).parameters.values():
+                for value in _with_items(parameter.default):
+                    add(type(value))
+                    add(value)
+    return found
+
+
+def _with_items(value: Any) -> Iterator[Any]:
+    yield value
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _with_items(item)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from _with_items(item)

@@ -1,0 +1,112 @@
+"""Puts empty quantized layers into a float module, as the plan of a quantized checkpoint has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tinyq_lightning.errors import CheckpointError, TrainerError
+from tinyq_lightning.file.checkpoint import check_digests
+from tinyq_lightning.file.validate import check_format, check_layers, find_codes, prefixes_of_codes
+from tinyq_lightning.layers import Int8Weight
+from tinyq_lightning.plan import Site, carry_over, find_sites
+
+__all__ = [
+    "prepare_structure",
+    "refuse_resuming",
+    "restore_structure",
+]
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+def restore_structure(
+    module: nn.Module, trainer: Trainer | None, checkpoint: Mapping[str, Any], source: str
+) -> list[tuple[Site, Int8Weight]]:
+    """Check a quantized checkpoint that a Trainer restores into a module, and put its empty layers into the module.
+
+    Args:
+        module: float.
+        trainer: the Trainer, if there is one.
+        checkpoint: quantized.
+        source: its name, for errors.
+
+    Returns:
+        The float layers, each with the layer that took its place.
+
+    Raises:
+        TrainerError: the Trainer is fitting.
+        CheckpointError: the checkpoint is damaged or does not fit the module.
+    """
+    refuse_resuming(trainer, source)
+    check_format(checkpoint, source)
+    check_digests(checkpoint, source, only=("state_dict", "tinyq"))
+    check_layers(checkpoint, source)
+    return prepare_structure(module, checkpoint, source)
+
+
+def prepare_structure(
+    module: nn.Module, checkpoint: Mapping[str, Any], source: str = "the checkpoint"
+) -> list[tuple[Site, Int8Weight]]:
+    """Put empty quantized layers where the plan of the checkpoint has them; ``load_state_dict`` then fills them.
+
+    Args:
+        module: freshly built, float.
+        checkpoint: a quantized checkpoint.
+        source: its name, for errors.
+
+    Returns:
+        The float layers, each with the layer that took its place.
+
+    Raises:
+        CheckpointError: the module has no such layer, or one of another shape.
+    """
+    entries = [entry for entry in checkpoint["tinyq"]["plan"] if entry["method"] != "float"]
+    # an embedding that the class ties to a layer only later is known by the plan alone
+    found = find_sites(module, embeddings=[entry["name"] for entry in entries])
+    sites = {name: site for site in found for name in site.names}
+    made: dict[str, tuple[Site, Int8Weight]] = {}
+    state = checkpoint["state_dict"]
+    prefixes = prefixes_of_codes(state)
+    for entry in entries:
+        name = entry["name"]
+        site = sites.get(name)
+        if site is None:
+            raise CheckpointError(
+                f"{source} has the quantized layer {name!r}, {type(module).__name__} has no Linear layer of that name. "
+                f"It has: {', '.join(sorted(sites)) or 'none'}"
+            )
+        if site.is_quantized:
+            continue
+        prefix = next(iter(find_codes(prefixes, site.names)), None)
+        codes = None if prefix is None else state[f"{prefix}{prefixes[prefix]}"]
+        here = tuple(site.weight_like.shape)
+        if codes is not None and tuple(codes.shape) != here:
+            raise CheckpointError(
+                f"layer {name!r} is {list(codes.shape)} in {source} and {list(here)} in "
+                f"{type(module).__name__}: build it with the arguments it was trained with"
+            )
+        kernel = checkpoint["tinyq"]["spec"].get("kernel", "auto")
+        layer = site.kind.make_empty(site.module, entry["method"], kernel)
+        carry_over(site, layer)
+        shared = made.get(entry.get("tied_to"))
+        made[name] = site, layer if shared is None else layer.share(shared[1])
+    for site, layer in made.values():
+        site.put(layer)
+    return list(made.values())
+
+
+def refuse_resuming(trainer: Trainer | None, source: str) -> None:
+    """Check that no training is resumed from a quantized checkpoint.
+
+    Raises:
+        TrainerError: the Trainer is fitting.
+    """
+    if trainer is not None and trainer.state.fn == "fit":
+        raise TrainerError(
+            f"{source} is quantized and holds neither float weights nor optimizer states: resume the training from the "
+            "float checkpoint it was made from"
+        )

@@ -1,0 +1,245 @@
+"""Checks that the content of a file has the form of a quantized checkpoint, entry by entry."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.methods import KERNELS
+from tinyq_lightning.spec import METHOD_NAMES
+from tinyq_lightning.version import __version__
+
+__all__ = [
+    "FORMAT_VERSION",
+    "check_format",
+    "check_layers",
+    "find_codes",
+    "is_quantized",
+    "prefixes_of_codes",
+    "without_training_entries",
+]
+
+FORMAT_VERSION = 1
+"""Of the ``tinyq`` block. A reader refuses a newer one and reads every older one."""
+
+HYPER_PARAMETERS = "hyper_parameters"
+HYPER_PARAMETERS_NAME = "hparams_name"
+HYPER_PARAMETERS_TYPE = "hparams_type"
+LIGHTNING_VERSION = "pytorch-lightning_version"
+"""Entries of a Lightning checkpoint. Not read from LightningModule, because reading a file must not need Lightning."""
+
+# What a float checkpoint holds for going on with the training, which an int8 model cannot do.
+_TRAINING_KEYS = {
+    "callbacks",
+    "optimizer_states",
+    "lr_schedulers",
+    "loops",
+    "current_model_state",
+    "averaging_state",
+    "MixedPrecision",
+    "native_amp_scaling_state",
+}
+
+_CODES = {"int8_weights": torch.int8, "int4_weights": torch.uint8}
+_NOTE_KINDS = {
+    "enum": True,
+    "namespace": None,
+    "mapping": True,
+    "namedtuple": True,
+    "sequence": True,
+    "omegaconf": False,
+    "AttributeDict": False,
+    "path": False,
+    "defaultdict": False,
+    "OrderedDict": False,
+    "Counter": False,
+    "frozenset": False,
+    "Size": False,
+}
+"""Kinds of notes; True if the note names a class, None if it may."""
+
+
+def without_training_entries(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint without optimizer states, loops and the like."""
+    return {key: value for key, value in checkpoint.items() if key not in _TRAINING_KEYS}
+
+
+def is_quantized(checkpoint: Any) -> bool:
+    """True if a loaded checkpoint is a quantized one."""
+    return isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("tinyq"), Mapping)
+
+
+def check_format(content: Any, path: str | os.PathLike[str]) -> None:
+    """Check all entries that this package reads, but for the tensors.
+
+    Raises:
+        CheckpointError: the content is not a quantized checkpoint, is of a newer format, or has a malformed entry.
+    """
+    if not is_quantized(content):
+        lightning_made = isinstance(content, Mapping) and LIGHTNING_VERSION in content
+        kind = "a float Lightning checkpoint" if lightning_made else "no Lightning checkpoint"
+        raise CheckpointError(f"{path}: this is {kind}, not a quantized one")
+    found = content["tinyq"].get("format_version")
+    if type(found) is int and found > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {found!r} is newer than {FORMAT_VERSION}, the newest that tinyq_lightning "
+            f"{__version__} reads: upgrade it"
+        )
+    wrong = list(_malformed(content))
+    if wrong:
+        raise CheckpointError(f"{path}: the file is damaged: no such entry, or a malformed one: {', '.join(wrong)}")
+
+
+def _malformed(content: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the entries that are missing or malformed."""
+    tinyq = content["tinyq"]
+    checks: dict[str, Callable[[Any], bool]] = {
+        "format_version": lambda value: type(value) is int and value >= 1,
+        "label": _is_text,
+        "spec": lambda value: _is_dict_of(value, _is_anything) and value.get("kernel", "auto") in KERNELS,
+        "metrics": lambda value: _is_dict_of(value, lambda each: _is_dict_of(each, _is_number)),
+        "digests": lambda value: _is_dict_of(value, _is_text),
+        "versions": lambda value: _is_dict_of(value, _is_text),
+        "plan": lambda value: isinstance(value, list),
+        "float_sha256": _is_text_or_none,
+        "metrics_from": _is_text_or_none,
+        "dropped": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+        "configs": lambda value: _is_dict_of(value, lambda kind: kind in ("omegaconf", "namespace")),
+        "types": lambda value: isinstance(value, list) and all(map(_is_note, value)),
+    }
+    later = ("metrics_from", "dropped", "configs", "types")  # not in every file of version 1
+    for name, good in checks.items():
+        if (name in tinyq or name not in later) and not (name in tinyq and good(tinyq[name])):
+            yield f"tinyq.{name}"
+    for i, decision in enumerate(tinyq["plan"] if isinstance(tinyq.get("plan"), list) else ()):
+        if not _is_decision(decision):
+            yield f"tinyq.plan[{i}]"
+    state = content.get("state_dict")
+    if not _is_dict_of(state, _is_anything):
+        yield "state_dict"
+    if not _is_dict_of(getattr(state, "_metadata", None) or {}, _is_metadata):
+        yield "the version numbers of state_dict"
+    if not _is_dict_of(content.get(HYPER_PARAMETERS, {}), _is_anything):
+        yield HYPER_PARAMETERS
+    for name in (HYPER_PARAMETERS_NAME, HYPER_PARAMETERS_TYPE):
+        if not _is_text_or_none(content.get(name)):
+            yield name
+
+
+def _is_anything(value: Any) -> bool:
+    return True
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _is_text_or_none(value: Any) -> bool:
+    return value is None or _is_text(value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_dict_of(value: Any, good: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(_is_text(key) and good(item) for key, item in value.items())
+
+
+def _is_metadata(value: Any) -> bool:
+    return _is_dict_of(value, _is_anything) and type(value.get("version")) in (int, type(None))
+
+
+def _is_decision(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_text(value.get("name")):
+        return False
+    method, decibels = value.get("method"), value.get("weight_sqnr_db")
+    aliases = value.get("aliases", ())
+    return (
+        _is_text(method)
+        and method in METHOD_NAMES
+        and _is_text(value.get("reason"))
+        and (decibels is None or (_is_number(decibels) and not math.isnan(decibels)))
+        and all(type(value.get(key)) is int and value[key] >= 0 for key in ("float_bytes", "bytes"))
+        and isinstance(aliases, list | tuple)
+        and all(map(_is_text, aliases))
+        and _is_text_or_none(value.get("tied_to"))
+    )
+
+
+def _is_note(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("path"), list) or not _is_text(value.get("kind")):
+        return False
+    names_class = _NOTE_KINDS.get(value["kind"], False)
+    keys = all(type(key) in (str, int, float, bool, type(None)) for key in value["path"])
+    has_class = _is_text(value.get("class")) if names_class or "class" in value else True
+    return (
+        keys
+        and value["kind"] in _NOTE_KINDS
+        and has_class
+        and ("class" not in value or names_class is not False)
+        and _is_text_or_none(value.get("name"))
+    )
+
+
+def prefixes_of_codes(state_dict: Mapping[str, Any]) -> dict[str, str]:
+    """The layers that have codes in a state dict, such as ``encoder.linear.``, each with the name of its codes."""
+    return {key.removesuffix(leaf): leaf for key in state_dict for leaf in _CODES if f".{key}".endswith(f".{leaf}")}
+
+
+def find_codes(prefixes: Mapping[str, str], names: Sequence[str]) -> list[str]:
+    """Which of ``prefixes`` are those of one layer; a recurrent layer has several, a layer without codes none.
+
+    Args:
+        prefixes: of :func:`prefixes_of_codes`.
+        names: of the layer. ``state_dict()`` of a class may leave out or add the first parts of a name; this counts
+            if it fits one layer only.
+    """
+    exact = [f"{name}." for name in names if f"{name}." in prefixes]
+    within = exact or [prefix for prefix in prefixes if any(prefix.startswith(f"{name}.") for name in names)]
+    if within:
+        return within
+    ends = [f".{name}." for name in names]
+    near = [prefix for prefix in prefixes if any(e.endswith(f".{prefix}") or f".{prefix}".endswith(e) for e in ends)]
+    return near if len(near) == 1 else []
+
+
+def check_layers(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Check that each layer that the plan has as quantized has codes and scales, of the right form.
+
+    Raises:
+        CheckpointError: a layer has none, or malformed ones.
+    """
+    state, plan = content["state_dict"], content["tinyq"]["plan"]
+    prefixes = prefixes_of_codes(state)
+    names = {entry["name"]: [entry["name"], *entry.get("aliases", ())] for entry in plan}
+    for entry in plan:
+        if entry["method"] == "float":
+            continue
+        found = find_codes(prefixes, names[entry["name"]]) or find_codes(prefixes, names.get(entry.get("tied_to"), []))
+        if not found:
+            raise CheckpointError(
+                f"{path}: the state dict has no codes of the layer {entry['name']!r}, which the plan has as "
+                f"{entry['method']}: let state_dict() of the module keep them, or exclude the layer in the spec"
+            )
+        for prefix in found:
+            _check_codes(state, prefix, prefixes[prefix], path)
+
+
+def _check_codes(state: Mapping[str, Any], prefix: str, leaf: str, path: str | os.PathLike[str]) -> None:
+    codes, scales, dtype = state[f"{prefix}{leaf}"], state.get(f"{prefix}scales"), _CODES[leaf]
+    wrong = ""
+    if not isinstance(codes, Tensor) or codes.dtype != dtype or codes.dim() < 2:
+        wrong = f"{leaf} holds no codes of {dtype}"
+    elif not isinstance(scales, Tensor) or scales.dtype != torch.float32 or scales.shape != codes.shape[:1]:
+        wrong = "scales is not one float32 for each row of codes"
+    elif not bool((scales.isfinite() & (scales > 0)).all()):
+        wrong = "scales holds what is no positive number"
+    if wrong:
+        raise CheckpointError(f"{path}: the file is damaged: state_dict.{prefix}{wrong}")
