@@ -28,7 +28,7 @@ from tinyq_lightning.file import (
     write_checkpoint,
     write_safetensors,
 )
-from tinyq_lightning.plan import Decision, Plan, resolve
+from tinyq_lightning.plan import Decision, Plan, file_coverage, model_coverage, resolve
 from tinyq_lightning.spec import QuantizationSpec, as_spec
 from tinyq_lightning.table import Table, format_bytes
 
@@ -54,6 +54,7 @@ def quantize(args: Namespace) -> Answer:
     before, after = sum(d.float_bytes for d in plan), sum(d.bytes for d in plan)
     text = (
         f"{plan.table()}\n\n"
+        f"{file_coverage(plan, content['state_dict'])}\n"
         f"float      {args.checkpoint}  {file_size(args.checkpoint)}\n"
         f"quantized  {path}  {file_size(path)}"
     )
@@ -69,11 +70,10 @@ def inspect(args: Namespace) -> Answer:
         check_format(content, args.checkpoint)
     tinyq, plan = content["tinyq"], _plan(content["tinyq"])
     versions = ", ".join(f"{name} {version}" for name, version in tinyq["versions"].items())
-    count = sum(decision.method != "float" for decision in plan)
     lines = [
         f"{args.checkpoint}: quantized Lightning checkpoint, {file_size(args.checkpoint)}",
         f"format {tinyq['format_version']}, epoch {content.get('epoch')}, step {content.get('global_step')}",
-        f"{count} of {len(plan)} layers in int8 ({plan.label})",
+        str(file_coverage(plan, content["state_dict"])),
         "",
         plan.table(),
         "",
@@ -117,7 +117,8 @@ def _inspect_float(args: Namespace, source: Archive) -> Answer:
             return stack
 
         plan = resolve(_spec(args), model.module, present)
-    return Answer(f"{head}\nWhat would be quantized:\n\n{plan.table()}", data | {"plan": plan.to_list()})
+    text = f"{head}\nWhat would be quantized:\n\n{plan.table()}\n\n{model_coverage(plan, model.module)}"
+    return Answer(text, data | {"plan": plan.to_list()})
 
 
 def verify(args: Namespace) -> Answer:

@@ -1,5 +1,6 @@
 """What happens to each layer of one model, and why: a spec resolved against it into a ``Plan``, and carried out."""
 
+from tinyq_lightning.plan.coverage import Coverage, file_coverage, model_coverage
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers, dress, refuse_root
 from tinyq_lightning.plan.plan import Decision, Plan, state_bytes
@@ -9,6 +10,7 @@ from tinyq_lightning.plan.sites import Site, find_sites, is_layer
 from tinyq_lightning.plan.swap import Swap
 
 __all__ = [
+    "Coverage",
     "Decision",
     "Plan",
     "Present",
@@ -18,8 +20,10 @@ __all__ = [
     "carry_out",
     "check_patterns",
     "dress",
+    "file_coverage",
     "find_sites",
     "is_layer",
+    "model_coverage",
     "put_in",
     "quantize",
     "quantize_by_layer",

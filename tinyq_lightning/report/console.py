@@ -29,7 +29,7 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
         return
     first = outcomes[0]
     if len(outcomes) == 1:
-        print(f"\nTinyQ: {first.headline()}, {first.note}\n")
+        print(f"\nTinyQ: {first.coverage}\n       {first.note}\n")
     else:
         print(f"\nTinyQ: {len(outcomes)} methods for {len(first.plan)} layers, {first.note}\n")
     _print_table(comparison_table(outcomes))

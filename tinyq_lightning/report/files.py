@@ -64,6 +64,7 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
     """
     plan, found = outcome.plan, outcome.search
     methods = outcomes or [outcome]
+    times = {"float": outcome.float_seconds} | {each.name: each.seconds for each in methods}
     layers = []
     for decision, row in zip(plan, plan.to_list(), strict=True):
         error = outcome.layers.get(decision.name)
@@ -83,13 +84,16 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
         "tinyq_lightning": __version__,
         "method": outcome.name,
         "label": plan.label,
-        "headline": outcome.headline(),
+        "headline": str(outcome.coverage),
         "note": outcome.note,
         "float_checkpoint": outcome.float_path and os.path.basename(outcome.float_path),
         "quantized_checkpoint": outcome.quantized_path and os.path.basename(outcome.quantized_path),
         "metrics": combined(methods),
         "bytes": {"float": outcome.float_bytes} | {each.name: each.bytes for each in methods},
-        "seconds_per_batch": {"float": outcome.float_seconds} | {each.name: each.seconds for each in methods},
+        "weight_bytes": {"quantized": outcome.coverage.quantized_bytes, "float": outcome.coverage.float_bytes},
+        "seconds_per_batch": {name: each.seconds for name, each in times.items()},
+        "seconds_spread": {name: each.spread for name, each in times.items()},
+        "batches_timed": {name: each.batches for name, each in times.items()},
         "budget": budget,
         "verdict": outcome.verdict(),
         "never_slower": outcome.stopwatch and {"verdict": outcome.speed_verdict()} | outcome.stopwatch.to_dict(),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import nan
 
-from tinyq_lightning.plan import Plan
-from tinyq_lightning.search import LayerError, Search, Stopwatch, loses
+from tinyq_lightning.plan import Coverage, Plan, model_coverage
+from tinyq_lightning.search import BatchTimes, LayerError, Search, Stopwatch, loses
 from tinyq_lightning.trainer import FloatWeights, Measured, MethodsRun, Results, TestRun, compare
 
 __all__ = [
@@ -26,11 +25,12 @@ class Outcome:
     Attributes:
         name: of its column: the plan's label or, among several, the method asked for.
         plan: what was quantized.
+        coverage: how much of all weights of the model that is.
         results: ``{metric: {"float": …, name: …, "delta": …}}``.
         float_bytes: tensors of the float state dict.
         bytes: tensors of the quantized state dict.
-        float_seconds: median time of a batch with float layers; NaN where no loop was run.
-        seconds: median time of a batch with quantized layers.
+        float_seconds: the time of a batch with float layers; without any batch where no loop was run.
+        seconds: the time of a batch with quantized layers.
         search: what a budget's search did, or None.
         layers: output errors by layer, where they were measured.
         float_path: the float checkpoint, or None.
@@ -41,11 +41,12 @@ class Outcome:
 
     name: str
     plan: Plan
+    coverage: Coverage
     results: Results
     float_bytes: int
     bytes: int
-    float_seconds: float
-    seconds: float
+    float_seconds: BatchTimes
+    seconds: BatchTimes
     search: Search | None = None
     layers: Mapping[str, LayerError] = field(default_factory=dict)
     float_path: str | None = None
@@ -56,11 +57,6 @@ class Outcome:
     def results_as(self, label: str) -> Results:
         """The results under another name than the column's."""
         return _renamed(self.results, self.name, label)
-
-    def headline(self) -> str:
-        """How much of the model is in int8, without a full stop."""
-        count = sum(decision.method != "float" for decision in self.plan)
-        return f"{count} of {len(self.plan)} layers in int8 ({self.plan.label})"
 
     def verdict(self) -> str | None:
         """Whether the budget was met, in a sentence; None without a budget."""
@@ -102,11 +98,12 @@ def outcome_of_fit(
     return Outcome(
         name=name,
         plan=measured.plan,
+        coverage=model_coverage(measured.plan, run.module),
         results=compare(before.metrics, after.metrics, name) if before and after else {},
         float_bytes=run.float_bytes,
         bytes=measured.bytes,
-        float_seconds=before.seconds_per_batch if before else nan,
-        seconds=after.seconds_per_batch if after else nan,
+        float_seconds=before.seconds_per_batch if before else BatchTimes(),
+        seconds=after.seconds_per_batch if after else BatchTimes(),
         search=measured.search,
         layers=layers,
         float_path=source.path,
@@ -122,6 +119,7 @@ def outcome_of_test(
     return Outcome(
         name=name,
         plan=run.swap.plan,
+        coverage=model_coverage(run.swap.plan, run.module),
         results=_renamed(run.results, run.swap.plan.label, name),
         float_bytes=run.float_bytes,
         bytes=run.bytes,

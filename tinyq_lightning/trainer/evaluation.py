@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, cast
 
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -19,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import CombinedLoader
 
 from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.trainer.checks import why_never_validated
 from tinyq_lightning.trainer.isolation import rewound_randomness
 from tinyq_lightning.trainer.ranks import JoinedDDPStrategy
@@ -63,9 +62,9 @@ class ValidationWatch(Callback):
         self._began = 0.0
 
     @property
-    def seconds_per_batch(self) -> float:
-        """Median over the batches; NaN where there were none."""
-        return median(self._seconds) if self._seconds else math.nan
+    def seconds_per_batch(self) -> BatchTimes:
+        """Median and spread over the batches."""
+        return BatchTimes.of(self._seconds)
 
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """The clock starts once the batch is there."""
@@ -87,12 +86,12 @@ class Validation:
     Attributes:
         metrics: every logged metric by its name.
         higher_is_better: by metric, where the logged torchmetrics object tells.
-        seconds_per_batch: median over the batches.
+        seconds_per_batch: median and spread over the batches.
     """
 
     metrics: dict[str, float]
     higher_is_better: dict[str, bool]
-    seconds_per_batch: float
+    seconds_per_batch: BatchTimes
 
 
 # Set up once, for the fit; a second time they would rebuild the layers or the data under evaluation.

@@ -8,12 +8,10 @@ would break those with persistent workers.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from statistics import median
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.plan import Swap, state_bytes
-from tinyq_lightning.search import SIGNAL_BATCHES, LayerError, Stopwatch, measured_layers
+from tinyq_lightning.search import SIGNAL_BATCHES, BatchTimes, LayerError, Stopwatch, measured_layers
 from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.trainer.isolation import Attributes, RandomState, rewound_randomness
 from tinyq_lightning.trainer.results import Results, compare, numbers
@@ -145,14 +143,19 @@ class TestRun:
         self.layers = self._watching.enter_context(measured_layers(self.swap))
 
     @property
-    def float_seconds(self) -> float:
-        """Median time of a batch with float layers; NaN where there was none."""
-        return self._first.float_seconds if self._first else _median(self._beside_seconds)
+    def module(self) -> LightningModule:
+        """The user's."""
+        return self._module
 
     @property
-    def seconds(self) -> float:
-        """Median time of a batch with quantized layers; NaN where there was none."""
-        return _median(self._beside_seconds if self._first else self._own_seconds)
+    def float_seconds(self) -> BatchTimes:
+        """The time of a batch with float layers."""
+        return self._first.float_seconds if self._first else BatchTimes.of(self._beside_seconds)
+
+    @property
+    def seconds(self) -> BatchTimes:
+        """The time of a batch with quantized layers."""
+        return BatchTimes.of(self._beside_seconds if self._first else self._own_seconds)
 
     def log(self, entries: dict[str, float]) -> None:
         """Log through the module, as its own hook at the end of the epoch would."""
@@ -177,10 +180,6 @@ class TestRun:
             results = compare(beside, numbers(self._trainer.callback_metrics), label)
         self.results = self._trainer.strategy.broadcast(results)
         self._on_results(self)
-
-
-def _median(seconds: list[float]) -> float:
-    return median(seconds) if seconds else math.nan
 
 
 class _World:
