@@ -311,7 +311,7 @@ class TinyQCallback(Callback):
             return outcome
         plan = outcome.plan
         taken = {path for callback in _ours(trainer) for path in callback.quantized_paths.values()}
-        path = quantized_path(self.spec.save, source.folder, source.stem, plan.label, taken)
+        path = quantized_path(self.spec.save, source.folder, source.stem, plan.file_label, taken)
         content = make_checkpoint(
             source.base, module.state_dict(), plan, outcome.results_as(plan.label), source.sha256, loop
         )

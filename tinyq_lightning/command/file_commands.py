@@ -48,7 +48,7 @@ def quantize(args: Namespace) -> Answer:
         content = quantize_file(source, model_class(args.model, source), spec, args.init, around)
     plan = _plan(content["tinyq"])
     folder = os.path.dirname(args.checkpoint)
-    path = args.output or quantized_path(spec.save, folder, stem_of(args.checkpoint), plan.label)
+    path = args.output or quantized_path(spec.save, folder, stem_of(args.checkpoint), plan.file_label)
     _refuse_overwriting(args, path)
     write_checkpoint(content, path)
     before, after = sum(d.float_bytes for d in plan), sum(d.bytes for d in plan)
