@@ -80,7 +80,11 @@ class Outcome:
             return None
         left = sum("left float: " in decision.reason for decision in self.plan)
         timed, seconds = len(self.stopwatch.timings), self.stopwatch.seconds
-        return f"never slower: {left} of {len(self.plan)} layers left float ({timed} timings took {seconds:.2g} s)"
+        lost = len(self.stopwatch.not_timed)
+        also = f"; {lost} could not be timed" if lost else ""
+        return (
+            f"never slower: {left} of {len(self.plan)} layers left float ({timed} timings took {seconds:.2g} s{also})"
+        )
 
     def warnings(self) -> Iterator[str]:
         """What a user should not miss."""
