@@ -41,7 +41,7 @@ __all__ = [
 
 
 def quantize(args: Namespace) -> Answer:
-    """A float file to a quantized one."""
+    """Quantize a float checkpoint to a file."""
     spec = _spec(args)
     _refuse_overwriting(args, args.output)
     with Archive(args.checkpoint, weights_only=not args.trust) as source, progress("quantizing") as around:
@@ -62,7 +62,7 @@ def quantize(args: Namespace) -> Answer:
 
 
 def inspect(args: Namespace) -> Answer:
-    """What a file is: a quantized one, or what would be quantized of a float one."""
+    """Describe a quantized file, or what would be quantized of a float one."""
     with Archive(args.checkpoint, weights_only=not args.trust) as source:
         if not is_quantized(source.content):
             return _inspect_float(args, source)
@@ -122,7 +122,7 @@ def _inspect_float(args: Namespace, source: Archive) -> Answer:
 
 
 def verify(args: Namespace) -> Answer:
-    """Whether a quantized file is what was written and, beside the float file, what it should be."""
+    """Check that a quantized file is intact and, given the float file, that quantizing it again gives the same."""
     content = read_checkpoint(args.checkpoint)
     tinyq = content["tinyq"]
     count = len(content["state_dict"])
@@ -145,7 +145,7 @@ def verify(args: Namespace) -> Answer:
 
 
 def _differences(content: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
-    """Names of tensors and entries that differ; metrics and versions are of the run, not of the weights."""
+    """Names of tensors and entries that differ. Metrics and versions depend on the run, and are not compared."""
     pairs = [("state_dict.", content["state_dict"], again["state_dict"])]
     pairs.append(("tinyq.", {"plan": content["tinyq"]["plan"]}, {"plan": again["tinyq"]["plan"]}))
     apart = ("state_dict", "tinyq", "pytorch-lightning_version")
@@ -160,7 +160,7 @@ def _differences(content: Mapping[str, Any], again: Mapping[str, Any]) -> list[s
 
 
 def export(args: Namespace) -> Answer:
-    """A quantized checkpoint to safetensors, or back."""
+    """Convert a quantized checkpoint to safetensors, or back."""
     endings = {"safetensors": ".safetensors", "ckpt": ".ckpt"}
     path = args.output or os.path.splitext(args.checkpoint)[0] + endings[args.to]
     _refuse_overwriting(args, path)
@@ -182,7 +182,7 @@ def _spec(args: Namespace) -> QuantizationSpec:
 
 
 def _plan(tinyq: Mapping[str, Any]) -> Plan:
-    """The plan of a quantized checkpoint; what a later version may have added to it is left out."""
+    """The plan of a quantized checkpoint, without fields that this version does not know."""
     known = {field.name for field in fields(Decision)}
     rows = [{key: value for key, value in entry.items() if key in known} for entry in tinyq["plan"]]
     decisions = tuple(Decision(**{**row, "aliases": tuple(row.get("aliases", ()))}) for row in rows)
@@ -190,7 +190,7 @@ def _plan(tinyq: Mapping[str, Any]) -> Plan:
 
 
 def _described(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``tinyq`` block without its digests, which are for machines of another kind."""
+    """The ``tinyq`` block without its digests, which nobody reads."""
     tinyq = copy.copy(content["tinyq"])
     del tinyq["digests"]
     return {"tinyq": tinyq}

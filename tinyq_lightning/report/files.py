@@ -1,4 +1,4 @@
-"""The report beside the checkpoint: JSON to read by programs, HTML to look at, and the spec that was resolved."""
+"""Writes the report beside the checkpoint: JSON for programs, HTML for people, and the plan as a spec in YAML."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_report(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     """Write ``.json``, ``.html`` and ``.yaml`` beside each quantized checkpoint, on rank 0.
 
     Raises:
-        CheckpointError: on every rank, where a file could not be written; the checkpoints stand.
+        CheckpointError: on every rank, if a file could not be written; the checkpoints are written already.
     """
     write_on_rank_zero(trainer, partial(_write, outcomes))
 
@@ -56,7 +56,7 @@ def _write_text(path: str, text: str) -> None:
 
 
 def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[str, Any]:
-    """The report as plain data, what JSON holds. Numbers that are not finite are None; sizes are in bytes.
+    """The report as plain data, for JSON. Numbers that are not finite are None; sizes are in bytes.
 
     Args:
         outcome: what the report is about.
@@ -113,7 +113,7 @@ def _finite(value: Any) -> Any:
 
 
 def resolved_yaml(outcome: Outcome) -> str:
-    """The spec that gives this plan again without a search or timing, with why for each layer as comments."""
+    """A spec that gives this plan again without a search or timing; comments give the reason for each layer."""
     plan = outcome.plan
     spec = plan.to_spec()
     content = spec.to_dict()

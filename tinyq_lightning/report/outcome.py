@@ -1,4 +1,4 @@
-"""What came of one method in a run: its plan, its figures, its files."""
+"""The outcome of one method in a run: its plan, its figures, its files."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Outcome:
     """One method on one model, measured.
 
     Attributes:
-        name: of its column: the plan's label or, among several, the method asked for.
+        name: of its column in the tables: the plan's label, or the method asked for if there are several.
         plan: what was quantized.
         coverage: how much of all weights of the model that is.
         results: ``{metric: {"float": …, name: …, "delta": …}}``.
         float_bytes: tensors of the float state dict.
         bytes: tensors of the quantized state dict.
-        float_seconds: the time of a batch with float layers; without any batch where no loop was run.
+        float_seconds: the time of a batch with float layers; it has no batches if no loop was run.
         seconds: the time of a batch with quantized layers.
-        search: what a budget's search did, or None.
-        layers: output errors by layer, where they were measured.
+        search: the budget's search, or None.
+        layers: output errors by layer, if they were measured.
         float_path: the float checkpoint, or None.
-        quantized_path: the file, or None where none was written.
+        quantized_path: the file, or None if none was written.
         note: where the weights come from.
         stopwatch: what the run timed for ``never_slower``, or None.
     """
@@ -75,7 +75,7 @@ class Outcome:
         )
 
     def speed_verdict(self) -> str | None:
-        """What ``never_slower`` came to, in a sentence; None without it."""
+        """How many layers ``never_slower`` left float, in a sentence; None without it."""
         if self.stopwatch is None:
             return None
         left = sum("left float: " in decision.reason for decision in self.plan)
@@ -87,7 +87,7 @@ class Outcome:
         )
 
     def warnings(self) -> Iterator[str]:
-        """What a user should not miss."""
+        """Sentences to show as warnings."""
         if self.search is not None and not self.search.met:
             yield str(self.verdict())
         if self.stopwatch and all(decision.method == "float" for decision in self.plan):

@@ -17,7 +17,7 @@ from tinyq_lightning.layers import QuantizedLinear
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.budget import LADDER
 from tinyq_lightning.search.layer_calls import input_of, values_of
-from tinyq_lightning.search.timer import timed
+from tinyq_lightning.search.timer import brief, timed
 
 __all__ = [
     "SIGNAL_BATCHES",
@@ -101,7 +101,7 @@ class _Watch:
             with torch.no_grad():
                 self._measure(values_of(input_of(args, kwargs)))
         except Exception as error:  # of any kind: it must not reach the user's loop, which did nothing wrong
-            self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._failure = brief(error)
 
     def _measure(self, x: Tensor) -> None:
         """Add one call to the sums; a call that fails adds nothing."""

@@ -15,6 +15,7 @@ __all__ = [
     "BatchTimes",
     "Run",
     "Timing",
+    "brief",
     "time_in_turns",
     "timed",
 ]
@@ -102,3 +103,9 @@ def time_in_turns(
                 taken.append(timed(run, device)[1])
         rounds += 1
     return Timing(1000 * median(seconds[0]), 1000 * median(seconds[1]))
+
+
+def brief(error: Exception) -> str:
+    """An error in one line of a table, for a call that could not be timed or measured."""
+    first = f"{type(error).__name__}: {error}".splitlines()[0]
+    return first if len(first) <= 160 else f"{first[:159]}…"

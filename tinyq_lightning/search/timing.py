@@ -22,7 +22,7 @@ from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.layers import QuantizedLinear, float_weight, linear_with
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.layer_calls import Call, counted_calls, representative
-from tinyq_lightning.search.timer import Run, Timing, time_in_turns, timed
+from tinyq_lightning.search.timer import Run, Timing, brief, time_in_turns, timed
 
 __all__ = [
     "ROUNDS",
@@ -165,7 +165,7 @@ class Stopwatch:
             try:
                 self.timings[key] = Timing(*time_call(layers, call))
             except (RuntimeError, TinyQError) as error:  # out of memory, or an operator that the device lacks
-                self.not_timed[key] = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.not_timed[key] = brief(error)
         return self.timings.get(key)
 
     def to_dict(self) -> dict[str, Any]:
