@@ -33,7 +33,13 @@ def digits(tmp_path_factory):
 
 def test_digits_ends_with_the_table_and_a_reloaded_model_of_the_same_score(digits):
     shown, root = digits
-    for text in ("val_acc", "file on disk", "float      ", "quantized  ", "6 of 6 layers in int8 (w8a32)"):
+    for text in (
+        "val_acc",
+        "file on disk",
+        "float      ",
+        "quantized  ",
+        "% of the weight bytes in int8 (w8a32), 6 of 6 layers",
+    ):
         assert text in shown
     assert shown.count("the same") == 2
     assert "DIFFERENT" not in shown
@@ -66,7 +72,7 @@ def test_budget_wins_back_what_int8_costs(tmp_path):
 def test_the_cli_experiment_quantizes_what_its_yaml_says(tmp_path):
     config = ROOT / "configs" / "digits_cli.yaml"
     shown = run(tmp_path, ROOT / "examples" / "digits_cli.py", "fit", "--config", config, "--trainer.max_epochs", 2)
-    assert "5 of 6 layers in int8 (w8a32)" in shown
+    assert "% of the weight bytes in int8 (w8a32), 5 of 6 layers" in shown
     assert len(list((tmp_path / "runs").rglob("w8a32-*.ckpt"))) == 1
 
 

@@ -323,7 +323,7 @@ class TinyQCallback(Callback):
             plan = outcome.plan
             taken = {path for callback in _tinyq_callbacks(trainer) for path in callback.quantized_paths.values()}
             folder = self.spec.save.dirpath or folder_of(trainer, source)
-            path = quantized_path(self.spec.save, folder, source.stem, plan.label, taken)
+            path = quantized_path(self.spec.save, folder, source.stem, plan.file_label, taken)
             results = outcome.results_as(plan.label)
             content = make_checkpoint(source.base, module.state_dict(), plan, results, source.sha256, loop)
             write_on_rank_zero(trainer, partial(write_checkpoint, content, path))

@@ -145,12 +145,22 @@ def test_verify_tells_the_right_float_file_from_another(folder, capsys):
 def test_inspect_tells_what_a_file_is(folder, capsys):
     assert main(["inspect", "w8a32-epoch=7.ckpt"]) == 0
     text = capsys.readouterr().out
-    for word in ("3 of 3 layers in int8 (w8a32)", "body.0", "val_acc", "SHA-256", "tinyq_lightning 0.1.0"):
+    for word in (
+        "100 % of the weight bytes in int8 (w8a32), 3 of 3 layers",
+        "body.0",
+        "val_acc",
+        "SHA-256",
+        "tinyq_lightning 0.1.0",
+    ):
         assert word in text
     assert main(["inspect", "epoch=7.ckpt", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["quantized"] is False
     assert told["matrices"] == ["body.0.weight", "body.2.weight", "head.weight"]
+    assert main(["inspect", "epoch=7.ckpt", "--model", "nets:Net", "--exclude", "head"]) == 0
+    assert re.search(
+        r"\d % of the weight bytes in int8 \(w8a32\), 2 of 3 layers; in float [\d.]+ % Linear", capsys.readouterr().out
+    )
     assert main(["inspect", "epoch=7.ckpt", "--json", "--model", "nets:Net", "--exclude", "head"]) == 0
     plan = json.loads(capsys.readouterr().out)["plan"]
     assert [(entry["name"], entry["method"]) for entry in plan][-1] == ("head", "float")

@@ -83,4 +83,4 @@ def test_the_table_names_metrics_sizes_and_both_files(tmp_path, capsys):
     shown = capsys.readouterr().out
     for text in ("val_acc", "val_f1", "weights", "file on disk", callback.float_path, callback.quantized_path):
         assert text in shown
-    assert "3 of 3 layers in int8 (w8a32), best checkpoint" in shown
+    assert "100 % of the weight bytes in int8 (w8a32), 3 of 3 layers" in shown

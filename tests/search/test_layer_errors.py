@@ -59,6 +59,32 @@ def test_a_layer_that_cannot_be_measured_is_noted_and_disturbs_nobody():
     assert errors["1"].output_sqnr_db == {}
 
 
+def test_a_call_that_cannot_be_measured_leaves_out_that_call_alone():
+    model = nn.Sequential(nn.Linear(8, 4))
+    x = torch.randn(6, 8)
+    expected, _ = measured(model, lambda m: m(x))
+
+    def mixed(m):
+        m(x)
+        torch.func.vmap(m)(x[None])
+
+    errors, _ = measured(model, mixed)
+    assert errors["0"].not_measured is None
+    assert errors["0"].output_sqnr_db == expected["0"].output_sqnr_db
+    errors, _ = measured(model, lambda m: torch.func.vmap(m)(x[None]))
+    assert errors["0"].not_measured.startswith("RuntimeError: vmap")
+
+
+def test_a_compiled_model_runs_and_says_that_it_was_compiled():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(6, 8)
+    with torch.no_grad():
+        expected = model(x)
+    errors, out = measured(model, lambda m: torch.compile(m, backend="eager", fullgraph=True)(x))
+    assert torch.equal(out, expected)
+    assert all(error.not_measured == "it was called in a compiled graph" for error in errors.values())
+
+
 @pytest.mark.parametrize("lengths", [[0], [0, 3], [3, 0]])
 def test_calls_without_rows_are_left_out(lengths):
     model = nn.Sequential(nn.Linear(8, 4))

@@ -143,6 +143,40 @@ def test_each_shape_and_call_is_timed_once_with_all_its_layers(monkeypatch):
     assert len(watch.timed) == len(stopwatch.timings) == 4, "another method takes another time"
 
 
+def test_what_cannot_be_timed_is_noted_and_not_judged(monkeypatch):
+    def time_call(layers, call):
+        if layers[0][0].out_features == 4:
+            raise RuntimeError("out of memory\nby 4 GiB")
+        return 1.0, 2.0
+
+    monkeypatch.setattr("tinyq_lightning.search.timing.time_call", time_call)
+    model, stopwatch = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), Stopwatch()
+    swap = swap_of(model)
+    with torch.no_grad(), stopwatch.watching(swap):
+        model(torch.ones(3, 8))
+    for _ in range(2):
+        assert list(stopwatch.slower(swap)) == ["0"]
+    told = stopwatch.to_dict()
+    assert len(told["timings"]) == 1
+    assert [(each["out_features"], each["reason"]) for each in told["not_timed"]] == [
+        (4, "RuntimeError: out of memory")
+    ]
+
+
+def test_a_loss_is_measured_twice_and_the_shorter_medians_count(monkeypatch):
+    rounds = []
+
+    def in_turns(pairs, more, device="cpu"):
+        rounds.append(len(pairs))
+        return Timing(1.0, 5.0) if len(rounds) == 1 else Timing(1.1, 0.5)
+
+    monkeypatch.setattr("tinyq_lightning.search.timing.time_in_turns", in_turns)
+    linear = nn.Linear(8, 8)
+    pair = (linear, W8A32LinearLayer.from_linear(linear))
+    assert time_call([pair], Call(4)) == (1.0, 0.5)
+    assert len(rounds) == 2
+
+
 @pytest.mark.parametrize(
     "call", [Call(1), Call(300), Call(4, torch.float32, torch.bfloat16), Call(4, torch.bfloat16), Call(5, part=(8, 24))]
 )

@@ -1,4 +1,4 @@
-"""What the commands of the command line have in common."""
+"""The answer of a command, and what several commands need."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command has to say.
+    """What a command prints.
 
     Attributes:
         text: for people.
         data: for ``--json``.
-        good: whether what was asked holds; the exit code is 1 where it does not.
+        good: False if a check failed; the exit code is 1 then.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""How long a quantized model takes, beside the same model with float layers, on this machine."""
+"""Times a quantized model beside the same model with float layers, on this machine."""
 
 from __future__ import annotations
 

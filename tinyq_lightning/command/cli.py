@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], Any]:
-    """Imported only now, since torch and Lightning take seconds and ``--help`` should not."""
+    """The function of a command. Its module is imported here, because torch and Lightning take seconds to import."""
     module = "run_commands" if name in ("evaluate", "bench") else "file_commands"
     found = importlib.import_module(f"tinyq_lightning.command.{module}")
     command: Callable[[argparse.Namespace], Any] = getattr(found, name)

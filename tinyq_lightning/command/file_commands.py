@@ -29,7 +29,7 @@ from tinyq_lightning.file import (
     write_checkpoint,
     write_safetensors,
 )
-from tinyq_lightning.plan import Decision, Plan, resolve
+from tinyq_lightning.plan import Decision, Plan, file_coverage, model_coverage, resolve
 from tinyq_lightning.spec import QuantizationSpec, as_spec
 from tinyq_lightning.table import Table, format_bytes
 
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def quantize(args: Namespace) -> Answer:
-    """A float file to a quantized one."""
+    """Quantize a float checkpoint to a file."""
     spec = _spec(args)
     _refuse_overwriting(args, args.output)
     with Archive(args.checkpoint, args.trust) as source, progress("quantizing") as around:
@@ -51,12 +51,13 @@ def quantize(args: Namespace) -> Answer:
         )
     plan = _plan(content["tinyq"])
     folder = os.path.dirname(args.checkpoint)
-    path = args.output or quantized_path(spec.save, folder, stem_of(args.checkpoint), plan.label)
+    path = args.output or quantized_path(spec.save, folder, stem_of(args.checkpoint), plan.file_label)
     _refuse_overwriting(args, path)
     write_checkpoint(content, path)
     before, after = sum(d.float_bytes for d in plan), sum(d.bytes for d in plan)
     text = (
         f"{plan.table()}\n\n"
+        f"{file_coverage(plan, content['state_dict'])}\n"
         f"float      {args.checkpoint}  {file_size(args.checkpoint)}\n"
         f"quantized  {path}  {file_size(path)}"
     )
@@ -64,7 +65,7 @@ def quantize(args: Namespace) -> Answer:
 
 
 def inspect(args: Namespace) -> Answer:
-    """What a file is: a quantized one, or what would be quantized of a float one."""
+    """Describe a quantized file, or what would be quantized of a float one."""
     with Archive(args.checkpoint, args.trust) as source:
         if not is_quantized(source.content):
             return _inspect_float(args, source)
@@ -72,11 +73,10 @@ def inspect(args: Namespace) -> Answer:
         check_format(content, args.checkpoint)
     tinyq, plan = content["tinyq"], _plan(content["tinyq"])
     versions = ", ".join(f"{name} {version}" for name, version in tinyq["versions"].items())
-    count = sum(decision.method != "float" for decision in plan)
     lines = [
         f"{args.checkpoint}: quantized Lightning checkpoint, {file_size(args.checkpoint)}",
         f"format {tinyq['format_version']}, epoch {content.get('epoch')}, step {content.get('global_step')}",
-        f"{count} of {len(plan)} layers in int8 ({plan.label})",
+        str(file_coverage(plan, content["state_dict"])),
         "",
         plan.table(),
         "",
@@ -120,11 +120,12 @@ def _inspect_float(args: Namespace, source: Archive) -> Answer:
             return stack
 
         plan = resolve(_spec(args), model.module, present)
-    return Answer(f"{head}\nWhat would be quantized:\n\n{plan.table()}", data | {"plan": plan.to_list()})
+    text = f"{head}\nWhat would be quantized:\n\n{plan.table()}\n\n{model_coverage(plan, model.module)}"
+    return Answer(text, data | {"plan": plan.to_list()})
 
 
 def verify(args: Namespace) -> Answer:
-    """Whether a quantized file is what was written and, beside the float file, what it should be."""
+    """Check that a quantized file is intact and, given the float file, that quantizing it again gives the same."""
     content = read_checkpoint(args.checkpoint)
     tinyq = content["tinyq"]
     count = len(content["state_dict"])
@@ -149,7 +150,7 @@ def verify(args: Namespace) -> Answer:
 
 
 def _differences(content: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
-    """Names of tensors and entries that differ; metrics and versions are of the run, not of the weights."""
+    """Names of tensors and entries that differ. Metrics and versions depend on the run, and are not compared."""
     pairs = [("state_dict.", content["state_dict"], again["state_dict"])]
     pairs.append(("tinyq.", {"plan": content["tinyq"]["plan"]}, {"plan": again["tinyq"]["plan"]}))
     apart = ("state_dict", "tinyq", "pytorch-lightning_version")
@@ -164,7 +165,7 @@ def _differences(content: Mapping[str, Any], again: Mapping[str, Any]) -> list[s
 
 
 def export(args: Namespace) -> Answer:
-    """A quantized checkpoint to safetensors, or back."""
+    """Convert a quantized checkpoint to safetensors, or back."""
     endings = {"safetensors": ".safetensors", "ckpt": ".ckpt"}
     path = args.output or os.path.splitext(args.checkpoint)[0] + endings[args.to]
     _refuse_overwriting(args, path)
@@ -186,7 +187,7 @@ def _spec(args: Namespace) -> QuantizationSpec:
 
 
 def _plan(tinyq: Mapping[str, Any]) -> Plan:
-    """The plan of a quantized checkpoint; what a later version may have added to it is left out."""
+    """The plan of a quantized checkpoint, without fields that this version does not know."""
     known = {field.name for field in fields(Decision)}
     rows = [{key: value for key, value in entry.items() if key in known} for entry in tinyq["plan"]]
     decisions = tuple(Decision(**{**row, "aliases": tuple(row.get("aliases", ()))}) for row in rows)
@@ -203,7 +204,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _described(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``tinyq`` block without its digests, which are for machines of another kind."""
+    """The ``tinyq`` block without its digests, which nobody reads."""
     tinyq = copy.copy(content["tinyq"])
     del tinyq["digests"]
     return {"tinyq": tinyq}

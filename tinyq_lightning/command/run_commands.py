@@ -32,7 +32,7 @@ __all__ = [
 
 
 def evaluate(args: Namespace) -> Answer:
-    """The user's test loop on every file, in one table."""
+    """Run the user's test loop on every file; the results are one table."""
     data_class = import_class(args.data, LightningDataModule)
     metrics: dict[str, dict[str, float]] = {}
     for path in args.checkpoints:
@@ -63,7 +63,7 @@ def evaluate(args: Namespace) -> Answer:
 
 
 def bench(args: Namespace) -> Answer:
-    """Float against int8: time, throughput, memory."""
+    """Compare float and int8: time, throughput, memory."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     with Archive(args.checkpoint) as source:

@@ -1,5 +1,6 @@
 """What happens to each layer of one model, and why: a spec resolved against it into a ``Plan``, and carried out."""
 
+from tinyq_lightning.plan.coverage import Coverage, file_coverage, model_coverage
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, refuse_root
 from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan, state_bytes
@@ -9,6 +10,7 @@ from tinyq_lightning.plan.sites import Site, find_sites, is_metric
 from tinyq_lightning.plan.swap import Swap
 
 __all__ = [
+    "Coverage",
     "DecidedBy",
     "Decision",
     "OtherWeight",
@@ -20,8 +22,10 @@ __all__ = [
     "carry_out",
     "carry_over",
     "check_patterns",
+    "file_coverage",
     "find_sites",
     "is_metric",
+    "model_coverage",
     "put_in",
     "quantize",
     "quantize_by_layer",

@@ -110,11 +110,16 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """The method, or ``mixed`` where the plan has several; what files and log keys are named by."""
+        """The method, or ``mixed`` where the plan has several; what log keys are named by."""
         methods = {decision.method for decision in self} - {"float"}
         if len(methods) > 1:
             return "mixed"
         return methods.pop() if methods else self.spec.method
+
+    @property
+    def file_label(self) -> str:
+        """What a file is named by: the label, or ``float`` if a run found every layer better off in float."""
+        return self.label if any(decision.method != "float" for decision in self) else "float"
 
     def to_spec(self) -> QuantizationSpec:
         """A spec that resolves to exactly this plan on the same model, without a search or any timing.

@@ -1,4 +1,4 @@
-"""What a run has to say: tables on the screen, entries in the loggers."""
+"""Prints the outcome of a run on the screen, and gives it to the loggers."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ __all__ = [
     "show",
 ]
 
-# More rows than a screen takes: the plan is shortened to the layers that someone would look for.
+# A longer plan is shortened to the layers that were decided otherwise, and those with the largest errors.
 _ROWS_ON_SCREEN = 40
 
 
 def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
-    """Print the comparison, the layers where there is one method, and where the files are; on rank 0."""
+    """Print the comparison, the layers if there is one method, and the paths of the files; on rank 0."""
     if not trainer.is_global_zero:
         return
     first = outcomes[0]
     if len(outcomes) == 1:
-        print(f"\nTinyQ: {first.headline()}, {first.note}\n")
+        print(f"\nTinyQ: {first.coverage}\n       {first.note}\n")
     else:
-        print(f"\nTinyQ: {len(outcomes)} methods for {len(first.plan)} layers, {first.note}\n")
+        print(f"\nTinyQ: {len(outcomes)} methods for {first.coverage.layers} layers, {first.note}\n")
     _print_table(comparison_table(outcomes))
     if len(outcomes) == 1:
         print()
@@ -40,8 +40,9 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
             print(note)
     print()
     for each in outcomes:
-        for verdict in filter(None, (each.verdict(), each.speed_verdict())):
-            print(verdict if len(outcomes) == 1 else f"{each.name}: {verdict}")
+        coverage = str(each.coverage) if len(outcomes) > 1 else None  # of one method it is in the headline
+        for sentence in filter(None, (coverage, each.verdict(), each.speed_verdict())):
+            print(sentence if len(outcomes) == 1 else f"{each.name}: {sentence}")
     if first.float_path:
         print(f"float      {first.float_path}")
     paths = [each.quantized_path for each in outcomes if each.quantized_path]
@@ -64,7 +65,7 @@ def _shortened(table: Table) -> Table:
 
 
 def _print_table(table: Table) -> None:
-    """With rich on a terminal, where it is installed; else as plain text."""
+    """Print with rich if it is installed and this is a terminal; else as plain text."""
     if sys.stdout.isatty():
         try:
             from rich.box import SIMPLE_HEAD
@@ -95,7 +96,7 @@ def log_outcomes(trainer: Trainer, outcomes: Sequence[Outcome], alone: bool) -> 
 
 
 def log_tables(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
-    """The comparison and the layers of each outcome, to loggers that take tables or text."""
+    """Log the comparison and the layers of each outcome to loggers that take tables or text."""
     if not trainer.is_global_zero:
         return
     tables = {"tinyq/comparison": comparison_table(outcomes)}

@@ -1,4 +1,4 @@
-"""The report beside the checkpoint: JSON to read by programs, HTML to look at, and the spec that was resolved."""
+"""Writes the report beside the checkpoint: JSON for programs, HTML for people, and the plan as a spec in YAML."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_report(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     """Write ``.json``, ``.html`` and ``.yaml`` beside each quantized checkpoint, on rank 0.
 
     Raises:
-        CheckpointError: on every rank, where a file could not be written; the checkpoints stand.
+        CheckpointError: on every rank, if a file could not be written; the checkpoints are written already.
     """
     write_on_rank_zero(trainer, partial(_write, outcomes))
 
@@ -56,7 +56,7 @@ def _write_text(path: str, text: str) -> None:
 
 
 def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[str, Any]:
-    """The report as plain data, what JSON holds. Numbers that are not finite are None; sizes are in bytes.
+    """The report as plain data, for JSON. Numbers that are not finite are None; sizes are in bytes.
 
     Args:
         outcome: what the report is about.
@@ -64,6 +64,7 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
     """
     plan, found = outcome.plan, outcome.search
     methods = outcomes or [outcome]
+    times = {"float": outcome.float_seconds} | {each.name: each.seconds for each in methods}
     layers = []
     for decision, row in zip(plan, plan.to_list(), strict=True):
         error = outcome.layers.get(decision.name)
@@ -83,13 +84,16 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
         "tinyq_lightning": __version__,
         "method": outcome.name,
         "label": plan.label,
-        "headline": outcome.headline(),
+        "headline": str(outcome.coverage),
         "note": outcome.note,
         "float_checkpoint": outcome.float_path and os.path.basename(outcome.float_path),
         "quantized_checkpoint": outcome.quantized_path and os.path.basename(outcome.quantized_path),
         "metrics": combined(methods),
         "bytes": {"float": outcome.float_bytes} | {each.name: each.bytes for each in methods},
-        "seconds_per_batch": {"float": outcome.float_seconds} | {each.name: each.seconds for each in methods},
+        "weight_bytes": {"quantized": outcome.coverage.quantized_bytes, "float": outcome.coverage.float_bytes},
+        "seconds_per_batch": {name: each.seconds for name, each in times.items()},
+        "seconds_spread": {name: each.spread for name, each in times.items()},
+        "batches_timed": {name: each.batches for name, each in times.items()},
         "budget": budget,
         "verdict": outcome.verdict(),
         "never_slower": outcome.stopwatch and {"verdict": outcome.speed_verdict()} | outcome.stopwatch.to_dict(),
@@ -109,7 +113,7 @@ def _finite(value: Any) -> Any:
 
 
 def resolved_yaml(outcome: Outcome) -> str:
-    """The spec that gives this plan again without a search or timing, with why for each layer as comments."""
+    """A spec that gives this plan again without a search or timing; comments give the reason for each layer."""
     plan = outcome.plan
     spec = plan.to_spec()
     content = spec.to_dict()

@@ -1,13 +1,12 @@
-"""What came of one method in a run: its plan, its figures, its files."""
+"""The outcome of one method in a run: its plan, its figures, its files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import nan
 
-from tinyq_lightning.plan import Plan
-from tinyq_lightning.search import LayerError, Search, Stopwatch, loses
+from tinyq_lightning.plan import Coverage, Plan, model_coverage
+from tinyq_lightning.search import BatchTimes, LayerError, Search, Stopwatch, loses
 from tinyq_lightning.trainer import FloatWeights, Measured, MethodsRun, Results, TestRun, compare
 
 __all__ = [
@@ -24,28 +23,30 @@ class Outcome:
     """One method on one model, measured.
 
     Attributes:
-        name: of its column: the plan's label or, among several, the method asked for.
+        name: of its column in the tables: the plan's label, or the method asked for if there are several.
         plan: what was quantized.
+        coverage: how much of all weights of the model that is.
         results: ``{metric: {"float": …, name: …, "delta": …}}``.
         float_bytes: tensors of the float state dict.
         bytes: tensors of the quantized state dict.
-        float_seconds: median time of a batch with float layers; NaN where no loop was run.
-        seconds: median time of a batch with quantized layers.
-        search: what a budget's search did, or None.
-        layers: output errors by layer, where they were measured.
+        float_seconds: the time of a batch with float layers; it has no batches if no loop was run.
+        seconds: the time of a batch with quantized layers.
+        search: the budget's search, or None.
+        layers: output errors by layer, if they were measured.
         float_path: the float checkpoint, or None.
-        quantized_path: the file, or None where none was written.
+        quantized_path: the file, or None if none was written.
         note: where the weights come from.
         stopwatch: what the run timed for ``never_slower``, or None.
     """
 
     name: str
     plan: Plan
+    coverage: Coverage
     results: Results
     float_bytes: int
     bytes: int
-    float_seconds: float
-    seconds: float
+    float_seconds: BatchTimes
+    seconds: BatchTimes
     search: Search | None = None
     layers: Mapping[str, LayerError] = field(default_factory=dict)
     float_path: str | None = None
@@ -56,11 +57,6 @@ class Outcome:
     def results_as(self, label: str) -> Results:
         """The results under another name than the column's."""
         return _renamed(self.results, self.name, label)
-
-    def headline(self) -> str:
-        """How much of the model is in int8, without a full stop."""
-        count = sum(decision.method != "float" for decision in self.plan)
-        return f"{count} of {len(self.plan)} layers in int8 ({self.plan.label})"
 
     def verdict(self) -> str | None:
         """Whether the budget was met, in a sentence; None without a budget."""
@@ -79,15 +75,19 @@ class Outcome:
         )
 
     def speed_verdict(self) -> str | None:
-        """What ``never_slower`` came to, in a sentence; None without it."""
+        """How many layers ``never_slower`` left float, in a sentence; None without it."""
         if self.stopwatch is None:
             return None
         left = sum(decision.decided_by == "timing" for decision in self.plan)
         timed, seconds = len(self.stopwatch.timings), self.stopwatch.seconds
-        return f"never slower: {left} of {len(self.plan)} layers left float ({timed} timings took {seconds:.2g} s)"
+        lost = len(self.stopwatch.not_timed)
+        also = f"; {lost} could not be timed" if lost else ""
+        return (
+            f"never slower: {left} of {len(self.plan)} layers left float ({timed} timings took {seconds:.2g} s{also})"
+        )
 
     def warnings(self) -> Iterator[str]:
-        """What a user should not miss."""
+        """Sentences to show as warnings."""
         if self.search is not None and not self.search.met:
             yield str(self.verdict())
         if self.stopwatch and all(decision.method == "float" for decision in self.plan):
@@ -102,11 +102,12 @@ def outcome_of_fit(
     return Outcome(
         name=name,
         plan=measured.plan,
+        coverage=model_coverage(measured.plan, run.module),
         results=compare(before.metrics, after.metrics, name) if before and after else {},
         float_bytes=run.float_bytes,
         bytes=measured.bytes,
-        float_seconds=before.seconds_per_batch if before else nan,
-        seconds=after.seconds_per_batch if after else nan,
+        float_seconds=before.seconds_per_batch if before else BatchTimes(),
+        seconds=after.seconds_per_batch if after else BatchTimes(),
         search=measured.search,
         layers=layers,
         float_path=source.path,
@@ -122,6 +123,7 @@ def outcome_of_test(
     return Outcome(
         name=name,
         plan=run.swap.plan,
+        coverage=model_coverage(run.swap.plan, run.module),
         results=_renamed(run.results, run.swap.plan.label, name),
         float_bytes=run.float_bytes,
         bytes=run.bytes,

@@ -27,9 +27,9 @@ __all__ = [
 class QuantizedSummary(Summary):
     """The table of Lightning's ``ModelSummary``, of a module with quantized layers or without.
 
-    An int8 weight counts as the weight it is, and as not trainable: the counts are those of the float
-    module. Sizes are what the tensors take: a byte for each int8 weight, four for each scale, and for
-    each parameter what its dtype takes. What shares its memory counts once.
+    An int8 weight counts as one weight that is not trainable, so the counts are those of the float module.
+    Sizes are those of the tensors: one byte for each int8 weight, four for each scale, and the size of its
+    dtype for each parameter. Tensors that share memory count once.
 
     Args:
         model: the module.
@@ -43,12 +43,12 @@ class QuantizedSummary(Summary):
 
     @property
     def param_nums(self) -> list[int]:
-        """How many weights each row has."""
+        """The number of weights of each row."""
         return [layer.num_parameters + _int8_count(layer._module) for layer in self._layer_summary.values()]
 
     @property
     def total_parameters(self) -> int:
-        """How many weights there are, float and int8."""
+        """The number of weights, float and int8."""
         return super().total_parameters + _int8_count(self._model)
 
     @property
@@ -70,9 +70,9 @@ def summarize(module: LightningModule, max_depth: int = 1) -> QuantizedSummary:
 
 
 class QuantizedModelSummary(ModelSummary):
-    """Prints the summary when a fit starts, in the place of the Trainer's own ``ModelSummary``.
+    """Prints the summary when a fit starts, instead of the Trainer's own ``ModelSummary``.
 
-    With rich where that is installed, as the Trainer's own.
+    It uses rich if that is installed, as the Trainer's own does.
 
     Args:
         max_depth: of the modules to show; -1 for all, 0 for none.
@@ -95,7 +95,7 @@ def _int8_count(module: nn.Module) -> int:
 
 
 def _int8_shapes(module: nn.Module) -> Iterator[tuple[int, int]]:
-    """Rows and columns of each int8 weight, those that layers share once."""
+    """Rows and columns of each int8 weight; a weight that several layers share comes once."""
     seen = set()
     for layer in module.modules():
         if isinstance(layer, Int8Weight) and (kind := kind_of(layer)) is not None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
 from tinyq_lightning.report.outcome import Outcome
+from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.table import Table, format_bytes
 
 __all__ = [
     "comparison_table",
     "layer_table",
 ]
+
+# Times of fewer batches, besides the first, are left out: they say little.
+_BATCHES = 4
 
 
 def comparison_table(outcomes: Sequence[Outcome]) -> Table:
@@ -31,11 +36,25 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Table:
     if all(path and os.path.isfile(path) for pair in paths for path in pair):
         on_disk = [(os.path.getsize(str(path)), os.path.getsize(str(float_path))) for path, float_path in paths]
         rows.append(["file on disk", format_bytes(on_disk[0][1]), *_sizes(on_disk)])
-    if first.float_seconds > 0:  # NaN where no loop was run
-        times = [(each.seconds, each.float_seconds) for each in outcomes]
-        cells = [text for now, before in times for text in (f"{1000 * now:.3g}", f"{now / before - 1:+.0%}")]
-        rows.append(["ms per batch", f"{1000 * first.float_seconds:.3g}", *cells])
+    times = [each.seconds for each in outcomes]
+    if min(each.batches for each in (first.float_seconds, *times)) >= _BATCHES:
+        cells = [text for now in times for text in (_milliseconds(now), _change(now, first.float_seconds))]
+        rows.append(["ms per batch", _milliseconds(first.float_seconds), *cells])
     return Table(header, rows)
+
+
+def _milliseconds(times: BatchTimes) -> str:
+    """``2.1 ±0.1``, with one digit of the spread."""
+    middle, spread = 1000 * times.seconds, 1000 * times.spread
+    digits = min(6, max(0, -math.floor(math.log10(spread)))) if spread else 3
+    return f"{middle:.{digits}f} ±{spread:.{digits}f}"
+
+
+def _change(now: BatchTimes, before: BatchTimes) -> str:
+    """In percent; empty where the two spreads overlap, since the difference may be noise."""
+    if abs(now.seconds - before.seconds) <= now.spread + before.spread:
+        return ""
+    return f"{now.seconds / before.seconds - 1:+.0%}"
 
 
 def _sizes(pairs: Sequence[tuple[int, int]]) -> list[str]:

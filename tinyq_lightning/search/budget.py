@@ -1,7 +1,7 @@
 """The search for the plan that keeps a metric within its budget and gives up as little as it can.
 
-Pure Python: layers come as names with their output SQNR for each method, plans go out as the layers
-whose method changes, and what a plan scores is asked of a function.
+Pure Python: it is given layers as names with their output SQNR for each method, tries plans as the layers
+whose method changes, and calls a function that returns the metric of a plan.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ __all__ = [
 ]
 
 LADDER = ("w8a8", "w8a16", "w8a32", "float")
-"""From the least exact to the most: what a layer climbs."""
+"""The methods from the least exact to the most; the search moves layers up."""
 
 
 SIGNAL_COST = 1
-"""What the pass that measures the layers counts for among the evaluations: it reads a few batches only."""
+"""The pass that measures the layers counts as this many evaluations, although it reads only the first batches."""
 
 
-# A method that improves a layer's output by less than this is no rung: the error lies in the weights.
+# A method that improves a layer's output SQNR by less than this is skipped: the error comes from the weights.
 _RUNG_DB = 1.0
 
 
 Changes = Mapping[str, str]
-"""Method by layer name, for layers whose method is another than the plan as asked for has."""
+"""Method by layer name, for the layers whose method differs from the plan that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Candidate:
 
     Attributes:
         name: its dotted path.
-        method: what the plan as asked for gives it.
-        extra_bytes: what the layer takes more as float than as int8.
+        method: of the plan that was asked for.
+        extra_bytes: its size as float, less its size as int8.
         sqnr_db: output SQNR in dB by method; a method that is missing counts as exact.
-        too_slow: methods that are not to be tried.
+        too_slow: methods that must not be tried.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Candidate:
     too_slow: frozenset[str] = frozenset()
 
     def rungs(self) -> list[tuple[str, float]]:
-        """The methods worth trying from the layer's own up, with their SQNR; ``float`` is the last."""
+        """The methods to try, from the layer's own up, with their SQNR; ``float`` is the last."""
         own = LADDER.index(self.method)
         found: list[tuple[str, float]] = []
         for method in LADDER[own:-1]:
@@ -76,10 +76,10 @@ class Trial:
     """One plan, measured.
 
     Attributes:
-        changes: the layers that differ from the plan as asked for.
+        changes: the layers that differ from the plan that was asked for.
         value: of the monitored metric.
-        lost: how much worse than float; NaN where the metric is.
-        extra_bytes: what the plan takes more than the one asked for.
+        lost: how much worse than float; NaN if the metric is NaN.
+        extra_bytes: the plan's size, less the size of the plan that was asked for.
     """
 
     changes: Changes
@@ -95,13 +95,13 @@ def loses(trial: Trial) -> str:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search tried and chose.
+    """The plans that a search measured, and the one it chose.
 
     Attributes:
-        trials: in the order of their measurement; the first is the plan as asked for.
-        chosen: the index of the trial that won.
+        trials: in the order of their measurement; the first is the plan that was asked for.
+        chosen: the index of the chosen trial.
         allowed: the loss that the budget allows, in the metric's unit.
-        stopped_by: ``max_evals`` or ``max_seconds`` where that cut the search short, else None.
+        stopped_by: ``max_evals`` or ``max_seconds`` if that ended the search early, else None.
     """
 
     trials: tuple[Trial, ...]
@@ -111,7 +111,7 @@ class Search:
 
     @property
     def best(self) -> Trial:
-        """The trial that won."""
+        """The chosen trial."""
         return self.trials[self.chosen]
 
     @property
@@ -121,10 +121,10 @@ class Search:
 
 
 def evaluation_limit(layers: int) -> int:
-    """How many evaluations a run with a budget takes at most: ``2 + 2·log₂(layers) + 4``, rounded down.
+    """The most evaluations that a run with a budget takes: ``2 + 2·log₂(layers) + 4``, rounded down.
 
-    Among them are that of the float model, that of the plan as asked for, and the pass over a few
-    batches that measures the layers.
+    They include the float model, the plan that was asked for, and the pass over the first batches that
+    measures the layers.
     """
     return int(2 + 2 * math.log2(max(1, layers)) + 4)
 
@@ -137,25 +137,25 @@ def search(
     measure: Callable[[Changes], float],
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Search:
-    """Find the plan within the budget that gives up as little as can be found.
+    """Find a plan within the budget that gives up as little as possible.
 
-    Each layer climbs w8a8 → w8a16 → w8a32 → float. All these steps, of all layers, stand in one order:
-    the step away from the least output SQNR comes first. Bisecting finds how many of them, from the
-    beginning, bring the metric within the budget. Then the layers of that plan are let down again, many
-    at a time and those with the most bytes first, wherever the metric bears it. At least one layer stays
-    int8; where no such plan is within the budget, the one that loses least wins.
+    Each layer can move up: w8a8 → w8a16 → w8a32 → float. The steps of all layers are sorted by the output
+    SQNR of the method they leave, the smallest first. Bisection finds the least number of steps, from the
+    beginning, with which the metric is within the budget. Then the layers of that plan are moved down again
+    in groups, those with the most bytes first, as long as the metric stays within the budget. At least one
+    layer stays int8; if no such plan is within the budget, the one that loses least is chosen.
 
-    The float model and the plan as asked for have been measured already; with them and the pass that
-    measured the layers, the evaluations are at most :func:`evaluation_limit`. The same values give the
+    The float model and the plan that was asked for have been measured before; with these and the pass that
+    measured the layers, there are at most :func:`evaluation_limit` evaluations. The same values give the
     same plan.
 
     Args:
-        layers: those that the plan as asked for quantizes, in the model's order.
+        layers: those that the plan that was asked for quantizes, in the model's order.
         budget: with its ``mode``.
         float_value: the float model's metric.
-        value: that of the plan as asked for.
-        measure: the metric of a plan.
-        out_of_time: whether no further measurement should begin.
+        value: the metric of the plan that was asked for.
+        measure: returns the metric of a plan.
+        out_of_time: returns True if no further measurement may begin.
     """
     return _Searcher(layers, budget, float_value, measure, out_of_time).run(value)
 
@@ -197,9 +197,9 @@ class _Searcher:
         return Search(tuple(self._trials), self._best(), self._allowed, self._stopped_by)
 
     def _bisect(self) -> tuple[list[int], int] | None:
-        """The levels after the fewest steps that are within the budget, and the layer of the last of them."""
+        """The levels after the fewest steps within the budget, and the layer of the last step; None if none are."""
         steps = [(rungs[at][1], index, at) for index, rungs in enumerate(self._rungs) for at in range(len(rungs) - 1)]
-        order = [index for _, index, _ in sorted(steps)][:-1]  # the last would leave nothing int8
+        order = [index for _, index, _ in sorted(steps)][:-1]  # with the last step no layer would be int8
         fails, passes = 0, len(order) + 1
         while passes - fails > 1:
             middle = (fails + passes) // 2
@@ -213,7 +213,7 @@ class _Searcher:
         return [steps.count(index) for index in range(len(self._layers))]
 
     def _let_down(self, levels: list[int], last: int) -> None:
-        """One rung down for as many layers at a time as the metric bears; ``last`` is known to be needed."""
+        """Move layers one step down, in groups that are halved when the budget is exceeded; ``last`` must stay up."""
         groups = [self._by_gain([index for index, level in enumerate(levels) if level and index != last], levels)]
         while groups:
             group = groups.pop(0)
@@ -228,7 +228,7 @@ class _Searcher:
                 groups[:0] = [group[:half], group[half:]]
 
     def _by_gain(self, group: list[int], levels: Sequence[int]) -> list[int]:
-        """Most bytes first, then those that the lower rung hurts least."""
+        """The layers with the most bytes first, then those that lose least by a step down."""
 
         def gain(index: int) -> tuple[int, float, int]:
             rungs, level = self._rungs[index], levels[index]
@@ -262,7 +262,7 @@ class _Searcher:
         return self._trials[index].lost <= self._allowed
 
     def _best(self) -> int:
-        """Within the budget: fewest bytes, then fewest layers changed, then the latest. Else: the least lost."""
+        """Within the budget: the fewest bytes, then the fewest changes, then the latest. Else the least loss."""
 
         def cost(index: int) -> tuple[float, ...]:
             trial = self._trials[index]

@@ -17,7 +17,7 @@ from tinyq_lightning.layers import QuantizedLinear
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.budget import LADDER
 from tinyq_lightning.search.layer_calls import input_of, values_of
-from tinyq_lightning.search.timer import timed
+from tinyq_lightning.search.timer import brief, timed
 
 __all__ = [
     "SIGNAL_BATCHES",
@@ -41,7 +41,7 @@ class LayerError:
             ``52.87 − 20·log10(crest)`` dB.
         float_ms: median time of the float layer on a batch, in milliseconds.
         ms: the same of the quantized layer, by method.
-        not_measured: why the layer could not be measured, or None. Its figures are empty then.
+        not_measured: why no call of the layer could be measured, or None. Its figures are empty then.
     """
 
     output_sqnr_db: dict[str, float] = field(default_factory=dict)
@@ -94,44 +94,40 @@ class _Watch:
 
     def look(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward hook: run the float layer, and the quantized one by every method, on the inputs given."""
-        if self._failure is not None:
-            return
         if torch.compiler.is_compiling():
             self._failure = "it was called in a compiled graph"
             return
         try:
             with torch.no_grad():
-                self._measure(input_of(args, kwargs))
-        except Exception as error:  # any at all: it must not reach the user's loop, which did nothing wrong
-            self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._measure(values_of(input_of(args, kwargs)))
+        except Exception as error:  # of any kind: it must not reach the user's loop, which did nothing wrong
+            self._failure = brief(error)
 
-    def _measure(self, given: Tensor) -> None:
-        x = values_of(given)
+    def _measure(self, x: Tensor) -> None:
+        """Add one call to the sums; a call that fails adds nothing."""
         if not x.numel():
             return
         # not module(…): its hooks, this one among them, would run again
-        expected = self._timed("float", self._module, x)
+        output, taken = timed(partial(self._module.forward, x), x.device)
+        expected, seconds, noise = _rows(output), {"float": taken}, {}
         for method, layer in self._layers.items():
-            error = self._timed(method, layer.to(x.device), x) - expected
-            self._noise[method] += error.square().sum().item()
-        self._sum = self._sum + expected.sum(0)
-        self._squares = self._squares + expected.square().sum(0)
+            output, seconds[method] = timed(partial(layer.to(x.device).forward, x), x.device)
+            noise[method] = (_rows(output) - expected).square().sum().item()
         rows = _rows(x)
         crest = rows.abs().amax(1) / rows.square().mean(1).sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
         self._crest += crest.sum().item()
+        self._sum = self._sum + expected.sum(0)
+        self._squares = self._squares + expected.square().sum(0)
+        for method, value in noise.items():
+            self._noise[method] += value
+        for name, value in seconds.items():
+            self._seconds[name].append(value)
         self._tokens += len(expected)
 
-    def _timed(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
-        output, seconds = timed(partial(module.forward, x), x.device)
-        self._seconds[name].append(seconds)
-        return _rows(output[0] if isinstance(output, tuple) else output)
-
     def error(self) -> LayerError | None:
-        """What was measured, or why nothing was; None if the layer was not called."""
-        if self._failure is not None:
-            return LayerError(not_measured=self._failure)
+        """What was measured, or why no call could be; None if the layer was not called."""
         if not self._tokens:
-            return None
+            return LayerError(not_measured=self._failure) if self._failure else None
         squares, total = torch.as_tensor(self._squares), torch.as_tensor(self._sum)
         signal = (squares - total.square() / self._tokens).clamp_min(0).sum().item()
         ms = {name: 1000 * median(seconds) for name, seconds in self._seconds.items()}
@@ -143,8 +139,9 @@ class _Watch:
         )
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """``[tokens, features]``, float64."""
+def _rows(output: Any) -> Tensor:
+    """``[tokens, features]`` float64 of a layer's input or output; of a tuple, the first."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor.detach().cpu().double().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
 
 

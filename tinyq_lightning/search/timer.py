@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
+from dataclasses import dataclass
+from statistics import median, quantiles
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 __all__ = [
+    "BatchTimes",
     "Run",
     "Timing",
+    "brief",
     "time_in_turns",
     "timed",
 ]
@@ -32,6 +36,30 @@ class Timing(NamedTuple):
 
     float_ms: float
     ms: float
+
+
+@dataclass(frozen=True)
+class BatchTimes:
+    """The time of a batch in one run of a loop, without its first batch, which warms up caches and kernels.
+
+    Attributes:
+        seconds: median; NaN where there is no batch.
+        spread: half the distance between the quartiles: half of the batches are within ``seconds ± spread``.
+        batches: how many were timed.
+    """
+
+    seconds: float = math.nan
+    spread: float = math.nan
+    batches: int = 0
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> BatchTimes:
+        """From the seconds of each batch, in their order."""
+        warm = seconds[1:]
+        if len(warm) < 2:
+            return cls(median(seconds), 0.0, len(warm)) if seconds else cls()
+        lower, middle, upper = quantiles(warm, n=4, method="inclusive")
+        return cls(middle, (upper - lower) / 2, len(warm))
 
 
 def timed(run: Callable[[], Returned], device: torch.device | str = "cpu") -> tuple[Returned, float]:
@@ -75,3 +103,9 @@ def time_in_turns(
                 taken.append(timed(run, device)[1])
         rounds += 1
     return Timing(1000 * median(seconds[0]), 1000 * median(seconds[1]))
+
+
+def brief(error: Exception) -> str:
+    """An error in one line of a table, for a call that could not be timed or measured."""
+    first = f"{type(error).__name__}: {error}".splitlines()[0]
+    return first if len(first) <= 160 else f"{first[:159]}…"

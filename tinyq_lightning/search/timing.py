@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.layers import QuantizedLinear, float_weight, linear_with
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.layer_calls import Call, counted_calls, representative
-from tinyq_lightning.search.timer import Run, Timing, time_in_turns, timed
+from tinyq_lightning.search.timer import Run, Timing, brief, time_in_turns, timed
 
 __all__ = [
     "ROUNDS",
@@ -112,6 +113,7 @@ class Stopwatch:
     Attributes:
         calls: how often each layer was called in which way, by its name; empty until one was watched.
         timings: by shape and call, in the order of their measurement.
+        not_timed: why, by each shape and call that could not be timed; it is not judged.
         seconds: what all timing took.
     """
 
@@ -119,6 +121,7 @@ class Stopwatch:
         self.calls: dict[str, Counter[Call]] = {}
         self.seconds = 0.0
         self.timings: dict[tuple[Shape, Call], Timing] = {}
+        self.not_timed: dict[tuple[Shape, Call], str] = {}
 
     @property
     def saw_all(self) -> bool:
@@ -134,7 +137,7 @@ class Stopwatch:
     def slower(self, swap: Swap) -> dict[str, tuple[str, str]]:
         """Of the layers of ``swap``, those to leave float; what has not been timed yet is timed.
 
-        Layers that were not called are not judged.
+        Layers that were not called, or could not be timed, are not judged.
 
         Returns:
             The changes, with their reasons, for :meth:`Swap.switched`.
@@ -147,30 +150,36 @@ class Stopwatch:
             alike[shape].append((module, layer))
         work = {
             name: [
-                (weight, call, self._timing(shape, call, alike[shape]))
+                (weight, call, timing)
                 for call, weight in representative(self.calls.get(name, {})).items()
+                if (timing := self._timing(shape, call, alike[shape]))
             ]
             for name, shape in shapes.items()
         }
         self.seconds += time.perf_counter() - start
         return left_float(work, swap.ties())
 
-    def _timing(self, shape: Shape, call: Call, layers: Sequence[tuple[nn.Linear, QuantizedLinear]]) -> Timing:
+    def _timing(self, shape: Shape, call: Call, layers: Sequence[tuple[nn.Linear, QuantizedLinear]]) -> Timing | None:
         key = (shape, call)
-        if key not in self.timings:
-            self.timings[key] = Timing(*time_call(layers, call))
-        return self.timings[key]
+        if key not in self.timings and key not in self.not_timed:
+            try:
+                self.timings[key] = Timing(*time_call(layers, call))
+            except (RuntimeError, TinyQError) as error:  # out of memory, or an operator that the device lacks
+                self.not_timed[key] = brief(error)
+        return self.timings.get(key)
 
     def to_dict(self) -> dict[str, Any]:
-        """What was timed, and with how many threads, as plain data."""
-        return {
-            "seconds": self.seconds,
-            "threads": torch.get_num_threads(),
-            "timings": [
-                _plain(asdict(shape) | {"input": asdict(call)} | timing._asdict())
-                for (shape, call), timing in self.timings.items()
-            ],
-        }
+        """What was timed and what could not be, and with how many threads, as plain data."""
+        timings = [
+            asdict(shape) | {"input": asdict(call)} | timing._asdict() for (shape, call), timing in self.timings.items()
+        ]
+        not_timed = [
+            asdict(shape) | {"input": asdict(call), "reason": reason}
+            for (shape, call), reason in self.not_timed.items()
+        ]
+        content = {"seconds": self.seconds, "threads": torch.get_num_threads(), "timings": timings}
+        plain: dict[str, Any] = _plain(content | ({"not_timed": not_timed} if not_timed else {}))
+        return plain
 
 
 def _shape(layer: QuantizedLinear) -> Shape:
@@ -248,4 +257,6 @@ def _as_called(run: Run, call: Call) -> Run:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

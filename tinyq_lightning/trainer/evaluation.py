@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, cast
 
 import torch
@@ -17,6 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
 from tinyq_lightning.trainer.checks import why_never_validated
 from tinyq_lightning.trainer.inner_trainer import Stage, inner_trainer, quiet, shadowed, state_roots
@@ -64,9 +63,9 @@ class LoopWatch:
         self._kept: KeptBatch | None = None
 
     @property
-    def seconds_per_batch(self) -> float:
-        """Median over the batches; NaN where there were none."""
-        return median(self._seconds) if self._seconds else math.nan
+    def seconds_per_batch(self) -> BatchTimes:
+        """Median and spread over the batches."""
+        return BatchTimes.of(self._seconds)
 
     def batch_started(self, batch: Any, loaders: list[Any]) -> None:
         """Before the user's hooks and step: note what the batch holds, and start the clock."""
@@ -153,14 +152,14 @@ class Evaluation:
     Attributes:
         metrics: every logged metric by its name.
         higher_is_better: by metric, where the logged torchmetrics object tells.
-        seconds_per_batch: median over the batches.
+        seconds_per_batch: median and spread over the batches.
         digests: of each batch that this process read.
         other_weights: whether the module's hooks put other weights in before the first batch.
     """
 
     metrics: dict[str, float]
     higher_is_better: dict[str, bool]
-    seconds_per_batch: float
+    seconds_per_batch: BatchTimes
     digests: tuple[int, ...] = ()
     other_weights: bool = False
 

@@ -118,6 +118,11 @@ class MethodsRun:
                     f"the float model's {budget.monitor} is {self._float_value}, so no loss can be measured from it"
                 )
 
+    @property
+    def module(self) -> LightningModule:
+        """The user's."""
+        return self._module
+
     @cached_property
     def methods(self) -> list[Measured]:
         """Each method, measured and within the budget; with ``keep: smallest`` that holds of the one kept only.

@@ -117,8 +117,8 @@ class TestRun:
         float_bytes: of the float state dict's tensors.
         bytes: of the quantized state dict's tensors.
         layers: output errors by layer, once those were watched.
-        seconds: median time of a batch with quantized layers; NaN where there was none.
-        float_seconds: median time of a batch with float layers; NaN where there was none.
+        seconds: the time of a batch with quantized layers.
+        float_seconds: the time of a batch with float layers.
 
     Raises:
         EvaluationError: ``test_step`` takes an iterator.
@@ -148,7 +148,7 @@ class TestRun:
         self.stopwatch = stopwatch
         self.results: Results = {}
         self.layers: dict[str, LayerError] = {}
-        self.seconds = self.float_seconds = float("nan")
+        self.seconds = self.float_seconds = BatchTimes()
         self._float: Evaluation | None = None
         self._watch, self._watching = LoopWatch(), ExitStack()
         self._undecided = stopwatch is not None
@@ -217,6 +217,11 @@ class TestRun:
     def watch_layers(self) -> None:
         """Have the layers measured on the first batches, as the Trainer's own steps run them."""
         self.layers = self._watching.enter_context(measured_layers(self.swap))
+
+    @property
+    def module(self) -> LightningModule:
+        """The user's."""
+        return self._module
 
     def log(self, entries: dict[str, float]) -> None:
         """Log through the module, as its own hook at the end of the epoch would."""

@@ -1,0 +1,77 @@
+"""The share of all weights that a plan quantizes: right for any model, float or quantized, and by type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import TiedEncoder
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from tinyq_lightning import QuantizationSpec
+from tinyq_lightning.plan import file_coverage, model_coverage
+from tinyq_lightning.plan.swap import Swap
+
+
+class Vision(nn.Module):
+    """Nearly all of its weights are convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3))
+        self.head = nn.Linear(64, 4)
+
+
+def bytes_of(module):
+    return sum(parameter.numel() * parameter.element_size() for parameter in set(module.parameters()))
+
+
+def test_a_small_head_on_a_large_backbone_is_not_all_of_the_model():
+    model = Vision()
+    found = model_coverage(Swap(model, QuantizationSpec()).plan, model)
+    linear = bytes_of(model.head)
+    assert found.quantized_bytes == linear
+    assert found.total_bytes == bytes_of(model)
+    assert found.float_bytes["BatchNorm2d"] == bytes_of(model.features[1])
+    assert list(found.float_bytes) == ["Conv2d", "BatchNorm2d"]
+    assert str(found).startswith(f"{100 * linear / bytes_of(model):.1f} % of the weight bytes in int8 (w8a32), 1 of 3 ")
+    assert "; in float 99.0 % Conv2d, 0.3 % BatchNorm2d" in str(found)
+
+
+MODELS = {
+    "tied and attention": TiedEncoder,
+    "shared layer": lambda: nn.Sequential(*[nn.Linear(8, 8)] * 3, nn.Linear(8, 4, bias=False)),
+    "parametrized": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 4)),
+    "keys of another size": lambda: nn.ModuleList([nn.MultiheadAttention(8, 2, kdim=4, vdim=4), nn.Linear(8, 8)]),
+    "bias of keys": lambda: nn.ModuleList([nn.MultiheadAttention(8, 2, add_bias_kv=True), nn.Linear(8, 8)]),
+}
+
+
+@pytest.mark.parametrize("exclude", [(), ("re:.*out_proj|0|head",)])
+@pytest.mark.parametrize("name", MODELS)
+def test_float_and_quantized_model_and_file_tell_the_same(name, exclude):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    if exclude and not any("0" in path or "head" in path for path, _ in model.named_modules()):
+        pytest.skip("nothing to exclude")
+    swap = Swap(model, QuantizationSpec(exclude=exclude))
+    before = model_coverage(swap.plan, model)
+    assert before.total_bytes == pytest.approx(bytes_of(model), rel=0.1)
+    with swap:
+        after = model_coverage(swap.plan, model)
+        filed = file_coverage(swap.plan, model.state_dict())
+    assert after.quantized_bytes == before.quantized_bytes == filed.quantized_bytes
+    assert sum(after.float_bytes.values()) == sum(before.float_bytes.values())
+    assert (after.quantized_layers, after.layers) == (before.quantized_layers, before.layers)
+    assert not {"ParametrizationList", "NonDynamicallyQuantizableLinear"} & set(before.float_bytes)
+
+
+def test_all_in_int8_is_all_and_nothing_is_nothing():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    assert str(model_coverage(Swap(model, QuantizationSpec()).plan, model)) == (
+        "100 % of the weight bytes in int8 (w8a32), 2 of 2 layers"
+    )
+    slower = dict.fromkeys(("0", "1"), ("float", "left float: slower"))
+    nothing = model_coverage(Swap(model, QuantizationSpec()).switched(slower).plan, model)
+    assert str(nothing).startswith("0 % of the weight bytes in int8")
+    assert str(nothing).endswith("0 of 2 layers; in float 100 % Linear")

@@ -1,0 +1,141 @@
+"""How much of all weights of a model a plan quantizes, in bytes, and what holds the others."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from tinyq_lightning.plan.plan import Decision, Plan
+
+__all__ = [
+    "Coverage",
+    "file_coverage",
+    "model_coverage",
+]
+
+_SHOWN = 3  # The types of module that a headline names.
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The bytes of all weights of a model, weights and biases as floats, those that are shared counted once.
+
+    Attributes:
+        label: of the plan.
+        quantized_bytes: of the layers that the plan quantizes.
+        float_bytes: of all that stays float, by the type of the module that holds it; by an empty name where
+            types are not known. The largest comes first.
+        quantized_layers: the number of layers that the plan quantizes.
+        layers: the number of layers of the plan, and of the other modules that hold a matrix or more.
+    """
+
+    label: str
+    quantized_bytes: int
+    float_bytes: Mapping[str, int]
+    quantized_layers: int
+    layers: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all weights."""
+        return self.quantized_bytes + sum(self.float_bytes.values())
+
+    def __str__(self) -> str:
+        """``94.7 % of the weight bytes in int8 (w8a32), 19 of 20 layers; in float 5.3 % Conv2d``."""
+        total = self.total_bytes or 1
+        text = f"{_percent(self.quantized_bytes / total)} of the weight bytes in int8 ({self.label}), "
+        text += f"{self.quantized_layers} of {self.layers} layer{'s' * (self.layers != 1)}"
+        named = [(name, size) for name, size in self.float_bytes.items() if name and size]
+        shown = [f"{_percent(size / total)} {name}" for name, size in named[:_SHOWN]]
+        if rest := sum(size for _, size in named[_SHOWN:]):
+            shown.append(f"{_percent(rest / total)} other")
+        return f"{text}; in float {', '.join(shown)}" if shown else text
+
+
+def model_coverage(plan: Plan, model: nn.Module) -> Coverage:
+    """How much of ``model`` is quantized by ``plan``.
+
+    Args:
+        plan: of the model.
+        model: with its quantized layers in or out, or without values on the meta device.
+    """
+    held = (
+        (f"{path}.{name}" if path else name, _type_name(model, path), parameter)
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not is_lazy(parameter)
+    )
+    return _coverage(plan, held)
+
+
+def file_coverage(plan: Plan, state_dict: Mapping[str, Any]) -> Coverage:
+    """As :func:`model_coverage` from the entries of a state dict, which tell no types; floating-point buffers count.
+
+    Args:
+        plan: of the model.
+        state_dict: float or quantized.
+    """
+    floats = (
+        (path, "", value)
+        for path, value in state_dict.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    )
+    return _coverage(plan, floats)
+
+
+def _coverage(plan: Plan, held: Iterable[tuple[str, str, Tensor]]) -> Coverage:
+    decisions = {name: decision for decision in plan for name in (decision.name, *decision.aliases)}
+    left: dict[str, int] = defaultdict(int)
+    others: set[str] = set()
+    known: set[tuple[int, Any]] = set()
+    for path, type_name, tensor in held:
+        decision = _decision_of(path, decisions)
+        place = (id(tensor), 0) if tensor.is_meta else (tensor.untyped_storage()._cdata, tensor.storage_offset())
+        if place in known or (decision is not None and decision.method != "float"):
+            continue
+        known.add(place)
+        left[type_name] += tensor.numel() * tensor.element_size()
+        if decision is None and tensor.dim() > 1:
+            others.add(path.rpartition(".")[0])
+    quantized = [decision for decision in plan if decision.method != "float"]
+    return Coverage(
+        label=plan.label,
+        quantized_bytes=sum(decision.float_bytes for decision in quantized),
+        float_bytes=dict(sorted(left.items(), key=lambda item: -item[1])),
+        quantized_layers=len(quantized),
+        layers=len(plan) + len(others),
+    )
+
+
+def _decision_of(path: str, decisions: Mapping[str, Decision]) -> Decision | None:
+    """The decision on the layer that holds a tensor.
+
+    A projection ``A.in_proj`` of attention holds ``A.in_proj_weight`` and ``A.in_proj_bias``; where keys have
+    another size, the projections are ``A.q_proj`` and so on, and the bias is still one.
+    """
+    for ending, layer in (("_weight", ""), ("_bias", ""), ("in_proj_bias", "q_proj")):
+        if path.endswith(ending) and (name := path.removesuffix(ending) + layer) in decisions:
+            return decisions[name]
+    while path:
+        path = path.rpartition(".")[0]
+        if path in decisions:
+            return decisions[path]
+    return None
+
+
+def _type_name(model: nn.Module, path: str) -> str:
+    """The class of the module at ``path``, by the name that users write; torch makes subclasses of some."""
+    owner = path.partition(".parametrizations.")[0]
+    name = type(model.get_submodule(owner)).__name__
+    return name.removeprefix("Parametrized").removeprefix("NonDynamicallyQuantizable")
+
+
+def _percent(share: float) -> str:
+    if share in (0, 1):
+        return f"{share:.0%}".replace("%", " %")
+    return f"{min(99.9, max(0.1, 100 * share)):.1f} %"
