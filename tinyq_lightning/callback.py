@@ -41,6 +41,7 @@ from tinyq_lightning.trainer import (
     choose_float_weights,
     directions,
     folder_of,
+    logged_names,
     numbers,
     preserved,
     refuse_sharding,
@@ -198,7 +199,7 @@ class TinyQCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the budget against the metrics of each validation; the first is the sanity check before training."""
         if self.spec.budget and self.spec.when == "fit_end" and trainer.state.fn == TrainerFn.FITTING:
-            check_budget(trainer, self.spec.budget, directions(trainer))
+            check_budget(trainer, self.spec.budget, logged_names(trainer), directions(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve, swap, evaluate, save and report; the module is unchanged afterwards."""

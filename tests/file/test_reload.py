@@ -169,6 +169,7 @@ def test_hyper_parameters_in_one_object_come_back(tmp_path, kind):
 
 
 @pytest.mark.filterwarnings("ignore:Attribute 'activation' is an instance")
+@pytest.mark.filterwarnings("ignore:TinyQ. the quantized checkpoint holds plain data only")  # before training
 def test_entries_of_the_users_hooks_come_over_and_what_cannot_is_named(tmp_path):
     class Keeps(Net):
         def __init__(self, width=16, lr=0.02, activation=None):

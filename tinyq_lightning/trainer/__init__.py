@@ -1,7 +1,7 @@
 """All that needs a Trainer: the user's loop run on other weights, which float weights, checks before training."""
 
 from tinyq_lightning.trainer.checks import check_before_fit, check_budget
-from tinyq_lightning.trainer.evaluation import directions, why_no_validation
+from tinyq_lightning.trainer.evaluation import directions, logged_names, why_no_validation
 from tinyq_lightning.trainer.failures import HOW_TO_QUANTIZE_LATER, step_after_run
 from tinyq_lightning.trainer.float_weights import FloatWeights, choose_float_weights, folder_of, tested_weights
 from tinyq_lightning.trainer.isolation import preserved
@@ -27,6 +27,7 @@ __all__ = [
     "compare",
     "directions",
     "folder_of",
+    "logged_names",
     "numbers",
     "preserved",
     "refuse_sharding",

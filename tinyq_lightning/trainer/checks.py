@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -171,7 +171,9 @@ def known_mode(
     return replace(budget, mode=mode)
 
 
-def check_budget(trainer: Trainer, budget: Budget, higher_is_better: Mapping[str, bool]) -> None:
+def check_budget(
+    trainer: Trainer, budget: Budget, logged: Collection[str], higher_is_better: Mapping[str, bool]
+) -> None:
     """Check a budget against the metrics of a validation in ``fit``; the first is the sanity check before training.
 
     A sanity check that logs nothing shows nothing, and a later validation may log other metrics than the next.
@@ -179,10 +181,9 @@ def check_budget(trainer: Trainer, budget: Budget, higher_is_better: Mapping[str
     Raises:
         SpecError: the metric was not logged, or its mode is unknown or contradicted.
     """
-    logged = trainer.callback_metrics
     sanity = trainer.sanity_checking and bool(logged)
     if sanity or budget.monitor in logged or logged_per_dataloader(budget.monitor, logged):
-        known_mode(budget, logged, higher_is_better, _SANITY_CHECK_ADVICE if sanity else "")
+        known_mode(budget, dict.fromkeys(logged), higher_is_better, _SANITY_CHECK_ADVICE if sanity else "")
 
 
 def check_monitor(trainer: Trainer, monitor: str | None) -> None:
@@ -201,7 +202,7 @@ def check_monitor(trainer: Trainer, monitor: str | None) -> None:
 
 def logged_per_dataloader(monitor: str, names: Iterable[str]) -> list[str]:
     """The names under which Lightning logs a metric if there are several dataloaders."""
-    return [name for name in names if name.startswith(f"{monitor}/dataloader_idx_")]
+    return sorted(name for name in names if name.startswith(f"{monitor}/dataloader_idx_"))
 
 
 def _meant(monitor: str, names: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "LoopWatch",
     "dataloaders",
     "directions",
+    "logged_names",
     "run_evaluation",
     "why_no_validation",
 ]
@@ -47,6 +48,19 @@ def directions(trainer: Trainer) -> dict[str, bool]:
         if higher is not None:
             found |= dict.fromkeys(results._forked_name(result, on_step=False), bool(higher))
     return found
+
+
+def logged_names(trainer: Trainer) -> set[str]:
+    """The names of all metrics that validation has logged, in a sanity check with several dataloaders as well.
+
+    Args:
+        trainer: in ``on_validation_end``.
+    """
+    names = set(trainer.callback_metrics)
+    if (results := trainer._results) is not None:
+        epoch = [result for result in results.values() if result.meta.on_epoch]
+        names.update(name for result in epoch for name in results._forked_name(result, on_step=False))
+    return names
 
 
 class LoopWatch:

@@ -19,7 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.plan import Swap, state_bytes
-from tinyq_lightning.search import SIGNAL_BATCHES, LayerError, Stopwatch, measured_layers
+from tinyq_lightning.search import SIGNAL_BATCHES, BatchTimes, LayerError, Stopwatch, measured_layers
 from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.trainer.evaluation import Evaluation, LoopWatch, dataloaders, run_evaluation
 from tinyq_lightning.trainer.inner_trainer import state_roots

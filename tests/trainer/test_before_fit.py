@@ -1,0 +1,155 @@
+"""What cannot work is refused before the first training step."""
+
+from __future__ import annotations
+
+import re
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from models import Net, keeper, loader, trainer
+from omegaconf import OmegaConf
+from torch import nn
+from torchmetrics import MeanSquaredError
+
+from tinyq_lightning import TinyQCallback
+from tinyq_lightning.errors import ModelError, SpecError
+
+
+class Counts(Net):
+    """Counts its training steps."""
+
+    def __init__(self, width: int = 16):
+        super().__init__(width)
+        self.steps = 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        return super().training_step(batch, batch_idx)
+
+
+def refused(root, callback, kind, match, module=None, *, loaders=1, callbacks=(), **settings):
+    module = module or Counts()
+    run = trainer(root, callback, *callbacks, **settings)
+    with pytest.raises(kind, match=match):
+        run.fit(module, loader(shuffle=True), [loader(seed=1)] * loaders)
+    assert module.steps == 0
+
+
+class Narrow(Counts):
+    """Each row has one weight, so int8 and its scale are no smaller."""
+
+    def __init__(self):
+        super().__init__()
+        del self.body
+        self.head = nn.Linear(1, 4)
+
+    def forward(self, x):
+        return self.head(x[:, :1])
+
+
+def test_a_model_without_anything_to_quantize(tmp_path):
+    refused(tmp_path, TinyQCallback(), ModelError, r"nothing to quantize \(head: int8 is no smaller", Narrow())
+
+
+@pytest.mark.parametrize("settings", [{}, {"save": False}, {"fast_dev_run": True}])
+def test_a_folder_below_a_file(tmp_path, settings):
+    (tmp_path / "file").write_text("")
+    settings = dict(settings)
+    save = settings.pop("save", True)
+    callback = TinyQCallback(dirpath=str(tmp_path / "file" / "below"), save=save, report=False)
+    if save and not settings:
+        refused(tmp_path, callback, SpecError, r"dirpath '.*below' cannot be written to")
+    else:  # nothing is written, so nothing is refused
+        trainer(tmp_path, callback, **settings).fit(Net(), loader(), loader(seed=1))
+        assert callback.results
+
+
+def test_a_root_folder_that_takes_no_files(tmp_path):
+    (tmp_path / "file").write_text("")
+    callback = TinyQCallback(report=False)
+    refused(
+        tmp_path / "file", callback, SpecError, "default_root_dir .* cannot be written to", enable_checkpointing=False
+    )
+
+
+class ReadOnly(MemoryFileSystem):
+    """A remote file system that refuses to write."""
+
+    protocol = ("readonly",)
+
+    def _open(self, path, mode="rb", **kwargs):
+        if mode != "rb":
+            raise PermissionError("no rights to write")
+        return super()._open(path, mode, **kwargs)
+
+
+def test_a_remote_folder_that_takes_no_files(tmp_path):
+    fsspec.register_implementation("readonly", ReadOnly, clobber=True)
+    refused(tmp_path, TinyQCallback(dirpath="readonly://share"), SpecError, "PermissionError: no rights to write")
+    refused(tmp_path, TinyQCallback(dirpath="nosuch://share"), SpecError, "nosuch")
+
+
+def test_the_trial_leaves_nothing_behind(tmp_path):
+    class Stops(Net):
+        def on_train_start(self):
+            assert not (tmp_path / "deep").exists()
+            assert not fsspec.filesystem("memory").exists("/deep")
+            raise RuntimeError("stop here")
+
+    for folder in (str(tmp_path / "deep" / "er"), "memory://deep/er"):
+        with pytest.raises(RuntimeError, match="stop here"):
+            trainer(tmp_path, TinyQCallback(dirpath=folder)).fit(Stops(), loader(), loader(seed=1))
+
+
+@pytest.mark.filterwarnings("ignore:the quantized checkpoint holds plain data only:UserWarning")
+def test_hyper_parameters_that_cannot_be_resolved_are_an_error_and_others_are_named(tmp_path):
+    class Configured(Counts):
+        def __init__(self, config):
+            super().__init__()
+            self.save_hyperparameters({"config": config, "hidden": 3, "activation": torch.relu})
+
+    unresolved = Configured(OmegaConf.create({"lr": "${nowhere.lr}"}))
+    refused(tmp_path, TinyQCallback(), ModelError, r"Configured cannot be resolved.*nowhere", unresolved)
+    run = trainer(tmp_path, TinyQCallback(report=False), max_epochs=0)
+    with pytest.warns(UserWarning, match=re.escape("will not have these hyper-parameters: Configured.activation.")):
+        run.fit(Configured(1), loader(), loader(seed=1))
+
+
+def test_a_monitor_without_the_index_of_its_dataloader(tmp_path):
+    meant = r"Did you mean 'val_acc/dataloader_idx_0'"
+    named = keeper(tmp_path, monitor="val_acc/dataloader_idx_0")
+    refused(tmp_path, TinyQCallback(monitor="val_acc"), SpecError, meant, loaders=2, callbacks=[named])
+    budget = TinyQCallback(monitor="val_acc", max_drop=0.01)
+    refused(tmp_path, budget, SpecError, meant, loaders=2, num_sanity_val_steps=2)
+
+
+def test_without_a_sanity_check_the_first_validation_tells_the_index(tmp_path):
+    run = trainer(tmp_path, TinyQCallback(monitor="val_acc", max_drop=0.01), num_sanity_val_steps=0)
+    with pytest.raises(SpecError, match="val_acc/dataloader_idx_1"):
+        run.fit(Net(), loader(shuffle=True), [loader(seed=1), loader(seed=3)])
+    assert run.current_epoch == 0
+
+
+class Squares(Counts):
+    """Logs a torchmetrics object of which less is better."""
+
+    def __init__(self):
+        super().__init__()
+        self.val_mse = MeanSquaredError()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.val_mse(self(batch[0])[:, 0], batch[1].float())
+        self.log("val_mse", self.val_mse)
+
+
+@pytest.mark.parametrize("mode", ["max", "min", None])
+def test_a_mode_that_contradicts_the_metric(tmp_path, mode):
+    callback = TinyQCallback("w8a32", monitor="val_mse", mode=mode, max_drop="50%", report=False)
+    settings = {"num_sanity_val_steps": 2, "enable_checkpointing": False}
+    if mode == "max":
+        refused(tmp_path, callback, SpecError, "mode='max' contradicts .*higher_is_better=False", Squares(), **settings)
+    else:
+        trainer(tmp_path, callback, **settings).fit(Squares(), loader(), loader(seed=1))
+        assert callback.search.met
