@@ -197,7 +197,7 @@ class _Searcher:
         return Search(tuple(self._trials), self._best(), self._allowed, self._stopped_by)
 
     def _bisect(self) -> tuple[list[int], int] | None:
-        """The levels after the least number of steps within the budget, and the layer of the last step; None if none is."""
+        """The levels after the least number of steps within the budget, and the layer of the last step, or None."""
         steps = [(rungs[at][1], index, at) for index, rungs in enumerate(self._rungs) for at in range(len(rungs) - 1)]
         order = [index for _, index, _ in sorted(steps)][:-1]  # with the last step no layer would be int8
         fails, passes = 0, len(order) + 1
