@@ -149,6 +149,38 @@ def test_a_layer_that_cannot_be_measured_costs_a_line_in_the_report_and_no_more(
     assert load_quantized(path, Mapped)
 
 
+class FailsInTheThirdLoop(Net):
+    """The loops are those of the float model, of the quantized one, and the one in which layers are measured."""
+
+    loops = 0
+
+    def on_validation_epoch_start(self):
+        type(self).loops += 1
+
+    def validation_step(self, batch, batch_idx):
+        if self.loops == 3 and batch_idx == 1:
+            raise RuntimeError("the third time")
+        return super().validation_step(batch, batch_idx)
+
+
+def test_a_loop_that_fails_when_it_is_measured_costs_a_warning_and_no_file(tmp_path):
+    FailsInTheThirdLoop.loops = 0
+    callback = TinyQCallback("w8a8", weights="current", report="full")
+    with pytest.warns(UserWarning, match="could not be measured: .*the third time"):
+        path = fit(tmp_path, callback, FailsInTheThirdLoop(), max_epochs=0, num_sanity_val_steps=0)
+    layers = json.loads(path.with_suffix(".json").read_text())["layers"]
+    assert all(layer["output_sqnr_db"]["w8a8"] > 20 for layer in layers), "the first batch was measured"
+
+
+@pytest.mark.parametrize(("batches", "shown"), [(4, False), (6, True)])
+def test_the_time_of_a_batch_is_left_out_where_there_are_too_few(tmp_path, capsys, batches, shown):
+    path = fit(tmp_path, TinyQCallback("w8a8"), limit_val_batches=batches)
+    assert ("ms per batch" in capsys.readouterr().out) == shown
+    report = json.loads(path.with_suffix(".json").read_text())
+    assert report["batches_timed"] == {"float": batches - 1, "w8a8": batches - 1}
+    assert report["seconds_spread"]["float"] >= 0
+
+
 def test_output_sqnr_is_that_of_the_layer_on_its_inputs(tmp_path):
     model, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)), torch.randn(64, 8) + 3
     swap = Swap(model, QuantizationSpec())
