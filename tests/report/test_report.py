@@ -129,6 +129,59 @@ def test_a_padded_encoder_is_measured_in_full_and_searched(tmp_path, budget):
     }
 
 
+class Mapped(Net):
+    """Its head is called under vmap, where no number can be read from a tensor."""
+
+    def forward(self, x):
+        return torch.func.vmap(self.head)(self.body(x))
+
+
+@pytest.mark.parametrize("budget", [{}, {"monitor": "val_loss", "mode": "min", "max_drop": 1e-9}])
+@pytest.mark.filterwarnings("ignore:TinyQ. .*budget NOT met")
+def test_a_layer_that_cannot_be_measured_costs_a_line_in_the_report_and_no_more(tmp_path, capsys, budget):
+    path = fit(tmp_path, TinyQCallback("w8a8", report="full", **budget), Mapped())
+    layers = {layer["name"]: layer for layer in json.loads(path.with_suffix(".json").read_text())["layers"]}
+    assert layers["head"]["not_measured"].startswith("RuntimeError: vmap")
+    assert layers["head"]["output_sqnr_db"] == {}
+    assert layers["body.0"]["not_measured"] is None
+    assert layers["body.0"]["output_sqnr_db"]["w8a8"] > 20
+    assert "not measured: RuntimeError: vmap" in capsys.readouterr().out
+    assert "not measured: RuntimeError: vmap" in path.with_suffix(".html").read_text()
+    assert load_quantized(path, Mapped)
+
+
+class FailsInTheThirdLoop(Net):
+    """The loops are those of the float model, of the quantized one, and the one in which layers are measured."""
+
+    loops = 0
+
+    def on_validation_epoch_start(self):
+        type(self).loops += 1
+
+    def validation_step(self, batch, batch_idx):
+        if self.loops == 3 and batch_idx == 1:
+            raise RuntimeError("the third time")
+        return super().validation_step(batch, batch_idx)
+
+
+def test_a_loop_that_fails_when_it_is_measured_costs_a_warning_and_no_file(tmp_path):
+    FailsInTheThirdLoop.loops = 0
+    callback = TinyQCallback("w8a8", weights="current", report="full")
+    with pytest.warns(UserWarning, match="could not be measured: .*the third time"):
+        path = fit(tmp_path, callback, FailsInTheThirdLoop(), max_epochs=0, num_sanity_val_steps=0)
+    layers = json.loads(path.with_suffix(".json").read_text())["layers"]
+    assert all(layer["output_sqnr_db"]["w8a8"] > 20 for layer in layers), "the first batch was measured"
+
+
+@pytest.mark.parametrize(("batches", "shown"), [(4, False), (6, True)])
+def test_the_time_of_a_batch_is_left_out_where_there_are_too_few(tmp_path, capsys, batches, shown):
+    path = fit(tmp_path, TinyQCallback("w8a8"), limit_val_batches=batches)
+    assert ("ms per batch" in capsys.readouterr().out) == shown
+    report = json.loads(path.with_suffix(".json").read_text())
+    assert report["batches_timed"] == {"float": batches - 1, "w8a8": batches - 1}
+    assert report["seconds_spread"]["float"] >= 0
+
+
 def test_output_sqnr_is_that_of_the_layer_on_its_inputs(tmp_path):
     model, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)), torch.randn(64, 8) + 3
     swap = Swap(model, QuantizationSpec())
@@ -339,6 +392,8 @@ def test_the_page_shows_the_run(page, report):
     content = json.loads(report.with_suffix(".json").read_text())
     page.show(report, 1000)
     assert page.evaluate("document.title").startswith(content["quantized_checkpoint"])
+    assert page.evaluate("document.querySelector('header p').textContent").startswith(content["headline"])
+    assert "% of the weight bytes in int8" in content["headline"]
     sections = page.evaluate("[...document.querySelectorAll('h2')].map(e => e.textContent)")
     assert sections == ["Before and after", "The search", "Which layer hurts?", "Layer by layer", "The plan as a spec"]
     # odd names are text
