@@ -175,12 +175,17 @@ class BesideCodes(WeightForm):
 
 
 class CodeHolder(WeightForm):
-    """A form that the codes can be unpacked from; it returns the same tensor as before while that is alive."""
+    """A form that the codes can be unpacked from; it returns the same tensor as before while that is alive.
+
+    Attributes:
+        shape: of the codes, ``[out, in]``.
+    """
 
     holds_codes = True
 
     @abstractmethod
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        self.shape = codes.shape
         self._plain: TensorSnapshot | None = TensorSnapshot(codes)
 
     @override

@@ -43,6 +43,9 @@ def outside_modes() -> Iterator[None]:
     """
     tracing = torch._C._get_tracing_state()  # of jit.trace
     with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+        if tracing is None:
+            yield
+            return
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, MutableMapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,11 +19,13 @@ from tinyq_lightning.kernels import (
     CodeHolder,
     WeightForm,
     dequantize,
+    in_transform,
     outside_modes,
     quantize_per_row,
     weight_form,
 )
-from tinyq_lightning.layers.read_only import read_only
+from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
+from tinyq_lightning.layers.read_only import ReadOnlyTensor
 
 __all__ = [
     "Int8Weight",
@@ -37,10 +40,15 @@ class Forms(dict[str, WeightForm]):
     """The forms that kernels have made of one layer's weights, by kernel.
 
     Attributes:
+        dequantized: the float weight, while it is kept.
         keeps_codes: True once the layer was in a graph, which reads the plain codes: they stay beside the forms then.
     """
 
     keeps_codes = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dequantized = Dequantized()
 
     def holder(self) -> CodeHolder | None:
         """The form that may be the only place of the codes."""
@@ -174,12 +182,22 @@ class Int8Weight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight in the layer's dtype, made anew on each read; in-place methods are errors."""
-        return read_only(dequantize(self.int8_weights, self.scales, self.dtype))
+        """The dequantized weight in the layer's dtype. In-place methods are errors.
+
+        Reading its shape, dtype and device costs nothing. Its values are computed when they are read, once within a
+        forward pass: weights that were read last are kept, 32 MiB of them in the whole process.
+        """
+        if torch.compiler.is_compiling() or in_transform() or torch._C._len_torch_dispatch_stack():
+            return dequantize(self.int8_weights, self.scales, self.dtype)  # a tracer would record the read-only type
+        with _lock:
+            codes = self._buffers["int8_weights"]
+            held = cast(CodeHolder, self._forms.holder()) if codes is None else codes
+        source = WeightSource(held, self.scales, self.dtype)
+        return ReadOnlyTensor(partial(self._forms.dequantized.get, source), held.shape, self.dtype, self.scales.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold the plain codes, and are packed when they are called.
-        return {**vars(self), "_buffers": {**self._buffers, "int8_weights": self.int8_weights}, "_forms": Forms()}
+        return {**vars(self), "_buffers": {**self._buffers, "int8_weights": self.int8_weights}, "_forms": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_forms": Forms()})  # type: ignore[no-untyped-call]

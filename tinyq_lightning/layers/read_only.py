@@ -1,4 +1,7 @@
-"""Tensors that can be read in every way and whose in-place methods are errors, since what they wrote would be lost."""
+"""Weights that are dequantized when their values are read, and whose in-place methods are errors.
+
+An in-place method would write to a copy that nobody reads again, so it is refused instead of lost.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,65 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tinyq_lightning.errors import ReadOnlyWeightError
 
 __all__ = [
     "ReadOnlyTensor",
-    "read_only",
 ]
 
 
 class ReadOnlyTensor(Tensor):
-    """A tensor that refuses its in-place methods, ``data`` and ``detach()`` included.
+    """A tensor that knows its shape, dtype and device, and gets its values when something reads them.
 
-    What is computed from it, views among that, are plain tensors, and so are its clones, copies and
-    pickles. Functions of ``torch`` see no difference.
+    It refuses in-place methods, those of ``data`` and ``detach()`` included. What is computed from it, views among
+    that, are plain tensors, and so are its clones, copies and pickles. Functions of ``torch`` see no difference.
+
+    Args:
+        make: returns the values, a plain tensor; called at most once.
+        shape: of the values.
+        dtype: of the values.
+        device: of the values.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as nn.Parameter has it
 
+    _make: Callable[[], Tensor]
+    _made: Tensor | None
+
+    @staticmethod
+    def __new__(  # noqa: D102
+        cls, make: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> ReadOnlyTensor:
+        tensor: ReadOnlyTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        tensor._make, tensor._made = make, None
+        return tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def values(self) -> Tensor:
+        """The values as a plain tensor."""
+        made = self._made
+        if made is None:
+            made = self._made = self._make()
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[position] if position < len(args) else kwargs.get(argument.name)
+                if any(isinstance(each, ReadOnlyTensor) for each in tree_leaves(given)):
+                    _refuse(func._schema.name.removeprefix("aten::"))
+        args, kwargs = tree_map_only(ReadOnlyTensor, ReadOnlyTensor.values, (args, kwargs))
+        return func(*args, **kwargs)
+
     @property
     def data(self) -> ReadOnlyTensor:
-        """The same values, as little to be written to."""
+        """The same values, as read-only as this tensor."""
         return self.detach()
 
     @data.setter
@@ -35,33 +76,52 @@ class ReadOnlyTensor(Tensor):
         _refuse("data = ...")
 
     def detach(self) -> ReadOnlyTensor:
-        """The same values, as little to be written to."""
-        return super().detach().as_subclass(ReadOnlyTensor)
+        """The same values, as read-only as this tensor."""
+        return ReadOnlyTensor(self.values, self.shape, self.dtype, self.device)
 
     def requires_grad_(self, requires_grad: bool = True) -> ReadOnlyTensor:
-        """Refused where a gradient is asked for."""
+        """Refused if a gradient is asked for."""
         return _refuse("requires_grad_") if requires_grad else self
 
+    def share_memory_(self) -> Tensor:
+        """The values in shared memory."""
+        shared: Tensor = self.values().clone().share_memory_()  # type: ignore[no-untyped-call]
+        return shared
+
+    # torch implements these outside of its dispatcher. What they return may be written to, so it is a copy.
+    def numpy(self, *, force: bool = False) -> Any:
+        """A copy of the values as a NumPy array."""
+        return self.values().clone().numpy(force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        return self.values().clone().__array__(dtype)  # type: ignore[no-untyped-call]
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.values().clone().__dlpack__(**kwargs)
+
+    def tolist(self) -> Any:
+        """The values as nested lists."""
+        return self.values().tolist()
+
+    def data_ptr(self) -> int:
+        """The address of the values, valid as long as this tensor lives."""
+        return self.values().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """The memory of the values."""
+        return self.values().untyped_storage()
+
     def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.clone()
+        copied = memo[id(self)] = self.clone()
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
-def read_only(tensor: Tensor) -> Tensor:
-    """``tensor``, over the same memory, as a read-only one.
-
-    As it is where it is of a kind of its own, or a compiler traces: it would have the kind in its graph.
-    """
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
-        return tensor
-    return tensor.as_subclass(ReadOnlyTensor)
-
-
 def _refuse(what: str) -> NoReturn:
     raise ReadOnlyWeightError(
-        f"{what} would be lost: .weight of a quantized layer is made anew from its int8 codes on each read. Call "
+        f"{what} would be lost: .weight of a quantized layer is computed from its int8 codes when it is read. Call "
         ".quantize(weight) on the layer to replace its weight, or take a .clone() of it"
     )
 
