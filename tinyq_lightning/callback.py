@@ -13,8 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from tinyq_lightning.errors import SpecError, TinyQError
-from tinyq_lightning.file import check_folder, make_checkpoint, quantized_path, write_checkpoint
-from tinyq_lightning.plan import Plan, check_patterns
+from tinyq_lightning.file import check_folder, check_state, make_checkpoint, quantized_path, write_checkpoint
+from tinyq_lightning.plan import Plan, check_model
 from tinyq_lightning.report import (
     Outcome,
     combined,
@@ -165,8 +165,10 @@ class TinyQCallback(Callback):
         """What cannot end well is better known now than after the training."""
         if self.spec.when == "fit_end":
             for spec in self.spec.each():
-                check_patterns(spec, pl_module)
+                check_model(spec, pl_module)
             check_folder(self.spec)
+            if self.save:
+                check_state(pl_module.state_dict())
             if self.spec.weights != "current" and self.spec.budget is None:
                 check_monitor(trainer, self.monitor)
             refuse_without_validation(self.spec, why_never_validated(trainer, pl_module))

@@ -19,6 +19,7 @@ from tinyq_lightning.file.names import check_folder, quantized_path, stem_of
 from tinyq_lightning.file.plain import kind_of_config, plain, plain_entries, plain_state
 from tinyq_lightning.file.quantize_file import FloatFile, quantize_file
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
+from tinyq_lightning.file.state import check_state
 
 __all__ = [
     "Archive",
@@ -28,6 +29,7 @@ __all__ = [
     "check_digests",
     "check_folder",
     "check_format",
+    "check_state",
     "digest_of",
     "file_sha256",
     "import_class",

@@ -1,10 +1,18 @@
 """What happens to each layer of one model, and why: a spec resolved against it into a ``Plan``, and carried out."""
 
 from tinyq_lightning.plan.heap import return_freed_memory
-from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, refuse_root
+from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over
 from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan, state_bytes
 from tinyq_lightning.plan.replace import carry_out, put_in, quantize, quantize_by_layer, quantized
-from tinyq_lightning.plan.resolve import WithValues, check_patterns, resolve, why_not_replaced
+from tinyq_lightning.plan.resolve import (
+    WithValues,
+    check_model,
+    check_patterns,
+    refuse_root,
+    resolve,
+    why_not_replaced,
+    why_stays_float,
+)
 from tinyq_lightning.plan.sites import Site, find_sites, is_metric
 from tinyq_lightning.plan.swap import Swap
 
@@ -19,6 +27,7 @@ __all__ = [
     "WithValues",
     "carry_out",
     "carry_over",
+    "check_model",
     "check_patterns",
     "find_sites",
     "is_metric",
@@ -31,4 +40,5 @@ __all__ = [
     "return_freed_memory",
     "state_bytes",
     "why_not_replaced",
+    "why_stays_float",
 ]
