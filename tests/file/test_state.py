@@ -1,4 +1,4 @@
-"""Sparse tensors and tensors of other types in the state dict are saved as what they are, or refused before training."""
+"""Sparse tensors and tensor subclasses in the state dict are saved as what they are, or refused before training."""
 
 from __future__ import annotations
 
