@@ -1,6 +1,7 @@
 """The spec: YAML, overrides, merging, round trips, and errors that quote the text and its line."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from torch import nn
 from tinyq_lightning import QuantizationSpec, quantize
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.methods import METHODS
-from tinyq_lightning.spec import METHOD_NAMES, Budget, Rule, Save, as_spec
+from tinyq_lightning.spec import METHOD_NAMES, Budget, Rule, Save, as_spec, wanted_method
 from tinyq_lightning.spec.matching import pattern_matches
 from tinyq_lightning.spec.reader import nearest
 
@@ -472,3 +473,62 @@ def test_every_path_covers_itself_and_all_below_and_its_leaf(parts, data):
     starred = [*parts]
     starred[data.draw(st.integers(0, len(parts) - 1))] = "*"
     assert pattern_matches(".".join(starred), ".".join(parts))
+
+
+# --- who decided ---
+
+
+def test_a_rule_that_a_run_wrote_says_what_it_was_decided_by(write):
+    text = "rules:\n- {match: a, method: float, reason: it hurts, decided_by: budget}\n- {match: b, method: float}\n"
+    spec = QuantizationSpec.from_yaml(write(text))
+    assert [rule.decided_by for rule in spec.rules] == ["budget", "rule"]
+    assert QuantizationSpec.from_dict(spec.to_dict()) == spec
+    assert [rule.get("decided_by") for rule in spec.to_dict()["rules"]] == ["budget", None]
+    assert wanted_method(spec, ["a"]) == ("float", "it hurts", "budget")
+    assert wanted_method(spec, ["b"]) == ("float", "rule 2", "rule")
+    assert wanted_method(spec, ["c"]) == ("w8a32", "spec", "spec")
+
+
+@pytest.mark.parametrize(
+    ("reason", "by"),
+    [
+        ("budget: output SQNR 3.1 dB in w8a8; acc lost 0.1, now loses nothing", "budget"),
+        ("left float: int8 took 1.31x the time of float at 8 rows, measured here", "timing"),
+        ("it hurts", "rule"),
+        (None, "rule"),
+    ],
+)
+def test_rules_of_earlier_files_tell_by_their_reasons(reason, by):
+    spec = QuantizationSpec.from_dict({"rules": [{"match": "a", "method": "float", "reason": reason}]})
+    assert spec.rules[0].decided_by == by
+
+
+def test_what_decided_is_one_of_three():
+    with pytest.raises(SpecError, match=r"rules\.0\.decided_by\): 'budgets' .*Did you mean 'budget'"):
+        QuantizationSpec.from_dict({"rules": [{"match": "a", "method": "float", "decided_by": "budgets"}]})
+
+
+# --- checked once, as it is made ---
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: QuantizationSpec("w8a9"), "Did you mean 'w8a8'"),
+        (lambda: QuantizationSpec(weights="bst"), "Did you mean 'best'"),
+        (lambda: QuantizationSpec(methods=("w8a8", "w8a8")), "in the list twice"),
+        (lambda: QuantizationSpec(rules=(Rule("re:[", "w8a8"),)), "not a regular expression"),
+        (lambda: QuantizationSpec(budget=Budget("acc", "max", "much")), "max_drop must be"),
+        (lambda: QuantizationSpec(save=Save(None, "last")), "ckpt_path='last'"),
+        (lambda: replace(QuantizationSpec(), kernel="int"), "Did you mean 'int8'"),
+    ],
+)
+def test_no_spec_is_made_that_is_wrong(make, said):
+    with pytest.raises(SpecError, match=re.escape(said)):
+        make()
+
+
+def test_a_spec_stands_for_itself():
+    spec = QuantizationSpec(exclude=[0, "head"])
+    assert as_spec(spec) is spec
+    assert spec.exclude == ("0", "head")

@@ -18,6 +18,7 @@ from tinyq_lightning.file.names import check_folder, quantized_path, stem_of
 from tinyq_lightning.file.plain import plain, plain_state
 from tinyq_lightning.file.quantize_file import FloatFile, quantize_file
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
+from tinyq_lightning.file.state import check_state
 from tinyq_lightning.file.structure import prepare_structure, refuse_resuming, restore_structure
 from tinyq_lightning.file.trust import import_class
 from tinyq_lightning.file.typed import escaped, typed_entries
@@ -34,6 +35,7 @@ __all__ = [
     "check_digests",
     "check_folder",
     "check_format",
+    "check_state",
     "digest_of",
     "escaped",
     "file_sha256",

@@ -156,6 +156,8 @@ class Archive:
         return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
     def _with_values(self, tensor: Tensor, read_storage: Callable[[str], torch.UntypedStorage]) -> Tensor:
+        if type(tensor) is Tensor and tensor.layout == torch.sparse_coo:
+            return self._sparse_with_values(tensor, read_storage)
         plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.is_meta
         known = self._storages.get(tensor.untyped_storage()._cdata) if plain else None
         if known is None:
@@ -174,6 +176,15 @@ class Archive:
             )
         values = torch.empty(0, dtype=tensor.dtype)
         return values.set_(read_storage(record), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    def _sparse_with_values(self, tensor: Tensor, read_storage: Callable[[str], torch.UntypedStorage]) -> Tensor:
+        indices, values = (self._with_values(part, read_storage) for part in (tensor._indices(), tensor._values()))
+        try:
+            return torch.sparse_coo_tensor(
+                indices, values, tensor.shape, is_coalesced=tensor.is_coalesced(), check_invariants=True
+            )
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: a sparse tensor in it is damaged: {error}") from error
 
     @property
     def _size(self) -> int:

@@ -47,7 +47,12 @@ def _digest(value: Any, done: dict[int, bytes]) -> bytes:
 
 
 def _parts(value: Any, done: dict[int, bytes]) -> Iterable[Any]:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.layout == torch.sparse_coo:
+        entries = value.detach().cpu().coalesce()
+        yield f"sparse:{','.join(map(str, value.shape))}:".encode()
+        yield _digest(entries.indices(), done)
+        yield _digest(entries.values(), done)
+    elif isinstance(value, Tensor):
         values = value.detach().cpu().contiguous()
         yield f"tensor:{_name(value.dtype)}:{','.join(map(str, value.shape))}:".encode()
         # an empty tensor cannot be viewed as bytes

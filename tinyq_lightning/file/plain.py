@@ -14,10 +14,12 @@ import torch
 from omegaconf import Container, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tinyq_lightning.errors import CheckpointError
 
 __all__ = [
+    "as_plain_tensor",
     "plain",
     "plain_entries",
     "plain_state",
@@ -72,6 +74,13 @@ def plain(value: Any) -> Any:
     raise TypeError(type(value).__name__)
 
 
+def as_plain_tensor(value: Any) -> Any:
+    """A tensor of a subclass as a plain one over the same memory, if it has memory of its own; else as it is."""
+    if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter) and value.layout == torch.strided:
+        return value if is_traceable_wrapper_subclass(value) else value.detach().as_subclass(Tensor)
+    return value
+
+
 def plain_state(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     """A state dict as plain data, with the version numbers that modules keep in it.
 
@@ -83,13 +92,14 @@ def plain_state(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     state: OrderedDict[str, Any] = OrderedDict()
     for name, value in state_dict.items():
         try:
-            item = plain(value)
+            item = plain(as_plain_tensor(value))
         except TypeError as error:
             raise CheckpointError(
                 f"the state dict's entry {name!r} holds a {error}, and a quantized checkpoint plain data only: "
                 "let the module's get_extra_state return tensors, numbers, text, lists and dicts"
             ) from error
-        if isinstance(item, Tensor) and item.untyped_storage().nbytes() != item.numel() * item.element_size():
+        dense = isinstance(item, Tensor) and item.layout == torch.strided
+        if dense and item.untyped_storage().nbytes() != item.numel() * item.element_size():
             item = item.clone()
         state[plain(name)] = item
     if hasattr(state_dict, "_metadata"):

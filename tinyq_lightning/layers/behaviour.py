@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "computes_linear",
@@ -25,6 +26,10 @@ __all__ = [
 ]
 
 _ROWS, _COLUMNS = 5, 3
+_SIZES = (1e-8, 1.0, 1e8)  # A forward that clamps or rounds differs at one of them.
+_LEADS = ((4,), (2, 3), (), (1000,))
+_CHANGING = {"append", "extend", "insert", "update", "pop", "remove", "clear", "setdefault", "discard", "popleft"}
+_CHANGING |= {"print", "log", "log_dict", "info", "warn", "warning", "debug", "write", "next", "sleep"}
 _WRITES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_DEREF", "DELETE_ATTR", "DELETE_GLOBAL", "DELETE_SUBSCR")
 
 
@@ -47,17 +52,43 @@ def computes_linear(module: nn.Module, transposed: bool = False) -> bool:
 
     sizes = _small_sizes(module, shape)
     for training in (False, True):
-        for size in (1e-3, 1.0, 1e3):
+        for size in _SIZES:
             weight = _random(shape) * size
             added = None if bias is None else _random((_ROWS,)) * size
             tensors = {"weight": weight, "bias": added}
-            for lead in ((4,), (2, 3), ()):
+            for lead in _LEADS:
                 x = (_random((*lead, _COLUMNS)) * size).requires_grad_()
                 got = _forward(module, x, tensors, sizes, training)
                 wanted = expected(x, weight, added)
                 if got is None or not _same(got, wanted) or not _same(_gradient(got, x), _gradient(wanted, x)):
                     return False
-    return True
+        x = _random((2, _COLUMNS))
+        x[0, 0] = torch.inf
+        got = _forward(module, x, tensors, sizes, training)
+        if got is None or not _same(got, expected(x, weight, added)):
+            return False
+    return _follows_autocast(module, shape, sizes) and _same_in_own_dtype(module, shape, sizes, expected)
+
+
+def _follows_autocast(module: nn.Module, shape: tuple[int, int], sizes: dict[str, Any]) -> bool:
+    """Whether autocast has an effect on the product; a forward may switch it off."""
+    bias = module._parameters.get("bias")
+    tensors = {"weight": _random(shape).float(), "bias": None if bias is None else _random((_ROWS,)).float()}
+    x = _random((4, _COLUMNS)).float()
+    plain, cast_down = (_forward(module, x, tensors, sizes, False, autocast) for autocast in (False, True))
+    return plain is not None and cast_down is not None and not torch.equal(plain.float(), cast_down.float())
+
+
+def _same_in_own_dtype(
+    module: nn.Module, shape: tuple[int, int], sizes: dict[str, Any], expected: Callable[..., Tensor]
+) -> bool:
+    """Whether the forward gives the product in the dtype of the layer too, up to rounding."""
+    dtype, bias = cast(Tensor, module.weight).dtype, module._parameters.get("bias")
+    tensors = {"weight": _random(shape).to(dtype), "bias": None if bias is None else _random((_ROWS,)).to(dtype)}
+    x = _random((4, _COLUMNS)).to(dtype)
+    got, wanted = _forward(module, x, tensors, sizes, False), expected(x, tensors["weight"], tensors["bias"])
+    far = 16 * torch.finfo(dtype).eps * float(wanted.abs().max())
+    return got is not None and got.dtype == wanted.dtype and torch.allclose(got, wanted, rtol=0, atol=far)
 
 
 def computes_scaled_embedding(module: nn.Module) -> float | None:
@@ -66,17 +97,17 @@ def computes_scaled_embedding(module: nn.Module) -> float | None:
     The factor is a number of the class, or one that the module holds as an attribute or a buffer without dimensions.
     """
     own = cast(Tensor, module.weight)
-    shape = (_ROWS, _COLUMNS)
+    shape = (_ROWS, own.shape[1])  # the factor is often the root of the number of columns
     held: dict[str, Any] = {name: value for name, value in vars(module).items() if isinstance(value, int | float)}
     held |= {name: value for name, value in module._buffers.items() if _is_number(value)}
-    known = {**held, **_small_sizes(module, shape)}
+    known = held
     words = torch.tensor([[0, 3, 3], [4, 1, 2]])
     ones = _forward(module, words, {"weight": torch.ones(shape, dtype=own.dtype)}, known, False)
     if ones is None or not ones.numel() or not bool((ones == ones.flatten()[0]).all()):
         return None
     factor = ones.flatten()[0].item()
     for training in (False, True):
-        for size in (1e-3, 1.0, 1e3):
+        for size in _SIZES:
             weight = _random(shape) * size
             got = _forward(module, words, {"weight": weight}, known, training)
             again = _forward(module, words, {"weight": weight.to(own.dtype)}, known, training)
@@ -104,11 +135,11 @@ def multiplies_matrices(module: nn.Module) -> bool:
     """Whether a module has no children, and just a matrix ``weight`` and a ``bias`` that fits it or is None."""
     parameters = module._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if module._modules or module._buffers or parameters.keys() - {"weight", "bias"} or "bias" not in parameters:
+    if module._modules or module._buffers or parameters.keys() - {"weight", "bias"}:
         return False
-    if not isinstance(weight, Tensor) or weight.dim() != 2:  # a weight without values yet has no shape either
+    if not isinstance(weight, Tensor) or is_lazy(weight) or weight.dim() != 2 or not weight.is_floating_point():
         return False
-    return bias is None or (bias.dim() == 1 and bias.shape[0] in weight.shape)
+    return bias is None or (not is_lazy(bias) and bias.dim() == 1 and bias.shape[0] in weight.shape)
 
 
 def _is_number(value: Any) -> bool:
@@ -136,8 +167,13 @@ def _same(got: Any, wanted: Tensor) -> bool:
         type(got) is Tensor
         and got.dtype == wanted.dtype
         and got.shape == wanted.shape
-        and torch.allclose(got, wanted, rtol=1e-9, atol=1e-9 * float(wanted.detach().abs().max()))
+        and torch.allclose(got, wanted, rtol=1e-9, atol=1e-9 * _largest(wanted), equal_nan=True)
     )
+
+
+def _largest(tensor: Tensor) -> float:
+    finite = tensor.detach().abs().nan_to_num(0.0, 0.0)
+    return float(finite.max())
 
 
 def _gradient(output: Tensor, x: Tensor) -> Tensor:
@@ -147,19 +183,26 @@ def _gradient(output: Tensor, x: Tensor) -> Tensor:
 
 
 def _forward(
-    module: nn.Module, x: Tensor, tensors: dict[str, Tensor | None], known: dict[str, Any], training: bool
+    module: nn.Module,
+    x: Tensor,
+    tensors: Mapping[str, Tensor | None],
+    known: Mapping[str, Any],
+    training: bool,
+    autocast: bool = False,
 ) -> Tensor | None:
     """What the forward of the module's class gives for a stand-in with these tensors; None if it fails or does more."""
     kind: Any = type(module)
     if any(_writes(function) for function in _forwards(kind)):
         return None
     stand_in = _stand_in(kind, {**known, **tensors, "training": training})
-    with _aside():
+    with _aside(autocast):
+        before = torch.get_rng_state()
         try:
             result = kind.forward(stand_in, x)
         except Exception:  # whatever a forward may raise: it is not the function it is compared with
             return None
-    return result if isinstance(result, Tensor) else None
+        draws = not torch.equal(before, torch.get_rng_state())
+    return result if isinstance(result, Tensor) and not draws else None
 
 
 def _forwards(kind: type) -> Iterator[Callable[..., Any]]:
@@ -172,9 +215,13 @@ def _forwards(kind: type) -> Iterator[Callable[..., Any]]:
 
 
 def _writes(function: Callable[..., Any]) -> bool:
-    """Whether a function assigns to anything but its own names: to try it would change something."""
+    """Whether a function may change anything but its own names, so that to try it would leave a trace."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return code is None or any(each.opname in _WRITES for each in dis.get_instructions(code))
+    return (
+        code is None
+        or not _CHANGING.isdisjoint(code.co_names)
+        or any(each.opname in _WRITES for each in dis.get_instructions(code))
+    )
 
 
 def _stand_in(kind: Any, values: dict[str, Any]) -> Any:
@@ -199,13 +246,13 @@ def _stand_in(kind: Any, values: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _aside() -> Iterator[None]:
-    """A block that leaves no trace in random state and modes: gradients on, autocast off, on the CPU."""
+def _aside(autocast: bool) -> Iterator[None]:
+    """A block that leaves no trace in random state and modes: gradients on, on the CPU."""
     with (
         torch.random.fork_rng(devices=[]),
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         torch.device("cpu"),
     ):
         yield

@@ -78,11 +78,12 @@ class LikeLinearKind(LinearKind):
         )
 
     def candidates(self, module: nn.Module, closed: str | None) -> Iterator[Candidate]:
-        weight, bias = cast(Tensor, module._parameters["weight"]), module._parameters["bias"]
+        weight, bias = cast(Tensor, module._parameters["weight"]), module._parameters.get("bias")
         turned = not computes_linear(module)
         held = nn.Parameter(weight.detach().t() if turned else weight.detach(), requires_grad=weight.requires_grad)
         layer = linear_with(held if turned else weight, bias).train(module.training)
-        why = closed or _why_replaced(module) or _why_weight(module) or _why_holds_more(module)
+        why = closed or _why_replaced(module) or _why_more_than_forward(module) or _why_weight(module)
+        why = why or _why_holds_more(module)
         yield Candidate(self, layer, (module, "weight"), why)
 
 
@@ -189,6 +190,10 @@ _HELD_BY_ATTENTION |= {"in_proj_bias", "bias_k", "bias_v", "out_proj"}
 _HARMLESS = {"reset_parameters", "extra_repr", "_version"}
 
 
+# The same of a class that is no nn.Linear: its product is tried, and lazy classes give themselves a shape.
+_HARMLESS_IF_NO_LINEAR = {"forward", "initialize_parameters"}
+
+
 _TELLING = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
 
 
@@ -228,6 +233,19 @@ def _why_own_way(module: nn.Module, base: Any, forward: bool = False) -> str | N
     own = {name for name in own - _HARMLESS if not name.startswith("__") or name in _TELLING}
     own -= {"forward"} if forward else set()
     return f"{kind.__name__} adds {', '.join(sorted(own))} to nn.{base.__name__}" if own else None
+
+
+def _why_more_than_forward(module: nn.Module) -> str | None:
+    """Why a class that is no ``nn.Linear`` has more to it than its forward; None if it has not."""
+    kind = type(module)
+    own = {name for each in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(each)}
+    own = {name for name in own - _HARMLESS - _HARMLESS_IF_NO_LINEAR if name in _TELLING or not name.startswith("__")}
+    own = {name for name in own if not name.startswith("_") or hasattr(nn.Module, name)}
+    if "_save_to_state_dict" in own:
+        saved: dict[str, Any] = {}
+        module._save_to_state_dict(saved, "", False)
+        own -= {"_save_to_state_dict"} if saved.keys() <= {"weight", "bias"} else set()
+    return f"{kind.__name__} adds {', '.join(sorted(own))} to what nn.Linear has" if own else None
 
 
 def _why_more_than(module: nn.Module, base: Any) -> str | None:

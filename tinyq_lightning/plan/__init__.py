@@ -2,10 +2,18 @@
 
 from tinyq_lightning.plan.coverage import Coverage, file_coverage, model_coverage
 from tinyq_lightning.plan.heap import return_freed_memory
-from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, refuse_root
+from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over
 from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan, state_bytes
 from tinyq_lightning.plan.replace import carry_out, put_in, quantize, quantize_by_layer, quantized
-from tinyq_lightning.plan.resolve import WithValues, check_patterns, resolve, why_not_replaced
+from tinyq_lightning.plan.resolve import (
+    WithValues,
+    check_model,
+    check_patterns,
+    refuse_root,
+    resolve,
+    why_not_replaced,
+    why_stays_float,
+)
 from tinyq_lightning.plan.sites import Site, find_sites, is_metric
 from tinyq_lightning.plan.swap import Swap
 
@@ -21,6 +29,7 @@ __all__ = [
     "WithValues",
     "carry_out",
     "carry_over",
+    "check_model",
     "check_patterns",
     "file_coverage",
     "find_sites",
@@ -35,4 +44,5 @@ __all__ = [
     "return_freed_memory",
     "state_bytes",
     "why_not_replaced",
+    "why_stays_float",
 ]

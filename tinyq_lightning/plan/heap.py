@@ -1,4 +1,4 @@
-"""Freed memory given back to the system, so that a model that got smaller is seen to be."""
+"""Returns freed memory to the operating system, so that the process gets smaller when the model does."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ __all__ = [
 
 
 def return_freed_memory() -> None:
-    """Have the C library give freed memory back to the system, where it is one that would keep it.
+    """Have the C library return freed memory to the operating system.
 
-    glibc keeps what was freed between two blocks in use, for every block of less than 32 MiB once one of
-    that size has been freed: most weights. Its ``malloc_trim`` (see its manual page) releases whole pages
-    of it. Elsewhere this does nothing.
+    After freeing one large block, glibc raises its mmap threshold to 32 MiB and keeps smaller freed blocks, which
+    most weights are; its ``malloc_trim`` (see the manual page) returns them. With another C library this does nothing.
     """
     if (trim := _malloc_trim()) is not None:
         trim(0)

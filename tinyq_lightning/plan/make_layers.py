@@ -7,16 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.errors import ModelError
 from tinyq_lightning.kernels import quantize_per_row_with_sqnr
-from tinyq_lightning.layers import Int8Weight, float_weight, is_replaceable
+from tinyq_lightning.layers import Int8Weight, float_weight
 from tinyq_lightning.plan.plan import Plan
 from tinyq_lightning.plan.sites import Site
 
 __all__ = [
     "QuantizedLayers",
     "carry_over",
-    "refuse_root",
 ]
 
 # Held by reference, so that a handle the user kept still removes its hook.
@@ -87,16 +85,3 @@ def carry_over(site: Site, layer: nn.Module) -> None:
     for name, buffer in original._buffers.items():
         layer.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
     layer.train(site.training)
-
-
-def refuse_root(model: nn.Module) -> None:
-    """Refuse a model that is itself a layer: no module holds it, so that no other could take its place.
-
-    Raises:
-        ModelError: it is one.
-    """
-    if is_replaceable(model):
-        raise ModelError(
-            f"the model is itself an nn.{type(model).__name__}, which cannot be replaced in place: put it in an "
-            "nn.Sequential, or use replace_linear_with_target_and_quantize, which returns the new layer"
-        )

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tinyq_lightning.kernels import Choice
 from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Rule, RuleBy, wanted_method
@@ -190,10 +192,12 @@ class Plan:
 
 
 def state_bytes(state_dict: Mapping[str, Any]) -> int:
-    """Bytes of the tensors of a state dict, those that are shared counted once."""
-    tensors = {
-        (value.untyped_storage()._cdata, value.storage_offset()): value.numel() * value.element_size()
-        for value in state_dict.values()
-        if isinstance(value, Tensor)
-    }
+    """Bytes of the tensors of a state dict, those that are shared counted once; of a sparse one, of its values."""
+    tensors: dict[Any, int] = {}
+    for value in state_dict.values():
+        if isinstance(value, Tensor):
+            held = value.layout == torch.strided and not is_traceable_wrapper_subclass(value)
+            place = (value.untyped_storage()._cdata, value.storage_offset()) if held else id(value)
+            count = value._nnz() if value.layout == torch.sparse_coo else value.numel()
+            tensors[place] = count * value.element_size()
     return sum(tensors.values())

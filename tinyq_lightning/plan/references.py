@@ -105,7 +105,8 @@ def find_references(model: nn.Module, layers: Collection[nn.Module]) -> Mapping[
     """By the ``id`` of a layer, where ``model`` holds it outside of its registered modules.
 
     Containers, functions with what they close over, and plain objects are followed from each attribute of each
-    module, the nearest first and at most a million of them; functions alone from hooks. Nothing is changed.
+    module and of its class, the nearest first and at most a million of them; functions alone from hooks. Nothing is
+    changed.
     """
     found: dict[int, list[Reference]] = defaultdict(list)
     wanted, modules = {id(layer) for layer in layers}, {id(each) for each in model.modules()}
@@ -118,6 +119,9 @@ def find_references(model: nn.Module, layers: Collection[nn.Module]) -> Mapping[
             if name not in _SKIPPED and not (compiled and name in _OF_COMPILED):
                 where = f"{path}.{name}".removeprefix(".").replace("_orig_mod.", "")
                 pending.append(_Held(value, where, Place(attributes, name), not name.endswith("_hooks")))
+    for kind in {each for module in model.modules() for each in type(module).__mro__}:
+        if kind.__module__.partition(".")[0] not in _SURROUNDINGS:
+            pending.extend(_Held(value, f"{kind.__name__}.{name}", None, True) for name, value in vars(kind).items())
     while pending and len(seen) < _MOST_OBJECTS:
         held = pending.popleft()
         value = held.value

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.kernels import Choice, choose_kernel, count_non_finite
-from tinyq_lightning.layers import QuantizedLinear, float_weight
+from tinyq_lightning.layers import QuantizedLinear, float_weight, is_replaceable
 from tinyq_lightning.methods import METHODS, KernelName
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan
@@ -31,7 +31,9 @@ from tinyq_lightning.spec import (
 
 __all__ = [
     "WithValues",
+    "check_model",
     "check_patterns",
+    "refuse_root",
     "resolve",
     "why_not_replaced",
     "why_stays_float",
@@ -81,6 +83,41 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Sit
     wanted = [wanted_method(spec, site.names) for site in linears]
     if all(each.method == "float" and each.decided_by not in MEASURED_BY for each in wanted):
         raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(linears)} Linear layers float")
+
+
+def check_model(spec: QuantizationSpec, model: nn.Module) -> None:
+    """Check all that can be known of ``model`` without its weights: to be called before training.
+
+    Raises:
+        ModelError: the model is itself a layer, has none, or every layer of it would stay float.
+        SpecError: as :func:`check_patterns`.
+    """
+    refuse_root(model)
+    sites = find_sites(model)
+    check_patterns(spec, model, sites)
+    reasons = []
+    for site in sites:
+        method, reason, decided_by = wanted_method(spec, site.names)
+        if decided_by in MEASURED_BY:
+            return
+        left = "already quantized" if site.is_quantized else reason if method == "float" else why_stays_float(site)
+        if left is None and site.kind.multiplies:
+            return
+        reasons.append(f"{site.name}: {left or reason}")
+    raise ModelError(f"there is nothing to quantize ({'; '.join(reasons)})")
+
+
+def refuse_root(model: nn.Module) -> None:
+    """Refuse a model that is itself a layer: no module holds it, so that no other could take its place.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if is_replaceable(model):
+        raise ModelError(
+            f"the model is itself an nn.{type(model).__name__}, which cannot be replaced in place: put it in an "
+            "nn.Sequential, or use replace_linear_with_target_and_quantize, which returns the new layer"
+        )
 
 
 def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site]) -> str:

@@ -119,12 +119,12 @@ def resolved_yaml(outcome: Outcome) -> str:
     content = spec.to_dict()
     rules = content.pop("rules")
     del content["budget"]
-    name = os.path.basename(outcome.quantized_path or "the quantized checkpoint")
+    name = _printable(os.path.basename(outcome.quantized_path or "the quantized checkpoint"))
     lines = [f"# The plan of {name} as a spec. It gives the same layers again, without a search:"]
     lines += [f'# TinyQCallback("{name.removesuffix(".ckpt")}.yaml")']
     for metric, values in outcome.results.items():
-        lines.append(f"# {metric}: float {values['float']:.6g}, quantized {values[outcome.name]:.6g}")
-    lines += [f"# {verdict}" for verdict in (outcome.verdict(), outcome.speed_verdict()) if verdict]
+        lines.append(f"# {_printable(metric)}: float {values['float']:.6g}, quantized {values[outcome.name]:.6g}")
+    lines += [f"# {_printable(verdict)}" for verdict in (outcome.verdict(), outcome.speed_verdict()) if verdict]
     lines += ["", _yaml({"method": content.pop("method"), "exclude": content.pop("exclude")})]
     if rules:
         lines.append("rules:  # the first that matches decides")
@@ -134,8 +134,13 @@ def resolved_yaml(outcome: Outcome) -> str:
     else:
         lines.append("rules: []")
     lines += [_yaml(content), "", "# Layer by layer, and why:"]
-    lines += [f"#   {line}" for line in plan.table().splitlines()]
+    lines += [f"#   {_printable(line)}" for line in plan.table().splitlines()]
     return "\n".join(lines) + "\n"
+
+
+def _printable(text: str) -> str:
+    """``text`` on one line: a name may hold a line break, which would end a comment."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _yaml(content: Mapping[str, Any]) -> str:

@@ -13,9 +13,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
-from tinyq_lightning.file import check_folder, typed_entries, why_not_writable
-from tinyq_lightning.plan import check_patterns, find_sites, why_not_replaced
-from tinyq_lightning.spec import MEASURED_BY, Budget, Mode, QuantizationSpec, nearest, wanted_method
+from tinyq_lightning.file import check_folder, check_state, typed_entries, why_not_writable
+from tinyq_lightning.plan import check_model
+from tinyq_lightning.spec import Budget, Mode, QuantizationSpec, nearest
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
 
 __all__ = [
@@ -51,27 +51,15 @@ def check_before_fit(
         EvaluationError: a metric is needed that cannot be measured.
     """
     for each in spec.each():
-        check_patterns(each, module)
-        _refuse_nothing_to_quantize(each, module)
+        check_model(each, module)
     if spec.weights != "current" and spec.budget is None:
         check_monitor(trainer, monitor)
     refuse_without_validation(spec, why_never_validated(trainer, module))
     if save and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         check_folder(spec)
+        check_state(module.state_dict())
         write_on_rank_zero(trainer, partial(_check_target, trainer, spec))
         _check_hyper_parameters(trainer, module)
-
-
-def _refuse_nothing_to_quantize(spec: QuantizationSpec, module: LightningModule) -> None:
-    """Raise ModelError if every layer stays float. Weights are not read: some parametrizations change when read."""
-    reasons = []
-    for site in find_sites(module):
-        wanted = wanted_method(spec, site.names)
-        left = wanted.reason if wanted.method == "float" else why_not_replaced(site)
-        if wanted.decided_by in MEASURED_BY or (left is None and not site.is_quantized):
-            return
-        reasons.append(f"{site.name}: {left or 'already quantized'}")
-    raise ModelError(f"there is nothing to quantize ({'; '.join(reasons)})")
 
 
 def _check_target(trainer: Trainer, spec: QuantizationSpec) -> None:

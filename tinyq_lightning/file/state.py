@@ -1,0 +1,39 @@
+"""What a quantized file can hold of a state dict, asked before the training rather than after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyq_lightning.errors import ModelError
+from tinyq_lightning.file.plain import as_plain_tensor, plain
+
+__all__ = [
+    "check_state",
+]
+
+
+def check_state(state_dict: Mapping[str, Any]) -> None:
+    """Refuse a state dict that a quantized file cannot hold. No values are read.
+
+    Raises:
+        ModelError: an entry is a tensor that is neither dense nor ``sparse_coo``, or more than plain data.
+    """
+    for name, value in state_dict.items():
+        tensor = as_plain_tensor(value)
+        if isinstance(tensor, Tensor):
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.layout in (torch.strided, torch.sparse_coo):
+                continue
+            what = f"a {type(tensor).__name__} of layout {str(tensor.layout).removeprefix('torch.')}"
+            cure = "register it with persistent=False and make it in __init__, or give TinyQCallback save=False"
+        else:
+            try:
+                plain(value)
+                continue
+            except TypeError as error:
+                what = f"a {error}"
+                cure = "let get_extra_state return tensors, numbers, text, lists and dicts, or give save=False"
+        raise ModelError(f"the state dict's entry {name!r} is {what}, which a quantized checkpoint cannot hold: {cure}")
