@@ -21,7 +21,7 @@ class Fails(Net):
 
     def __init__(self, place, rank):
         super().__init__()
-        self.place, self.rank = place, rank
+        self.place, self.rank, self.states = place, rank, 0
 
     def fail_at(self, place):
         if self.place == place and self.global_rank == self.rank:
@@ -37,8 +37,10 @@ class Fails(Net):
         self.log("val_mean", self(batch[0]).mean(), on_step=True, sync_dist=True)
 
     def state_dict(self, *args, **kwargs):
-        if isinstance(self.head, QuantizedLinear) and self.trainer.state.fn == "fit":
-            self.fail_at("save")
+        if isinstance(self.head, QuantizedLinear):
+            self.states += 1
+            if self.states == 2:  # the first is asked for its size only
+                self.fail_at("save")
         return super().state_dict(*args, **kwargs)
 
 
