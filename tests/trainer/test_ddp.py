@@ -1,7 +1,8 @@
-"""Two CPU processes: the same numbers on every rank, one file."""
+"""Two CPU processes: the same numbers and the same errors on every rank, one file."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from ranks import run_on_ranks, written_by_ranks
 from tinyq_lightning import load_quantized
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_fork"])
 def test_ranks_agree_and_one_file_is_written(tmp_path, strategy):
     done = run_on_ranks("ddp_run.py", tmp_path, strategy)
     assert "tinyq/val_acc/w8a32" in done.stdout, "callback_metrics come back from spawned processes"
@@ -31,5 +32,26 @@ def test_ranks_agree_and_one_file_is_written(tmp_path, strategy):
         separate = alone(module, loader(seed=1 if stage == "fit" else 2), verbose=False)[0]
         for name in (name for name in separate if name.endswith(("_acc", "_f1", "_recall"))):
             assert seen[name][method] == pytest.approx(separate[name], abs=1e-6)
+    main = json.loads((tmp_path / "main.json").read_text())
+    ranks = written_by_ranks(tmp_path, "fit")
+    assert (main["results"], main["path"], main["error"]) == (ranks[0]["results"], ranks[0]["path"], None)
+    assert Path(main["float_path"]).exists()
+    assert len(main["plan"]) == 3
+    assert main["plans"] == ["w8a32"]
     floats = torch.load(next(tmp_path.glob("epoch=*.ckpt")), weights_only=True)
     assert "optimizer_states" in floats
+
+
+def test_a_rank_that_fails_is_waited_for_by_none_and_all_know_why(tmp_path):
+    run_on_ranks("ddp_failures.py", tmp_path)
+    for place, rank in (("load", 1), ("loop", 1), ("loop", 0), ("save", 1), ("log", 0)):
+        ranks = written_by_ranks(tmp_path, f"{place}{rank}")
+        assert ranks[0] == ranks[1]
+        assert f"{place} on rank {rank}" in ranks[0]["error"]
+        assert (ranks[0]["path"] is not None) == (place == "log")
+        assert bool(ranks[0]["results"]) == (place in ("save", "log"))
+        assert ranks[0]["validated"], "the processes can still talk to one another"
+    ranks = written_by_ranks(tmp_path, "nowhere0")
+    assert ranks[0] == ranks[1]
+    assert ranks[0]["error"] is None
+    assert ranks[0]["results"]
