@@ -128,7 +128,9 @@ def test_a_stored_class_path_imports_nothing(fitted, tmp_path):
     content["hyper_parameters"] |= stored
     content["tinyq"]["digests"]["hyper_parameters"] = digest_of(content["hyper_parameters"])
     torch.save(content, tmp_path / "planted.ckpt")
-    with pytest.raises(CheckpointError, match=r"made from planted\.Net, and Net was given: give that class, or pass trust=True"):
+    with pytest.raises(
+        CheckpointError, match=r"made from planted\.Net, and Net was given: give that class, or pass trust=True"
+    ):
         load_quantized(tmp_path / "planted.ckpt", Net)
 
 
