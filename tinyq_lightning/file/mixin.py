@@ -61,7 +61,8 @@ class QuantizedCheckpointMixin:
         """
         if hparams_file is None and _holds_quantized(checkpoint_path):
             content = read_checkpoint(checkpoint_path)
-            source = str(getattr(checkpoint_path, "name", checkpoint_path))
+            is_path = isinstance(checkpoint_path, str | os.PathLike)
+            source = str(checkpoint_path if is_path else getattr(checkpoint_path, "name", "the file"))
             return load_content(content, cls, kwargs, source, map_location, strict, trust)  # type: ignore[type-var]
         return super().load_from_checkpoint(  # type: ignore[misc]
             checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs

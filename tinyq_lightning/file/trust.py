@@ -142,7 +142,8 @@ def _parsed(annotation: Any, value: Any) -> Any:
 
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--value", type=annotation)
-        return parser.instantiate_classes(parser.parse_object({"value": value})).value
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        return instantiate(parser.parse_object({"value": value})).value
     except Exception:  # not installed, or a type that it does not know: the class gets the plain value
         return value
 

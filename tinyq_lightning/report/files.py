@@ -119,12 +119,13 @@ def resolved_yaml(outcome: Outcome) -> str:
     content = spec.to_dict()
     rules = content.pop("rules")
     del content["budget"]
-    name = _printable(os.path.basename(outcome.quantized_path or "the quantized checkpoint"))
-    lines = [f"# The plan of {name} as a spec. It gives the same layers again, without a search:"]
-    lines += [f'# TinyQCallback("{name.removesuffix(".ckpt")}.yaml")']
+    name = os.path.basename(outcome.quantized_path or "the quantized checkpoint")
+    comments = [f"The plan of {name} as a spec. It gives the same layers again, without a search:"]
+    comments += [f'TinyQCallback("{name.removesuffix(".ckpt")}.yaml")']
     for metric, values in outcome.results.items():
-        lines.append(f"# {_printable(metric)}: float {values['float']:.6g}, quantized {values[outcome.name]:.6g}")
-    lines += [f"# {_printable(verdict)}" for verdict in (outcome.verdict(), outcome.speed_verdict()) if verdict]
+        comments.append(f"{metric}: float {values['float']:.6g}, quantized {values[outcome.name]:.6g}")
+    comments += [verdict for verdict in (outcome.verdict(), outcome.speed_verdict()) if verdict]
+    lines = [_comment(text) for text in comments]
     lines += ["", _yaml({"method": content.pop("method"), "exclude": content.pop("exclude")})]
     if rules:
         lines.append("rules:  # the first that matches decides")
@@ -134,13 +135,13 @@ def resolved_yaml(outcome: Outcome) -> str:
     else:
         lines.append("rules: []")
     lines += [_yaml(content), "", "# Layer by layer, and why:"]
-    lines += [f"#   {_printable(line)}" for line in plan.table().splitlines()]
+    lines += [_comment(f"  {line}") for line in plan.table().split("\n")]
     return "\n".join(lines) + "\n"
 
 
-def _printable(text: str) -> str:
-    """``text`` on one line: a name may hold a line break, which would end a comment."""
-    return "".join(character if character.isprintable() else " " for character in text)
+def _comment(text: str) -> str:
+    """A comment of one line: names of metrics and layers may hold line breaks and control characters."""
+    return "# " + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _yaml(content: Mapping[str, Any]) -> str:

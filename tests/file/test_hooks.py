@@ -1,0 +1,104 @@
+"""What is promised to ``on_load_checkpoint``: it finds the entries of a training, and what is gone is asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import Net, keeper, loader, trainer
+from torch import nn
+
+from tinyq_lightning import QuantizedCheckpointMixin, TinyQCallback, load_quantized
+from tinyq_lightning.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:the quantized checkpoint holds plain data only")
+
+
+class Reads(Net):
+    """Stores objects, and reads entries of the training, as forecasting packages do."""
+
+    def __init__(self, width=16, lr=0.02):
+        super().__init__(width, lr)
+        self.criterion = nn.MSELoss()
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["loss_fn"] = self.criterion
+        checkpoint["special"] = {"loss": self.criterion, "n": 1}
+        checkpoint["words"] = {"a": [1]}
+
+    def on_load_checkpoint(self, checkpoint):
+        assert list(checkpoint["callbacks"]) is not None
+        self.schedulers = len(checkpoint["lr_schedulers"]) + len(checkpoint["optimizer_states"])
+        self.loops = checkpoint["loops"].get("fit_loop")
+        self.criterion = self.read(checkpoint)
+        self.words = checkpoint.pop("words")
+        checkpoint["state_dict"] = dict(checkpoint["state_dict"])
+
+    def read(self, checkpoint):
+        return checkpoint["loss_fn"]
+
+
+class Gets(Reads):
+    def read(self, checkpoint):
+        return checkpoint.get("special") and checkpoint.get("loss_fn")
+
+
+class OnlyWords(Reads):
+    def read(self, checkpoint):
+        assert checkpoint.get("no such entry") is None
+        assert "loss_fn" not in checkpoint
+        return
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reads")
+    callback = TinyQCallback("w8a32", report=False)
+    trainer(folder, keeper(folder), callback, max_epochs=1).fit(Reads(), loader(), loader(seed=1))
+    return callback.quantized_path
+
+
+def mixed(kind):
+    return type("Mixed", (QuantizedCheckpointMixin, kind), {"__module__": __name__})
+
+
+def test_entries_of_the_training_are_there_and_empty(path, tmp_path):
+    for module in (load_quantized(path, OnlyWords), mixed(OnlyWords).load_from_checkpoint(path)):
+        assert (module.schedulers, module.loops, module.words) == (0, None, {"a": [1]})
+    module = OnlyWords()
+    run = trainer(tmp_path, TinyQCallback("w8a32", report=False))
+    run.validate(module, loader(seed=1), ckpt_path=path, verbose=False, weights_only=True)
+    assert module.words == {"a": [1]}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Reads, "loss_fn"), (Gets, "special")])
+def test_an_object_that_a_hook_reads_is_asked_for_by_name_by_every_door(path, tmp_path, kind, name):
+    doors = [
+        lambda: load_quantized(path, kind),
+        lambda: mixed(kind).load_from_checkpoint(path),
+        lambda: trainer(tmp_path).test(mixed(kind)(), loader(), ckpt_path=path, verbose=False, weights_only=True),
+        lambda: trainer(tmp_path, TinyQCallback(report=False)).test(
+            kind(), loader(), ckpt_path=path, verbose=False, weights_only=True
+        ),
+    ]
+    for door in doors:
+        with pytest.raises(CheckpointError, match=rf"reads '{name}', which the file could not hold: give it as it was"):
+            door()
+
+
+def test_an_object_that_is_given_reaches_the_hook(path):
+    loss = nn.L1Loss()
+    for kind in (Reads, Gets):
+        assert load_quantized(path, kind, loss_fn=loss, special={"loss": loss}).criterion is loss
+        module = mixed(kind).load_from_checkpoint(path, loss_fn=loss, special={"loss": loss})
+        assert module.criterion is loss
+        assert module.training
+    assert "loss_fn" not in torch.load(path, weights_only=True)
+
+
+def test_an_error_of_a_hook_names_the_file(path):
+    class Fails(Reads):
+        def read(self, checkpoint):
+            return checkpoint["epoch"]["no"]
+
+    with pytest.raises(CheckpointError, match=r"\.ckpt: on_load_checkpoint of Fails failed: TypeError"):
+        load_quantized(path, Fails)

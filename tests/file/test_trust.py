@@ -1,0 +1,256 @@
+"""What is promised of files: nothing that they name is imported or called, unless the user trusts them."""
+
+from __future__ import annotations
+
+import io
+from enum import Enum
+from pathlib import Path
+from typing import Any, Callable  # noqa: UP035
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from models import Net, loader, trainer
+from omegaconf import OmegaConf
+from torch import nn
+
+from tinyq_lightning import QuantizedCheckpointMixin, TinyQCallback, load_quantized, quantize
+from tinyq_lightning.command.cli import main
+from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.file.checkpoint import _digests, make_checkpoint, write_checkpoint
+
+register_resolver = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning with a new jsonargparse
+CALLED: list[str] = []
+
+
+def call(*arguments: Any) -> str:
+    """What a file must not reach: as a class path, an instantiator, a resolver."""
+    CALLED.append(str(arguments))
+    return "called"
+
+
+class Called:
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        call(*arguments)
+
+
+class Act(Enum):
+    relu = "r"
+    gelu = "g"
+
+
+class Open(LightningModule):
+    """Takes anything, in every way that LightningCLI knows."""
+
+    def __init__(
+        self,
+        backbone=None,
+        head: nn.Module | None = None,
+        function: Callable[[Any], Any] | None = None,
+        kind: type | None = None,
+        table: dict[str, Any] | None = None,
+        name: str = "n",
+        act: Act = Act.relu,
+        **more: Any,
+    ):
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone", "head", "function", "kind"])
+        self.linear = nn.Linear(4, 4)
+        self.got = {"backbone": backbone, "head": head, "function": function, "kind": kind, "table": table} | more
+        self.name, self.act = name, act
+
+
+class OpenMixed(QuantizedCheckpointMixin, Open):
+    pass
+
+
+class Takes(LightningModule):
+    """Reads its configuration, as users' classes do."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.values = [config[key] for key in config]
+
+
+class TakesMixed(QuantizedCheckpointMixin, Takes):
+    pass
+
+
+def written(path: Path, module: LightningModule, hyper_parameters: dict, top: dict | None = None, **tinyq: Any) -> str:
+    """A file that says what its maker wants, with right digests."""
+    plan = quantize(module)
+    base = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.6"}
+    content = make_checkpoint(base, module.state_dict(), plan, {}, None, None)
+    content |= {"hyper_parameters": hyper_parameters, **(top or {})}
+    content["tinyq"] |= tinyq
+    content["tinyq"]["digests"] = _digests(content)
+    write_checkpoint(content, path)
+    return str(path)
+
+
+HERE = __name__
+CLASS_PATH = {"class_path": f"{HERE}.Called", "init_args": {}}
+HOSTILE = {
+    "untyped": {"backbone": CLASS_PATH},
+    "module": {"head": CLASS_PATH},
+    "by name": {"head": f"{HERE}.Called"},
+    "function": {"function": f"{HERE}.call"},
+    "class": {"kind": f"{HERE}.Called"},
+    "nested": {"table": {"a": [{"b": CLASS_PATH}]}},
+    "through kwargs": {"other": {"deep": CLASS_PATH}},
+    "another class": {"_class_path": f"{HERE}.OpenMixed"},
+    "no class of the kind": {"_class_path": f"{HERE}.Called"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_called():
+    CALLED.clear()
+    yield
+    assert CALLED == []
+
+
+@pytest.mark.parametrize("door", ["load_quantized", "mixin", "open file", "command"])
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_class_path_at_any_depth_is_refused_by_name_and_calls_nothing(tmp_path, capsys, what, door):
+    stored = {"_instantiator": "lightning.pytorch.cli.instantiate_module", **HOSTILE[what]}
+    path = written(tmp_path / "q.ckpt", Open(), stored)
+    wanted = ("OpenMixed" if door != "command" else "Open") if what == "another class" else HERE
+    kind = Open if what == "another class" else OpenMixed
+    if door == "command":
+        model = f"{HERE}:{'OpenMixed' if what != 'another class' else 'Open'}"
+        assert main(["bench", path, "--model", model, "--shape", "4"]) == 1
+        told = capsys.readouterr().err
+    elif door == "load_quantized":
+        with pytest.raises(CheckpointError, match=wanted) as error:
+            load_quantized(path, kind)
+        told = str(error.value)
+    else:
+        if what == "another class":
+            stored["_class_path"] = f"{HERE}.Open"
+            path = written(tmp_path / "q.ckpt", Open(), stored)
+        source = io.BytesIO(Path(path).read_bytes()) if door == "open file" else path
+        with pytest.raises(CheckpointError, match=f"{HERE}") as error:
+            OpenMixed.load_from_checkpoint(source)
+        told = str(error.value)
+    assert "trust=True" in told
+    assert "--trust" in told
+
+
+@pytest.mark.parametrize("instantiator", [f"{HERE}.call", "subprocess.Popen", 3])
+def test_an_instantiator_of_the_file_is_not_called(tmp_path, instantiator):
+    path = written(tmp_path / "q.ckpt", Open(), {"_instantiator": instantiator, "name": "x", "act": "gelu"})
+    for module in (
+        load_quantized(path, Open),
+        OpenMixed.load_from_checkpoint(path),
+        load_quantized(path, Open, trust=1),
+    ):
+        assert (module.name, module.act) == ("x", Act.gelu), "as LightningCLI reads it"
+
+
+@pytest.mark.parametrize("how", ["entry", "nested", "all"])
+@pytest.mark.parametrize("text", ["${tinyq_call:1}", "a${tinyq_call:1}", "\\\\${tinyq_call:2}", "${a.${tinyq_call:3}}"])
+def test_an_interpolation_of_the_file_is_not_resolved(tmp_path, how, text):
+    register_resolver("tinyq_call", call, replace=True)
+    if how == "all":
+        top, stored, more = {"hparams_name": "config", "hparams_type": "DictConfig"}, {"x": [{"y": text}]}, {}
+    elif how == "entry":
+        top, stored, more = {}, {"config": {"y": text}}, {"configs": {"config": "omegaconf"}}
+    else:
+        note = {"path": ["config", "x"], "kind": "omegaconf"}
+        top, stored, more = {}, {"config": {"x": {"y": text}}}, {"types": [note]}
+    path = written(tmp_path / "q.ckpt", Takes({}), stored, top, **more)
+    for load in (load_quantized, lambda path, kind: TakesMixed.load_from_checkpoint(path)):
+        with pytest.raises(CheckpointError, match=r"interpolation.*trust=True \(--trust"):
+            load(path, Takes)
+    assert load_quantized(path, Takes, config={"a": 1}).values == [1], "given by hand"
+
+
+def test_the_spec_in_a_file_resolves_nothing(tmp_path, capsys):
+    register_resolver("tinyq_call", call, replace=True)
+    module = Open()
+    spec = {"method": "w8a32", "exclude": ["${tinyq_call:1}"], "rules": []}
+    path = written(tmp_path / "q.ckpt", module, {}, spec=spec)
+    assert main(["inspect", path]) == 0
+    assert main(["verify", path]) == 0
+
+
+def test_text_that_looks_like_an_interpolation_comes_back_as_text(tmp_path):
+    texts = ["${oc.env:HOME}", "a\\${b}", "\\\\${c}", "plain"]
+    module = Takes(OmegaConf.create({}))
+    plan = quantize(module)
+    config = OmegaConf.create(
+        {f"k{i}": text.replace("\\", "\\\\").replace("${", "\\${") for i, text in enumerate(texts)}
+    )
+    base = {"epoch": 0, "global_step": 0, "hyper_parameters": {"config": config}}
+    write_checkpoint(make_checkpoint(base, module.state_dict(), plan, {}, None, None), tmp_path / "q.ckpt")
+    assert load_quantized(tmp_path / "q.ckpt", Takes).values == [config[key] for key in config]
+
+
+class Back(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, width)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class FromYaml(Net):
+    def __init__(
+        self,
+        back: nn.Module,
+        act: Act = Act.relu,
+        sizes: tuple[int, int] = (1, 2),
+        root: Path = Path("."),
+        note: str = "",
+        lr: float = 0.02,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        self.back, self.act, self.sizes, self.root, self.note = back, act, sizes, root, note
+
+    def forward(self, x):
+        return super().forward(self.back(x))
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+def test_what_lightning_cli_stored_loads_with_trust_or_with_the_object_given(tmp_path):
+    callback = TinyQCallback("w8a32", report=False, dirpath=tmp_path)
+    cli = LightningCLI(
+        FromYaml,
+        run=False,
+        save_config_callback=None,
+        trainer_defaults={"callbacks": [callback], "max_epochs": 1, "logger": False, "enable_checkpointing": False},
+        args=[
+            f"--model.back={HERE}.Back",
+            "--model.back.width=8",
+            "--model.act=gelu",
+            "--model.sizes=[3,4]",
+            "--model.root=/a/b",
+            "--model.note=os.system",
+            f"--trainer.default_root_dir={tmp_path}",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+        ],
+    )
+    cli.trainer.fit(cli.model, loader(), loader(seed=1))
+    path = callback.quantized_path
+    with pytest.raises(CheckpointError, match=rf"back: {HERE}\.Back.*load_quantized\(path, FromYaml, back=\.\.\."):
+        load_quantized(path, FromYaml)
+    x = next(iter(loader()))[0]
+    wanted = load_quantized(path, FromYaml, trust=True)
+    given = load_quantized(path, FromYaml, back=Back(8))
+    assert torch.equal(wanted(x), given(x))
+    for module in (wanted, given):
+        assert (module.act, module.sizes, module.root, module.note) == (Act.gelu, (3, 4), Path("/a/b"), "os.system")
+
+
+def test_a_trainer_restores_a_file_that_names_things_and_calls_none(tmp_path):
+    stored = {"_instantiator": f"{HERE}.call", "width": CLASS_PATH}
+    path = written(tmp_path / "q.ckpt", Net(), stored)
+    run: Trainer = trainer(tmp_path, TinyQCallback("w8a32", report=False))
+    run.validate(Net(), loader(), ckpt_path=path, verbose=False, weights_only=True)
