@@ -10,7 +10,7 @@ import yaml
 import tinyq_lightning
 from tinyq_lightning import QuantizationSpec, quantize
 from tinyq_lightning.methods import METHODS
-from tinyq_lightning.plan.resolve import resolve
+from tinyq_lightning.plan.resolution import resolve
 from tinyq_lightning.spec.spec import as_spec
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from tinyq_lightning.kernels.weights import predicted_sqnr_db
 from tinyq_lightning.layers.embedding import QuantizedEmbedding
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
 from tinyq_lightning.plan.plan import state_bytes
-from tinyq_lightning.plan.resolve import resolve
+from tinyq_lightning.plan.resolution import resolve
 from tinyq_lightning.plan.sites import find_sites
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")]

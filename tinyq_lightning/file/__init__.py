@@ -1,7 +1,6 @@
 """Files: quantized checkpoints are written, checked, loaded, made from a float file and exported here."""
 
 from tinyq_lightning.file.archive import Archive
-from tinyq_lightning.file.build import build
 from tinyq_lightning.file.checkpoint import (
     check_digests,
     file_sha256,
@@ -9,14 +8,15 @@ from tinyq_lightning.file.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.digest import digest_of
 from tinyq_lightning.file.durable import replace_file
+from tinyq_lightning.file.from_float import FloatFile, quantize_file
 from tinyq_lightning.file.hooks import HookView, call_hook
 from tinyq_lightning.file.loading import load_quantized
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
 from tinyq_lightning.file.names import check_folder, quantized_path, stem_of
 from tinyq_lightning.file.plain import plain, plain_state
-from tinyq_lightning.file.quantize_file import FloatFile, quantize_file
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
 from tinyq_lightning.file.state import check_state
 from tinyq_lightning.file.structure import prepare_structure, refuse_resuming, restore_structure

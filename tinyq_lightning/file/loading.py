@@ -10,8 +10,8 @@ import torch
 
 from tinyq_lightning.errors import CheckpointError, ModelError, TinyQError
 from tinyq_lightning.file.arguments import parameters_of
-from tinyq_lightning.file.build import build
 from tinyq_lightning.file.checkpoint import read_checkpoint
+from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.hooks import HookView, dropped_entries
 from tinyq_lightning.file.structure import prepare_structure
 from tinyq_lightning.file.trust import import_class

@@ -5,7 +5,7 @@ from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over
 from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan, state_bytes
 from tinyq_lightning.plan.replace import carry_out, put_in, quantize, quantize_by_layer, quantized
-from tinyq_lightning.plan.resolve import (
+from tinyq_lightning.plan.resolution import (
     WithValues,
     check_model,
     check_patterns,

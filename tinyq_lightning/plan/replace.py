@@ -15,7 +15,7 @@ from torch import nn
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers
 from tinyq_lightning.plan.plan import Plan
-from tinyq_lightning.plan.resolve import WithValues, refuse_root, resolve
+from tinyq_lightning.plan.resolution import WithValues, refuse_root, resolve
 from tinyq_lightning.plan.sites import Site, find_sites
 from tinyq_lightning.plan.swap import Swap
 from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec

@@ -15,7 +15,7 @@ from tinyq_lightning.kernels import Choice
 from tinyq_lightning.layers import Int8Weight, QuantizedLinear
 from tinyq_lightning.plan.make_layers import QuantizedLayers
 from tinyq_lightning.plan.plan import DecidedBy, Decision
-from tinyq_lightning.plan.resolve import refuse_root, resolve
+from tinyq_lightning.plan.resolution import refuse_root, resolve
 from tinyq_lightning.plan.sites import Site, find_sites
 from tinyq_lightning.spec import QuantizationSpec
 

@@ -17,7 +17,7 @@ from tinyq_lightning import QuantizationSpec, TinyQCallback, quantize
 from tinyq_lightning.errors import CheckpointError, ModelError, SpecError
 from tinyq_lightning.file.archive import Archive
 from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint, write_checkpoint
-from tinyq_lightning.file.quantize_file import FloatFile, quantize_file
+from tinyq_lightning.file.from_float import FloatFile, quantize_file
 from tinyq_lightning.spec.spec import as_spec
 
 SPEC = {"method": "w8a32", "exclude": ["head"], "rules": [{"match": "body.2", "method": "w8a8"}]}

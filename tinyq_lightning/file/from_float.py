@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file.archive import Archive
-from tinyq_lightning.file.build import build
 from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint
+from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
 from tinyq_lightning.file.validate import is_quantized, without_training_entries
