@@ -32,7 +32,7 @@ lint: $(VENV)/installed-test $(VENV)/installed-lint  ## what CI and pre-commit c
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/installed-lint  ## put the code into shape
 	$(BIN)/ruff format .
