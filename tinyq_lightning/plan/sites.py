@@ -113,13 +113,13 @@ class Site:
         """Put ``layer`` into every place; what was there before where it is :attr:`module`."""
         back = layer is self.module
         for parent, attribute in self.places:
-            parent._modules[attribute] = self.original if back else layer
+            _set_child(parent, attribute, self.original if back else layer)
         if not back:
             self.open()
             return
         if self.attention:
             for parent, attribute in self.attention.places:
-                parent._modules[attribute] = self.attention.module
+                _set_child(parent, attribute, self.attention.module)
         for encoder_layer, value in self.encoder_layers:
             encoder_layer.activation_relu_or_gelu = value
 
@@ -128,11 +128,18 @@ class Site:
         if self.attention:
             self.attention.opened.training = self.training
             for parent, attribute in self.attention.places:
-                parent._modules[attribute] = self.attention.opened
+                _set_child(parent, attribute, self.attention.opened)
         for encoder_layer, _ in self.encoder_layers:
             # 0 has its forward call the layers. Otherwise, in eval mode, it hands their float weights to a
             # fused kernel: made anew from the codes on each call.
             encoder_layer.activation_relu_or_gelu = 0
+
+
+def _set_child(parent: nn.Module, attribute: str, child: nn.Module) -> None:
+    parent._modules[attribute] = child
+    initialize = getattr(parent, "_initialize", None)
+    if attribute == "_orig_mod" and callable(initialize):
+        initialize()  # torch.compile's wrapper calls the module that it was made with until it is told of another
 
 
 def is_layer(module: object) -> bool:
