@@ -1,9 +1,14 @@
 """Quantized layers in graphs: compiled, exported, traced."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from kernel_cases import LARGE, each_method, normal, random_layer, relative_error
 from torch import nn
+
+from tinyq_lightning import quantize, quantized
 
 
 def adding_to(graphs):
@@ -117,3 +122,98 @@ def test_an_exported_layer_is_the_formula_with_int8_codes(kernel, method, first)
     held = [*program.state_dict.values(), *program.constants.values()]
     assert [tensor.shape for tensor in held if tensor.dtype == torch.int8] == [torch.Size(LARGE)]
     assert not [node for node in program.graph.nodes if "tinyq" in str(node.target)]
+
+
+@each_method
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_exported_program_runs_where_this_package_is_not_imported(method, grad, tmp_path):
+    layer = random_layer(method, *LARGE)
+    x = normal(3, LARGE[1])
+    layer(x)
+    with torch.set_grad_enabled(grad):
+        torch.export.save(torch.export.export(nn.Sequential(layer), (x,)), tmp_path / "program.pt2")
+        torch.save({"x": x, "wanted": layer(x).detach()}, tmp_path / "case.pt")
+    code = """
+import sys, torch
+case = torch.load("case.pt")
+out = torch.export.load("program.pt2").module()(case["x"])
+torch.testing.assert_close(out.detach(), case["wanted"], rtol=1e-2, atol=1e-2)
+assert not any(name.startswith("tinyq") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+
+
+@each_method
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("first", ["packed", "fresh"])
+def test_a_traced_layer_is_saved_and_gives_the_layers_numbers_and_gradients(kernel, method, first, tmp_path):
+    layer = random_layer(method, *LARGE)
+    x = normal(3, LARGE[1]).requires_grad_()
+    if first == "packed":
+        layer(x)
+    torch.jit.trace(nn.Sequential(layer), (x.detach(),)).save(tmp_path / "traced.pt")
+    traced = torch.jit.load(tmp_path / "traced.pt")
+    assert relative_error(traced(x), layer(x).double()) < 1e-4
+    up = normal(3, LARGE[0])
+    grad = torch.autograd.grad(traced(x), x, up)[0]
+    torch.testing.assert_close(grad, up @ layer.dequantize())
+
+
+class Around(nn.Module):
+    """Quantized layers of every kind, in code that torch.fx can trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.linear = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 50)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        mixed, _ = self.attention(x, x, x, need_weights=False)
+        return self.head(self.linear(mixed + x).relu())
+
+
+@each_method
+def test_symbolic_trace_takes_quantized_layers_for_leaves(method):
+    model = Around().eval()
+    quantize(model, method)
+    traced = torch.fx.symbolic_trace(model)
+    tokens = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(traced(tokens), model(tokens))
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == ["embedding", "attention", "linear", "head"]
+
+
+def test_a_child_that_was_compiled_before_quantizing_runs_the_quantized_layer():
+    model = nn.Sequential(torch.compile(nn.Linear(16, 16), backend="eager"), nn.ReLU())
+    x = normal(4, 16)
+    before = model(x)
+    with quantized(model, "w8a8"):
+        during = model(x)
+    assert not torch.equal(during, before)
+    assert torch.equal(model(x), before)
+
+
+@each_method
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_second_derivatives_of_a_compiled_layer_are_right_or_refused(kernel, method):
+    layer = random_layer(method, *LARGE)
+    x = normal(3, LARGE[1]).requires_grad_()
+    out = torch.compile(nn.Sequential(layer, nn.Tanh()), backend="aot_eager")(x)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(torch.autograd.grad(out.sum(), x, create_graph=True)[0].sum(), x)
+
+
+@each_method
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_transforms_inside_a_compiled_function_have_the_straight_gradient(kernel, method):
+    torch._dynamo.reset()
+    layer = random_layer(method, *LARGE)
+    x = normal(LARGE[1])
+    got = torch.compile(lambda y: torch.func.grad(lambda z: layer(z).sum())(y), backend="aot_eager")(x)
+    torch.testing.assert_close(got, layer.dequantize().sum(0))

@@ -44,7 +44,7 @@ def input_gradient(grad: Tensor, int8_weights: Tensor, scales: Tensor) -> Tensor
         return grad.new_zeros(*grad.shape[:-1], 0)
     total: Tensor | None = None
     for rows in row_blocks(int8_weights):
-        part = grad[..., rows] @ int8_weights[rows].to(grad.dtype)
+        part = grad.narrow(-1, rows.start, rows.stop - rows.start) @ int8_weights[rows].to(grad.dtype)
         total = part if total is None else total + part  # not in place: vmap refuses that
     assert total is not None
     return total

@@ -42,7 +42,8 @@ def outside_modes() -> Iterator[None]:
     in training, also if it is made in inference mode.
     """
     tracing = torch._C._get_tracing_state()  # of jit.trace
-    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+    no_modes = _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch()
+    with no_modes[0], no_modes[1], no_modes[2], torch.inference_mode(False), torch.no_grad():
         if tracing is None:
             yield
             return

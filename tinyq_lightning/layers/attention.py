@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.errors import ModelError
+from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 from tinyq_lightning.layers.linear import QuantizedLinear
 
 __all__ = [
@@ -22,15 +23,15 @@ _Projection = nn.Linear | QuantizedLinear
 class QuantizedMultiheadAttention(nn.MultiheadAttention):
     """Takes the place of an ``nn.MultiheadAttention`` of which at least one projection is quantized.
 
-    The float module keeps its projections as bare matrices and reads ``out_proj.weight``, so that no
-    layer in them is ever called. Here they are called: ``in_proj`` (or ``q_proj``, ``k_proj``,
-    ``v_proj`` where keys or values have sizes of their own) and ``out_proj``, with all that they have as
-    quantized layers, among it their kernels. The state dict has their entries, such as
-    ``in_proj.int8_weights``, ``in_proj.scales`` and ``in_proj.bias``. The attributes of the float
-    module can be read; ``in_proj_weight`` and its like are dequantized on each read.
+    The float module keeps its projections as bare matrices and reads ``out_proj.weight``, so it never calls a
+    layer for them. This module calls its projections as layers: ``in_proj`` (or ``q_proj``, ``k_proj``,
+    ``v_proj`` if keys or values have sizes of their own) and ``out_proj``. So quantized ones run by their
+    kernels. The state dict has their entries, such as ``in_proj.int8_weights``, ``in_proj.scales`` and
+    ``in_proj.bias``. The attributes of the float module can be read; ``in_proj_weight`` and the others are
+    read-only and dequantized when their values are read.
 
-    Results are those of the float module's ordinary forward. Its fused one for evaluation, which wants
-    float weights, is not used. Nested tensors are taken for self-attention, as there.
+    Results are those of the float module's ordinary forward, not of its fused one for evaluation, which needs
+    float weights. Nested tensors are accepted for self-attention, as by the float module.
 
     Args:
         attention: the float module. Its parameters are held, not copied.
@@ -110,6 +111,9 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         Raises:
             ModelError: shapes that do not fit one another, or the hint without a mask.
         """
+        if has_proxy(query, key, value):
+            given = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return leaf_call(self, *given)  # type: ignore[no-any-return]
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(query, key, value, key_padding_mask, attn_mask, need_weights)
         batched = query.dim() == 3
@@ -131,7 +135,7 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
             v = torch.cat([v, self.bias_v.to(v.dtype).expand(len(v), 1, -1)], 1)
         if self.add_zero_attn:
             k, v = nn.functional.pad(k, (0, 0, 0, 1)), nn.functional.pad(v, (0, 0, 0, 1))
-        if mask is not None:  # what was added to the keys is for all to see
+        if mask is not None:  # no query is masked from the keys that were added
             mask = nn.functional.pad(mask, (0, k.shape[1] - mask.shape[-1]))
 
         q, k, v = (each.view(*each.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for each in (q, k, v))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tinyq_lightning.layers.int8_weight import Int8Weight
+from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 
 __all__ = [
     "QuantizedEmbedding",
@@ -23,7 +24,7 @@ class QuantizedEmbedding(Int8Weight):
     Args:
         num_embeddings: rows.
         embedding_dim: size of each row.
-        padding_idx: kept for those who read it; it decides gradients only, and int8 weights have none.
+        padding_idx: kept because other code may read it; it concerns gradients of the weight, which int8 weights lack.
         dtype: floating dtype of what is looked up.
         device: where the layer lives.
     """
@@ -55,6 +56,8 @@ class QuantizedEmbedding(Int8Weight):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[...]`` of integers → ``[..., dim]`` of the layer's dtype."""
+        if has_proxy(input):
+            return leaf_call(self, input)  # type: ignore[no-any-return]
         work = torch.float64 if self.dtype == torch.float64 else torch.float32
         codes = nn.functional.embedding(input, self.int8_weights)
         scales = nn.functional.embedding(input, self.scales[:, None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar, cast
 
 import torch
@@ -146,8 +147,8 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
         """The float weight, if the layer is to multiply ``input`` by it just as ``nn.Linear`` does; else None."""
         if (
             (type(input) is Tensor and input.dtype is torch.float32 and input.is_cpu)
-            and self._kernel_for(input) == "float32"
             and not (in_jit_trace() or torch.is_autocast_enabled("cpu"))
+            and self._kernel_for(input) == "float32"
         ):
             form = cast("Float32Weights | None", self.form("float32"))
             return None if form is None else form.weight
@@ -161,7 +162,11 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
                 if form is not None:
                     scales: Tensor = self._buffers["scales"]  # type: ignore[assignment]
                     return packed_linear(METHODS[self.method], form, input, scales, bias)
-        return quantized_linear(METHODS[self.method], self._formula_name(), input, self.int8_weights, self.scales, bias)
+        with warnings.catch_warnings():
+            if in_jit_trace():  # which warns of each comparison of shapes
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            method, kernel = METHODS[self.method], self._formula_name()
+            return quantized_linear(method, kernel, input, self.int8_weights, self.scales, bias)
 
     def _kernel_for(self, input: Tensor) -> str:
         choice = self._choice_on(input.device.type)
