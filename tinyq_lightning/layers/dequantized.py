@@ -7,11 +7,13 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tinyq_lightning.kernels import CodeHolder, TensorSnapshot, dequantize, outside_modes
+from tinyq_lightning.layers.read_only import ReadOnlyTensor
 
 __all__ = [
     "Dequantized",
@@ -46,45 +48,43 @@ class Dequantized:
     """The float weight of one layer, kept until codes or scales change or other weights are read."""
 
     def __init__(self) -> None:
-        self._values: Tensor | None = None
-        self._version = 0
+        self._kept: ReadOnlyTensor | None = None
         self._is_current: Callable[[WeightSource], bool] = lambda source: False
 
-    def get(self, source: WeightSource) -> Tensor:
-        """The weight of ``source``: that of the last call if nothing has changed since."""
+    def weight(self, source: WeightSource, shape: torch.Size) -> ReadOnlyTensor:
+        """The weight of ``source``: that of the last call if it has its values and nothing has changed since."""
         with _lock:
-            values = self._values
+            kept = self._kept
             # Views of a weight are plain tensors: if somebody has written to one, the weight is computed anew.
-            if values is None or values._version != self._version or not self._is_current(source):
-                with outside_modes():
-                    values = source.values()
-                self._keep(values, source)
-            elif id(self) in _recent:
+            if kept is not None and not kept._version and self._is_current(source):
                 _recent.move_to_end(id(self))
-            return values
+                return kept
+        make = partial(_values, source, weakref.ref(self))
+        with torch.inference_mode(False):  # where torch counts what is written to views
+            return ReadOnlyTensor(make, shape, source.dtype, source.scales.device)
 
-    def clear(self) -> None:
-        """Let go of the weight."""
-        with _lock:
-            self._values = None
-            _recent.pop(id(self), None)
-
-    def _keep(self, values: Tensor, source: WeightSource) -> None:
-        self.clear()
+    def keep(self, weight: ReadOnlyTensor, values: Tensor, source: WeightSource) -> None:
+        """Keep a weight that has its values now."""
         if values.nbytes > _MOST_BYTES:
             return
-        self._values, self._version, self._is_current = values, values._version, _snapshot(source)
-        _recent[id(self)] = weakref.ref(self)
-        for key in [key for key, each in _recent.items() if each() is None]:
-            del _recent[key]
-        while sum(_bytes(each()) for each in _recent.values()) > _MOST_BYTES:
-            _, oldest = _recent.popitem(last=False)
-            if (other := oldest()) is not None:
-                other._values = None
+        with _lock:
+            self._kept, self._is_current = weight, _snapshot(source)
+            for key in [key for key, (each, _) in _recent.items() if each() is None]:
+                del _recent[key]
+            _recent[id(self)] = weakref.ref(self), values.nbytes
+            _recent.move_to_end(id(self))
+            while sum(size for _, size in _recent.values()) > _MOST_BYTES:
+                _, (oldest, _) = _recent.popitem(last=False)
+                if (other := oldest()) is not None:
+                    other._kept = None
 
 
-def _bytes(kept: Dequantized | None) -> int:
-    return 0 if kept is None or kept._values is None else kept._values.nbytes
+def _values(source: WeightSource, owner: weakref.ref[Dequantized], weight: ReadOnlyTensor) -> Tensor:
+    with outside_modes():
+        values = source.values()
+    if (dequantized := owner()) is not None:
+        dequantized.keep(weight, values, source)
+    return values
 
 
 def _snapshot(source: WeightSource) -> Callable[[WeightSource], bool]:
@@ -107,4 +107,4 @@ _lock = threading.RLock()
 
 
 # From the one that was read the longest ago.
-_recent: OrderedDict[int, weakref.ref[Dequantized]] = OrderedDict()
+_recent: OrderedDict[int, tuple[weakref.ref[Dequantized], int]] = OrderedDict()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, MutableMapping
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,6 @@ from tinyq_lightning.kernels import (
     weight_form,
 )
 from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
-from tinyq_lightning.layers.read_only import ReadOnlyTensor
 
 __all__ = [
     "Int8Weight",
@@ -192,8 +190,7 @@ class Int8Weight(nn.Module):
         with _lock:
             codes = self._buffers["int8_weights"]
             held = cast(CodeHolder, self._forms.holder()) if codes is None else codes
-        source = WeightSource(held, self.scales, self.dtype)
-        return ReadOnlyTensor(partial(self._forms.dequantized.get, source), held.shape, self.dtype, self.scales.device)
+        return self._forms.dequantized.weight(WeightSource(held, self.scales, self.dtype), held.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold the plain codes, and are packed when they are called.

@@ -26,7 +26,7 @@ class ReadOnlyTensor(Tensor):
     that, are plain tensors, and so are its clones, copies and pickles. Functions of ``torch`` see no difference.
 
     Args:
-        make: returns the values, a plain tensor; called at most once.
+        make: returns the values, a plain tensor; called at most once, with this tensor.
         shape: of the values.
         dtype: of the values.
         device: of the values.
@@ -34,12 +34,12 @@ class ReadOnlyTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as nn.Parameter has it
 
-    _make: Callable[[], Tensor]
+    _make: Callable[[ReadOnlyTensor], Tensor] | None
     _made: Tensor | None
 
     @staticmethod
     def __new__(  # noqa: D102
-        cls, make: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+        cls, make: Callable[[ReadOnlyTensor], Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
     ) -> ReadOnlyTensor:
         tensor: ReadOnlyTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         tensor._make, tensor._made = make, None
@@ -52,7 +52,11 @@ class ReadOnlyTensor(Tensor):
         """The values as a plain tensor."""
         made = self._made
         if made is None:
-            made = self._made = self._make()
+            make = self._make
+            if make is None:  # another thread has just made them
+                return self.values()
+            made = self._made = make(self)
+            self._make = None  # which holds the codes
         return made
 
     @classmethod
@@ -77,7 +81,7 @@ class ReadOnlyTensor(Tensor):
 
     def detach(self) -> ReadOnlyTensor:
         """The same values, as read-only as this tensor."""
-        return ReadOnlyTensor(self.values, self.shape, self.dtype, self.device)
+        return self
 
     def requires_grad_(self, requires_grad: bool = True) -> ReadOnlyTensor:
         """Refused if a gradient is asked for."""
