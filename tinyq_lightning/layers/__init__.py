@@ -4,7 +4,7 @@ from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_pro
 from tinyq_lightning.layers.embedding import QuantizedEmbedding, ScaledQuantizedEmbedding
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.kind import Candidate, Kind
-from tinyq_lightning.layers.kinds import KINDS, is_opened, is_replaceable, kind_of, why_closed
+from tinyq_lightning.layers.kinds import KINDS, has_inner_layers, is_replaceable, kind_of, why_closed
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear, W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
 
 __all__ = [
@@ -21,8 +21,8 @@ __all__ = [
     "W8A16LinearLayer",
     "W8A32LinearLayer",
     "float_weight",
+    "has_inner_layers",
     "in_projections",
-    "is_opened",
     "is_replaceable",
     "kind_of",
     "linear_with",

@@ -12,6 +12,7 @@ import dis
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -44,50 +45,73 @@ def computes_linear(module: nn.Module, transposed: bool = False) -> bool:
         module: with a matrix ``weight``, and a ``bias`` that is a vector or None.
         transposed: compare with ``x @ weight + bias``, as Hugging Face's ``Conv1D`` has it.
     """
-    bias = module._parameters.get("bias")
+    has_bias = module._parameters.get("bias") is not None
     shape = (_COLUMNS, _ROWS) if transposed else (_ROWS, _COLUMNS)
+    kind: Any = type(module)
+    sizes = tuple(_small_sizes(module, shape).items())
+    return _computes_linear(kind, kind.forward, has_bias, cast(Tensor, module.weight).dtype, sizes, transposed)
+
+
+@lru_cache(maxsize=256)
+def _computes_linear(
+    kind: Any,
+    forward: Callable[..., Any],
+    has_bias: bool,
+    dtype: torch.dtype,
+    held: tuple[tuple[str, int], ...],
+    transposed: bool,
+) -> bool:
+    """As :func:`computes_linear`, once for all layers that differ in their values only.
+
+    Args:
+        kind: the class.
+        forward: what it has for a forward now, which may be exchanged.
+        has_bias: whether there is a bias.
+        dtype: of the weight.
+        held: the attributes that tell the weight's sizes, with the sizes of the small one.
+        transposed: whether the weight is ``[in, out]``.
+    """
+    shape, sizes = (_COLUMNS, _ROWS) if transposed else (_ROWS, _COLUMNS), dict(held)
 
     def expected(x: Tensor, weight: Tensor, added: Tensor | None) -> Tensor:
         return nn.functional.linear(x, weight.t() if transposed else weight, added)
 
-    sizes = _small_sizes(module, shape)
     for training in (False, True):
         for size in _SIZES:
             weight = _random(shape) * size
-            added = None if bias is None else _random((_ROWS,)) * size
+            added = _random((_ROWS,)) * size if has_bias else None
             tensors = {"weight": weight, "bias": added}
             for lead in _LEADS:
                 x = (_random((*lead, _COLUMNS)) * size).requires_grad_()
-                got = _forward(module, x, tensors, sizes, training)
+                got = _forward(kind, x, tensors, sizes, training)
                 wanted = expected(x, weight, added)
                 if got is None or not _same(got, wanted) or not _same(_gradient(got, x), _gradient(wanted, x)):
                     return False
         x = _random((2, _COLUMNS))
         x[0, 0] = torch.inf
-        got = _forward(module, x, tensors, sizes, training)
+        got = _forward(kind, x, tensors, sizes, training)
         if got is None or not _same(got, expected(x, weight, added)):
             return False
-    return _follows_autocast(module, shape, sizes) and _same_in_own_dtype(module, shape, sizes, expected)
+    own = {"weight": _random(shape).to(dtype), "bias": _random((_ROWS,)).to(dtype) if has_bias else None}
+    return _follows_autocast(kind, own, sizes) and _same_in_own_dtype(kind, own, sizes, expected)
 
 
-def _follows_autocast(module: nn.Module, shape: tuple[int, int], sizes: dict[str, Any]) -> bool:
+def _follows_autocast(kind: Any, tensors: Mapping[str, Tensor | None], sizes: Mapping[str, int]) -> bool:
     """Whether autocast has an effect on the product; a forward may switch it off."""
-    bias = module._parameters.get("bias")
-    tensors = {"weight": _random(shape).float(), "bias": None if bias is None else _random((_ROWS,)).float()}
+    floats = {name: None if each is None else each.float() for name, each in tensors.items()}
     x = _random((4, _COLUMNS)).float()
-    plain, cast_down = (_forward(module, x, tensors, sizes, False, autocast) for autocast in (False, True))
+    plain, cast_down = (_forward(kind, x, floats, sizes, False, autocast) for autocast in (False, True))
     return plain is not None and cast_down is not None and not torch.equal(plain.float(), cast_down.float())
 
 
 def _same_in_own_dtype(
-    module: nn.Module, shape: tuple[int, int], sizes: dict[str, Any], expected: Callable[..., Tensor]
+    kind: Any, tensors: Mapping[str, Tensor | None], sizes: Mapping[str, int], expected: Callable[..., Tensor]
 ) -> bool:
     """Whether the forward gives the product in the dtype of the layer too, up to rounding."""
-    dtype, bias = cast(Tensor, module.weight).dtype, module._parameters.get("bias")
-    tensors = {"weight": _random(shape).to(dtype), "bias": None if bias is None else _random((_ROWS,)).to(dtype)}
-    x = _random((4, _COLUMNS)).to(dtype)
-    got, wanted = _forward(module, x, tensors, sizes, False), expected(x, tensors["weight"], tensors["bias"])
-    far = 16 * torch.finfo(dtype).eps * float(wanted.abs().max())
+    weight = cast(Tensor, tensors["weight"])
+    x = _random((4, _COLUMNS)).to(weight.dtype)
+    got, wanted = _forward(kind, x, tensors, sizes, False), expected(x, weight, tensors["bias"])
+    far = 16 * torch.finfo(weight.dtype).eps * float(wanted.abs().max())
     return got is not None and got.dtype == wanted.dtype and torch.allclose(got, wanted, rtol=0, atol=far)
 
 
@@ -96,25 +120,25 @@ def computes_scaled_embedding(module: nn.Module) -> float | None:
 
     The factor is a number of the class, or one that the module holds as an attribute or a buffer without dimensions.
     """
-    own = cast(Tensor, module.weight)
+    own, kind = cast(Tensor, module.weight), type(module)
     shape = (_ROWS, own.shape[1])  # the factor is often the root of the number of columns
     held: dict[str, Any] = {name: value for name, value in vars(module).items() if isinstance(value, int | float)}
     held |= {name: value for name, value in module._buffers.items() if _is_number(value)}
     known = held
     words = torch.tensor([[0, 3, 3], [4, 1, 2]])
-    ones = _forward(module, words, {"weight": torch.ones(shape, dtype=own.dtype)}, known, False)
+    ones = _forward(kind, words, {"weight": torch.ones(shape, dtype=own.dtype)}, known, False)
     if ones is None or not ones.numel() or not bool((ones == ones.flatten()[0]).all()):
         return None
     factor = ones.flatten()[0].item()
     for training in (False, True):
         for size in _SIZES:
             weight = _random(shape) * size
-            got = _forward(module, words, {"weight": weight}, known, training)
-            again = _forward(module, words, {"weight": weight.to(own.dtype)}, known, training)
+            got = _forward(kind, words, {"weight": weight}, known, training)
+            again = _forward(kind, words, {"weight": weight.to(own.dtype)}, known, training)
             wanted = nn.functional.embedding(words, weight.to(own.dtype)) * factor
             if got is None or again is None or again.dtype != own.dtype or again.shape != wanted.shape:
                 return None
-            exact = _forward(module, words, {"weight": torch.ones_like(weight)}, known, training)
+            exact = _forward(kind, words, {"weight": torch.ones_like(weight)}, known, training)
             if exact is None or not _same(got, nn.functional.embedding(words, weight) * exact.flatten()[0]):
                 return None
             if not torch.allclose(again.double(), wanted.double(), rtol=4 * torch.finfo(own.dtype).eps, atol=0):
@@ -183,15 +207,14 @@ def _gradient(output: Tensor, x: Tensor) -> Tensor:
 
 
 def _forward(
-    module: nn.Module,
+    kind: Any,
     x: Tensor,
     tensors: Mapping[str, Tensor | None],
     known: Mapping[str, Any],
     training: bool,
     autocast: bool = False,
 ) -> Tensor | None:
-    """What the forward of the module's class gives for a stand-in with these tensors; None if it fails or does more."""
-    kind: Any = type(module)
+    """What the forward of a class gives for a stand-in with these tensors; None if it fails or does more."""
     if any(_writes(function) for function in _forwards(kind)):
         return None
     stand_in = _stand_in(kind, {**known, **tensors, "training": training})

@@ -25,7 +25,7 @@ from tinyq_lightning.methods import KernelName
 
 __all__ = [
     "KINDS",
-    "is_opened",
+    "has_inner_layers",
     "is_replaceable",
     "kind_of",
     "why_closed",
@@ -159,6 +159,11 @@ def is_replaceable(module: object) -> bool:
         return False
     kind = kind_of(module)
     return kind is not None and kind.is_layer
+
+
+def has_inner_layers(module: nn.Module) -> bool:
+    """Whether the layers inside are candidates of ``module`` itself, so that none is to be looked for below it."""
+    return isinstance(module, nn.MultiheadAttention) and not is_opened(module) and why_closed(module) is None
 
 
 def is_opened(module: nn.Module) -> bool:

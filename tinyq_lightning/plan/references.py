@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -80,10 +81,8 @@ _LEAVES = (
 )
 
 
-_LEAF_TYPES = {bool, int, float, complex, str, bytes, type(None), Tensor, nn.Parameter}
-
-
-# Objects of these packages are the surroundings of a model: a Trainer, its loggers and loaders, locks, arrays.
+# Objects of these packages, and of classes that inherit from theirs, are the surroundings of a model: a Trainer, its
+# callbacks and loggers, data sets and loaders, optimizers, locks, arrays.
 _SURROUNDINGS = {"torch", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
 _SURROUNDINGS |= {"numpy", "pandas", "logging", "threading", "_thread", "omegaconf"}
 
@@ -98,14 +97,14 @@ _SKIPPED |= {"_compiled_call_impl", "_compiler_ctx", "_jit_module"}
 _OF_COMPILED = {"forward", "_forward", "dynamo_ctx", "_torchdynamo_orig_callable", "get_compiler_config"}
 
 
-_MOST_OBJECTS = 1_000_000
+_MOST_OBJECTS = 50_000
 
 
 def find_references(model: nn.Module, layers: Collection[nn.Module]) -> Mapping[int, list[Reference]]:
     """By the ``id`` of a layer, where ``model`` holds it outside of its registered modules.
 
     Containers, functions with what they close over, and plain objects are followed from each attribute of each
-    module and of its class, the nearest first and at most a million of them; functions alone from hooks. Nothing is
+    module and of its class, the nearest first and at most 50,000 of them; functions alone from hooks. Nothing is
     changed.
     """
     found: dict[int, list[Reference]] = defaultdict(list)
@@ -120,16 +119,16 @@ def find_references(model: nn.Module, layers: Collection[nn.Module]) -> Mapping[
                 where = f"{path}.{name}".removeprefix(".").replace("_orig_mod.", "")
                 pending.append(_Held(value, where, Place(attributes, name), not name.endswith("_hooks")))
     for kind in {each for module in model.modules() for each in type(module).__mro__}:
-        if kind.__module__.partition(".")[0] not in _SURROUNDINGS:
+        if _package(kind) not in _SURROUNDINGS:
             pending.extend(_Held(value, f"{kind.__name__}.{name}", None, True) for name, value in vars(kind).items())
     while pending and len(seen) < _MOST_OBJECTS:
         held = pending.popleft()
         value = held.value
         if id(value) in wanted:
             found[id(value)].append(Reference(held.where, held.place))
-        elif id(value) not in seen and id(value) not in modules and not isinstance(value, _LEAVES):
+        elif id(value) not in seen and id(value) not in modules and _is_followed(type(value)):
             seen.add(id(value))
-            pending.extend(_below(held))
+            pending.extend(islice(_below(held), _MOST_OBJECTS))
     return found
 
 
@@ -152,13 +151,16 @@ def _contents(value: Any, through_objects: bool) -> Iterator[tuple[Any, Place | 
     """What a value holds, each with its place if it can be exchanged there."""
     kind = type(value)
     if kind in (list, deque):
-        if not set(map(type, value)) <= _LEAF_TYPES:
-            yield from ((each, Place(value, index)) for index, each in enumerate(value))
+        followed = _followed(value)
+        if followed:
+            yield from ((each, Place(value, index)) for index, each in enumerate(value) if type(each) in followed)
     elif isinstance(value, dict):
-        if not set(map(type, value.values())) <= _LEAF_TYPES:
-            exact = kind in _EXACT_DICTS
-            yield from ((each, Place(value, key) if exact else None) for key, each in value.items())
-        if not exact_or_plain(kind):
+        followed = _followed(value.values())
+        exact = kind in _EXACT_DICTS
+        if followed:
+            pairs = ((key, each) for key, each in value.items() if type(each) in followed)
+            yield from ((each, Place(value, key) if exact else None) for key, each in pairs)
+        if not exact and hasattr(value, "__dict__"):
             yield from ((each, Place(vars(value), key)) for key, each in vars(value).items())
     elif isinstance(value, FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
@@ -169,9 +171,9 @@ def _contents(value: Any, through_objects: bool) -> Iterator[tuple[Any, Place | 
     elif isinstance(value, nn.Module):  # one that the model does not register
         if through_objects:
             yield from ((each, Place(vars(value), name)) for name, each in vars(value).items())
-    elif kind.__module__.partition(".")[0] in ("builtins", "functools", "itertools", "collections"):
+    elif _package(kind) in ("builtins", "functools", "itertools", "collections"):
         yield from ((each, None) for each in gc.get_referents(value))
-    elif through_objects and kind.__module__.partition(".")[0] not in _SURROUNDINGS:
+    elif through_objects:
         attributes = getattr(value, "__dict__", None)
         if type(attributes) is dict:
             yield from ((each, Place(attributes, name)) for name, each in attributes.items())
@@ -179,9 +181,22 @@ def _contents(value: Any, through_objects: bool) -> Iterator[tuple[Any, Place | 
             yield from ((each, None) for each in gc.get_referents(value) if each is not attributes)
 
 
-def exact_or_plain(kind: type) -> bool:
-    """Whether mappings of a class have no attributes of their own."""
-    return kind in _EXACT_DICTS or not hasattr(kind, "__dict__") or kind.__dictoffset__ == 0
+def _followed(values: Iterable[Any]) -> set[type]:
+    """The types among ``values`` that may hold a layer or be one: none, for a list of a million numbers."""
+    return {kind for kind in set(map(type, values)) if _is_followed(kind)}
+
+
+def _is_followed(kind: type) -> bool:
+    """Whether objects of a class may hold a layer, or are one."""
+    if issubclass(kind, _LEAVES):
+        return False
+    if issubclass(kind, nn.Module | FunctionType | MethodType):
+        return True
+    return not any(_package(each) in _SURROUNDINGS for each in kind.__mro__)
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def _is_filled(cell: Any) -> bool:

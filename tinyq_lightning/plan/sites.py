@@ -16,7 +16,7 @@ from tinyq_lightning.layers import (
     Int8Weight,
     Kind,
     float_weight,
-    is_opened,
+    has_inner_layers,
     kind_of,
     why_closed,
 )
@@ -201,8 +201,8 @@ def _walk(model: nn.Module) -> Iterator[tuple[nn.Module | None, str, str, tuple[
 def _walk_below(
     module: nn.Module, prefix: str, above: tuple[nn.Module, ...]
 ) -> Iterator[tuple[nn.Module, str, str, tuple[nn.Module, ...]]]:
-    if isinstance(module, nn.MultiheadAttention) and not is_opened(module) and why_closed(module) is None:
-        return  # its projections come with it
+    if has_inner_layers(module):
+        return
     above = (*above, module)
     for attribute, child in module._modules.items():
         if child is None or any(child is each for each in above) or is_metric(child):
