@@ -34,11 +34,11 @@ from tinyq_lightning.trainer import (
     QuantizedStart,
     Results,
     TestRun,
-    TestStart,
     check_monitor,
     choose_float_weights,
     directions,
     known_mode,
+    note_test_start,
     numbers,
     preserved,
     refuse_sharding,
@@ -64,7 +64,7 @@ class TinyQCallback(Callback):
 
     With ``when="fit_end"`` the best checkpoint is quantized when training ends, and the validation loop
     is run on float and on quantized weights. With ``when="test_start"`` a test run tests the quantized
-    model, and then the float one on the same batches. Either way the module is float again
+    model, with the float one beside it on the same batches. Either way the module is float again
     afterwards, with the very same layers and weights.
 
     With ``monitor`` and ``max_drop``, layers are given up until the metric loses no more than that, as few and
@@ -138,7 +138,6 @@ class TinyQCallback(Callback):
         self.monitor = self.spec.budget.monitor if self.spec.budget else monitor
         self.save, self.report = save, report
         self._start: QuantizedStart | None = None
-        self._test_start: TestStart | None = None
         self._runs: list[TestRun] = []
         self._earlier: list[TinyQCallback] = []
         self._begin()
@@ -163,7 +162,7 @@ class TinyQCallback(Callback):
         self._earlier = [each for each in earlier if each.spec.when == self.spec.when]
         self._start = QuantizedStart(trainer, pl_module)
         if stage == "test" and self.spec.when == "test_start":
-            self._test_start = TestStart(trainer, pl_module)
+            note_test_start(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What cannot end well is better known now than after the training."""
@@ -214,26 +213,28 @@ class TinyQCallback(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the quantized layers in: they are what the Trainer tests, with the float ones beside."""
-        if self._test_start is None or self._tests_a_quantized_file():
+        if self.spec.when != "test_start" or self._tests_a_quantized_file():
             return
         self._begin()
         first = next((run for callback in _ours(trainer) for run in callback._runs), None)
         stopwatch = Stopwatch() if self.spec.never_slower else None
         for spec in self.spec.each():
-            self._runs.append(TestRun(trainer, pl_module, spec, self._test_start, first, self._log_results, stopwatch))
+            self._runs.append(TestRun(trainer, pl_module, spec, first, self._log_results, stopwatch))
             first = first or self._runs[0]
         if self.report == "full":
             self._runs[0].watch_layers()
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's own step is about to begin."""
+        """Have the steps beside draw the same random numbers as the Trainer's own."""
         for run in self._runs:
             run.before_batch(*args, **kwargs)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's own step has ended."""
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Run the same batch through the float model, and through each further method."""
         for run in self._runs:
-            run.after_batch()
+            run.after_batch(*args, **kwargs)
 
     def _log_results(self, run: TestRun) -> None:
         if run is self._runs[-1]:
@@ -284,9 +285,7 @@ class TinyQCallback(Callback):
     def _let_go_of_runs(self) -> None:
         for run in self._runs:
             run.close()
-        if self._test_start is not None:
-            self._test_start.close()
-        self._runs, self._test_start = [], None
+        self._runs = []
 
     def _tests_a_quantized_file(self) -> bool:
         return self._start is not None and self._start.label is not None

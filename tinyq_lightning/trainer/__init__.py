@@ -8,7 +8,7 @@ from tinyq_lightning.trainer.methods_run import Measured, MethodsRun
 from tinyq_lightning.trainer.quantized_start import QuantizedStart
 from tinyq_lightning.trainer.ranks import refuse_sharding, write_on_rank_zero
 from tinyq_lightning.trainer.results import Results, compare, numbers
-from tinyq_lightning.trainer.test_run import TestRun, TestStart
+from tinyq_lightning.trainer.test_run import TestRun, note_test_start
 
 __all__ = [
     "FloatWeights",
@@ -17,12 +17,12 @@ __all__ = [
     "QuantizedStart",
     "Results",
     "TestRun",
-    "TestStart",
     "check_monitor",
     "choose_float_weights",
     "compare",
     "directions",
     "known_mode",
+    "note_test_start",
     "numbers",
     "preserved",
     "refuse_sharding",
