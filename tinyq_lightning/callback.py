@@ -35,13 +35,13 @@ from tinyq_lightning.trainer import (
     QuantizedStart,
     Results,
     TestRun,
-    TestStart,
     check_before_fit,
     check_budget,
     choose_float_weights,
     directions,
     folder_of,
     logged_names,
+    note_test_start,
     numbers,
     preserved,
     refuse_sharding,
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 # Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
-_OF_A_RUN = ("_quantized_start", "_test_start", "_runs", "_earlier", "log", "log_dict")
+_OF_A_RUN = ("_quantized_start", "_runs", "_earlier", "log", "log_dict")
 _OUTCOME = ("quantized_paths", "float_path", "plan", "plans", "results", "search", "error")
 
 
@@ -163,7 +163,6 @@ class TinyQCallback(Callback):
 
     def _reset_run(self) -> None:
         self._quantized_start: QuantizedStart | None = None
-        self._test_start: TestStart | None = None
         self._runs: list[TestRun] = []
         self._earlier: list[TinyQCallback] = []
 
@@ -188,7 +187,7 @@ class TinyQCallback(Callback):
         self._earlier = [each for each in earlier if each.spec.when == self.spec.when]
         self._quantized_start = QuantizedStart(trainer, pl_module)
         if stage == "test" and self.spec.when == "test_start":
-            self._test_start = TestStart(trainer, pl_module)
+            note_test_start(trainer, pl_module)
         return_to_main_process(trainer, self._key, lambda: {name: getattr(self, name) for name in _OUTCOME})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,26 +230,28 @@ class TinyQCallback(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the quantized layers in for the Trainer to test; the float model is tested after it."""
-        if self._test_start is None or (self._quantized_start and self._quantized_start.label):
+        if self.spec.when != "test_start" or (self._quantized_start and self._quantized_start.label):
             return
         self._reset_results()
         first = next((run for callback in _tinyq_callbacks(trainer) for run in callback._runs), None)
         stopwatch = Stopwatch() if self.spec.never_slower else None
         for spec in self.spec.each():
-            self._runs.append(TestRun(trainer, pl_module, spec, self._test_start, first, self._log_results, stopwatch))
+            self._runs.append(TestRun(trainer, pl_module, spec, first, self._log_results, stopwatch))
             first = first or self._runs[0]
         if self.report == "full":
             self._runs[0].watch_layers()
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Start the clock on the Trainer's own step."""
+        """Start the clock on the Trainer's own step; before the first batch, decide which layers stay float."""
         for run in self._runs:
             run.before_batch(*args, **kwargs)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Stop the clock on the Trainer's own step."""
         for run in self._runs:
-            run.after_batch()
+            run.after_batch(*args, **kwargs)
 
     def _log_results(self, run: TestRun) -> None:
         if run is self._runs[-1]:
@@ -299,9 +300,7 @@ class TinyQCallback(Callback):
     def _close_test_runs(self) -> None:
         for run in self._runs:
             run.close()
-        if self._test_start is not None:
-            self._test_start.close()
-        self._runs, self._test_start = [], None
+        self._runs = []
 
     def _column_name(self, plan: Plan) -> str:
         """The name of a plan's column: its label, with a version if an earlier callback of the run uses the label."""

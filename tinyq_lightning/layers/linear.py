@@ -164,7 +164,7 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
                     return packed_linear(METHODS[self.method], form, input, scales, bias)
         with warnings.catch_warnings():
             if in_jit_trace():  # which warns of each comparison of shapes
-                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined, unused-ignore]
             method, kernel = METHODS[self.method], self._formula_name()
             return quantized_linear(method, kernel, input, self.int8_weights, self.scales, bias)
 

@@ -10,7 +10,7 @@ from tinyq_lightning.trainer.methods_run import Measured, MethodsRun
 from tinyq_lightning.trainer.quantized_start import QuantizedStart
 from tinyq_lightning.trainer.ranks import refuse_sharding, write_on_rank_zero
 from tinyq_lightning.trainer.results import Results, compare, numbers
-from tinyq_lightning.trainer.test_run import TestRun, TestStart
+from tinyq_lightning.trainer.test_run import TestRun, note_test_start
 
 __all__ = [
     "HOW_TO_QUANTIZE_LATER",
@@ -20,7 +20,6 @@ __all__ = [
     "QuantizedStart",
     "Results",
     "TestRun",
-    "TestStart",
     "check_before_fit",
     "check_budget",
     "choose_float_weights",
@@ -28,6 +27,7 @@ __all__ = [
     "directions",
     "folder_of",
     "logged_names",
+    "note_test_start",
     "numbers",
     "preserved",
     "refuse_sharding",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,9 +15,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.plan import Swap
 from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
-from tinyq_lightning.trainer.checks import why_never_validated
+from tinyq_lightning.trainer.checks import checkpoint_callbacks, why_never_validated
 from tinyq_lightning.trainer.inner_trainer import Stage, inner_trainer, quiet, shadowed, state_roots
 from tinyq_lightning.trainer.isolation import Snapshot
 from tinyq_lightning.trainer.results import numbers
@@ -25,6 +26,8 @@ from tinyq_lightning.trainer.results import numbers
 __all__ = [
     "Evaluation",
     "LoopWatch",
+    "best_score",
+    "check_comparable",
     "dataloaders",
     "directions",
     "logged_names",
@@ -203,7 +206,14 @@ def dataloaders(trainer: Trainer, stage: Stage) -> list[Any]:
     return _flat(_combined_loader(trainer, stage))
 
 
-def run_evaluation(trainer: Trainer, module: LightningModule, stage: Stage, batches: int | None = None) -> Evaluation:
+def run_evaluation(
+    trainer: Trainer,
+    module: LightningModule,
+    stage: Stage,
+    batches: int | None = None,
+    start: Snapshot | None = None,
+    swap: Swap | None = None,
+) -> Evaluation:
     """What the user's loop logs on the weights that ``module`` holds now.
 
     A second, silent Trainer runs it over the dataloaders of the first: same batches, same limits, same precision,
@@ -216,6 +226,8 @@ def run_evaluation(trainer: Trainer, module: LightningModule, stage: Stage, batc
         stage: which loop.
         batches: at most so many of each dataloader, without the hooks that come after the last, and without metrics;
             None: as many as the user's Trainer takes.
+        start: begin with this former state instead of the present one.
+        swap: layers to put in for the loop; None: those that are in the module then.
 
     Returns:
         What was logged, and how long it took; the same on every process, for them to decide alike.
@@ -238,7 +250,13 @@ def run_evaluation(trainer: Trainer, module: LightningModule, stage: Stage, batc
         shadows.append((datamodule, {**hooks, asked: lambda: loaders, "trainer": inner}))
     # hooks that run before the first batch may put other weights in, and the loop may end before those that undo it
     weights = any(is_overridden(f"on_{_NAMES[stage]}{hook}", module) for hook in ("_start", "_epoch_start"))
-    with _isolated(trainer, module, stage, weights), shadowed(shadows), quiet(), torch.inference_mode(False):
+    with (
+        _isolated(trainer, module, stage, weights, start),
+        shadowed(shadows),
+        swap or nullcontext(),
+        quiet(),
+        torch.inference_mode(False),
+    ):
         try:
             getattr(inner, stage)(module, verbose=False, **data)
         except _EnoughBatchesError:
@@ -259,17 +277,59 @@ _NAMES = {"validate": "validation", "test": "test"}
 
 
 @contextmanager
-def _isolated(trainer: Trainer, module: LightningModule, stage: Stage, weights: bool) -> Iterator[None]:
-    """Put everything back after the block, and warn of what cannot be."""
-    snapshot = Snapshot(*state_roots(trainer, module), data=dataloaders(trainer, stage), weights=weights)
+def _isolated(
+    trainer: Trainer, module: LightningModule, stage: Stage, weights: bool, start: Snapshot | None
+) -> Iterator[None]:
+    """Begin with the state ``start``, put everything back after the block, and warn of what cannot be."""
+    roots = state_roots(trainer, module)
+    snapshot = Snapshot(*roots, data=dataloaders(trainer, stage), weights=weights, also=start)
     try:
+        if start is not None:
+            start.put_back(files=False)
         yield
     finally:
-        if changed := snapshot.put_back():
+        changed = snapshot.put_back()
+        if start is not None:
+            trainer.strategy.model_to_device()  # an inner Trainer leaves the module on the CPU
+        if changed:
             rank_zero_warn(
                 f"TinyQ: the {_NAMES[stage]} loop changed what cannot be put back ({', '.join(changed)}), so a run of "
                 "it with other weights may not see what it saw"
             )
+
+
+def check_comparable(trainer: Trainer, before: Evaluation, after: Evaluation) -> None:
+    """Warn if a quantized model did not see the data of the float model, or did not log each of its metrics.
+
+    Args:
+        trainer: the user's.
+        before: of the float model.
+        after: of a quantized model, in the same loop.
+
+    Raises:
+        EvaluationError: the float model logged metrics and the quantized model none of them.
+    """
+    if not trainer.strategy.reduce_boolean_decision(before.digests == after.digests):
+        rank_zero_warn(
+            "TinyQ: float and quantized model did not see the same data: the dataloaders gave other batches when they "
+            "were read again, so the difference of their metrics is not that of the models alone"
+        )
+    missing = [name for name in before.metrics if name not in after.metrics]
+    if missing and not set(before.metrics) - set(missing):
+        raise EvaluationError(
+            f"the float model logged {', '.join(missing)}, and the quantized model logged none of them in the same loop"
+        )
+    if missing:
+        rank_zero_warn(f"TinyQ: the quantized model did not log {', '.join(missing)}, which the float model logged")
+
+
+def best_score(trainer: Trainer, metrics: Mapping[str, float]) -> tuple[str, float] | None:
+    """What ModelCheckpoint monitors and the score it recorded; None unless there is one best checkpoint of the run."""
+    keepers = [keeper for keeper in checkpoint_callbacks(trainer) if keeper.best_model_path]
+    if len(keepers) != 1:
+        return None
+    monitor, score = keepers[0].monitor, keepers[0].best_model_score
+    return None if monitor not in metrics or monitor is None or score is None else (monitor, float(score))
 
 
 def weights_digest(module: LightningModule) -> int:

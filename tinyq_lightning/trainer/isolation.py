@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +16,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tinyq_lightning.trainer.state import CONSTANTS, class_state, is_written, package_of, state_of
+from tinyq_lightning.trainer.state import class_state, package_of, state_of
+from tinyq_lightning.trainer.values import CONSTANTS, is_written
 
 __all__ = [
     "Snapshot",
@@ -59,7 +62,8 @@ class Snapshot:
         pending = [(loader, "dataloader", True) for loader in data]
         pending += [(root, type(root).__name__, False) for root in roots]
         pending += also._seen.values() if also else ()
-        with torch.inference_mode(False), torch.no_grad():  # the copies are to outlive an inference mode
+        # the copies are to outlive an inference mode
+        with torch.inference_mode(False), torch.no_grad(), _without_garbage_collection():
             while pending:
                 value, name, is_data = pending.pop()
                 if type(value) not in CONSTANTS and id(value) not in self._seen:
@@ -101,10 +105,23 @@ class Snapshot:
         return changed
 
 
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Nothing is freed while a snapshot is taken, but the many small objects made would start the collector often."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _size(value: object) -> int:
     return len(value) if isinstance(value, dict | list | set | tuple | frozenset) else 0
 
 
+@functools.cache
 def _is_users(kind: type) -> bool:
     """Whether the attributes of a class are the user's state, since the class is the user's own."""
     if package_of(kind) in _NO_USERS_CLASSES or package_of(kind) in sys.stdlib_module_names - {"__main__"}:

@@ -31,7 +31,7 @@ from tinyq_lightning.search import (
 )
 from tinyq_lightning.spec import Budget, QuantizationSpec
 from tinyq_lightning.trainer.checks import known_mode, refuse_without_validation
-from tinyq_lightning.trainer.evaluation import Evaluation, run_evaluation
+from tinyq_lightning.trainer.evaluation import Evaluation, best_score, check_comparable, run_evaluation
 
 __all__ = [
     "Measured",
@@ -107,6 +107,8 @@ class MethodsRun:
             before = None if why_not else run_evaluation(trainer, module, "validate")
         self.why_not = why_not or (None if before and before.metrics else "validation_step logged no metric")
         self.before = before if before and before.metrics else None
+        if before:
+            self._warn_of_other_weights(before)
         self.float_bytes = state_bytes(module.state_dict())
         self._float_value = math.nan
         if spec.budget and before:
@@ -164,6 +166,23 @@ class MethodsRun:
         shared: dict[str, LayerError] = self._trainer.strategy.broadcast(errors)
         return shared
 
+    def _warn_of_other_weights(self, before: Evaluation) -> None:
+        """Warn if the float metrics are not those of the weights that are quantized."""
+        if before.other_weights:
+            rank_zero_warn(
+                f"TinyQ: hooks of {type(self._module).__name__} put other weights in for validation, such as an "
+                "average. The float metrics are of those, but the weights of the checkpoint are quantized; load the "
+                "others into the module and quantize it to compare like with like"
+            )
+        elif self._spec.weights == "best" and (recorded := best_score(self._trainer, before.metrics)):
+            monitor, score = recorded
+            if not math.isclose(before.metrics[monitor], score, rel_tol=0.01, abs_tol=1e-6):
+                rank_zero_warn(
+                    f"TinyQ: {monitor} of the best checkpoint is {before.metrics[monitor]:.6g}, where ModelCheckpoint "
+                    f"recorded {score:.6g}: validation saw other data then, or other weights, such as an average that "
+                    "a callback puts in for validation. The checkpoint's own weights are quantized"
+                )
+
     @cached_property
     def _swaps(self) -> list[Swap]:
         return [Swap(self._module, spec).or_refuse() for spec in self._spec.each()]
@@ -210,6 +229,8 @@ class MethodsRun:
         with swap:
             runs = self.before or self.stopwatch
             after = run_evaluation(self._trainer, self._module, "validate") if runs else None
+            if self.before and after:
+                check_comparable(self._trainer, self.before, after)
             return Measured(swap.plan.spec.method, swap, after, state_bytes(self._module.state_dict()))
 
     def _lost(self, budget: Budget, measured: Measured) -> float:

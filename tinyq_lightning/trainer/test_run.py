@@ -15,24 +15,52 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.plan import Swap, state_bytes
 from tinyq_lightning.search import SIGNAL_BATCHES, BatchTimes, LayerError, Stopwatch, measured_layers
 from tinyq_lightning.spec import QuantizationSpec
-from tinyq_lightning.trainer.evaluation import Evaluation, LoopWatch, dataloaders, run_evaluation
+from tinyq_lightning.trainer.evaluation import (
+    Evaluation,
+    LoopWatch,
+    check_comparable,
+    dataloaders,
+    run_evaluation,
+)
 from tinyq_lightning.trainer.inner_trainer import state_roots
 from tinyq_lightning.trainer.isolation import Snapshot
 from tinyq_lightning.trainer.results import Results, compare, numbers
 
 __all__ = [
     "TestRun",
-    "TestStart",
+    "note_test_start",
 ]
 
 
-class TestStart:
+def note_test_start(trainer: Trainer, module: LightningModule) -> None:
+    """Have the state noted that a test run begins with: :class:`TestRun` goes back to it for each further model.
+
+    Args:
+        trainer: in ``setup``, whose loop has not begun. It may be noted already.
+        module: the user's.
+    """
+    noted = _noted(trainer)
+    if noted is not None and noted.snapshot is not None:  # of a run that failed
+        noted.close()
+        noted = None
+    if noted is None:
+        vars(trainer.test_loop)[_NOTED] = _TestStart(trainer, module)
+
+
+# An attribute of a Trainer's test loop.
+_NOTED = "_tinyq_test_start"
+
+
+def _noted(trainer: Trainer) -> _TestStart | None:
+    return vars(trainer.test_loop).get(_NOTED)
+
+
+class _TestStart:
     """The state that a test run begins with, before its loop opens the dataloaders, and a call when its epoch ends.
 
     Both are hooks on the Trainer's loop, since a callback's own hooks come too late or too early for them; the module
@@ -46,8 +74,6 @@ class TestStart:
         snapshot: the state; None until the loop begins.
         on_epoch_end: what to call after the user's own hooks at the end of the epoch.
     """
-
-    __test__ = False  # not a test case for pytest
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module, self._loop = trainer, module, trainer.test_loop
@@ -75,17 +101,11 @@ class TestStart:
     def evaluation(self, swap: Swap | None) -> Evaluation:
         """Test the layers of ``swap``, or the float ones, from the state that the run began with."""
         assert self.snapshot is not None
-        now = Snapshot(*state_roots(self._trainer, self._module), also=self.snapshot)
-        try:
-            self.snapshot.put_back(files=False)
-            with swap or nullcontext():
-                return run_evaluation(self._trainer, self._module, "test")
-        finally:
-            now.put_back()
-            self._trainer.strategy.model_to_device()  # the inner Trainer has left the module on the CPU
+        return run_evaluation(self._trainer, self._module, "test", start=self.snapshot, swap=swap)
 
     def close(self) -> None:
         """The loop as it was."""
+        vars(self._loop).pop(_NOTED, None)
         for name, own in self._own.items():
             if own is None:
                 vars(self._loop).pop(name, None)
@@ -103,7 +123,6 @@ class TestRun:
         trainer: in ``on_test_start``, before the module's own hook of that name.
         module: the user's.
         spec: what to quantize.
-        start: the state that the run began with.
         first: the run whose layers the Trainer tests already, or None where this is the first.
         on_results: called once the epoch has ended, where the module may still log.
         stopwatch: for ``never_slower``: the first batch decides which layers are left float, in a rehearsal that
@@ -133,7 +152,6 @@ class TestRun:
         trainer: Trainer,
         module: LightningModule,
         spec: QuantizationSpec,
-        start: TestStart,
         first: TestRun | None,
         on_results: Callable[[TestRun], None],
         stopwatch: Stopwatch | None = None,
@@ -143,6 +161,8 @@ class TestRun:
                 f"{type(module).__name__}.test_step takes a dataloader_iter, so nothing tells whether float and "
                 "quantized model were given the same batches: let it take the batch"
             )
+        start = _noted(trainer)
+        assert start is not None
         self._trainer, self._module, self._start, self._on_results = trainer, module, start, on_results
         self._first = first or self
         self.stopwatch = stopwatch
@@ -168,7 +188,7 @@ class TestRun:
         if self._first is self:
             self._watch.batch_started(batch, dataloaders(self._trainer, "test"))
 
-    def after_batch(self) -> None:
+    def after_batch(self, *batch: Any, **kwargs: Any) -> None:
         """The Trainer's own step on a batch has ended."""
         if self._first is self:
             self._watch.batch_stepped()
@@ -230,6 +250,7 @@ class TestRun:
     def close(self) -> None:
         """The float layers back."""
         self._watching.close()
+        self._start.close()
         if self._first is self:
             self.swap.take_out()
 
@@ -246,11 +267,7 @@ class TestRun:
             after = self._start.evaluation(self.swap)
         before = self._first._float
         assert before is not None
-        if not self._trainer.strategy.reduce_boolean_decision(before.digests == after.digests):
-            rank_zero_warn(
-                "TinyQ: float and quantized model were not tested on the same data: the dataloader gave other batches "
-                "when it was read again"
-            )
+        check_comparable(self._trainer, before, after)
         self.float_seconds, self.seconds = before.seconds_per_batch, after.seconds_per_batch
         self.results = compare(before.metrics, after.metrics, self.swap.plan.label)
         self._on_results(self)

@@ -1,0 +1,172 @@
+"""State of tensors, arrays, random generators and files, and of iterators, whose place can only be watched."""
+
+from __future__ import annotations
+
+import io
+import random
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "CONSTANTS",
+    "Parts",
+    "State",
+    "enumerated",
+    "is_written",
+    "of_array",
+    "of_bit_generator",
+    "of_file",
+    "of_generator",
+    "of_numpy_random_state",
+    "of_random",
+    "of_tensor",
+    "of_torch_generator",
+    "watched",
+]
+
+Parts = Iterable[tuple[str, object]]
+"""Objects that hang on another, each with the way there, such as ``.name`` or ``[0]``."""
+
+CONSTANTS = (type(None), bool, int, float, complex, str, bytes, type, range, slice, types.ModuleType)
+"""Types whose values never change, or are nobody's own state."""
+
+_CONSTANT_TYPES = frozenset(CONSTANTS)
+
+# Larger arrays are not copied, only watched.
+_MAX_BYTES = 2**28
+
+
+class State(NamedTuple):
+    """What is kept of one object.
+
+    Attributes:
+        restore: puts the state back. It returns False if the object has changed and cannot be put back.
+        parts: the objects that hang on it, each with the way there.
+    """
+
+    restore: Callable[[], object]
+    parts: Parts = ()
+
+
+def enumerated(items: Iterable[Any]) -> Parts:
+    """Each item that may change, with its way."""
+    return [(f"[{index}]", item) for index, item in enumerate(items) if type(item) not in _CONSTANT_TYPES]
+
+
+def of_array(value: np.ndarray[Any, Any]) -> State | None:
+    """Its values; of a very large one, a few that tell whether it has changed."""
+    if not value.flags.writeable:
+        return None
+    if value.nbytes > _MAX_BYTES:
+        return watched(lambda: hash(value.ravel()[:: max(1, value.size // 4096)].tobytes()))
+    copy = value.copy()
+    return State(lambda: np.copyto(value, copy), enumerated(copy.ravel()) if value.dtype.hasobject else ())
+
+
+def of_tensor(value: Tensor, weights: bool) -> State:
+    """Its memory and gradient as objects, and its values unless it is a weight and those are not wanted."""
+    alias, grad = value.detach(), value.grad if value.is_leaf else None
+    is_weight = isinstance(value, nn.Parameter) or value.requires_grad
+    copy = alias.clone() if not value.is_meta and (weights or not is_weight) else None
+
+    def restore() -> None:
+        if not _same_memory(value, alias):
+            value.data = alias
+        if copy is not None:
+            with torch.inference_mode(value.is_inference()):
+                alias.copy_(copy)
+        if value.is_leaf and value.grad is not grad:
+            value.grad = grad
+
+    return State(restore, ((name, part) for name, part in getattr(value, "__dict__", {}).items()))
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    if one.device != other.device or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return one.is_meta or one.layout != torch.strided or one.data_ptr() == other.data_ptr()
+
+
+def of_random(value: random.Random) -> State | None:
+    """Where a generator of Python stands."""
+    try:
+        state = value.getstate()
+    except NotImplementedError:  # SystemRandom
+        return None
+    return State(lambda: value.setstate(state))
+
+
+def of_bit_generator(value: np.random.BitGenerator) -> State:
+    """Where a generator of NumPy stands."""
+    state = value.state
+    return State(lambda: setattr(value, "state", state))
+
+
+def of_torch_generator(value: torch.Generator) -> State:
+    """Where a generator of torch stands."""
+    state = value.get_state()
+    return State(lambda: value.set_state(state))
+
+
+def is_written(value: object) -> bool:
+    """Whether it is an open file that can be written to, other than one in memory."""
+    in_memory = isinstance(value, io.StringIO | io.BytesIO)
+    return isinstance(value, io.IOBase) and not in_memory and not value.closed and value.writable()
+
+
+def of_file(value: io.IOBase) -> State | None:
+    """The place in an open file, and where it ends; of one in memory, its content."""
+    try:
+        if value.closed or not value.seekable():
+            return None
+        if value.writable():
+            value.flush()
+        place = value.tell()
+        content = value.getvalue() if isinstance(value, io.StringIO | io.BytesIO) else None
+        end = value.seek(0, io.SEEK_END)
+        value.seek(place)
+    except (OSError, ValueError):
+        return watched(object)  # unlike any other: nothing tells where it stands
+
+    def restore() -> bool:
+        try:
+            if content is not None:
+                value.seek(0)
+                value.truncate()
+                value.write(content)
+            elif value.writable():
+                value.flush()
+                value.truncate(end)
+            value.seek(place)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    return State(restore)
+
+
+def of_generator(value: Any) -> State:
+    """The place in a generator function, to be watched."""
+
+    def place() -> object:
+        frame = getattr(value, "gi_frame", None)
+        return frame and (frame.f_lasti, {name: id(part) for name, part in frame.f_locals.items()})
+
+    return watched(place)
+
+
+def watched(place: Callable[[], object]) -> State:
+    """Of what cannot be put back: restoring it tells whether it has changed."""
+    before = place()
+    return State(lambda: place() == before)
+
+
+def of_numpy_random_state(value: np.random.RandomState) -> State:
+    """Where one of NumPy's older generators stands."""
+    state = value.get_state()
+    return State(lambda: value.set_state(state))
