@@ -45,7 +45,7 @@ def inner_trainer(trainer: Trainer, watch: Callback, stage: Stage, batches: int 
 
     Args:
         trainer: the user's.
-        watch: a callback of ours that runs before the user's.
+        watch: a callback of ours.
         stage: which loop.
         batches: at most so many of each dataloader; None: as many as the user's Trainer takes.
     """
@@ -83,7 +83,7 @@ def inner_trainer(trainer: Trainer, watch: Callback, stage: Stage, batches: int 
     setattr(inner, limit_name, limit)
     for name in ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs"):
         setattr(inner.strategy, name, getattr(trainer.strategy, name))
-    inner.callbacks = [watch, *_callbacks(trainer, stage)]  # type: ignore[attr-defined]
+    inner.callbacks = list(_callbacks(trainer, stage, watch))  # type: ignore[attr-defined]
     return inner
 
 
@@ -117,6 +117,10 @@ class _SilentLogger(DummyLogger):
         return self._logger.version
 
     @property
+    def root_dir(self) -> str | None:
+        return self._logger.root_dir
+
+    @property
     def log_dir(self) -> str | None:
         return self._logger.log_dir
 
@@ -138,15 +142,26 @@ def state_roots(trainer: Trainer, module: LightningModule) -> list[object]:
     return [*vars(trainer).values(), *trainer.strategy.optimizers, *schedulers, module]
 
 
-def _callbacks(trainer: Trainer, stage: Stage) -> Iterator[Callback]:
-    """Copies of the user's callbacks, with the hooks of the loop if they change batches, else without any."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+def _callbacks(trainer: Trainer, stage: Stage, watch: Callback) -> Iterator[Callback]:
+    """Copies of the user's callbacks, with the hooks of the loop if they change batches, else without any.
+
+    ``watch`` is where the first callback of ours is, so that it sees the batches that this one sees.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    ours = [index for index, callback in enumerate(callbacks) if _is_ours(callback)]
+    for index, callback in enumerate(callbacks):
+        if index == min(ours, default=0):
+            yield watch
         kept = _PREFIX[stage] if _changes_batches(callback, stage) else "no hook"
         muted = {name: _nothing for name in _HOOKS if not name.startswith(kept)}
         with suppress(TypeError):  # a class that cannot be derived from
             copied: Any = object.__new__(type(type(callback).__name__, (type(callback),), muted))
             vars(copied).update({name: value for name, value in vars(callback).items() if name not in muted})
             yield cast(Callback, copied)
+
+
+def _is_ours(callback: Callback) -> bool:
+    return any(package_of(kind) == "tinyq_lightning" for kind in type(callback).__mro__)
 
 
 def _changes_batches(callback: Callback, stage: Stage) -> bool:

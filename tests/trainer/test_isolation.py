@@ -1,0 +1,353 @@
+"""An evaluation leaves everything as it was, and begins where a run of its own would begin."""
+
+from __future__ import annotations
+
+import array
+import io
+import itertools
+import random
+import warnings
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from models import Net, keeper, loader, trainer
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from tinyq_lightning import TinyQCallback, quantized
+from tinyq_lightning.trainer.isolation import Snapshot
+
+
+@dataclass
+class Record:
+    losses: list = field(default_factory=list)
+    count: int = 0
+
+
+class Slotted:
+    __slots__ = ("total",)
+
+    def __init__(self):
+        self.total = 0
+
+
+class Meter:
+    seen: ClassVar[list] = []
+
+    def __init__(self):
+        self.sum = 0.0
+
+    def update(self, value):
+        self.sum += float(value)
+        self.seen.append(value)
+
+
+class Listed(list):
+    def clear(self):
+        raise AssertionError("the subclass has its own idea of this")
+
+
+def grow(mapping):
+    mapping["new"] = 1
+
+
+def add_one(value):
+    value += 1
+
+
+CHANGES = {
+    "list": (list, lambda held: held.append(1)),
+    "list subclass": (Listed, lambda held: held.append(1)),
+    "nested": (lambda: {"a": [[], (set(), {})]}, lambda held: held["a"][1][1].update(b=1)),
+    "defaultdict": (lambda: defaultdict(list), lambda held: held["x"].append(1)),
+    "Counter": (Counter, lambda held: held.update("a")),
+    "OrderedDict": (lambda: OrderedDict(a=1, b=2), lambda held: held.move_to_end("a")),
+    "UserDict": (UserDict, grow),
+    "deque": (lambda: deque([1], maxlen=2), lambda held: held.extend([2, 3])),
+    "set": (set, lambda held: held.add(1)),
+    "bytearray": (lambda: bytearray(b"ab"), lambda held: held.extend(b"c")),
+    "array": (lambda: array.array("d", [1.0]), lambda held: held.append(2.0)),
+    "NumPy array": (lambda: np.zeros((2, 2)), add_one),
+    "NumPy array of objects": (lambda: np.array([[], {}], dtype=object), lambda held: held[0].append(1)),
+    "dataclass": (Record, lambda held: (held.losses.append(1), setattr(held, "count", 3))),
+    "slots": (Slotted, lambda held: setattr(held, "total", 1)),
+    "object": (Meter, lambda held: held.update(1)),
+    "tensor": (lambda: torch.zeros(2), lambda held: held.add_(1)),
+    "tensor in a dict": (lambda: {"n": torch.zeros(2)}, lambda held: held["n"].add_(1)),
+    "file in memory": (io.StringIO, lambda held: held.write("line")),
+    "random": (lambda: random.Random(0), lambda held: held.random()),
+    "NumPy generator": (lambda: np.random.default_rng(0), lambda held: held.random()),
+    "older NumPy generator": (lambda: np.random.RandomState(0), lambda held: held.rand()),
+    "torch generator": (lambda: torch.Generator().manual_seed(0), lambda held: torch.rand(1, generator=held)),
+    "bound method": (lambda: Meter().update, lambda held: held(1)),
+}
+
+
+def shown(held):
+    """A text of the content, to compare by."""
+    if isinstance(held, random.Random):
+        return str(held.getstate())
+    if isinstance(held, np.random.Generator):
+        return str(held.bit_generator.state)
+    if isinstance(held, np.random.RandomState):
+        return str(held.get_state())
+    if isinstance(held, torch.Generator):
+        return str(held.get_state().tolist())
+    if isinstance(held, io.StringIO):
+        return held.getvalue() + str(held.tell())
+    owner = getattr(held, "__self__", held)
+    if isinstance(owner, Meter | Slotted):
+        return str((getattr(owner, "__dict__", None), getattr(owner, "total", None), Meter.seen))
+    return str(held)
+
+
+class Holder(nn.Module):
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_holds_state_is_put_back_into_the_same_object(name):
+    make, change = CHANGES[name]
+    module = Holder(make())
+    held, before = module.held, shown(module.held)
+    snapshot = Snapshot(module)
+    change(held)
+    assert shown(held) != before, "the test changes nothing"
+    module.held = None
+    module.late = 1
+    assert snapshot.put_back() == []
+    assert module.held is held
+    assert shown(held) == before
+    assert not hasattr(module, "late")
+
+
+class KeepsOnItsClass(nn.Module):
+    rows, total = [], 0
+
+
+def test_lists_and_counts_on_the_users_own_classes_are_put_back():
+    rows, snapshot = KeepsOnItsClass.rows, Snapshot(KeepsOnItsClass())
+    rows.append(1)
+    KeepsOnItsClass.total += 1
+    KeepsOnItsClass.late = []
+    snapshot.put_back()
+    assert KeepsOnItsClass.rows is rows
+    assert (rows, KeepsOnItsClass.total, hasattr(KeepsOnItsClass, "late")) == ([], 0, False)
+
+
+def test_weights_whose_memory_was_exchanged_and_gradients_come_back():
+    layer = nn.Linear(2, 2)
+    layer(torch.ones(1, 2)).sum().backward()
+    weight, grad, values = layer.weight, layer.weight.grad, layer.weight.detach().clone()
+    snapshot = Snapshot(layer)
+    layer.weight.data = torch.zeros(2, 2)
+    layer.zero_grad()
+    snapshot.put_back()
+    assert layer.weight is weight
+    assert layer.weight.grad is grad
+    assert torch.equal(layer.weight, values)
+
+
+def test_an_open_file_ends_where_it_did(tmp_path):
+    with (tmp_path / "predictions.csv").open("w+") as file:
+        file.write("a\n")
+        snapshot = Snapshot(Holder(file))
+        file.write("b\n")
+        snapshot.put_back()
+        file.write("c\n")
+    assert (tmp_path / "predictions.csv").read_text() == "a\nc\n"
+
+
+def test_what_cannot_be_put_back_is_named_if_it_was_read():
+    module = Holder({"words": (word for word in "abc"), "turns": itertools.cycle([1, 2])})
+    snapshot = Snapshot(module)
+    assert not any("words" in name for name in snapshot.put_back())
+    next(module.held["words"])
+    assert any("Holder.held['words']" in name for name in snapshot.put_back())
+
+
+# In runs
+
+
+class KeepsCounts(Net):
+    """Totals in the many ways in which a step may keep them; some are reset before the test, some never."""
+
+    all_rows: ClassVar[list] = []
+
+    def __init__(self):
+        super().__init__()
+        self.totals = {"n": torch.zeros(())}
+        self.counts = Counter()
+        self.matrix = np.zeros((4, 4))
+        self.meter = Meter()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def test_step(self, batch, batch_idx):
+        found = self(batch[0]).argmax(1)
+        right = (found == batch[1]).sum()
+        self.totals["n"] += right
+        self.counts.update(right=int(right))
+        np.add.at(self.matrix, (found.numpy(), batch[1].numpy()), 1)
+        self.meter.update(right)
+        self.seen += right
+        self.all_rows.append(int(right))
+
+    def on_test_epoch_end(self):
+        self.log("test_dict", self.totals["n"])
+        self.log("test_counter", float(self.counts["right"]))
+        self.log("test_matrix", float(self.matrix.trace()))
+        self.log("test_meter", self.meter.sum)
+        self.log("test_buffer", self.seen)
+        self.log("test_class", float(sum(self.all_rows)))
+
+
+def test_counts_of_one_model_are_none_of_the_others(tmp_path):
+    module = KeepsCounts()
+    with torch.no_grad():
+        module.body[0].weight[:, 0] = 30.0  # so that int8 differs
+    alone = {}
+    for method in ("float", "w8a8"):
+        KeepsCounts.all_rows.clear()
+        snapshot = Snapshot(module)
+        if method == "float":
+            alone[method] = trainer(tmp_path).test(module, loader(seed=2), verbose=False)[0]
+        else:
+            with quantized(module, method):
+                alone[method] = trainer(tmp_path).test(module, loader(seed=2), verbose=False)[0]
+        snapshot.put_back()
+    callback = TinyQCallback("w8a8", when="test_start", report=False, save=False)
+    trainer(tmp_path, callback).test(module, loader(seed=2), verbose=False)
+    assert len(callback.results) == 6
+    for name, values in callback.results.items():
+        assert values["float"] == alone["float"][name]
+        assert values["w8a8"] == alone["w8a8"][name]
+    assert module.counts["right"] == alone["w8a8"]["test_counter"], "as after a test without the callback"
+
+
+class OwnRandom(Dataset):
+    def __init__(self):
+        self.generator = np.random.default_rng(0)
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.from_numpy(self.generator.normal(size=8)).float(), index % 4
+
+
+class KeepsItsPlace(IterableDataset):
+    def __init__(self):
+        self.place = 0
+
+    def __iter__(self):
+        for _ in range(64):
+            self.place += 1
+            yield torch.full((8,), float(self.place)), self.place % 4
+
+
+class Logs(Net):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_data", batch[0].mean())
+        self(batch[0])
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_data", batch[0].mean())
+        self(batch[0])
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset`", "ignore:.*has `shuffle=True`")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("data", [OwnRandom, KeepsItsPlace])
+def test_both_models_see_the_same_data_whatever_it_draws_from(tmp_path, data, workers):
+    at_end = TinyQCallback("w8a32", report=False, save=False)
+    trainer(tmp_path, at_end, num_sanity_val_steps=0).fit(Logs(), loader(), DataLoader(data(), 16, num_workers=workers))
+    at_test = TinyQCallback("w8a32", when="test_start", report=False, save=False)
+    trainer(tmp_path, at_test).test(Logs(), DataLoader(data(), 16, num_workers=workers), verbose=False)
+    assert at_end.results["val_data"]["delta"] == 0
+    assert at_test.results["test_data"]["delta"] == 0
+
+
+class Stream(IterableDataset):
+    """Goes on where it is, as a queue does, for each who asks; nothing can rewind it."""
+
+    source = iter(range(10**9))
+
+    def __iter__(self):
+        source = type(self).source
+        for _ in range(64):
+            yield torch.full((8,), float(next(source))), 0
+
+
+def test_data_that_goes_on_is_told(tmp_path):
+    callback = TinyQCallback("w8a32", report=False, save=False)
+    with pytest.warns(UserWarning, match="did not see the same data"):
+        trainer(tmp_path, callback, num_sanity_val_steps=0).fit(Logs(), loader(), DataLoader(Stream(), 16))
+
+
+class ChangesItsBatch(Net):
+    def test_step(self, batch, batch_idx):
+        batch[0].sub_(1.0).mul_(2.0)
+        self.log("test_data", batch[0].mean())
+        self(batch[0])
+        batch.pop()
+
+
+def test_a_step_may_change_its_batch_even_if_that_is_the_datasets_own(tmp_path):
+    class HandsOut(Dataset):
+        def __init__(self):
+            self.batches = [[torch.ones(4, 8), torch.zeros(4).long()] for _ in range(3)]
+
+        def __len__(self):
+            return len(self.batches)
+
+        def __getitem__(self, index):
+            return self.batches[index]
+
+    for data in (HandsOut(), TensorDataset(torch.ones(3, 4, 8), torch.zeros(3, 4).long())):
+        callback = TinyQCallback("w8a32", when="test_start", report=False, save=False)
+        batches = DataLoader(data, batch_size=None, collate_fn=list)
+        trainer(tmp_path, callback).test(ChangesItsBatch(), batches, verbose=False)
+        assert callback.results["test_data"] == {"float": 0.0, "w8a32": 0.0, "delta": 0.0}
+
+
+class Averages(Net):
+    """Puts an average of its weights in for validation."""
+
+    def on_validation_start(self):
+        self.own = [parameter.detach().clone() for parameter in self.parameters()]
+        for parameter in self.parameters():
+            parameter.data.mul_(0.5)
+
+    def on_validation_end(self):
+        for parameter, own in zip(self.parameters(), self.own, strict=True):
+            parameter.data.copy_(own)
+
+
+def test_a_module_that_validates_other_weights_is_told_so(tmp_path):
+    callback = TinyQCallback("w8a32", report=False, save=False)
+    with pytest.warns(UserWarning, match="hooks of Averages put other weights in for validation"):
+        trainer(tmp_path, callback).fit(Averages(), loader(), loader(seed=1))
+
+
+def test_a_score_that_the_best_checkpoint_does_not_reach_again_is_told(tmp_path):
+    class Drifts(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_acc", 0.9 if self.trainer.state.fn == "fit" else 0.5)
+
+    callback = TinyQCallback("w8a32", report=False, save=False)
+    with pytest.warns(UserWarning, match="val_acc of the best checkpoint is 0.5, where ModelCheckpoint recorded 0.9"):
+        trainer(tmp_path, keeper(tmp_path), callback).fit(Drifts(), loader(), loader(seed=1))
+
+
+def test_data_that_can_be_read_again_is_not_complained_of(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback = TinyQCallback("w8a32", report=False, save=False)
+        trainer(tmp_path, keeper(tmp_path), callback).fit(Net(), loader(shuffle=True), loader(seed=1))
+    assert not [str(each.message) for each in caught if "TinyQ" in str(each.message)]
