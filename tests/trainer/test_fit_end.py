@@ -274,6 +274,20 @@ def test_the_weights_asked_for_are_quantized(tmp_path, weights):
     assert torch.equal(quantized.head.bias, source.head.bias)
 
 
+def test_the_users_hook_that_loads_a_checkpoint_sees_all_of_it(tmp_path):
+    class Reads(Net):
+        def on_load_checkpoint(self, checkpoint):
+            del checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+            seen.append(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"])
+
+    seen: list[int] = []
+    callback = quiet("w8a32")
+    fit(tmp_path, callback, module=Reads())
+    assert len(seen) == 1
+    assert callback.error is None
+    assert "optimizer_states" not in torch.load(callback.quantized_path, weights_only=True)
+
+
 def test_monitor_picks_among_several_checkpoints(tmp_path):
     callback = quiet("w8a32", monitor="val_loss")
     by_loss = keeper(tmp_path, monitor="val_loss", mode="min", filename="by-loss")
