@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(answer.data, indent=2) if args.json else answer.text)
+    print(json.dumps(answer.data, indent=2, default=str) if args.json else answer.text)
     return 0 if answer.good else 1
 
 

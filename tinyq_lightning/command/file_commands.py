@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinyq_lightning.command.answer import Answer, file_size, model_class, progress
-from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.errors import CheckpointError, SpecError
 from tinyq_lightning.file import (
     Archive,
     FloatFile,
@@ -191,7 +191,10 @@ def _plan(tinyq: Mapping[str, Any]) -> Plan:
     known = {field.name for field in fields(Decision)}
     rows = [{key: value for key, value in entry.items() if key in known} for entry in tinyq["plan"]]
     decisions = tuple(Decision(**{**row, "aliases": tuple(row.get("aliases", ()))}) for row in rows)
-    return Plan(decisions, QuantizationSpec.from_dict(_as_text(tinyq["spec"])))
+    try:
+        return Plan(decisions, QuantizationSpec.from_dict(_as_text(tinyq["spec"])))
+    except SpecError as error:
+        raise CheckpointError(f"the file is damaged: tinyq.spec is no spec: {error}") from error
 
 
 def _as_text(value: Any) -> Any:

@@ -91,7 +91,8 @@ def check_format(content: Any, path: str | os.PathLike[str]) -> None:
             f"{path}: format version {found!r} is newer than {FORMAT_VERSION}, the newest that tinyq_lightning "
             f"{__version__} reads: upgrade it"
         )
-    wrong = list(_malformed(content))
+    wrong = [f"tinyq.{key} contains itself" for key, value in content["tinyq"].items() if _contains_itself(value, ())]
+    wrong = wrong or list(_malformed(content))
     if wrong:
         raise CheckpointError(f"{path}: the file is damaged: no such entry, or a malformed one: {', '.join(wrong)}")
 
@@ -132,6 +133,16 @@ def _malformed(content: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
+def _contains_itself(value: Any, inside: tuple[int, ...]) -> bool:
+    """True if a container holds itself, or is nested deeper than any that this package writes."""
+    if not isinstance(value, dict | list | tuple):
+        return False
+    if id(value) in inside or len(inside) > 50:
+        return True
+    items = value.values() if isinstance(value, dict) else value
+    return any(_contains_itself(item, (*inside, id(value))) for item in items)
+
+
 def _is_anything(value: Any) -> bool:
     return True
 
@@ -159,7 +170,7 @@ def _is_metadata(value: Any) -> bool:
 def _is_decision(value: Any) -> bool:
     if not isinstance(value, dict) or not _is_text(value.get("name")):
         return False
-    method, decibels = value.get("method"), value.get("weight_sqnr_db")
+    method, decibels = value.get("method"), value.get("weight_sqnr_db", math.nan)
     aliases = value.get("aliases", ())
     return (
         _is_text(method)
