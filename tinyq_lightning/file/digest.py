@@ -50,8 +50,8 @@ def _parts(value: Any, done: dict[int, bytes]) -> Iterable[Any]:
     if isinstance(value, Tensor) and value.layout == torch.sparse_coo:
         entries = value.detach().cpu().coalesce()
         yield f"sparse:{','.join(map(str, value.shape))}:".encode()
-        yield _digest(entries.indices(), done)
-        yield _digest(entries.values(), done)
+        yield _digest(entries.indices(), {})  # made here: by its id it would be taken for another one later
+        yield _digest(entries.values(), {})
     elif isinstance(value, Tensor):
         values = value.detach().cpu().contiguous()
         yield f"tensor:{_name(value.dtype)}:{','.join(map(str, value.shape))}:".encode()

@@ -84,7 +84,7 @@ _LEAVES = (
 # Objects of these packages, and of classes that inherit from theirs, are the surroundings of a model: a Trainer, its
 # callbacks and loggers, data sets and loaders, optimizers, locks, arrays.
 _SURROUNDINGS = {"torch", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
-_SURROUNDINGS |= {"numpy", "pandas", "logging", "threading", "_thread", "omegaconf"}
+_SURROUNDINGS |= {"tinyq_lightning", "numpy", "pandas", "logging", "threading", "_thread", "omegaconf"}
 
 
 # Registered children and tensors, which are looked at elsewhere; what Lightning has a module hold of its
