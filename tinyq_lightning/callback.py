@@ -225,14 +225,14 @@ class TinyQCallback(Callback):
             self._runs[0].watch_layers()
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Have the steps beside draw the same random numbers as the Trainer's own."""
+        """The Trainer's own step is about to begin."""
         for run in self._runs:
             run.before_batch(*args, **kwargs)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Run the same batch through the float model, and through each further method."""
+        """The Trainer's own step has ended; the other models are tested at the end of the epoch."""
         for run in self._runs:
             run.after_batch(*args, **kwargs)
 
