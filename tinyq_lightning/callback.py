@@ -249,7 +249,7 @@ class TinyQCallback(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Stop the clock on the Trainer's own step."""
+        """The Trainer's own step has ended; the other models are tested at the end of the epoch."""
         for run in self._runs:
             run.after_batch(*args, **kwargs)
 
