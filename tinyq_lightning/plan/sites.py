@@ -130,22 +130,20 @@ class Site:
             for parent, attribute in self.attention.places:
                 _set_child(parent, attribute, self.attention.opened)
         for encoder_layer, _ in self.encoder_layers:
-            # 0 has its forward call the layers. Otherwise, in eval mode, it hands their float weights to a
-            # fused kernel: made anew from the codes on each call.
+            # With 0 its forward calls the layers. Otherwise it passes their weights to a fused kernel in eval mode.
             encoder_layer.activation_relu_or_gelu = 0
 
 
 def _set_child(parent: nn.Module, attribute: str, child: nn.Module) -> None:
     parent._modules[attribute] = child
-    initialize = getattr(parent, "_initialize", None)
-    if attribute == "_orig_mod" and callable(initialize):
-        initialize()  # torch.compile's wrapper calls the module that it was made with until it is told of another
+    if attribute == "_orig_mod" and hasattr(parent, "_initialize"):  # torch.compile's wrapper keeps calling the former
+        parent._initialize()  # type: ignore[operator]
 
 
 def is_layer(module: object) -> bool:
     """Whether ``module`` would itself be replaced, which takes a parent that holds it."""
-    if isinstance(module, Int8Weight):  # asked first: a QuantizedLinear is an nn.Linear too
-        return False
+    if isinstance(module, Int8Weight):
+        return False  # although a QuantizedLinear is an nn.Linear
     return isinstance(module, nn.Linear | nn.MultiheadAttention) or is_conv1d(module)
 
 
