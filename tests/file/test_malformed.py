@@ -54,12 +54,17 @@ def with_nan(scales):
     return scales
 
 
+NESTED: tuple = ()
+for _ in range(40):
+    NESTED = (NESTED,) * 10  # 10⁴⁰ items, were each looked at
+
 MALFORMED = [
     (("tinyq", "format_version"), -1, r"tinyq\.format_version"),
     (("tinyq", "format_version"), 0, r"tinyq\.format_version"),
     (("tinyq", "format_version"), True, r"tinyq\.format_version"),
     (("tinyq", "format_version"), 1.0, r"tinyq\.format_version"),
     (("tinyq", "format_version"), 10**9, "format version 1000000000 is newer"),
+    (("tinyq", "spec", "exclude"), NESTED, r"tinyq\.spec"),
     (("tinyq", "label"), 3, r"tinyq\.label"),
     (("tinyq", "spec"), {"kernel": "os.system"}, r"tinyq\.spec"),
     (("tinyq", "metrics"), {"acc": 3}, r"tinyq\.metrics"),
@@ -269,7 +274,7 @@ def test_mutated_content_loads_or_is_refused_by_name(good, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("seed", range(1, 4))
 def test_none_of_many_mutated_files_raises_another_error(good, tmp_path, seed):
     shutil.copy(good, tmp_path / "good.ckpt")
-    assert fuzz(tmp_path / "good.ckpt", tmp_path / "odd.ckpt", 500, seed, by_commands=True) > 100
+    assert fuzz(tmp_path / "good.ckpt", tmp_path / "odd.ckpt", 250, seed, by_commands=True) > 50

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinyq_lightning.command.answer import Answer, file_size, model_class, progress
-from tinyq_lightning.errors import CheckpointError, SpecError
+from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import (
     Archive,
     FloatFile,
@@ -193,7 +193,7 @@ def _plan(tinyq: Mapping[str, Any]) -> Plan:
     decisions = tuple(Decision(**{**row, "aliases": tuple(row.get("aliases", ()))}) for row in rows)
     try:
         return Plan(decisions, QuantizationSpec.from_dict(_as_text(tinyq["spec"])))
-    except SpecError as error:
+    except Exception as error:  # SpecError, or another for values that no YAML has
         raise CheckpointError(f"the file is damaged: tinyq.spec is no spec: {error}") from error
 
 

@@ -46,6 +46,9 @@ _TRAINING_KEYS = {
     "native_amp_scaling_state",
 }
 
+_LARGEST = 10**7
+"""Values in an entry of ``tinyq``; a small file can refer to the same container very often."""
+
 _CODES = {"int8_weights": torch.int8, "int4_weights": torch.uint8}
 _NOTE_KINDS = {
     "enum": True,
@@ -91,7 +94,7 @@ def check_format(content: Any, path: str | os.PathLike[str]) -> None:
             f"{path}: format version {found!r} is newer than {FORMAT_VERSION}, the newest that tinyq_lightning "
             f"{__version__} reads: upgrade it"
         )
-    wrong = [f"tinyq.{key} contains itself" for key, value in content["tinyq"].items() if _contains_itself(value, ())]
+    wrong = [f"tinyq.{key}" for key, value in content["tinyq"].items() if _size(value, 0, {}) > _LARGEST]
     wrong = wrong or list(_malformed(content))
     if wrong:
         raise CheckpointError(f"{path}: the file is damaged: no such entry, or a malformed one: {', '.join(wrong)}")
@@ -133,14 +136,15 @@ def _malformed(content: Mapping[str, Any]) -> Iterator[str]:
             yield name
 
 
-def _contains_itself(value: Any, inside: tuple[int, ...]) -> bool:
-    """True if a container holds itself, or is nested deeper than any that this package writes."""
+def _size(value: Any, depth: int, done: dict[int, float]) -> float:
+    """How many values there are if each container is written out; infinite if one contains itself or is very deep."""
     if not isinstance(value, dict | list | tuple):
-        return False
-    if id(value) in inside or len(inside) > 50:
-        return True
-    items = value.values() if isinstance(value, dict) else value
-    return any(_contains_itself(item, (*inside, id(value))) for item in items)
+        return 1
+    if id(value) not in done:
+        done[id(value)] = math.inf  # until it is known: a container that holds itself meets this
+        items = value.values() if isinstance(value, dict) else value
+        done[id(value)] = math.inf if depth > 50 else 1 + sum(_size(item, depth + 1, done) for item in items)
+    return done[id(value)]
 
 
 def _is_anything(value: Any) -> bool:
