@@ -218,6 +218,7 @@ class FromYaml(Net):
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+@pytest.mark.filterwarnings("ignore:Attribute 'back' is an instance of `nn.Module`")
 def test_what_lightning_cli_stored_loads_with_trust_or_with_the_object_given(tmp_path):
     callback = TinyQCallback("w8a32", report=False, dirpath=tmp_path)
     cli = LightningCLI(

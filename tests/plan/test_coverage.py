@@ -72,6 +72,6 @@ def test_all_in_int8_is_all_and_nothing_is_nothing():
         "100 % of the weight bytes in int8 (w8a32), 2 of 2 layers"
     )
     slower = dict.fromkeys(("0", "1"), ("float", "left float: slower"))
-    nothing = model_coverage(Swap(model, QuantizationSpec()).switched(slower).plan, model)
+    nothing = model_coverage(Swap(model, QuantizationSpec()).switched(slower, "timing").plan, model)
     assert str(nothing).startswith("0 % of the weight bytes in int8")
     assert str(nothing).endswith("0 of 2 layers; in float 100 % Linear")

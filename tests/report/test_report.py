@@ -15,7 +15,7 @@ import torch
 import yaml
 from browser import chromium, find_chromium
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from models import CLASSES, FEATURES, Net, keeper, loader, trainer
+from models import CLASSES, FEATURES, Net, keeper, loader, loops_of, trainer
 from torch import nn
 
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
@@ -153,19 +153,17 @@ def test_a_layer_that_cannot_be_measured_costs_a_line_in_the_report_and_no_more(
 class FailsInTheThirdLoop(Net):
     """The loops are those of the float model, of the quantized one, and the one in which layers are measured."""
 
-    loops = 0
-
     def on_validation_epoch_start(self):
-        type(self).loops += 1
+        loops_of["FailsInTheThirdLoop"] += 1
 
     def validation_step(self, batch, batch_idx):
-        if self.loops == 3 and batch_idx == 1:
+        if loops_of["FailsInTheThirdLoop"] == 3 and batch_idx == 1:
             raise RuntimeError("the third time")
         return super().validation_step(batch, batch_idx)
 
 
 def test_a_loop_that_fails_when_it_is_measured_costs_a_warning_and_no_file(tmp_path):
-    FailsInTheThirdLoop.loops = 0
+    loops_of["FailsInTheThirdLoop"] = 0
     callback = TinyQCallback("w8a8", weights="current", report="full")
     with pytest.warns(UserWarning, match="could not be measured: .*the third time"):
         path = fit(tmp_path, callback, FailsInTheThirdLoop(), max_epochs=0, num_sanity_val_steps=0)

@@ -180,7 +180,7 @@ class LogsWhenFloat(Net):
 
 def test_a_quantized_model_that_logs_nothing_is_an_error(tmp_path):
     with pytest.raises(EvaluationError, match="float model logged val_loss, and the quantized model logged none"):
-        trainer(tmp_path, quiet(weights="current")).fit(LogsWhenFloat(), loader(), loader(seed=1))
+        trainer(tmp_path, quiet(weights="current", strict=True)).fit(LogsWhenFloat(), loader(), loader(seed=1))
 
 
 def test_hooks_set_on_the_instance_are_run_and_stay(tmp_path):
