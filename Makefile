@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDER := tests/kernels tests/layers tests/file tests/search
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
+VERSIONS := tests/constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VERSIONS)
 
-.PHONY: demo test test-older test-slow lint format bench real-models clean
+.PHONY: demo test test-older test-oldest test-newest test-slow lint format bench real-models clean
 
 # One stamp for each set of extras: installing again is needed only when the requirements change.
-$(VENV)/installed-%: pyproject.toml tests/constraints.txt
+$(VENV)/installed-%: pyproject.toml $(VERSIONS)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
 		{ echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "installing tinyq-lightning[$*] into $(VENV), which takes a minute or two"
@@ -24,6 +25,10 @@ test: $(VENV)/installed-test  ## the tests, without the long ones
 # On a processor with VNNI: what one without does, as far as it can be played. Elsewhere the same as `test` does there.
 test-older: $(VENV)/installed-test  ## kernels, layers, files and budget without int8 instructions
 	TINYQ_WITHOUT=int8 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -n 2 $(OLDER)
+
+# With an old or a new torch pip may fetch gigabytes.
+test-oldest test-newest: test-%:  ## the tests with the oldest and the newest releases that the package accepts
+	$(MAKE) test VENV=.venv-$* VERSIONS=tests/$*.txt
 
 test-slow: $(VENV)/installed-test $(VENV)/installed-models $(VENV)/pretrained  ## the long ones
 	$(BIN)/python -m pytest -m slow

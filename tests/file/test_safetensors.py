@@ -21,13 +21,14 @@ from tinyq_lightning.spec import QuantizationSpec
 
 
 class Odd(Net):
-    """Ties, an empty buffer, a state that is no tensor."""
+    """Ties, an empty buffer, memory that is not contiguous, a state that is no tensor."""
 
     def __init__(self):
         super().__init__()
         self.one, self.two = nn.LayerNorm(4), nn.LayerNorm(4)
         self.two.weight = self.one.weight
         self.register_buffer("nothing", torch.empty(0, 3))
+        self.conv = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
 
     def get_extra_state(self):
         return {"words": ("a", b"b"), "nan": float("nan"), 3: {1, 2}}

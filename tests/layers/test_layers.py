@@ -216,8 +216,15 @@ class TestEveryLayer:
             assert torch.equal(self.linear.bias.grad, torch.full((OUT,), 3, dtype=dtype))
 
     def test_no_parameter_but_the_bias(self, kind, dtype, bias):
-        assert [name for name, _ in self.layer.named_parameters()] == (["bias"] if bias else [])
+        assert [name for name, each in self.layer.named_parameters() if each.numel()] == (["bias"] if bias else [])
         assert self.layer.int8_weights.requires_grad is self.layer.scales.requires_grad is False
+
+    def test_some_parameter_tells_dtype_and_device(self, kind, dtype, bias):
+        for layer in (self.layer, copy.deepcopy(self.layer).double(), copy.deepcopy(self.layer).to("meta")):
+            found = next(layer.parameters())
+            assert (found.dtype, found.device) == (layer.dtype, layer.scales.device)
+        assert set(self.layer.state_dict()) == {"int8_weights", "scales", *(["bias"] if bias else [])}
+        assert self.layer.load_state_dict(self.layer.state_dict()).missing_keys == []
 
     def test_to_meta_and_to_empty_keep_the_dtypes(self, kind, dtype, bias):
         layer = self.layer.to("meta")

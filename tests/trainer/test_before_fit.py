@@ -53,6 +53,26 @@ def test_a_model_without_anything_to_quantize(tmp_path):
     refused(tmp_path, TinyQCallback(), ModelError, r"nothing to quantize \(head: int8 is no smaller", Narrow())
 
 
+class SavesWhatWasTrained(Counts):
+    """Leaves a frozen layer out of its state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.strict_loading = False
+
+    def state_dict(self, *args, **kwargs):
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "frozen" not in name}
+
+
+def test_a_state_dict_that_leaves_out_a_layer(tmp_path):
+    match = r"state_dict\(\) of SavesWhatWasTrained leaves out frozen, so a quantized file would lack the weights"
+    refused(tmp_path, TinyQCallback(), ModelError, match, SavesWhatWasTrained())
+    module, callback = SavesWhatWasTrained(), TinyQCallback(exclude=["frozen"], report=False)
+    trainer(tmp_path, callback).fit(module, loader(), loader(seed=1))
+    assert callback.quantized_path
+
+
 @pytest.mark.parametrize("settings", [{}, {"save": False}, {"fast_dev_run": True}])
 def test_a_folder_below_a_file(tmp_path, settings):
     (tmp_path / "file").write_text("")

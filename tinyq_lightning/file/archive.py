@@ -65,6 +65,11 @@ class Archive:
     """
 
     def __init__(self, path: str | os.PathLike[str] | IO[bytes], trust: bool = False) -> None:
+        if path is None:
+            raise CheckpointError(
+                "there is no path to a file, but None: TinyQCallback.quantized_path is None where no file was written, "
+                "and TinyQCallback.error says why"
+            )
         is_open = hasattr(path, "read")
         self.path = str(getattr(path, "name", "the file")) if is_open else os.fspath(cast("str", path))
         self._storages: dict[int, tuple[torch.UntypedStorage, str, int]] = {}

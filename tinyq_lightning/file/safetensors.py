@@ -99,9 +99,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
         state_dict = OrderedDict(content["state_dict"])
         vars(state_dict)["_metadata"] = plain(_decoded(json.loads(metadata["state_dict_metadata"]), {}))
         content["state_dict"] = plain_state(state_dict)
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such file") from error
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: the file is damaged: {error}") from error
     check_format(content, path)
     check_digests(content, path)
@@ -123,7 +125,8 @@ def _encoded(value: Any, tensors: dict[str, Tensor], names: _Names) -> Any:
     if isinstance(value, Tensor):
         name = names.setdefault(_memory(value), f"tensor.{len(tensors)}")
         tensors.setdefault(name, value.clone(memory_format=torch.contiguous_format))
-        return {"tensor": name}
+        # The file holds contiguous tensors only, and a checkpoint others as well, such as channels_last.
+        return {"tensor": name} if value.is_contiguous() else {"strided": [name, list(value.stride())]}
     if isinstance(value, dict):
         return {type(value).__name__: [[inner(key), inner(item)] for key, item in value.items()]}
     if isinstance(value, list):
@@ -141,6 +144,14 @@ def _encoded(value: Any, tensors: dict[str, Tensor], names: _Names) -> Any:
     return value
 
 
+def _with_strides(tensor: Tensor, strides: list[int]) -> Tensor:
+    """``tensor`` in memory of the given strides, which must leave no gaps."""
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    if reach != tensor.numel() or min(strides) < 0:
+        raise ValueError(f"strides {strides} do not fit a tensor of shape {list(tensor.shape)}")
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+
+
 def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_decoded(item, tensors) for item in value]
@@ -149,6 +160,9 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, held),) = value.items()
     if kind == "tensor":
         return tensors[held]
+    if kind == "strided":
+        name, strides = held
+        return _with_strides(tensors[name], strides)
     if kind == "bytes":
         return base64.b64decode(held)
     if kind == "dtype":

@@ -75,7 +75,9 @@ def take_values(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
     taken = set()
     for name, tensor in named_tensors(module):
         value = state_dict.get(name)
-        if tensor.is_meta:
+        if tensor.is_meta and value is None and not tensor.numel():
+            put_value(tensor, torch.empty_like(tensor, device="cpu"))  # a quantized layer's, which no file holds
+        elif tensor.is_meta:
             if not isinstance(value, Tensor) or value.shape != tensor.shape:
                 return False
             shared = value.untyped_storage()._cdata in taken

@@ -61,6 +61,10 @@ _lock = threading.RLock()
 _packed: weakref.WeakSet[Int8Weight] = weakref.WeakSet()
 
 
+# A parameter without values, which no state dict holds.
+_PLACEHOLDER = "no_values"
+
+
 class Int8Weight(nn.Module):
     """A matrix held as int8 codes with one float32 scale per row; what quantized layers have in common.
 
@@ -72,6 +76,9 @@ class Int8Weight(nn.Module):
     Once a kernel has packed the weights they may be held in that form alone; ``int8_weights`` is then
     unpacked when it is read, by ``state_dict`` among others, and missing from ``buffers()`` meanwhile. A graph
     holds the plain codes, so tracing one unpacks all layers, which keep their plain codes from then on.
+
+    A layer without another parameter has one of no elements, because people ask ``next(model.parameters())`` for
+    a model's dtype and device.
     """
 
     scales: Tensor
@@ -83,6 +90,16 @@ class Int8Weight(nn.Module):
         self._forms = Forms()
         self._buffers["int8_weights"] = torch.zeros(rows, columns, dtype=torch.int8, device=device)
         self.register_buffer("scales", torch.ones(rows, dtype=torch.float32, device=device))
+        self._keep_a_parameter()
+
+    def _keep_a_parameter(self) -> None:
+        """Hold a parameter of no elements if there is no other."""
+        self._parameters.pop(_PLACEHOLDER, None)
+        if all(parameter is None for parameter in self._parameters.values()):
+            device = self.scales.device if (codes := self._buffers["int8_weights"]) is None else codes.device
+            with torch.inference_mode(False):
+                values = torch.empty(0, dtype=self.dtype, device=device)
+                self._parameters[_PLACEHOLDER] = nn.Parameter(values, requires_grad=False)
 
     @property
     def int8_weights(self) -> Tensor:
@@ -102,6 +119,7 @@ class Int8Weight(nn.Module):
         with _lock:
             self._buffers["int8_weights"] = codes
             self._forms.clear()
+            self._keep_a_parameter()
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _unpack_for_graph(self) -> bool:
@@ -203,12 +221,15 @@ class Int8Weight(nn.Module):
         with _lock:
             held, codes = self._buffers["int8_weights"], self.int8_weights
             super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination.pop(f"{prefix}{_PLACEHOLDER}", None)
             destination[f"{prefix}int8_weights"] = codes  # not an alias: layers that share them give the same tensor
             self._buffers["int8_weights"] = held
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
+        self._parameters.pop(_PLACEHOLDER, None)
         super()._load_from_state_dict(*args, **kwargs)
+        self._keep_a_parameter()
 
     def unpack(self) -> None:
         """Hold plain codes, and no form made from them."""

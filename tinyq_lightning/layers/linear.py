@@ -80,6 +80,7 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
         self._parts: dict[tuple[int | None, int | None], tuple[TensorSnapshot, QuantizedLinear]] = {}
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros, requires_grad=False))
+        self._keep_a_parameter()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, shares: Int8Weight | None = None) -> Self:
@@ -239,6 +240,8 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
             if not isinstance(value, nn.Parameter):
                 value = nn.Parameter(value.detach(), requires_grad=False)
         super().__setattr__(name, value)
+        if name == "bias":
+            self._keep_a_parameter()
         if name == "kernel":
             self._choices = {}
             self._parts = {}

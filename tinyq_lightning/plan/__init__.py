@@ -16,6 +16,7 @@ from tinyq_lightning.plan.resolution import (
 )
 from tinyq_lightning.plan.sites import Site, find_sites, is_metric
 from tinyq_lightning.plan.swap import Swap
+from tinyq_lightning.plan.ties import weights_of
 
 __all__ = [
     "Coverage",
@@ -43,6 +44,7 @@ __all__ = [
     "resolve",
     "return_freed_memory",
     "state_bytes",
+    "weights_of",
     "why_not_replaced",
     "why_stays_float",
 ]

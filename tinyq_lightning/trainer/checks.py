@@ -6,16 +6,20 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
 from tinyq_lightning.file import check_folder, check_state, typed_entries, why_not_writable
-from tinyq_lightning.plan import check_model
-from tinyq_lightning.spec import Budget, Mode, QuantizationSpec, nearest
+from tinyq_lightning.plan import check_model, find_sites, weights_of, why_stays_float
+from tinyq_lightning.spec import Budget, Mode, QuantizationSpec, nearest, wanted_method
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
 
 __all__ = [
@@ -47,7 +51,8 @@ def check_before_fit(
 
     Raises:
         SpecError: a pattern or ``monitor`` names nothing, or the folder cannot be written to.
-        ModelError: there is nothing to quantize, or hyper-parameters cannot be resolved.
+        ModelError: there is nothing to quantize, the module's state dict leaves out a layer, or hyper-parameters
+            cannot be resolved.
         EvaluationError: a metric is needed that cannot be measured.
     """
     for each in spec.each():
@@ -57,9 +62,37 @@ def check_before_fit(
     refuse_without_validation(spec, why_never_validated(trainer, module))
     if save and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         check_folder(spec)
-        check_state(module.state_dict())
+        state_dict = module.state_dict()
+        check_state(state_dict)
+        for each in spec.each():
+            _refuse_missing_weights(each, module, state_dict)
         write_on_rank_zero(trainer, partial(_check_target, trainer, spec))
         _check_hyper_parameters(trainer, module)
+
+
+def _refuse_missing_weights(spec: QuantizationSpec, module: LightningModule, state_dict: Mapping[str, Any]) -> None:
+    """Raise ModelError if a layer to be quantized has no entry in the state dict that a file would hold."""
+    saved = {_memory(value) for value in state_dict.values() if isinstance(value, Tensor)} - {None}
+    if saved.isdisjoint(_memory(parameter) for parameter in module.parameters()):
+        return  # a state dict of copies tells nothing
+    missing = []
+    for site in find_sites(module):
+        quantized = wanted_method(spec, site.names).method != "float" and why_stays_float(site) is None
+        places = {_memory(weight) for weight, _ in weights_of(*site.parameter)} - {None} if quantized else set()
+        if places and saved.isdisjoint(places):
+            missing.append(site.name)
+    if missing:
+        raise ModelError(
+            f"state_dict() of {type(module).__name__} leaves out {', '.join(missing)}, so a quantized file would lack "
+            "the weights: exclude these layers, have state_dict() return them, or give save=False"
+        )
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """What tells whether two tensors share memory; None for one without any."""
+    if is_lazy(tensor) or tensor.layout != torch.strided:
+        return None
+    return cast(int, tensor.untyped_storage()._cdata)
 
 
 def _check_target(trainer: Trainer, spec: QuantizationSpec) -> None:
