@@ -153,11 +153,11 @@ def _target_layer(site: Site, target_class: Any, shares: Any) -> nn.Module | Non
     if site.is_quantized:
         return None
     if isinstance(target_class, type) and issubclass(target_class, QuantizedLinear):
-        if site.kind.multiplies:
+        if site.kind.takes_methods:
             layer = target_class.from_linear(cast(nn.Linear, site.module), shares)
         else:
             layer = site.kind.make(site.module, shares, target_class.method, "auto")
-    elif site.kind.multiplies and _is_plain(site):
+    elif site.kind.takes_methods and _is_plain(site):
         layer = _foreign_layer(cast(nn.Linear, site.module), target_class)
     else:
         return None

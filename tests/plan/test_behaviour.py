@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from tinyq_lightning import quantize, quantized
 from tinyq_lightning.layers import QuantizedLinear
+from tinyq_lightning.plan import find_sites
 
 
 class Matrix(nn.Module):
@@ -323,3 +324,13 @@ def test_an_embedding_that_does_more_keeps_its_tie_float(embedding):
     reasons = {decision.name: decision.reason for decision in quantize(model)}
     assert reasons["embed"] == f"{embedding.__name__} has a forward of its own"
     assert reasons["head"].startswith("tied to embed.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_that_is_held_transposed_gets_its_values_back(dtype):
+    model = nn.Sequential(Turned())
+    site = find_sites(model)[0]
+    layer = site.kind.make(site.module, None, "w8a32", "auto").to(dtype)
+    site.kind.restore(site.module, site.parameter[0], layer)
+    assert model[0].weight.dtype == dtype
+    assert torch.equal(model[0].weight, layer.weight.t())

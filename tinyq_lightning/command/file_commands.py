@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import Any
@@ -164,15 +164,19 @@ def _differences(content: Mapping[str, Any], again: Mapping[str, Any]) -> list[s
     ]
 
 
+EXPORTS: dict[str, tuple[str, Callable[[str], dict[str, Any]], Callable[[Mapping[str, Any], str], None]]] = {
+    "safetensors": (".safetensors", read_checkpoint, write_safetensors),
+    "ckpt": (".ckpt", read_safetensors, write_checkpoint),
+}
+"""For each format of ``--to``: the ending of its files, what reads the file given, and what writes the one wanted."""
+
+
 def export(args: Namespace) -> Answer:
     """Convert a quantized checkpoint to safetensors, or back."""
-    endings = {"safetensors": ".safetensors", "ckpt": ".ckpt"}
-    path = args.output or os.path.splitext(args.checkpoint)[0] + endings[args.to]
+    ending, read, write = EXPORTS[args.to]
+    path = args.output or os.path.splitext(args.checkpoint)[0] + ending
     _refuse_overwriting(args, path)
-    if args.to == "safetensors":
-        write_safetensors(read_checkpoint(args.checkpoint), path)
-    else:
-        write_checkpoint(read_safetensors(args.checkpoint), path)
+    write(read(args.checkpoint), path)
     return Answer(f"{path}  {file_size(path)}", {"path": path})
 
 

@@ -27,7 +27,8 @@ class Candidate:
 
     Attributes:
         kind: the kind that makes, counts and restores it.
-        layer: the layer as torch's own class: the module itself, or one that holds the same parameters.
+        layer: the module itself, or one that stands for it, with a matrix ``[out, in]`` over the same memory as its
+            ``weight`` and the same ``bias``.
         parameter: where its weight is: a module, and the parameter's name there.
         why_float: why it cannot be quantized without a change of meaning; None if it can.
         part: for a layer inside the module, the attribute of ``opened`` that holds it.
@@ -47,13 +48,14 @@ class Kind(ABC):
 
     Attributes:
         name: as plans and errors call it.
-        multiplies: whether inputs are multiplied by the weight, by a method and a kernel; else rows are looked up.
-        only_tied: whether a layer of the kind is planned only if it shares its weight with one that multiplies.
+        takes_methods: whether its quantized layer is a ``QuantizedLinear``, which holds activations by a method and
+            takes kernels, so that the budget can give it another method and ``never_slower`` can time it.
+        only_tied: whether a layer of the kind is planned only if it shares its weight with one that takes methods.
         is_layer: whether a model that is itself of this kind could be replaced, which takes a parent.
     """
 
     name: ClassVar[str]
-    multiplies: ClassVar[bool] = True
+    takes_methods: ClassVar[bool] = True
     only_tied: ClassVar[bool] = False
     is_layer: ClassVar[bool] = True
     quantized_class: ClassVar[type[Int8Weight]]
@@ -90,8 +92,14 @@ class Kind(ABC):
     def make_empty(self, layer: Any, method: str, kernel: KernelName) -> Int8Weight:
         """A quantized layer of the sizes of a float one, for ``load_state_dict`` to fill."""
 
-    def restore(self, layer: nn.Module, quantized: Int8Weight) -> None:
-        """Give a float layer the dequantized weight, and the bias, of the quantized layer that stood for it."""
+    def restore(self, layer: nn.Module, owner: nn.Module, quantized: Int8Weight) -> None:
+        """Give a float layer the dequantized weight, and the bias, of the quantized layer that stood for it.
+
+        Args:
+            layer: the float layer, as a :class:`Candidate` has it.
+            owner: the module that registers its weight.
+            quantized: the quantized layer.
+        """
         layer.to(quantized.scales.device, quantized.dtype)
         with torch.no_grad():
             if parametrize.is_parametrized(layer, "weight"):

@@ -7,8 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
 
 from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
 from tinyq_lightning.layers.behaviour import (
@@ -21,6 +19,15 @@ from tinyq_lightning.layers.embedding import QuantizedEmbedding, ScaledQuantized
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.kind import Candidate, Kind
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
+from tinyq_lightning.layers.why_float import (
+    is_torchs,
+    why_holds_more,
+    why_more_than,
+    why_more_than_forward,
+    why_own_way,
+    why_replaced,
+    why_weight,
+)
 from tinyq_lightning.methods import KernelName
 
 __all__ = [
@@ -42,7 +49,7 @@ class LinearKind(Kind):
         return isinstance(module, nn.Linear) and not isinstance(module, Int8Weight)
 
     def candidates(self, module: nn.Module, closed: str | None) -> Iterator[Candidate]:
-        why = closed or _why_more_than(module, nn.Linear) or _why_weight(module) or _why_holds_more(module)
+        why = closed or why_more_than(module, nn.Linear) or why_weight(module) or why_holds_more(module)
         yield Candidate(self, module, (module, "weight"), why)
 
     def shape(self, layer: Any) -> tuple[int, int]:
@@ -82,9 +89,19 @@ class LikeLinearKind(LinearKind):
         turned = not computes_linear(module)
         held = nn.Parameter(weight.detach().t() if turned else weight.detach(), requires_grad=weight.requires_grad)
         layer = linear_with(held if turned else weight, bias).train(module.training)
-        why = closed or _why_replaced(module) or _why_more_than_forward(module) or _why_weight(module)
-        why = why or _why_holds_more(module)
+        why = closed or why_replaced(module) or why_more_than_forward(module) or why_weight(module)
+        why = why or why_holds_more(module)
         yield Candidate(self, layer, (module, "weight"), why)
+
+    def restore(self, layer: nn.Module, owner: nn.Module, quantized: Int8Weight) -> None:
+        if layer.weight is owner._parameters["weight"]:
+            super().restore(layer, owner, quantized)
+            return
+        owner.to(quantized.scales.device, quantized.dtype)  # would leave the transposed view behind
+        with torch.no_grad():
+            cast(Tensor, owner.weight).data.copy_(quantized.dequantize().t())
+            if (bias := owner._parameters["bias"]) is not None:
+                bias.data.copy_(cast(Tensor, quantized.bias))
 
 
 class AttentionKind(LinearKind):
@@ -103,15 +120,15 @@ class AttentionKind(LinearKind):
         for part, layer in parts.items():
             assert layer is not None
             parameter = (layer, "weight") if part == "out_proj" else (module, f"{part}_weight")
-            why = closed or _why_more_than(layer, nn.Linear) or _why_weight(layer) or _why_holds_more(layer)
+            why = closed or why_more_than(layer, nn.Linear) or why_weight(layer) or why_holds_more(layer)
             yield Candidate(self, layer, parameter, why, part, opened)
 
 
 class EmbeddingKind(Kind):
-    """``nn.Embedding``, where a layer that multiplies shares its weight."""
+    """``nn.Embedding``, if a layer that takes methods shares its weight."""
 
     name = "embedding"
-    multiplies = False
+    takes_methods = False
     only_tied = True
     is_layer = False
     quantized_class = QuantizedEmbedding
@@ -121,8 +138,8 @@ class EmbeddingKind(Kind):
 
     def candidates(self, module: nn.Module, closed: str | None) -> Iterator[Candidate]:
         renorms = "max_norm rewrites its rows" if cast(nn.Embedding, module).max_norm is not None else None
-        why = closed or renorms or _why_more_than(module, nn.Embedding) or _why_weight(module)
-        yield Candidate(self, module, (module, "weight"), why or _why_holds_more(module))
+        why = closed or renorms or why_more_than(module, nn.Embedding) or why_weight(module)
+        yield Candidate(self, module, (module, "weight"), why or why_holds_more(module))
 
     def shape(self, layer: Any) -> tuple[int, int]:
         return layer.num_embeddings, layer.embedding_dim
@@ -136,7 +153,7 @@ class EmbeddingKind(Kind):
 
     def _made(self, layer: Any, device: Any) -> QuantizedEmbedding:
         (rows, columns), dtype = layer.weight.shape, layer.weight.dtype
-        scale = None if _is_torchs(layer, nn.Embedding) else computes_scaled_embedding(layer)
+        scale = None if is_torchs(layer, nn.Embedding) else computes_scaled_embedding(layer)
         if scale is None or scale == 1:
             return QuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device)
         return ScaledQuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device, scale)
@@ -175,7 +192,7 @@ def why_closed(module: nn.Module) -> str | None:
     """Why the layers in a module must be left as they are; None if they need not."""
     if not isinstance(module, nn.MultiheadAttention) or is_opened(module):
         return None
-    if why := _why_own_way(module, nn.MultiheadAttention):
+    if why := why_own_way(module, nn.MultiheadAttention):
         return why
     if not isinstance(module.out_proj, nn.Linear) or isinstance(module.out_proj, Int8Weight):
         return f"its out_proj has the type {type(module.out_proj).__name__}"
@@ -189,126 +206,3 @@ _HELD_BY_ATTENTION = {f"{part}_proj_weight" for part in ("in", "q", "k", "v")}
 
 
 _HELD_BY_ATTENTION |= {"in_proj_bias", "bias_k", "bias_v", "out_proj"}
-
-
-# What a subclass may define and still be replaced: how it is made and shown, not what it does.
-_HARMLESS = {"reset_parameters", "extra_repr", "_version"}
-
-
-# The same of a class that is no nn.Linear: its product is tried, and lazy classes give themselves a shape.
-_HARMLESS_IF_NO_LINEAR = {"forward", "initialize_parameters"}
-
-
-_TELLING = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
-
-
-# Hooks around the state dict. They are about the float layer's entries, so they do not go over to a quantized one.
-_STATE_HOOKS = {
-    "_state_dict_hooks": "a state_dict hook",
-    "_state_dict_pre_hooks": "a state_dict pre-hook",
-    "_load_state_dict_pre_hooks": "a hook of load_state_dict",
-    "_load_state_dict_post_hooks": "a hook of load_state_dict",
-}
-
-
-def _is_torchs(module: nn.Module, base: Any) -> bool:
-    """Whether the forward of ``module`` is that of torch's class."""
-    kind: Any = parametrize.type_before_parametrizations(module)
-    return kind.forward is base.forward
-
-
-def _why_replaced(module: nn.Module) -> str | None:
-    return "its forward was replaced" if "forward" in vars(module) else None
-
-
-def _why_own_way(module: nn.Module, base: Any, forward: bool = False) -> str | None:
-    """Why a module is more than its torch class, whose behaviour is known; None if it is not.
-
-    Args:
-        module: of a subclass.
-        base: torch's class.
-        forward: whether a forward of its own is known to compute the same.
-    """
-    kind: Any = parametrize.type_before_parametrizations(module)
-    if not forward and kind.forward is not base.forward:
-        return f"{kind.__name__} has a forward of its own"
-    if why := _why_replaced(module):
-        return why
-    own = {name for each in kind.__mro__[: kind.__mro__.index(base)] for name in vars(each)}
-    own = {name for name in own - _HARMLESS if not name.startswith("__") or name in _TELLING}
-    own -= {"forward"} if forward else set()
-    return f"{kind.__name__} adds {', '.join(sorted(own))} to nn.{base.__name__}" if own else None
-
-
-def _why_more_than_forward(module: nn.Module) -> str | None:
-    """Why a class that is no ``nn.Linear`` has more to it than its forward; None if it has not."""
-    kind = type(module)
-    own = {name for each in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(each)}
-    own = {name for name in own - _HARMLESS - _HARMLESS_IF_NO_LINEAR if name in _TELLING or not name.startswith("__")}
-    own = {name for name in own if not name.startswith("_") or hasattr(nn.Module, name)}
-    if "_save_to_state_dict" in own:
-        saved: dict[str, Any] = {}
-        module._save_to_state_dict(saved, "", False)
-        own -= {"_save_to_state_dict"} if saved.keys() <= {"weight", "bias"} else set()
-    return f"{kind.__name__} adds {', '.join(sorted(own))} to what nn.Linear has" if own else None
-
-
-def _why_more_than(module: nn.Module, base: Any) -> str | None:
-    """As :func:`_why_own_way`; a forward of its own is tried, and taken for torch's if it computes the same."""
-    if isinstance(module._parameters.get("weight"), UninitializedParameter):
-        return None  # an error, unless it is left float
-    why = _why_own_way(module, base)
-    if why is None or _is_torchs(module, base) or parametrize.is_parametrized(module):
-        return why
-    weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point() or not forward_takes_one_input(module):
-        return why
-    same = computes_linear(module) if base is nn.Linear else computes_scaled_embedding(module) is not None
-    return _why_own_way(module, base, forward=True) if same else why
-
-
-def _why_weight(module: nn.Module) -> str | None:
-    """Why a weight cannot be replaced by codes; None if it can."""
-    weight = module._parameters.get("weight")
-    if isinstance(weight, UninitializedParameter) or parametrize.is_parametrized(module, "weight"):
-        return None
-    if weight is None:
-        hooks = module._forward_pre_hooks.values()
-        named = [
-            hook for hook in hooks if "weight" in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
-        ]
-        return "its weight is computed by " + (f"the hook {type(named[0]).__name__}" if named else "a hook")
-    for name, tensor in (("weight", weight), ("bias", module._parameters.get("bias"))):
-        if tensor is not None and type(tensor) is not nn.Parameter:
-            if not isinstance(tensor, UninitializedParameter):
-                return f"its {name} has the type {type(tensor).__name__}"
-        elif tensor is not None and tensor.layout != torch.strided:
-            return f"its {name} is {str(tensor.layout).removeprefix('torch.')}"
-    if not weight.is_floating_point():
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
-    return None if weight.numel() else f"its weight is empty: {list(weight.shape)}"
-
-
-def _why_holds_more(module: nn.Module) -> str | None:
-    """Why what was attached to a layer keeps it float; None if nothing was that a quantized layer would not have."""
-    held: dict[str, Any] = {**module._parameters, **module._modules}
-    numbers = isinstance(module, nn.Embedding) and not _is_torchs(module, nn.Embedding)  # its factor: carried over
-    held |= {} if numbers else module._buffers
-    for name in list(held.get("parametrizations") or ()) if parametrize.is_parametrized(module) else ():
-        held.pop(str(name), None)
-        if str(name) in ("weight", "bias"):
-            held.pop("parametrizations", None)
-    if more := sorted(held.keys() - {"weight", "bias"}):
-        return f"it holds {', '.join(more)} besides its weight"
-    own = next((what for key, what in _STATE_HOOKS.items() if _of_others(module, vars(module).get(key))), None)
-    return f"it has {own}" if own else None
-
-
-def _of_others(module: nn.Module, hooks: Any) -> bool:
-    """Whether there is a hook that is neither torch's own nor a method of the module itself."""
-    for held in (hooks or {}).values():
-        hook = getattr(held, "hook", held)  # torch wraps some of them
-        torchs = str(getattr(hook, "__module__", "")).partition(".")[0] == "torch"
-        if not torchs and getattr(hook, "__self__", None) is not module:
-            return True
-    return False

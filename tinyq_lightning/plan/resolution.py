@@ -79,10 +79,10 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Sit
                 f"{where}: rule {index + 1} ({rule.match!r}) is shadowed: all that it matches, such as "
                 f"{covered[0].name!r}, is taken by {taker} before it. Move it up, narrow the other, or remove it"
             )
-    linears = [site for site in sites if site.kind.multiplies]
-    wanted = [wanted_method(spec, site.names) for site in linears]
+    layers = [site for site in sites if not site.kind.only_tied]
+    wanted = [wanted_method(spec, site.names) for site in layers]
     if all(each.method == "float" and each.decided_by not in MEASURED_BY for each in wanted):
-        raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(linears)} Linear layers float")
+        raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(layers)} Linear layers float")
 
 
 def check_model(spec: QuantizationSpec, model: nn.Module) -> None:
@@ -101,7 +101,7 @@ def check_model(spec: QuantizationSpec, model: nn.Module) -> None:
         if decided_by in MEASURED_BY:
             return
         left = "already quantized" if site.is_quantized else reason if method == "float" else why_stays_float(site)
-        if left is None and site.kind.multiplies:
+        if left is None and not site.kind.only_tied:
             return
         reasons.append(f"{site.name}: {left or reason}")
     raise ModelError(f"there is nothing to quantize ({'; '.join(reasons)})")
@@ -216,7 +216,7 @@ def resolve(
     decisions: dict[str, Decision] = {}
     for name, site in by_name.items():
         wanted = made[name]
-        partners = sorted(site.tied, key=lambda other: not by_name[other].kind.multiplies)
+        partners = sorted(site.tied, key=lambda other: not by_name[other].kind.takes_methods)
         stays_float = next((other for other in partners if made[other].method == "float"), None)
         if wanted.method != "float" and stays_float is not None:
             wanted = Wanted("float", f"tied to {stays_float}.weight ({made[stays_float].reason})", "tie")
@@ -230,10 +230,10 @@ def _structural(
 ) -> Wanted:
     """Method and reason by the spec and by what the layer is, without its values and its ties."""
     wanted = wanted_method(spec, site.names)
-    if site.is_quantized and site.kind.multiplies:
-        return Wanted(cast(QuantizedLinear, site.module).method, "already quantized", "layer")
+    if site.is_quantized and not site.kind.only_tied:
+        return Wanted(getattr(site.module, "method", wanted.method), "already quantized", "layer")
     if site.kind.only_tied:
-        linears = [sites[name] for name in site.tied if sites[name].kind.multiplies]
+        linears = [sites[name] for name in site.tied if sites[name].kind.takes_methods]
         theirs = [(linear.name, _structural(spec, linear, sites, why_float)) for linear in linears]
         if site.is_quantized:
             return Wanted(theirs[0][1].method if theirs else wanted.method, "already quantized", "layer")
@@ -272,7 +272,7 @@ def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelNam
 
 
 def _kernel(site: Site, method: str, kernel: KernelName) -> Choice | None:
-    if not site.kind.multiplies:
+    if not site.kind.takes_methods:
         return None
     if site.is_quantized:
         return cast(QuantizedLinear, site.module).choice

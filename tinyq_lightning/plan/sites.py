@@ -262,7 +262,7 @@ def _with_ties(sites: list[Site], model: nn.Module, embeddings: Collection[str])
                     others.append(path)
                 elif partner is not site:
                     partners.append(partner)
-        multiplied = any(each.kind.multiplies for each in partners)
+        multiplied = any(each.kind.takes_methods for each in partners)
         if site.kind.only_tied and not site.is_quantized and not multiplied and site.name not in embeddings:
             continue
         why = site.why_float or (f"tied to {others[0]}" if others else None)

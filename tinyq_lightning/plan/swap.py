@@ -78,10 +78,10 @@ class Swap:
             if source is not None:
                 method, reason = changes[source]
                 by, kernel = decided_by, None
-                if not site.kind.multiplies:  # its reason is the one that its spec resolves to
+                if site.kind.only_tied:  # its reason is the one that its spec resolves to
                     by = "tie"
                     reason = f"tied to {source}.weight ({reason})" if method == "float" else decision.reason
-                else:
+                elif site.kind.takes_methods:
                     linear = cast(QuantizedLinear, layer)
                     layer = linear = linear if method == "float" else linear.with_method(method)
                     kernel = linear.choice
@@ -113,7 +113,7 @@ class Swap:
     def pairs(self) -> Iterator[tuple[str, nn.Linear, QuantizedLinear]]:
         """Name, float layer and quantized layer of each Linear that this swap replaces."""
         for site, layer in self._pairs:
-            if site.kind.multiplies:
+            if site.kind.takes_methods:
                 yield site.name, cast(nn.Linear, site.module), cast(QuantizedLinear, layer)
 
     def put_in(self) -> None:

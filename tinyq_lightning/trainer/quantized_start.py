@@ -66,6 +66,6 @@ class QuantizedStart:
         """Put the float layers back with the dequantized weights: the model that was tested, able to train."""
         vars(self._connector).pop("restore_model", None)
         for site, layer in self._made:
-            site.kind.restore(site.module, layer)
+            site.kind.restore(site.module, site.parameter[0], layer)
             site.put(site.module)
         self._made = []

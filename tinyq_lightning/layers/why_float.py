@@ -1,0 +1,149 @@
+"""Why a layer stays float: what a subclass adds, what its weight is, what was attached to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from tinyq_lightning.layers.behaviour import (
+    computes_linear,
+    computes_scaled_embedding,
+    forward_takes_one_input,
+)
+
+__all__ = [
+    "is_torchs",
+    "why_holds_more",
+    "why_more_than",
+    "why_more_than_forward",
+    "why_own_way",
+    "why_replaced",
+    "why_weight",
+]
+
+# What a subclass may define and still be replaced: how it is made and shown, not what it does.
+_HARMLESS = {"reset_parameters", "extra_repr", "_version"}
+
+
+# The same of a class that is no nn.Linear: its product is tried, and lazy classes give themselves a shape.
+_HARMLESS_IF_NO_LINEAR = {"forward", "initialize_parameters"}
+
+
+_TELLING = {"__call__", "__getattr__", "__getattribute__", "__setattr__"}
+
+
+# Hooks around the state dict. They are about the float layer's entries, so they do not go over to a quantized one.
+_STATE_HOOKS = {
+    "_state_dict_hooks": "a state_dict hook",
+    "_state_dict_pre_hooks": "a state_dict pre-hook",
+    "_load_state_dict_pre_hooks": "a hook of load_state_dict",
+    "_load_state_dict_post_hooks": "a hook of load_state_dict",
+}
+
+
+def is_torchs(module: nn.Module, base: Any) -> bool:
+    """Whether the forward of ``module`` is that of torch's class."""
+    kind: Any = parametrize.type_before_parametrizations(module)
+    return kind.forward is base.forward
+
+
+def why_replaced(module: nn.Module) -> str | None:
+    """Why a module whose forward was set on the instance stays float; None if it was not."""
+    return "its forward was replaced" if "forward" in vars(module) else None
+
+
+def why_own_way(module: nn.Module, base: Any, forward: bool = False) -> str | None:
+    """Why a module is more than its torch class, whose behaviour is known; None if it is not.
+
+    Args:
+        module: of a subclass.
+        base: torch's class.
+        forward: whether a forward of its own is known to compute the same.
+    """
+    kind: Any = parametrize.type_before_parametrizations(module)
+    if not forward and kind.forward is not base.forward:
+        return f"{kind.__name__} has a forward of its own"
+    if why := why_replaced(module):
+        return why
+    own = {name for each in kind.__mro__[: kind.__mro__.index(base)] for name in vars(each)}
+    own = {name for name in own - _HARMLESS if not name.startswith("__") or name in _TELLING}
+    own -= {"forward"} if forward else set()
+    return f"{kind.__name__} adds {', '.join(sorted(own))} to nn.{base.__name__}" if own else None
+
+
+def why_more_than_forward(module: nn.Module) -> str | None:
+    """Why a class that is no ``nn.Linear`` has more to it than its forward; None if it has not."""
+    kind = type(module)
+    own = {name for each in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(each)}
+    own = {name for name in own - _HARMLESS - _HARMLESS_IF_NO_LINEAR if name in _TELLING or not name.startswith("__")}
+    own = {name for name in own if not name.startswith("_") or hasattr(nn.Module, name)}
+    if "_save_to_state_dict" in own:
+        saved: dict[str, Any] = {}
+        module._save_to_state_dict(saved, "", False)
+        own -= {"_save_to_state_dict"} if saved.keys() <= {"weight", "bias"} else set()
+    return f"{kind.__name__} adds {', '.join(sorted(own))} to what nn.Linear has" if own else None
+
+
+def why_more_than(module: nn.Module, base: Any) -> str | None:
+    """As :func:`why_own_way`; a forward of its own is tried, and taken for torch's if it computes the same."""
+    if isinstance(module._parameters.get("weight"), UninitializedParameter):
+        return None  # an error, unless it is left float
+    why = why_own_way(module, base)
+    if why is None or is_torchs(module, base) or parametrize.is_parametrized(module):
+        return why
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point() or not forward_takes_one_input(module):
+        return why
+    same = computes_linear(module) if base is nn.Linear else computes_scaled_embedding(module) is not None
+    return why_own_way(module, base, forward=True) if same else why
+
+
+def why_weight(module: nn.Module) -> str | None:
+    """Why a weight cannot be replaced by codes; None if it can."""
+    weight = module._parameters.get("weight")
+    if isinstance(weight, UninitializedParameter) or parametrize.is_parametrized(module, "weight"):
+        return None
+    if weight is None:
+        hooks = module._forward_pre_hooks.values()
+        named = [
+            hook for hook in hooks if "weight" in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
+        ]
+        return "its weight is computed by " + (f"the hook {type(named[0]).__name__}" if named else "a hook")
+    for name, tensor in (("weight", weight), ("bias", module._parameters.get("bias"))):
+        if tensor is not None and type(tensor) is not nn.Parameter:
+            if not isinstance(tensor, UninitializedParameter):
+                return f"its {name} has the type {type(tensor).__name__}"
+        elif tensor is not None and tensor.layout != torch.strided:
+            return f"its {name} is {str(tensor.layout).removeprefix('torch.')}"
+    if not weight.is_floating_point():
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    return None if weight.numel() else f"its weight is empty: {list(weight.shape)}"
+
+
+def why_holds_more(module: nn.Module) -> str | None:
+    """Why what was attached to a layer keeps it float; None if nothing was that a quantized layer would not have."""
+    held: dict[str, Any] = {**module._parameters, **module._modules}
+    numbers = isinstance(module, nn.Embedding) and not is_torchs(module, nn.Embedding)  # its factor: carried over
+    held |= {} if numbers else module._buffers
+    for name in list(held.get("parametrizations") or ()) if parametrize.is_parametrized(module) else ():
+        held.pop(str(name), None)
+        if str(name) in ("weight", "bias"):
+            held.pop("parametrizations", None)
+    if more := sorted(held.keys() - {"weight", "bias"}):
+        return f"it holds {', '.join(more)} besides its weight"
+    own = next((what for key, what in _STATE_HOOKS.items() if _of_others(module, vars(module).get(key))), None)
+    return f"it has {own}" if own else None
+
+
+def _of_others(module: nn.Module, hooks: Any) -> bool:
+    """Whether there is a hook that is neither torch's own nor a method of the module itself."""
+    for held in (hooks or {}).values():
+        hook = getattr(held, "hook", held)  # torch wraps some of them
+        torchs = str(getattr(hook, "__module__", "")).partition(".")[0] == "torch"
+        if not torchs and getattr(hook, "__self__", None) is not module:
+            return True
+    return False
