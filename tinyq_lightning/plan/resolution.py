@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -293,6 +294,7 @@ def _others(model: nn.Module, sites: Iterable[Site]) -> tuple[OtherWeight, ...]:
 def _free_parametrized(site: Site) -> None:
     """Return the memory of a weight that was made only to be looked at, so that the heap does not grow with each."""
     if site.is_parametrized:
+        gc.collect(1)  # torch's property of the weight holds its module, and what was computed, in a cycle
         return_freed_memory()
 
 
