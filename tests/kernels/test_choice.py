@@ -109,3 +109,13 @@ def test_a_layer_tells_its_choice_and_chooses_anew_when_its_kernel_is_set():
     assert layer.choice == choose_kernel("auto", METHODS["w8a32"], 8, 8)
     layer.kernel = "reference"
     assert layer.choice.kernel == "reference"
+
+
+def test_the_environment_goes_before_a_layers_kernel_in_every_dtype(monkeypatch):
+    layer, x = LAYERS["w8a8"](8, 8), torch.ones(2, 8, dtype=torch.float64)
+    for asked, wanted in (("int8", "exact"), ("reference", "reference")):
+        monkeypatch.setenv("TINYQ_KERNEL", asked)
+        assert layer._formula_name() == wanted
+        assert layer(x).shape == (2, 8)
+    with pytest.raises(SpecError, match="kernel 'fast': it must be one of auto, int8, reference"):
+        layer.kernel = "fast"

@@ -532,3 +532,15 @@ def test_a_spec_stands_for_itself():
     spec = QuantizationSpec(exclude=[0, "head"])
     assert as_spec(spec) is spec
     assert spec.exclude == ("0", "head")
+
+
+def test_a_spec_made_by_hand_is_checked_as_one_that_is_read():
+    for wrong in ({"rules": [{"match": "a", "method": "float"}]}, {"budget": {"monitor": "a", "max_drop": 1}}):
+        with pytest.raises(SpecError, match="from_dict takes mappings"):
+            QuantizationSpec(**wrong)
+    assert QuantizationSpec(methods=("w8a8", "w8a16")).method == "w8a8"
+
+
+def test_a_reason_that_begins_like_a_budgets_does_not_make_it_one():
+    rules = [{"match": "a", "method": "float", "reason": "budget meeting said so"}]
+    assert QuantizationSpec.from_dict({"rules": rules}).rules[0].decided_by == "rule"

@@ -1,7 +1,7 @@
 """Quantized forward pass functions: pure functions on tensors, and the choice among kernels."""
 
 from tinyq_lightning.kernels.base import Choice, CodeHolder, TensorSnapshot, WeightForm
-from tinyq_lightning.kernels.choice import FORMS, choose_kernel, weight_form
+from tinyq_lightning.kernels.choice import FORMS, choose_kernel, wanted_kernel, weight_form
 from tinyq_lightning.kernels.float16 import has_float16_product
 from tinyq_lightning.kernels.float32 import Float32Weights
 from tinyq_lightning.kernels.formula import (
@@ -44,5 +44,6 @@ __all__ = [
     "w8_a8_forward",
     "w8_a16_forward",
     "w8_a32_forward",
+    "wanted_kernel",
     "weight_form",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "KERNEL_LIST",
     "Choice",
     "choose_kernel",
+    "wanted_kernel",
     "weight_form",
 ]
 
@@ -53,7 +54,7 @@ def choose_kernel(
     Raises:
         SpecError: ``TINYQ_KERNEL`` is something else.
     """
-    wanted = _from_environment() or kernel
+    wanted = wanted_kernel(kernel)
     layer = LayerShape(method, out_features, in_features)
     if wanted != "reference" and not layer.weights:
         return Choice("reference", "no weights")
@@ -71,12 +72,17 @@ def choose_kernel(
     raise AssertionError("the last kernel of the list runs every layer")
 
 
-def _from_environment() -> str:
+def wanted_kernel(kernel: KernelName) -> str:
+    """What the environment's ``TINYQ_KERNEL`` asks for, or else ``kernel``.
+
+    Raises:
+        SpecError: ``TINYQ_KERNEL`` names no kernel.
+    """
     asked = os.environ.get("TINYQ_KERNEL", "")
     allowed = (*KERNELS, *(each.name for each in KERNEL_LIST if each.name not in KERNELS))
     if asked and asked not in allowed:
         raise SpecError(f"the environment variable TINYQ_KERNEL is {asked!r}: it must be one of {', '.join(allowed)}")
-    return asked
+    return asked or kernel
 
 
 # Layers that share codes share the forms made from them.

@@ -58,6 +58,9 @@ class QuantizedEmbedding(Int8Weight):
         """``input`` ``[...]`` of integers → ``[..., dim]`` of the layer's dtype."""
         if has_proxy(input):
             return leaf_call(self, input)  # type: ignore[no-any-return]
+        return self._look_up(input)
+
+    def _look_up(self, input: Tensor) -> Tensor:
         work = torch.float64 if self.dtype == torch.float64 else torch.float32
         codes = nn.functional.embedding(input, self.int8_weights)
         scales = nn.functional.embedding(input, self.scales[:, None])
@@ -93,9 +96,8 @@ class ScaledQuantizedEmbedding(QuantizedEmbedding):
         super().__init__(num_embeddings, embedding_dim, padding_idx, dtype, device)
         self.output_scale = output_scale
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``input`` ``[...]`` of integers → ``[..., dim]`` of the layer's dtype, multiplied by the scale."""
-        return super().forward(input) * self.output_scale
+    def _look_up(self, input: Tensor) -> Tensor:
+        return super()._look_up(input) * self.output_scale
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows in the brackets."""

@@ -1,4 +1,4 @@
-"""Custom quantized layers: in the place of ``nn.Linear``, and of embeddings tied to one, with int8 weights."""
+"""Custom quantized layers that take the place of ``nn.Linear``, with int8 weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 from typing_extensions import Self
 
-from tinyq_lightning.errors import ModelError
+from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.kernels import (
     FORMS,
     INPUT_DTYPES,
@@ -25,10 +25,11 @@ from tinyq_lightning.kernels import (
     packed_linear,
     quantized_linear,
     takes_integers,
+    wanted_kernel,
 )
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.leaf import leaf_call
-from tinyq_lightning.methods import METHODS, KernelName
+from tinyq_lightning.methods import KERNELS, METHODS, KernelName
 
 __all__ = [
     "LAYERS",
@@ -77,7 +78,7 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
         self.out_features = out_features
         self.kernel: KernelName = "auto"
         self._choices: dict[str, Choice] = {}
-        self._parts: dict[tuple[int | None, int | None], tuple[TensorSnapshot, QuantizedLinear]] = {}
+        self._parts: dict[tuple[int | None, int | None], tuple[TensorSnapshot, TensorSnapshot, QuantizedLinear]] = {}
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros, requires_grad=False))
         self._keep_a_parameter()
@@ -174,7 +175,7 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
         return choice.few if input.numel() < choice.few_rows * self.in_features else choice.kernel
 
     def _formula_name(self) -> FormulaName:
-        return "exact" if self.kernel == "int8" else "reference"
+        return "exact" if wanted_kernel(self.kernel) == "int8" else "reference"
 
     def _in_graph(self, input: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         """A formula of torch's operators on plain codes, which compilers can fuse and exported programs can hold."""
@@ -198,12 +199,12 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
     def _part(self, rows: slice) -> QuantizedLinear:
         """A layer of some of the rows."""
         codes, found = self.int8_weights, self._parts.get((rows.start, rows.stop))
-        if found is None or not found[0].matches(codes):
+        if found is None or not (found[0].matches(codes) and found[1].matches(self.scales)):
             layer = type(self)(self.in_features, len(codes[rows]), bias=False, dtype=self.dtype, device="meta")
             layer.kernel = self.kernel
             layer.int8_weights, layer.scales = codes[rows], self.scales[rows]
-            found = self._parts[rows.start, rows.stop] = TensorSnapshot(codes), layer
-        return found[1]
+            found = self._parts[rows.start, rows.stop] = TensorSnapshot(codes), TensorSnapshot(self.scales), layer
+        return found[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_choices": {}, "_parts": {}}
@@ -239,6 +240,8 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
                 raise ModelError(f"a bias must have shape [{self.out_features}], got {list(value.shape)}")
             if not isinstance(value, nn.Parameter):
                 value = nn.Parameter(value.detach(), requires_grad=False)
+        if name == "kernel" and value not in KERNELS:
+            raise SpecError(f"kernel {value!r}: it must be one of {', '.join(KERNELS)}")
         super().__setattr__(name, value)
         if name == "bias":
             self._keep_a_parameter()

@@ -48,6 +48,16 @@ class ReadOnlyTensor(Tensor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
+    @property
+    def requires_grad(self) -> bool:
+        """False: a gradient would reach a copy of the values that is made anew."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value:
+            _refuse("requires_grad = True")
+
     def values(self) -> Tensor:
         """The values as a plain tensor."""
         made = self._made

@@ -127,8 +127,10 @@ def why_weight(module: nn.Module) -> str | None:
 def why_holds_more(module: nn.Module) -> str | None:
     """Why what was attached to a layer keeps it float; None if nothing was that a quantized layer would not have."""
     held: dict[str, Any] = {**module._parameters, **module._modules}
-    numbers = isinstance(module, nn.Embedding) and not is_torchs(module, nn.Embedding)  # its factor: carried over
-    held |= {} if numbers else module._buffers
+    scaled = isinstance(module, nn.Embedding) and not is_torchs(module, nn.Embedding)
+    # The factor of a scaled embedding is carried over as a number, so a file must not hold another.
+    kept = module._non_persistent_buffers_set if scaled else set()
+    held |= {name: buffer for name, buffer in module._buffers.items() if name not in kept}
     for name in list(held.get("parametrizations") or ()) if parametrize.is_parametrized(module) else ():
         held.pop(str(name), None)
         if str(name) in ("weight", "bias"):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from typing import Any, NamedTuple, TypeVar
 
@@ -57,7 +58,7 @@ class BatchTimes:
         """From the seconds of each batch, in their order."""
         warm = seconds[1:]
         if len(warm) < 2:
-            return cls(median(seconds), 0.0, len(warm)) if seconds else cls()
+            return cls(median(warm or seconds), 0.0, len(warm)) if seconds else cls()
         lower, middle, upper = quantiles(warm, n=4, method="inclusive")
         return cls(middle, (upper - lower) / 2, len(warm))
 
@@ -71,6 +72,8 @@ def timed(run: Callable[[], Returned], device: torch.device | str = "cpu") -> tu
     """
     kind = torch.device(device).type
     wait = _nothing if kind in ("cpu", "meta") else getattr(torch, kind).synchronize
+    if kind == "cuda":
+        wait = partial(wait, device)
     wait()
     start = time.perf_counter()
     returned = run()
@@ -78,7 +81,7 @@ def timed(run: Callable[[], Returned], device: torch.device | str = "cpu") -> tu
     return returned, time.perf_counter() - start
 
 
-def _nothing() -> None:
+def _nothing(*device: object) -> None:
     return None
 
 

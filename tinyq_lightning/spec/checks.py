@@ -72,6 +72,8 @@ def check_methods(method: Any, methods: Sequence[Any], reader: Reader) -> None:
 
 def check_rule(rule: Rule, reader: Reader) -> Rule:
     """The rule, with a number as its pattern made text."""
+    if not isinstance(rule, Rule):
+        reader.fail(f"a rule must be a Rule, not {shown(rule)}: QuantizationSpec.from_dict takes mappings")
     match = reader.pattern(rule.match, "match")
     reader.choice(rule.method, METHOD_NAMES, "method")
     reader.text(rule.reason, "reason")
@@ -93,6 +95,8 @@ def check_save(save: Save, reader: Reader) -> None:
 
 def check_budget(budget: Budget, reader: Reader) -> Budget:
     """The budget, with a share such as `` 1% `` written without the blanks around it."""
+    if not isinstance(budget, Budget):
+        reader.fail(f"a budget must be a Budget, not {shown(budget)}: QuantizationSpec.from_dict takes mappings")
     drop: Any = budget.max_drop
     evals, seconds = budget.max_evals, budget.max_seconds
     share = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", drop) if isinstance(drop, str) else None

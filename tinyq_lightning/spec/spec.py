@@ -82,9 +82,11 @@ class QuantizationSpec:
         check_save(self.save, reader.below("save"))
         patterns = reader.below("exclude")
         exclude = [patterns.pattern(p, i) for i, p in enumerate(reader.items(self.exclude, "exclude"))]
-        rules = [check_rule(rule, reader.below("rules", i)) for i, rule in enumerate(self.rules)]
+        rules = [check_rule(rule, reader.below("rules", i)) for i, rule in enumerate(reader.items(self.rules, "rules"))]
         object.__setattr__(self, "exclude", tuple(exclude))
         object.__setattr__(self, "rules", tuple(rules))
+        if self.methods:
+            object.__setattr__(self, "method", self.methods[0])
         object.__setattr__(self, "methods", tuple(self.methods) if len(self.methods) > 1 else ())
         if self.budget is not None:
             object.__setattr__(self, "budget", check_budget(self.budget, reader.below("budget")))
@@ -242,9 +244,11 @@ def _parse_rule(value: Any, reader: Reader) -> Rule:
 
 
 def _decided_by_reason(reason: Any) -> RuleBy:
-    """Who wrote a rule that does not say so: files of format 1 tell by its reason."""
+    """Who wrote a rule without the key: runs that wrote rules before there was one began their reasons like this."""
     text = reason if isinstance(reason, str) else ""
-    return "budget" if text.startswith("budget") else "timing" if text.startswith("left float") else "rule"
+    if text == "budget" or text.startswith("budget: "):
+        return "budget"
+    return "timing" if text.startswith("left float: ") else "rule"
 
 
 def _parse_save(value: Any, reader: Reader) -> Save:
