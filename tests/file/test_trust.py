@@ -169,6 +169,21 @@ def test_an_interpolation_of_the_file_is_not_resolved(tmp_path, how, text):
     assert load_quantized(path, Takes, config={"a": 1}).values == [1], "given by hand"
 
 
+@pytest.mark.parametrize("how", ["entry", "nested"])
+@pytest.mark.parametrize("text", ['a: "\\x24{tinyq_call:1}"', "a: 1", "[1, 2]", b"a: 1"])
+def test_text_is_no_configuration(tmp_path, how, text):
+    """OmegaConf reads text as YAML, in which an interpolation can be written without its characters."""
+    register_resolver("tinyq_call", call, replace=True)
+    if how == "entry":
+        stored, more = {"config": text}, {"configs": {"config": "omegaconf"}}
+    else:
+        stored, more = {"config": {"x": text}}, {"types": [{"path": ["config", "x"], "kind": "omegaconf"}]}
+    path = written(tmp_path / "q.ckpt", Takes({}), stored, **more)
+    for load in (load_quantized, lambda path, kind: TakesMixed.load_from_checkpoint(path)):
+        with pytest.raises(CheckpointError, match=r"is no omegaconf: a configuration is made from a dict or a list"):
+            load(path, Takes)
+
+
 def test_the_spec_in_a_file_resolves_nothing(tmp_path, capsys):
     register_resolver("tinyq_call", call, replace=True)
     module = Open()
