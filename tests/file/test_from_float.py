@@ -138,6 +138,19 @@ def test_what_cannot_be_quantized_is_refused_as_ever(tmp_path):
     assert [entry["reason"] for entry in made["tinyq"]["plan"]] == ["non-finite weights", "spec", "spec"]
 
 
+@pytest.mark.parametrize("error", [KeyError("a"), ValueError("a"), AssertionError("a"), ModelError("mine")], ids=repr)
+@pytest.mark.parametrize("where", ["__init__", "on_load_checkpoint"])
+def test_what_the_class_raises_is_told_with_the_file(tmp_path, where, error):
+    def fail(self, *arguments, **more):
+        raise error
+
+    torch.save({"state_dict": Net().state_dict()}, tmp_path / "float.ckpt")
+    wanted = type(error) if isinstance(error, ModelError) else CheckpointError
+    message = "mine" if isinstance(error, ModelError) else r"float\.ckpt: it does not fit Fails: .*a"
+    with pytest.raises(wanted, match=message), Archive(tmp_path / "float.ckpt") as source:
+        FloatFile(source, type("Fails", (Net,), {where: fail}), {})
+
+
 def test_a_truncated_float_file_is_refused(tmp_path):
     torch.save({"state_dict": Net().state_dict()}, tmp_path / "float.ckpt")
     data = (tmp_path / "float.ckpt").read_bytes()

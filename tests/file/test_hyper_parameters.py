@@ -190,6 +190,20 @@ def test_only_the_entry_that_cannot_be_held_is_dropped_and_it_is_asked_for_by_it
             load(through=1, **{"value.no.cls": 1, "value.deep.cls": 2})
 
 
+@pytest.mark.parametrize("own", [{}, {"value": len}])
+def test_only_what_loading_takes_is_asked_for(tmp_path, own):
+    module = Loose()
+    plan = quantize(module)
+    base = {"hyper_parameters": own, "datamodule_hyper_parameters": {"fn": len}}
+    with pytest.warns(UserWarning, match="left out: .*datamodule_hyper_parameters.fn") as caught:
+        content = make_checkpoint(base, module.state_dict(), plan, {}, None, None)
+    told = str(caught[0].message)
+    assert ("load_quantized(path, Net, value=...)" in told) == bool(own)
+    assert ("load_quantized" in told) == bool(own)
+    write_checkpoint(content, tmp_path / "q.ckpt")
+    assert load_quantized(tmp_path / "q.ckpt", Loose, **own).value is own.get("value")
+
+
 class Config(Loose):
     def __init__(self, config):
         super().__init__(config)

@@ -193,6 +193,15 @@ def test_entries_of_the_users_hooks_come_over_and_what_cannot_is_named(tmp_path)
     assert isinstance(module.hparams.activation, nn.ReLU)
 
 
+def test_a_file_of_hyper_parameters_is_refused_by_name(fitted, tmp_path):
+    callback, _, _ = fitted
+    (tmp_path / "hparams.yaml").write_text("width: 16\n")
+    more = {"hparams_file": tmp_path / "hparams.yaml"}
+    with pytest.raises(CheckpointError, match=r"it is quantized .*hparams_file=.*hparams\.yaml' is not read"):
+        MixedIn.load_from_checkpoint(callback.quantized_path, **more)
+    assert isinstance(MixedIn.load_from_checkpoint(callback.float_path, weights_only=True, **more), MixedIn)
+
+
 def test_the_written_spec_gives_the_same_tensors_when_run_again(fitted, tmp_path):
     callback, _, _ = fitted
     again = TinyQCallback(callback.plan.to_spec(), when="test_start", report=False, dirpath=tmp_path / "again")

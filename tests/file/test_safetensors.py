@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import Net
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from tinyq_lightning import quantize
@@ -89,6 +90,31 @@ def test_a_damaged_export_comes_back_whole_or_is_refused_by_name(tmp_path):
     assert all(refusal.startswith(f"{path}: ") for refusal in refusals)
     with pytest.raises(CheckpointError, match="no such file"):
         read_safetensors(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"dtype": "nn"},
+        {"dtype": "hub"},
+        {"dtype": "no_such"},
+        {"dtype": []},
+        {"float": 10**400},
+        {"complex": [10**400, 1]},
+        {"device": "no_such"},
+    ],
+    ids=str,
+)
+def test_a_value_that_no_export_has_is_refused_as_damage(tmp_path, odd):
+    path = tmp_path / "q.safetensors"
+    write_safetensors(read_checkpoint(checkpoint(tmp_path / "q.ckpt")), path)
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    content = json.loads(metadata["checkpoint"])
+    content["dict"].append(["odd", odd])
+    save_file(tensors, path, metadata | {"checkpoint": json.dumps(content)})
+    with pytest.raises(CheckpointError, match=r"q\.safetensors: the file is damaged"):
+        read_safetensors(path)
 
 
 @pytest.mark.parametrize("rows", [4, 6, 1])

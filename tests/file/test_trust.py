@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import sys
+import types
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Callable  # noqa: UP035
+from typing import Any, Callable, List  # noqa: UP035
 
 import pytest
 import torch
@@ -140,6 +143,100 @@ def test_a_class_path_at_any_depth_is_refused_by_name_and_calls_nothing(tmp_path
     assert "--trust" in told
 
 
+@dataclass
+class Conf:
+    width: int = 1
+    name: str = ""
+    act: Act = Act.relu
+    inner: dict[str, int] | None = None
+
+
+class Typed(LightningModule):
+    def __init__(
+        self,
+        conf: Conf | None = None,
+        plain: Conf = Conf(),  # noqa: B008
+        confs: dict[str, Conf] | None = None,
+        many: list[Conf] | None = None,
+        both: str | Conf = "",
+        table: dict[str, int] | None = None,
+        bare: List | None = None,  # noqa: UP006
+        texts: list[str] | None = None,
+    ):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.got = {name: value for name, value in locals().items() if name in Typed.__init__.__annotations__}
+
+
+@pytest.fixture
+def module_on_disk(tmp_path, monkeypatch):
+    """A module that could be imported, and nothing may import; gives texts that name it."""
+    (tmp_path / "tinyq_evil.py").write_text("class X: pass\n")
+    (tmp_path / "conf.yaml").write_text("class_path: tinyq_evil.X\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "{class_path: tinyq_evil.X}", str(tmp_path / "conf.yaml"), "tinyq_evil.X"
+    assert "tinyq_evil" not in sys.modules
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_text_is_not_read_as_yaml_or_as_a_file_where_an_object_is_built(tmp_path, module_on_disk, which):
+    text = module_on_disk[which]
+    places = {
+        "conf": text,
+        "plain": text,
+        "confs": {"a": text},
+        "many": [text],
+        "table": text,
+        "bare": text,
+        "nested": {"inner": text},
+        "unknown": {"no": text},
+    }
+    for name, value in places.items():
+        for argument in [name] if name in Typed.__init__.__annotations__ else ["conf", "plain"]:
+            stored = {"_instantiator": "lightning.pytorch.cli.instantiate_module", argument: value}
+            path = written(tmp_path / "q.ckpt", Typed(), stored)
+            with pytest.raises(CheckpointError, match=f"{argument}: .*trust=True"):
+                load_quantized(path, Typed)
+
+
+def test_values_that_fit_their_types_are_built(tmp_path, module_on_disk):
+    text = module_on_disk[0]
+    conf = {"width": 3, "name": text, "act": "gelu", "inner": {"a": 1}}
+    stored = {
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+        "conf": conf,
+        "confs": {"a": conf},
+        "many": [conf],
+        "both": text,
+        "table": {"a": 1},
+        "texts": [text],
+    }
+    got = load_quantized(written(tmp_path / "q.ckpt", Typed(), stored), Typed).got
+    built = Conf(3, text, Act.gelu, {"a": 1})
+    assert (got["conf"], got["confs"], got["many"]) == (built, {"a": built}, [built])
+    assert (got["both"], got["table"], got["texts"]) == (text, {"a": 1}, [text])
+
+
+class Outer:
+    class Inside(Open):
+        pass
+
+
+def test_the_class_a_file_names_is_compared_without_asking_a_module_for_it(tmp_path, monkeypatch):
+    """``__getattr__`` of a module can import what it is asked for."""
+    lazy = types.ModuleType("tinyq_lazy")
+    lazy.__getattr__ = call
+    monkeypatch.setitem(sys.modules, "tinyq_lazy", lazy)
+    stored = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    path = written(tmp_path / "q.ckpt", Open(), {**stored, "_class_path": "tinyq_lazy.Net"})
+    with pytest.raises(CheckpointError, match=r"made from tinyq_lazy\.Net"):
+        load_quantized(path, Open)
+    path = written(tmp_path / "q.ckpt", Open(), {**stored, "_class_path": f"{HERE}.Outer.Inside"})
+    assert type(load_quantized(path, Outer.Inside)) is Outer.Inside
+    with pytest.raises(CheckpointError, match=r"made from .*Outer\.Inside"):
+        load_quantized(path, Open)
+
+
 @pytest.mark.parametrize("instantiator", [f"{HERE}.call", "subprocess.Popen", 3])
 def test_an_instantiator_of_the_file_is_not_called(tmp_path, instantiator):
     path = written(tmp_path / "q.ckpt", Open(), {"_instantiator": instantiator, "name": "x", "act": "gelu"})
@@ -167,6 +264,21 @@ def test_an_interpolation_of_the_file_is_not_resolved(tmp_path, how, text):
         with pytest.raises(CheckpointError, match=r"interpolation.*trust=True \(--trust"):
             load(path, Takes)
     assert load_quantized(path, Takes, config={"a": 1}).values == [1], "given by hand"
+
+
+@pytest.mark.parametrize("how", ["entry", "nested"])
+@pytest.mark.parametrize("text", ['a: "\\x24{tinyq_call:1}"', "a: 1", "[1, 2]", b"a: 1"])
+def test_text_is_no_configuration(tmp_path, how, text):
+    """OmegaConf reads text as YAML, in which an interpolation can be written without its characters."""
+    register_resolver("tinyq_call", call, replace=True)
+    if how == "entry":
+        stored, more = {"config": text}, {"configs": {"config": "omegaconf"}}
+    else:
+        stored, more = {"config": {"x": text}}, {"types": [{"path": ["config", "x"], "kind": "omegaconf"}]}
+    path = written(tmp_path / "q.ckpt", Takes({}), stored, **more)
+    for load in (load_quantized, lambda path, kind: TakesMixed.load_from_checkpoint(path)):
+        with pytest.raises(CheckpointError, match=r"is no omegaconf: a configuration is made from a dict or a list"):
+            load(path, Takes)
 
 
 def test_the_spec_in_a_file_resolves_nothing(tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from tinyq_lightning.file.archive import Archive
 from tinyq_lightning.file.checkpoint import (
-    check_digests,
     file_sha256,
     make_checkpoint,
     read_checkpoint,
@@ -12,14 +11,14 @@ from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.digest import digest_of
 from tinyq_lightning.file.durable import replace_file
 from tinyq_lightning.file.from_float import FloatFile, quantize_file
-from tinyq_lightning.file.hooks import HookView, call_hook
+from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.loading import load_quantized
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
 from tinyq_lightning.file.names import check_folder, quantized_path, stem_of
-from tinyq_lightning.file.plain import plain, plain_state
+from tinyq_lightning.file.plain import plain
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
 from tinyq_lightning.file.state import check_state
-from tinyq_lightning.file.structure import prepare_structure, refuse_resuming, restore_structure
+from tinyq_lightning.file.structure import restore_structure
 from tinyq_lightning.file.trust import import_class
 from tinyq_lightning.file.typed import escaped, typed_entries
 from tinyq_lightning.file.validate import check_format, is_quantized, without_training_entries
@@ -31,8 +30,6 @@ __all__ = [
     "HookView",
     "QuantizedCheckpointMixin",
     "build",
-    "call_hook",
-    "check_digests",
     "check_folder",
     "check_format",
     "check_state",
@@ -44,13 +41,10 @@ __all__ = [
     "load_quantized",
     "make_checkpoint",
     "plain",
-    "plain_state",
-    "prepare_structure",
     "quantize_file",
     "quantized_path",
     "read_checkpoint",
     "read_safetensors",
-    "refuse_resuming",
     "replace_file",
     "restore_structure",
     "stem_of",

@@ -103,9 +103,17 @@ def make_checkpoint(
     check_layers(content, "the quantized checkpoint")
     content["tinyq"]["digests"] = plain(_digests(content))
     if dropped:
+        # the data module is not built when a file is loaded, so its arguments are not asked for
+        names = [name for name in dropped if not name.startswith("datamodule_hyper_parameters.")]
+        advice = (
+            ""
+            if not names
+            else (
+                ". Give them when loading it, as in " + call_with(None, names[0].removeprefix(f"{HYPER_PARAMETERS}."))
+            )
+        )
         warnings.warn(
-            f"the quantized checkpoint holds plain data only, so these were left out: {', '.join(dropped)}. Give them "
-            f"when loading it, as in {call_with(None, dropped[0].removeprefix(f'{HYPER_PARAMETERS}.'))}",
+            f"the quantized checkpoint holds plain data only, so these were left out: {', '.join(dropped)}{advice}",
             stacklevel=2,
         )
     return content

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.errors import CheckpointError, TinyQError
 from tinyq_lightning.file.archive import Archive
 from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint
 from tinyq_lightning.file.construction import build
@@ -158,9 +158,9 @@ class FloatFile:
             content = HookView(content, module_class, self._source.path)
             module.on_load_checkpoint(content)
             module.load_state_dict(content["state_dict"], strict=module.strict_loading)
-        except (RuntimeError, TypeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        except TinyQError:
+            raise
+        except Exception as error:  # the class, its hook or load_state_dict can raise anything
             message = f"{self._source.path}: it does not fit {module_class.__name__}: {error}"
             raise CheckpointError(message) from error
         return module

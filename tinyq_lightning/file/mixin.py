@@ -57,12 +57,19 @@ class QuantizedCheckpointMixin:
         """As of Lightning; a quantized file is loaded as by :func:`~tinyq_lightning.load_quantized`, in train mode.
 
         Raises:
-            CheckpointError: see :func:`~tinyq_lightning.load_quantized`.
+            CheckpointError: see :func:`~tinyq_lightning.load_quantized`; or ``hparams_file`` is given with a
+                quantized file, which holds its hyper-parameters itself.
         """
-        if hparams_file is None and _holds_quantized(checkpoint_path):
-            content = read_checkpoint(checkpoint_path)
+        if _holds_quantized(checkpoint_path):
             is_path = isinstance(checkpoint_path, str | os.PathLike)
             source = str(checkpoint_path if is_path else getattr(checkpoint_path, "name", "the file"))
+            if hparams_file is not None:
+                raise CheckpointError(
+                    f"{source}: it is quantized and holds its hyper-parameters, so hparams_file={str(hparams_file)!r} "
+                    f"is not read: leave it out, and give what shall differ as arguments, as in {cls.__name__}."
+                    "load_from_checkpoint(path, name=...)"
+                )
+            content = read_checkpoint(checkpoint_path)
             return load_content(content, cls, kwargs, source, map_location, strict, trust)  # type: ignore[type-var]
         return super().load_from_checkpoint(  # type: ignore[misc]
             checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs

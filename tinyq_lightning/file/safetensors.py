@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _Names = dict[tuple[Any, ...], str]
-
+_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 _NO_LIBRARY = "safetensors files need the package safetensors: pip install 'tinyq-lightning[safetensors]'"
 
@@ -103,7 +103,16 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such file") from error
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         raise CheckpointError(f"{path}: the file is damaged: {error}") from error
     check_format(content, path)
     check_digests(content, path)
@@ -166,7 +175,7 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "bytes":
         return base64.b64decode(held)
     if kind == "dtype":
-        return getattr(torch, held)
+        return _DTYPES[held]
     if kind in ("float", "device"):
         return float(held) if kind == "float" else torch.device(held)
     items = [_decoded(item, tensors) for item in held]

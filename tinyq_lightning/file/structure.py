@@ -82,7 +82,7 @@ def prepare_structure(
         if site.is_quantized:
             continue
         prefix = next(iter(find_codes(prefixes, site.names)), None)
-        codes = None if prefix is None else state[f"{prefix}{prefixes[prefix]}"]
+        codes = None if prefix is None else state[f"{prefix}int8_weights"]
         here = tuple(site.weight_like.shape)
         if codes is not None and tuple(codes.shape) != here:
             raise CheckpointError(

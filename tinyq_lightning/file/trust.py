@@ -71,10 +71,17 @@ def refuse_other_class(class_path: Any, module_class: type, source: str) -> None
     """
     if class_path is None:
         return
-    module_name, _, name = str(class_path).rpartition(".")
-    found = getattr(sys.modules.get(module_name), name, None)
-    in_script = "__main__" in (module_name, module_class.__module__) and name == module_class.__qualname__
-    if found is not module_class and not in_script:
+    path, own = str(class_path), module_class.__qualname__
+    module_name, _, name = path.rpartition(".")
+    module = sys.modules.get(module_name)
+    # not getattr, because the __getattr__ of a module can import what the file names
+    found = vars(module).get(name) if isinstance(module, types.ModuleType) else None
+    in_script = module_class.__module__ == "__main__" and path.endswith(f".{own}")
+    if (
+        found is not module_class
+        and path not in (f"{module_class.__module__}.{own}", f"__main__.{own}")
+        and not in_script
+    ):
         raise CheckpointError(
             f"{source}: the checkpoint was made from {class_path}, and {module_class.__name__} was given: give that "
             "class, or pass trust=True (--trust on the command line) to let the file name it"
@@ -104,14 +111,17 @@ def from_config(
     for name, value in arguments.items():
         annotation = annotations.get(name, Any)
         paths = sorted(set(_class_paths(value)))
+        loose = sorted(set(_loose_texts(annotation, value)))
         if name in taken:
             values[name] = value
         elif paths:
             wanted[name] = ", ".join(paths)
-        elif _is_plain(annotation, ()):
+        elif _is_plain(annotation, ()) and not loose:
             values[name] = _parsed(annotation, value)
         elif isinstance(value, str) and not _takes_text(annotation):
             wanted[name] = value
+        elif _is_plain(annotation, ()) and not isinstance(value, str):
+            wanted[name] = ", ".join(loose)
         else:
             values[name] = value
     if wanted:
@@ -133,6 +143,45 @@ def _class_paths(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple | set | frozenset):
         for item in value:
             yield from _class_paths(item)
+
+
+def _loose_texts(annotation: Any, value: Any) -> Iterator[str]:
+    """The texts in a value that jsonargparse would read as YAML or as the name of a file, not as the text they are.
+
+    It does so where the type is a dataclass or a mapping, and instantiates the ``class_path`` it finds there.
+    """
+    if not _reads_text(annotation) or value is None or isinstance(value, bool | int | float):
+        return
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    pairs: list[tuple[Any, Any]]
+    if origin is typing.Annotated:
+        pairs = [(inner[0], value)]
+    elif origin in (typing.Union, types.UnionType):
+        pairs = [(each, value) for each in inner]
+    elif dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
+        hints = typing.get_type_hints(annotation)
+        pairs = [(hints.get(key, dict), item) for key, item in value.items()]
+    elif inner and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        pairs = [pair for key, item in value.items() for pair in ((inner[0], key), (inner[1], item))]
+    elif inner and not issubclass(origin, Mapping) and isinstance(value, list | tuple | set | frozenset):
+        pairs = [(each, item) for item in value for each in inner if each is not ...]
+    else:
+        yield str(value)
+        return
+    for each, item in pairs:
+        yield from _loose_texts(each, item)
+
+
+def _reads_text(annotation: Any) -> bool:
+    """True if jsonargparse may read text of the annotated type as YAML or as the name of a file."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return False
+    if origin is typing.Annotated:
+        return _reads_text(inner[0])
+    if origin in _CONTAINERS and (not inner or issubclass(origin, Mapping)):
+        return True
+    return annotation is dict or dataclasses.is_dataclass(annotation) or any(map(_reads_text, inner))
 
 
 def _parsed(annotation: Any, value: Any) -> Any:

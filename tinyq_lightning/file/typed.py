@@ -206,13 +206,7 @@ def restored(value: Any, note: Mapping[str, Any], find_class: Callable[[str], ty
             return found(**value)
         return found._make(value) if kind == "namedtuple" else found(value)
     if kind == "omegaconf":
-        live = None if trust else next((text for text in _texts(value) if _LIVE.search(text)), None)
-        if live is not None:
-            raise InterpolationFound(live)
-        try:
-            return OmegaConf.create(value)
-        except UnsupportedValueType:
-            return OmegaConf.create(value, flags={"allow_objects": True})
+        return _configuration(value, trust)
     if kind == "AttributeDict":
         from lightning.pytorch.utilities.parsing import AttributeDict
 
@@ -222,6 +216,24 @@ def restored(value: Any, note: Mapping[str, Any], find_class: Callable[[str], ty
     if kind == "defaultdict":
         return defaultdict(_FACTORIES[name] if name else None, value)
     return _BUILTIN[kind](value)
+
+
+def _configuration(value: Any, trust: bool) -> Any:
+    if not isinstance(value, dict | list | tuple):  # OmegaConf.create parses text as YAML
+        raise TypeError(f"a configuration is made from a dict or a list, not from {type(value).__name__}")
+    _refuse_live(value, trust)
+    try:
+        made = OmegaConf.create(value)
+    except UnsupportedValueType:
+        made = OmegaConf.create(value, flags={"allow_objects": True})
+    _refuse_live(made, trust)
+    return made
+
+
+def _refuse_live(value: Any, trust: bool) -> None:
+    live = None if trust else next((text for text in _texts(value) if _LIVE.search(text)), None)
+    if live is not None:
+        raise InterpolationFound(live)
 
 
 def escaped(text: str) -> str:

@@ -49,7 +49,7 @@ _TRAINING_KEYS = {
 _LARGEST = 10**7
 """Values in an entry of ``tinyq``; a small file can refer to the same container very often."""
 
-_CODES = {"int8_weights": torch.int8, "int4_weights": torch.uint8}
+_CODES = "int8_weights"
 _NOTE_KINDS = {
     "enum": True,
     "namespace": None,
@@ -203,18 +203,22 @@ def _is_note(value: Any) -> bool:
     )
 
 
-def prefixes_of_codes(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """The layers that have codes in a state dict, such as ``encoder.linear.``, each with the name of its codes."""
-    return {key.removesuffix(leaf): leaf for key in state_dict for leaf in _CODES if f".{key}".endswith(f".{leaf}")}
+def prefixes_of_codes(state_dict: Mapping[str, Any]) -> list[str]:
+    """The prefixes, such as ``encoder.linear.``, below which a state dict has ``int8_weights``."""
+    return [key.removesuffix(_CODES) for key in state_dict if f".{key}".endswith(f".{_CODES}")]
 
 
-def find_codes(prefixes: Mapping[str, str], names: Sequence[str]) -> list[str]:
-    """Which of ``prefixes`` are those of one layer; a recurrent layer has several, a layer without codes none.
+def find_codes(prefixes: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Which of ``prefixes`` are those of one layer.
 
     Args:
         prefixes: of :func:`prefixes_of_codes`.
-        names: of the layer. ``state_dict()`` of a class may leave out or add the first parts of a name; this counts
-            if it fits one layer only.
+        names: of the layer.
+
+    Returns:
+        The prefixes that are a name of the layer. If there are none, those that begin with a name of the layer. If
+        there are none of these either, the prefix that is a name without its first parts or with further ones before
+        it, because ``state_dict()`` of a class may change them; nothing if several prefixes are.
     """
     exact = [f"{name}." for name in names if f"{name}." in prefixes]
     within = exact or [prefix for prefix in prefixes if any(prefix.startswith(f"{name}.") for name in names)]
@@ -244,14 +248,14 @@ def check_layers(content: Mapping[str, Any], path: str | os.PathLike[str]) -> No
                 f"{entry['method']}: let state_dict() of the module keep them, or exclude the layer in the spec"
             )
         for prefix in found:
-            _check_codes(state, prefix, prefixes[prefix], path)
+            _check_codes(state, prefix, path)
 
 
-def _check_codes(state: Mapping[str, Any], prefix: str, leaf: str, path: str | os.PathLike[str]) -> None:
-    codes, scales, dtype = state[f"{prefix}{leaf}"], state.get(f"{prefix}scales"), _CODES[leaf]
+def _check_codes(state: Mapping[str, Any], prefix: str, path: str | os.PathLike[str]) -> None:
+    codes, scales = state[f"{prefix}{_CODES}"], state.get(f"{prefix}scales")
     wrong = ""
-    if not isinstance(codes, Tensor) or codes.dtype != dtype or codes.dim() < 2:
-        wrong = f"{leaf} holds no codes of {dtype}"
+    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.dim() < 2:
+        wrong = f"{_CODES} holds no codes of {torch.int8}"
     elif not isinstance(scales, Tensor) or scales.dtype != torch.float32 or scales.shape != codes.shape[:1]:
         wrong = "scales is not one float32 for each row of codes"
     elif not bool((scales.isfinite() & (scales > 0)).all()):
