@@ -219,3 +219,17 @@ def test_a_checkpoint_is_read_once_and_by_lightning(tmp_path):
     run = trainer(tmp_path, callback)
     run.test(Net(), loader(), ckpt_path=path, verbose=False, weights_only=False)
     assert Opened.times == 1
+
+
+def test_a_quantized_file_that_fails_to_load_leaves_the_float_weights_as_they_were(fitted, tmp_path):
+    class Refusing(Net):
+        def on_load_checkpoint(self, checkpoint):
+            raise RuntimeError("not this one")
+
+    module = Refusing()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(RuntimeError, match="not this one"):
+        trainer(tmp_path, quiet()).test(module, loader(), ckpt_path=fitted[0].quantized_path, verbose=False)
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
