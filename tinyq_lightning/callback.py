@@ -39,6 +39,7 @@ from tinyq_lightning.trainer import (
     check_budget,
     choose_float_weights,
     directions,
+    files_before_fit,
     folder_of,
     logged_names,
     note_test_start,
@@ -58,7 +59,7 @@ __all__ = [
 ]
 
 # Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
-_OF_A_RUN = ("_quantized_start", "_runs", "_earlier", "log", "log_dict")
+_OF_A_RUN = ("_quantized_start", "_files_before", "_runs", "_earlier", "log", "log_dict")
 _OUTCOME = ("quantized_paths", "float_path", "plan", "plans", "results", "search", "error")
 
 
@@ -163,6 +164,7 @@ class TinyQCallback(Callback):
 
     def _reset_run(self) -> None:
         self._quantized_start: QuantizedStart | None = None
+        self._files_before: dict[str, object] = {}
         self._runs: list[TestRun] = []
         self._earlier: list[TinyQCallback] = []
 
@@ -194,6 +196,7 @@ class TinyQCallback(Callback):
         """Refuse before training what could not be quantized, measured or saved after it."""
         if self.spec.when == "fit_end":
             check_before_fit(trainer, pl_module, self.spec, self.monitor, self.save)
+            self._files_before = files_before_fit(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the budget against the metrics of each validation; the first is the sanity check before training."""
@@ -211,7 +214,7 @@ class TinyQCallback(Callback):
                 self._report(trainer, outcomes)
 
     def _quantize_after_fit(self, trainer: Trainer, module: LightningModule) -> list[Outcome]:
-        source = choose_float_weights(trainer, self.spec.weights, self.monitor)
+        source = choose_float_weights(trainer, self.spec.weights, self.monitor, self._files_before)
         self.float_path = source.path
         outcomes = []
         with preserved(module, weights=source.path is not None):

@@ -601,3 +601,28 @@ def test_a_trainer_of_the_other_package_is_refused_by_name(tmp_path):
 def test_bad_arguments_are_refused_when_the_callback_is_made(arguments):
     with pytest.raises(TinyQError):
         TinyQCallback(**arguments)
+
+
+class Planted:
+    """An object whose unpickling leaves a trace."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_file_that_only_the_resumed_checkpoint_names_is_read_as_plain_data(tmp_path):
+    fit(tmp_path / "first")
+    resumed, foreign = tmp_path / "resumed.ckpt", tmp_path / "foreign.ckpt"
+    content = torch.load(next((tmp_path / "first").glob("epoch*.ckpt")), weights_only=True)
+    torch.save(content | {"note": Planted(tmp_path / "trace")}, foreign)
+    (state,) = (state for name, state in content["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    state |= {"best_model_path": str(foreign), "best_model_score": torch.tensor(9.0), "best_k_models": {}}
+    torch.save(content, resumed)
+    callback = quiet("w8a32")
+    with pytest.warns(UserWarning, match="foreign.ckpt: this run did not write the file"):
+        fit(tmp_path / "first", callback, ckpt_path=resumed)
+    assert isinstance(callback.error, CheckpointError)
+    assert not (tmp_path / "trace").exists()

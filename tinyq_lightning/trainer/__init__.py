@@ -3,7 +3,13 @@
 from tinyq_lightning.trainer.checks import check_before_fit, check_budget
 from tinyq_lightning.trainer.evaluation import directions, logged_names, why_no_validation
 from tinyq_lightning.trainer.failures import HOW_TO_QUANTIZE_LATER, step_after_run
-from tinyq_lightning.trainer.float_weights import FloatWeights, choose_float_weights, folder_of, tested_weights
+from tinyq_lightning.trainer.float_weights import (
+    FloatWeights,
+    choose_float_weights,
+    files_before_fit,
+    folder_of,
+    tested_weights,
+)
 from tinyq_lightning.trainer.isolation import preserved
 from tinyq_lightning.trainer.launched import registered, return_to_main_process
 from tinyq_lightning.trainer.methods_run import Measured, MethodsRun
@@ -25,6 +31,7 @@ __all__ = [
     "choose_float_weights",
     "compare",
     "directions",
+    "files_before_fit",
     "folder_of",
     "logged_names",
     "note_test_start",
