@@ -35,12 +35,14 @@ from tinyq_lightning.trainer import (
     QuantizedStart,
     Results,
     TestRun,
+    at_test_epoch_end,
     check_before_fit,
     check_budget,
     choose_float_weights,
     directions,
     files_before_fit,
     folder_of,
+    forget_test_start,
     logged_names,
     note_test_start,
     numbers,
@@ -233,16 +235,19 @@ class TinyQCallback(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the quantized layers in for the Trainer to test; the float model is tested after it."""
-        if self.spec.when != "test_start" or (self._quantized_start and self._quantized_start.label):
+        if self.spec.when != "test_start":
             return
         self._reset_results()
+        if self._quantized_start and self._quantized_start.label:
+            return
         first = next((run for callback in _tinyq_callbacks(trainer) for run in callback._runs), None)
         stopwatch = Stopwatch() if self.spec.never_slower else None
         for spec in self.spec.each():
-            self._runs.append(TestRun(trainer, pl_module, spec, first, self._log_results, stopwatch))
+            self._runs.append(TestRun(trainer, pl_module, spec, first, stopwatch))
             first = first or self._runs[0]
         if self.report == "full":
             self._runs[0].watch_layers()
+        at_test_epoch_end(trainer, partial(self._measure_in_test, trainer))
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Start the clock on the Trainer's own step; before the first batch, decide which layers stay float."""
@@ -256,20 +261,26 @@ class TinyQCallback(Callback):
         for run in self._runs:
             run.after_batch(*args, **kwargs)
 
-    def _log_results(self, run: TestRun) -> None:
-        if run is self._runs[-1]:
-            run.log(log_entries([self._outcome_of_test(each) for each in self._runs], alone=not self._earlier))
+    def _measure_in_test(self, trainer: Trainer) -> None:
+        for run in self._runs:
+            run.end_batches()
+        with step_after_run(self, trainer, "Testing the models to compare with"):
+            for run in self._runs:
+                run.measure()
+            entries = log_entries([self._outcome_of_test(each) for each in self._runs], alone=not self._earlier)
+            self._runs[-1].log(entries)
 
     def _outcome_of_test(self, run: TestRun, source: FloatWeights | None = None) -> Outcome:
         return outcome_of_test(run, self._column_name(run.swap.plan), self._runs[0].layers, source)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save and report the quantized models, with the float layers back in the module."""
-        if self._quantized_start and (label := self._quantized_start.label):
+        if self._runs and self.error is None:
+            self._save_after_test(trainer, pl_module)
+        elif self.spec.when == "test_start" and self._quantized_start and (label := self._quantized_start.label):
             self.quantized_paths = {label: str(trainer.ckpt_path)}
             self.results = {name: {label: value} for name, value in numbers(trainer.callback_metrics).items()}
-        elif self._runs:
-            self._save_after_test(trainer, pl_module)
+        self._close_test_runs()
 
     def _save_after_test(self, trainer: Trainer, module: LightningModule) -> None:
         outcomes: list[Outcome] = []
@@ -285,17 +296,18 @@ class TinyQCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo what this callback changed in the module."""
-        self._restore_module()
+        self._restore_module(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
-        self._restore_module()
+        self._restore_module(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING and self.spec.when == "fit_end"
         if fitting and isinstance(exception, KeyboardInterrupt):
             trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {HOW_TO_QUANTIZE_LATER}")
 
-    def _restore_module(self) -> None:
+    def _restore_module(self, trainer: Trainer) -> None:
         self._close_test_runs()
+        forget_test_start(trainer)
         if self._quantized_start is not None:
             self._quantized_start.close()
         self._quantized_start = None

@@ -16,7 +16,7 @@ from tinyq_lightning.trainer.methods_run import Measured, MethodsRun
 from tinyq_lightning.trainer.quantized_start import QuantizedStart
 from tinyq_lightning.trainer.ranks import refuse_sharding, write_on_rank_zero
 from tinyq_lightning.trainer.results import Results, compare, numbers
-from tinyq_lightning.trainer.test_run import TestRun, note_test_start
+from tinyq_lightning.trainer.test_run import TestRun, at_test_epoch_end, forget_test_start, note_test_start
 
 __all__ = [
     "HOW_TO_QUANTIZE_LATER",
@@ -26,6 +26,7 @@ __all__ = [
     "QuantizedStart",
     "Results",
     "TestRun",
+    "at_test_epoch_end",
     "check_before_fit",
     "check_budget",
     "choose_float_weights",
@@ -33,6 +34,7 @@ __all__ = [
     "directions",
     "files_before_fit",
     "folder_of",
+    "forget_test_start",
     "logged_names",
     "note_test_start",
     "numbers",

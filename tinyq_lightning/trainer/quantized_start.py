@@ -65,7 +65,7 @@ class QuantizedStart:
             rank_zero_info(f"TinyQ: {path} is quantized already ({self.label}), and is run as it is")
 
     def close(self) -> None:
-        """Put the float layers back, with the dequantized weights if those were loaded: what was tested, to train on."""
+        """Put the float layers back; with the dequantized weights, able to train, if those were loaded."""
         vars(self._connector).pop("restore_model", None)
         for site, layer in self._made:
             if self._loaded:  # else the quantized layers are empty
