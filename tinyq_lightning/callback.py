@@ -24,6 +24,7 @@ from tinyq_lightning.report import (
     outcome_of_fit,
     outcome_of_test,
     show,
+    warn,
     write_report,
 )
 from tinyq_lightning.search import Search, Stopwatch
@@ -197,6 +198,7 @@ class TinyQCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what could not be quantized, measured or saved after it."""
         if self.spec.when == "fit_end":
+            self._reset_results()
             check_before_fit(trainer, pl_module, self.spec, self.monitor, self.save)
             self._files_before = files_before_fit(trainer)
 
@@ -208,7 +210,6 @@ class TinyQCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve, swap, evaluate, save and report; the module is unchanged afterwards."""
         if self.spec.when == "fit_end":
-            self._reset_results()
             outcomes: list[Outcome] = []
             with step_after_run(self, trainer, "Quantizing"):
                 outcomes = self._quantize_after_fit(trainer, pl_module)
@@ -303,7 +304,10 @@ class TinyQCallback(Callback):
         self._restore_module(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING and self.spec.when == "fit_end"
         if fitting and isinstance(exception, KeyboardInterrupt):
-            trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {HOW_TO_QUANTIZE_LATER}")
+            if self.quantized_paths:
+                trainer.print(f"TinyQ: interrupted, but these are complete: {', '.join(self.quantized_paths.values())}")
+            else:
+                trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {HOW_TO_QUANTIZE_LATER}")
 
     def _restore_module(self, trainer: Trainer) -> None:
         self._close_test_runs()
@@ -352,13 +356,10 @@ class TinyQCallback(Callback):
         """Set the results, warn if a budget was not met, and log, show and write them; each step may fail alone."""
         self.results = combined(outcomes)
         self.plans = {outcome.name: outcome.plan for outcome in outcomes}
-        for outcome in outcomes:
-            for warning in outcome.warnings():
-                rank_zero_warn(f"TinyQ: {outcome.name}: {warning}")
         log = partial(log_outcomes, alone=not self._earlier)  # after a test the module has logged them
         steps = [("Logging the results", log)] if trainer.state.fn == TrainerFn.FITTING else []
         reports = [("Showing the report", show), ("Logging tables", log_tables), ("Writing the report", write_report)]
-        for name, step in steps + (reports if self.report else []):
+        for name, step in [*steps, ("Warning of the outcome", warn), *(reports if self.report else [])]:
             with step_after_run(self, trainer, name):
                 step(trainer, outcomes)
 

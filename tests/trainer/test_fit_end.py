@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -626,3 +627,35 @@ def test_a_file_that_only_the_resumed_checkpoint_names_is_read_as_plain_data(tmp
         fit(tmp_path / "first", callback, ckpt_path=resumed)
     assert isinstance(callback.error, CheckpointError)
     assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["w8a32", ["w8a32", "w8a8"]], ids=["one", "several"])
+def test_a_budget_that_is_not_met_does_not_end_a_fit_where_warnings_are_errors(tmp_path, capsys, method):
+    class WorseInInt8(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", float(any(isinstance(each, QuantizedLinear) for each in self.modules())))
+
+    budget = {"monitor": "val_loss", "mode": "min", "max_drop": 0.0, "max_evals": 1}
+    callback = quiet({"method": method, "budget": budget, "weights": "current"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.pytorch")
+        fit(tmp_path, callback, module=WorseInInt8(), keep=False)
+    assert "budget NOT met" in str(callback.error)
+    assert "budget NOT met" in capsys.readouterr().err
+    assert callback.results
+    assert callback.quantized_path
+
+
+def test_interrupted_while_it_reports_a_fit_names_the_file_that_is_saved(tmp_path, capsys):
+    class Stops(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            if any(name.startswith("tinyq/") for name in metrics):
+                raise KeyboardInterrupt
+
+    callback = quiet("w8a32")
+    with pytest.raises(SystemExit):
+        fit(tmp_path, callback, logger=Stops(tmp_path))
+    shown = capsys.readouterr().out
+    assert "nothing was quantized" not in shown
+    assert callback.quantized_path in shown
