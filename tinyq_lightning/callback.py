@@ -24,6 +24,7 @@ from tinyq_lightning.report import (
     outcome_of_fit,
     outcome_of_test,
     show,
+    warn,
     write_report,
 )
 from tinyq_lightning.search import Search, Stopwatch
@@ -35,11 +36,14 @@ from tinyq_lightning.trainer import (
     QuantizedStart,
     Results,
     TestRun,
+    at_test_epoch_end,
     check_before_fit,
     check_budget,
     choose_float_weights,
     directions,
+    files_before_fit,
     folder_of,
+    forget_test_start,
     logged_names,
     note_test_start,
     numbers,
@@ -58,7 +62,7 @@ __all__ = [
 ]
 
 # Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
-_OF_A_RUN = ("_quantized_start", "_runs", "_earlier", "log", "log_dict")
+_OF_A_RUN = ("_quantized_start", "_files_before", "_runs", "_earlier", "log", "log_dict")
 _OUTCOME = ("quantized_paths", "float_path", "plan", "plans", "results", "search", "error")
 
 
@@ -163,6 +167,7 @@ class TinyQCallback(Callback):
 
     def _reset_run(self) -> None:
         self._quantized_start: QuantizedStart | None = None
+        self._files_before: dict[str, object] = {}
         self._runs: list[TestRun] = []
         self._earlier: list[TinyQCallback] = []
 
@@ -193,7 +198,9 @@ class TinyQCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what could not be quantized, measured or saved after it."""
         if self.spec.when == "fit_end":
+            self._reset_results()
             check_before_fit(trainer, pl_module, self.spec, self.monitor, self.save)
+            self._files_before = files_before_fit(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the budget against the metrics of each validation; the first is the sanity check before training."""
@@ -203,7 +210,6 @@ class TinyQCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve, swap, evaluate, save and report; the module is unchanged afterwards."""
         if self.spec.when == "fit_end":
-            self._reset_results()
             outcomes: list[Outcome] = []
             with step_after_run(self, trainer, "Quantizing"):
                 outcomes = self._quantize_after_fit(trainer, pl_module)
@@ -211,7 +217,7 @@ class TinyQCallback(Callback):
                 self._report(trainer, outcomes)
 
     def _quantize_after_fit(self, trainer: Trainer, module: LightningModule) -> list[Outcome]:
-        source = choose_float_weights(trainer, self.spec.weights, self.monitor)
+        source = choose_float_weights(trainer, self.spec.weights, self.monitor, self._files_before)
         self.float_path = source.path
         outcomes = []
         with preserved(module, weights=source.path is not None):
@@ -230,16 +236,19 @@ class TinyQCallback(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the quantized layers in for the Trainer to test; the float model is tested after it."""
-        if self.spec.when != "test_start" or (self._quantized_start and self._quantized_start.label):
+        if self.spec.when != "test_start":
             return
         self._reset_results()
+        if self._quantized_start and self._quantized_start.label:
+            return
         first = next((run for callback in _tinyq_callbacks(trainer) for run in callback._runs), None)
         stopwatch = Stopwatch() if self.spec.never_slower else None
         for spec in self.spec.each():
-            self._runs.append(TestRun(trainer, pl_module, spec, first, self._log_results, stopwatch))
+            self._runs.append(TestRun(trainer, pl_module, spec, first, stopwatch))
             first = first or self._runs[0]
         if self.report == "full":
             self._runs[0].watch_layers()
+        at_test_epoch_end(trainer, partial(self._measure_in_test, trainer))
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Start the clock on the Trainer's own step; before the first batch, decide which layers stay float."""
@@ -253,20 +262,26 @@ class TinyQCallback(Callback):
         for run in self._runs:
             run.after_batch(*args, **kwargs)
 
-    def _log_results(self, run: TestRun) -> None:
-        if run is self._runs[-1]:
-            run.log(log_entries([self._outcome_of_test(each) for each in self._runs], alone=not self._earlier))
+    def _measure_in_test(self, trainer: Trainer) -> None:
+        for run in self._runs:
+            run.end_batches()
+        with step_after_run(self, trainer, "Testing the models to compare with"):
+            for run in self._runs:
+                run.measure()
+            entries = log_entries([self._outcome_of_test(each) for each in self._runs], alone=not self._earlier)
+            self._runs[-1].log(entries)
 
     def _outcome_of_test(self, run: TestRun, source: FloatWeights | None = None) -> Outcome:
         return outcome_of_test(run, self._column_name(run.swap.plan), self._runs[0].layers, source)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save and report the quantized models, with the float layers back in the module."""
-        if self._quantized_start and (label := self._quantized_start.label):
+        if self._runs and self.error is None:
+            self._save_after_test(trainer, pl_module)
+        elif self.spec.when == "test_start" and self._quantized_start and (label := self._quantized_start.label):
             self.quantized_paths = {label: str(trainer.ckpt_path)}
             self.results = {name: {label: value} for name, value in numbers(trainer.callback_metrics).items()}
-        elif self._runs:
-            self._save_after_test(trainer, pl_module)
+        self._close_test_runs()
 
     def _save_after_test(self, trainer: Trainer, module: LightningModule) -> None:
         outcomes: list[Outcome] = []
@@ -282,17 +297,21 @@ class TinyQCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undo what this callback changed in the module."""
-        self._restore_module()
+        self._restore_module(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
-        self._restore_module()
+        self._restore_module(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING and self.spec.when == "fit_end"
         if fitting and isinstance(exception, KeyboardInterrupt):
-            trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {HOW_TO_QUANTIZE_LATER}")
+            if self.quantized_paths:
+                trainer.print(f"TinyQ: interrupted, but these are complete: {', '.join(self.quantized_paths.values())}")
+            else:
+                trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {HOW_TO_QUANTIZE_LATER}")
 
-    def _restore_module(self) -> None:
+    def _restore_module(self, trainer: Trainer) -> None:
         self._close_test_runs()
+        forget_test_start(trainer)
         if self._quantized_start is not None:
             self._quantized_start.close()
         self._quantized_start = None
@@ -337,13 +356,10 @@ class TinyQCallback(Callback):
         """Set the results, warn if a budget was not met, and log, show and write them; each step may fail alone."""
         self.results = combined(outcomes)
         self.plans = {outcome.name: outcome.plan for outcome in outcomes}
-        for outcome in outcomes:
-            for warning in outcome.warnings():
-                rank_zero_warn(f"TinyQ: {outcome.name}: {warning}")
         log = partial(log_outcomes, alone=not self._earlier)  # after a test the module has logged them
         steps = [("Logging the results", log)] if trainer.state.fn == TrainerFn.FITTING else []
         reports = [("Showing the report", show), ("Logging tables", log_tables), ("Writing the report", write_report)]
-        for name, step in steps + (reports if self.report else []):
+        for name, step in [*steps, ("Warning of the outcome", warn), *(reports if self.report else [])]:
             with step_after_run(self, trainer, name):
                 step(trainer, outcomes)
 

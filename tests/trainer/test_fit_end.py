@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -601,3 +602,60 @@ def test_a_trainer_of_the_other_package_is_refused_by_name(tmp_path):
 def test_bad_arguments_are_refused_when_the_callback_is_made(arguments):
     with pytest.raises(TinyQError):
         TinyQCallback(**arguments)
+
+
+class Planted:
+    """An object whose unpickling leaves a trace."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_file_that_only_the_resumed_checkpoint_names_is_read_as_plain_data(tmp_path):
+    fit(tmp_path / "first")
+    resumed, foreign = tmp_path / "resumed.ckpt", tmp_path / "foreign.ckpt"
+    content = torch.load(next((tmp_path / "first").glob("epoch*.ckpt")), weights_only=True)
+    torch.save(content | {"note": Planted(tmp_path / "trace")}, foreign)
+    (state,) = (state for name, state in content["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    state |= {"best_model_path": str(foreign), "best_model_score": torch.tensor(9.0), "best_k_models": {}}
+    torch.save(content, resumed)
+    callback = quiet("w8a32")
+    with pytest.warns(UserWarning, match="foreign.ckpt: this run did not write the file"):
+        fit(tmp_path / "first", callback, ckpt_path=resumed)
+    assert isinstance(callback.error, CheckpointError)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["w8a32", ["w8a32", "w8a8"]], ids=["one", "several"])
+def test_a_budget_that_is_not_met_does_not_end_a_fit_where_warnings_are_errors(tmp_path, capsys, method):
+    class WorseInInt8(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", float(any(isinstance(each, QuantizedLinear) for each in self.modules())))
+
+    budget = {"monitor": "val_loss", "mode": "min", "max_drop": 0.0, "max_evals": 1}
+    callback = quiet({"method": method, "budget": budget, "weights": "current"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.pytorch")
+        fit(tmp_path, callback, module=WorseInInt8(), keep=False)
+    assert "budget NOT met" in str(callback.error)
+    assert "budget NOT met" in capsys.readouterr().err
+    assert callback.results
+    assert callback.quantized_path
+
+
+def test_interrupted_while_it_reports_a_fit_names_the_file_that_is_saved(tmp_path, capsys):
+    class Stops(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            if any(name.startswith("tinyq/") for name in metrics):
+                raise KeyboardInterrupt
+
+    callback = quiet("w8a32")
+    with pytest.raises(SystemExit):
+        fit(tmp_path, callback, logger=Stops(tmp_path))
+    shown = capsys.readouterr().out
+    assert "nothing was quantized" not in shown
+    assert callback.quantized_path in shown

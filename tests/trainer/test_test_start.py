@@ -219,3 +219,72 @@ def test_a_checkpoint_is_read_once_and_by_lightning(tmp_path):
     run = trainer(tmp_path, callback)
     run.test(Net(), loader(), ckpt_path=path, verbose=False, weights_only=False)
     assert Opened.times == 1
+
+
+def test_a_quantized_file_that_fails_to_load_leaves_the_float_weights_as_they_were(fitted, tmp_path):
+    class Refusing(Net):
+        def on_load_checkpoint(self, checkpoint):
+            raise RuntimeError("not this one")
+
+    module = Refusing()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(RuntimeError, match="not this one"):
+        trainer(tmp_path, quiet()).test(module, loader(), ckpt_path=fitted[0].quantized_path, verbose=False)
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+class FailsAsFloat(Net):
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        if not isinstance(self.head, QuantizedLinear):
+            raise ValueError("no float")
+        super().test_step(batch, batch_idx)
+
+
+def test_a_failing_comparison_ends_the_test_as_without_us(tmp_path):
+    callbacks, module = [quiet("w8a32"), quiet(["w8a8", "w8a16"])], FailsAsFloat()
+    run = trainer(tmp_path, *callbacks)
+    with pytest.warns(UserWarning, match="Testing the models to compare with failed"):
+        returned = run.test(module, loader(), verbose=False)[0]
+    assert set(returned) == {"test_acc", "test_f1", "test_recall", "test_loss"}
+    for callback in callbacks:
+        assert isinstance(callback.error, EvaluationError)
+        assert callback.results == callback.quantized_paths == {}
+    assert module._current_fx_name is None
+    assert run._logger_connector._current_fx is None
+    assert not any(isinstance(each, QuantizedLinear) for each in module.modules())
+
+
+def test_strict_raises_a_failing_comparison_and_leaves_no_trace_of_it(tmp_path):
+    run, module = trainer(tmp_path, quiet("w8a32", strict=True)), FailsAsFloat()
+    with pytest.raises(EvaluationError, match="no float"):
+        run.test(module, loader(), verbose=False)
+    assert module._current_fx_name is None
+    assert run._logger_connector._current_fx is None
+    assert not any(name.startswith("_tinyq") for name in vars(run.test_loop))
+
+
+def test_a_test_of_a_quantized_file_leaves_the_loop_and_the_results_of_a_fit(fitted, tmp_path):
+    at_fit, at_test = fitted[0], quiet("w8a8")
+    before, results = dict(at_fit.quantized_paths), dict(at_fit.results)
+    run = trainer(tmp_path, at_fit, at_test)
+    own = set(vars(run.test_loop))
+    run.test(Net(), loader(), ckpt_path=at_fit.quantized_path, verbose=False)
+    assert set(vars(run.test_loop)) == own
+    assert (at_fit.quantized_paths, at_fit.results) == (before, results)
+    assert list(at_test.results["test_acc"]) == ["w8a32"]
+
+
+def test_layers_of_a_second_callback_are_measured_on_as_many_batches_as_those_of_the_first(tmp_path):
+    callbacks = [TinyQCallback(method, when="test_start", report="full") for method in ("w8a32", "w8a8")]
+    counts = []
+
+    class Counts(Net):
+        def test_step(self, batch, batch_idx, dataloader_idx=0):
+            counts.append(len(self.head._forward_hooks))
+            super().test_step(batch, batch_idx)
+
+    trainer(tmp_path, *callbacks).test(Counts(), loader(batch_size=8), verbose=False)
+    assert counts[0] > 0
+    assert counts[23] == 0

@@ -1,6 +1,6 @@
 """The outcome of a run on the screen, in the loggers, and in files beside the checkpoint."""
 
-from tinyq_lightning.report.console import log_outcomes, log_tables, show
+from tinyq_lightning.report.console import log_outcomes, log_tables, show, warn
 from tinyq_lightning.report.files import write_report
 from tinyq_lightning.report.outcome import Outcome, combined, log_entries, outcome_of_fit, outcome_of_test
 from tinyq_lightning.report.summary import QuantizedModelSummary, summarize
@@ -16,5 +16,6 @@ __all__ = [
     "outcome_of_test",
     "show",
     "summarize",
+    "warn",
     "write_report",
 ]

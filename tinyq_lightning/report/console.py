@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from tinyq_lightning.plan import Plan
 from tinyq_lightning.report.outcome import Outcome, log_entries
 from tinyq_lightning.report.tables import comparison_table, layer_table
 from tinyq_lightning.table import Table
@@ -17,10 +19,18 @@ __all__ = [
     "log_outcomes",
     "log_tables",
     "show",
+    "warn",
 ]
 
 # A longer plan is shortened to the layers that were decided otherwise, and those with the largest errors.
 _ROWS_ON_SCREEN = 40
+
+
+def warn(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
+    """Warn of a budget that was not met, and of a model that is slower in int8; on rank 0."""
+    for outcome in outcomes:
+        for warning in outcome.warnings():
+            rank_zero_warn(f"TinyQ: {outcome.name}: {warning}")
 
 
 def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
@@ -35,7 +45,7 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     _print_table(comparison_table(outcomes))
     if len(outcomes) == 1:
         print()
-        _print_table(_shortened(layer_table(first)))
+        _print_table(_shortened(layer_table(first), first.plan))
         for note in first.plan.kernel_notes():
             print(note)
     print()
@@ -51,11 +61,12 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     print("" if paths else "no file was written\n", end="\n" if paths else "")
 
 
-def _shortened(table: Table) -> Table:
+def _shortened(table: Table, plan: Plan) -> Table:
     if len(table.rows) <= _ROWS_ON_SCREEN:
         return table
     *layers, total = table.rows
-    kept = [row for row in layers if row[2].startswith("budget") or row[1] == "float"][: _ROWS_ON_SCREEN // 2]
+    changed = {decision.name for decision in plan if decision.decided_by == "budget" or decision.method == "float"}
+    kept = [row for row in layers if row[0] in changed][: _ROWS_ON_SCREEN // 2]
     sqnr = table.header.index("SQNR dB")
     worst = sorted((row for row in layers if row[sqnr]), key=lambda row: float(row[sqnr]))
     kept += [row for row in worst if row not in kept][: _ROWS_ON_SCREEN - len(kept)]

@@ -69,7 +69,7 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
     for decision, row in zip(plan, plan.to_list(), strict=True):
         error = outcome.layers.get(decision.name)
         kernel = decision.kernel and {"label": decision.kernel.label} | asdict(decision.kernel)
-        layers.append(row | {"kernel": kernel} | (asdict(error) if error else {}))
+        layers.append(row | {"decided_by": decision.decided_by, "kernel": kernel} | (asdict(error) if error else {}))
     budget: dict[str, Any] | None = None
     if plan.spec.budget and found:
         budget = asdict(plan.spec.budget) | {

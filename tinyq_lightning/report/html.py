@@ -77,7 +77,7 @@ def _errors(layers: Sequence[Mapping[str, Any]], asked: str) -> dict[str, Any] |
     measured = any(layer.get("output_sqnr_db") for layer in layers)
     found = []
     for layer in layers:
-        given_up = layer["method"] == "float" and layer["reason"].startswith("budget")
+        given_up = layer["method"] == "float" and layer["decided_by"] == "budget"
         method = asked if given_up else layer["method"]
         sqnr = layer.get("output_sqnr_db", {}).get(method) if measured else layer["weight_sqnr_db"]
         if method != "float" and sqnr is not None:

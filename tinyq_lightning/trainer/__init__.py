@@ -3,14 +3,20 @@
 from tinyq_lightning.trainer.checks import check_before_fit, check_budget
 from tinyq_lightning.trainer.evaluation import directions, logged_names, why_no_validation
 from tinyq_lightning.trainer.failures import HOW_TO_QUANTIZE_LATER, step_after_run
-from tinyq_lightning.trainer.float_weights import FloatWeights, choose_float_weights, folder_of, tested_weights
+from tinyq_lightning.trainer.float_weights import (
+    FloatWeights,
+    choose_float_weights,
+    files_before_fit,
+    folder_of,
+    tested_weights,
+)
 from tinyq_lightning.trainer.isolation import preserved
 from tinyq_lightning.trainer.launched import registered, return_to_main_process
 from tinyq_lightning.trainer.methods_run import Measured, MethodsRun
 from tinyq_lightning.trainer.quantized_start import QuantizedStart
 from tinyq_lightning.trainer.ranks import refuse_sharding, write_on_rank_zero
 from tinyq_lightning.trainer.results import Results, compare, numbers
-from tinyq_lightning.trainer.test_run import TestRun, note_test_start
+from tinyq_lightning.trainer.test_run import TestRun, at_test_epoch_end, forget_test_start, note_test_start
 
 __all__ = [
     "HOW_TO_QUANTIZE_LATER",
@@ -20,12 +26,15 @@ __all__ = [
     "QuantizedStart",
     "Results",
     "TestRun",
+    "at_test_epoch_end",
     "check_before_fit",
     "check_budget",
     "choose_float_weights",
     "compare",
     "directions",
+    "files_before_fit",
     "folder_of",
+    "forget_test_start",
     "logged_names",
     "note_test_start",
     "numbers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,7 +64,10 @@ def step_after_run(owner: _Failing, trainer: Trainer, name: str) -> Iterator[Non
         if owner.strict:
             raise error from reason
         _without_frames(error)
-        rank_zero_warn(f"TinyQ: {error}")
+        try:
+            rank_zero_warn(f"TinyQ: {error}")
+        except Warning:  # the user has turned warnings into errors, but this one must not end the run
+            print(f"TinyQ: {error}", file=sys.stderr)
 
 
 def _failure(step: str, error: Exception, stage: str, float_path: str | None) -> TinyQError:

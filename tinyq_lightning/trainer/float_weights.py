@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,14 @@ import fsspec
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import HookView, file_sha256, stem_of, why_not_writable, without_training_entries
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
 
 __all__ = [
     "FloatWeights",
     "choose_float_weights",
+    "files_before_fit",
     "folder_of",
     "tested_weights",
 ]
@@ -60,7 +63,28 @@ class FloatWeights:
             del self.checkpoint[key]
 
 
-def choose_float_weights(trainer: Trainer, wanted: str, monitor: str | None) -> FloatWeights:
+def files_before_fit(trainer: Trainer) -> dict[str, object]:
+    """The files that ModelCheckpoints name before training, and what tells later whether they were written since.
+
+    A checkpoint that a fit resumes from may name any file as the best one, so these are not taken for the run's own.
+
+    Args:
+        trainer: in ``on_fit_start``, with the states of its callbacks restored.
+
+    Returns:
+        By path, on rank 0; empty on other ranks.
+    """
+    if not trainer.is_global_zero:
+        return {}
+    named: set[str] = set()
+    for keeper in checkpoint_callbacks(trainer):
+        named |= {keeper.best_model_path, keeper.last_model_path, keeper.kth_best_model_path, *keeper.best_k_models}
+    return {path: _version(path) for path in named if path}
+
+
+def choose_float_weights(
+    trainer: Trainer, wanted: str, monitor: str | None, before: Mapping[str, object]
+) -> FloatWeights:
     """The ``best``, ``last`` or ``current`` weights; the current ones if no such checkpoint was saved.
 
     Rank 0 chooses, since files may be visible to it alone and the ModelCheckpoints of other ranks may differ.
@@ -69,6 +93,10 @@ def choose_float_weights(trainer: Trainer, wanted: str, monitor: str | None) -> 
         trainer: at the end of a fit.
         wanted: ``best``, ``last`` or ``current``.
         monitor: prefer the ModelCheckpoint that monitors this metric.
+        before: of :func:`files_before_fit`. A file that has not been written since is read as plain data.
+
+    Raises:
+        CheckpointError: such a file holds objects.
     """
     chosen = _best_or_last(trainer, wanted, monitor) if trainer.is_global_zero else None
     chosen = trainer.strategy.broadcast(chosen)
@@ -76,8 +104,15 @@ def choose_float_weights(trainer: Trainer, wanted: str, monitor: str | None) -> 
         why = "" if wanted == "current" else f": no {wanted} checkpoint was saved"
         return current_weights(trainer, f"the weights at the end of training{why}")
     path, note = chosen
-    # This run wrote the file, so it is safe to unpickle objects of the user's classes.
-    checkpoint = dict(trainer.strategy.load_checkpoint(path, weights_only=False))
+    own = trainer.strategy.broadcast(path not in before or before[path] != _version(path))
+    try:  # a file that this run wrote may hold objects of the user's classes
+        checkpoint = dict(trainer.strategy.load_checkpoint(path, weights_only=not own))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: this run did not write the file, but only resumed from a checkpoint that names it, so it is read "
+            f"as plain data, and it holds objects: {str(error).splitlines()[0]} If you trust the file, quantize it by "
+            "Trainer.test(model, ckpt_path=..., weights_only=False) with TinyQCallback(..., when='test_start')"
+        ) from error
     return FloatWeights(path, checkpoint, stem_of(path), os.path.dirname(path), note)
 
 
@@ -126,6 +161,15 @@ def folder_of(trainer: Trainer, source: FloatWeights) -> str:
         f"default_root_dir, {trainer.default_root_dir}. Give dirpath to choose another folder"
     )
     return str(trainer.default_root_dir)
+
+
+def _version(path: str) -> object:
+    """What changes if the file is written; None if it does not exist."""
+    fs, location = fsspec.core.url_to_fs(path)
+    if not fs.exists(location):
+        return None
+    info = fs.info(location)
+    return (info["mtime"], info["size"], info.get("ino")) if "mtime" in info else info
 
 
 def _exists(path: str) -> bool:

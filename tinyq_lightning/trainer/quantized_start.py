@@ -37,6 +37,7 @@ class QuantizedStart:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, module
         self._made: list[tuple[Site, Int8Weight]] = []
+        self._loaded = False
         self.restored: dict[str, Any] | None = None
         self.label: str | None = None
         self._connector = trainer._checkpoint_connector
@@ -51,6 +52,7 @@ class QuantizedStart:
             self._connector._loaded_checkpoint = view
         try:
             restore()
+            self._loaded = True
         finally:
             self._connector._loaded_checkpoint = checkpoint
 
@@ -63,9 +65,10 @@ class QuantizedStart:
             rank_zero_info(f"TinyQ: {path} is quantized already ({self.label}), and is run as it is")
 
     def close(self) -> None:
-        """Put the float layers back with the dequantized weights: the model that was tested, able to train."""
+        """Put the float layers back; with the dequantized weights, able to train, if those were loaded."""
         vars(self._connector).pop("restore_model", None)
         for site, layer in self._made:
-            site.kind.restore(site.module, site.parameter[0], layer)
+            if self._loaded:  # else the quantized layers are empty
+                site.kind.restore(site.module, site.parameter[0], layer)
             site.put(site.module)
         self._made = []

@@ -33,6 +33,8 @@ from tinyq_lightning.trainer.results import Results, compare, numbers
 
 __all__ = [
     "TestRun",
+    "at_test_epoch_end",
+    "forget_test_start",
     "note_test_start",
 ]
 
@@ -50,6 +52,19 @@ def note_test_start(trainer: Trainer, module: LightningModule) -> None:
         noted = None
     if noted is None:
         vars(trainer.test_loop)[_NOTED] = _TestStart(trainer, module)
+
+
+def at_test_epoch_end(trainer: Trainer, call_back: Callable[[], object]) -> None:
+    """Have ``call_back`` called after the user's own hooks at the end of the test epoch, where logging is legal."""
+    start = _noted(trainer)
+    assert start is not None
+    start.on_epoch_end.append(call_back)
+
+
+def forget_test_start(trainer: Trainer) -> None:
+    """The test loop as it was, without the state that :func:`note_test_start` has noted."""
+    if (noted := _noted(trainer)) is not None:
+        noted.close()
 
 
 # An attribute of a Trainer's test loop.
@@ -94,9 +109,11 @@ class _TestStart:
         connector, hook_name = self._trainer._logger_connector, "on_test_epoch_end"
         before, self._module._current_fx_name = self._module._current_fx_name, hook_name
         connector._current_fx = hook_name
-        for hook in self.on_epoch_end:
-            hook()
-        self._module._current_fx_name, connector._current_fx = before, None
+        try:
+            for hook in self.on_epoch_end:
+                hook()
+        finally:
+            self._module._current_fx_name, connector._current_fx = before, None
 
     def evaluation(self, swap: Swap | None) -> Evaluation:
         """Test the layers of ``swap``, or the float ones, from the state that the run began with."""
@@ -124,7 +141,6 @@ class TestRun:
         module: the user's.
         spec: what to quantize.
         first: the run whose layers the Trainer tests already, or None where this is the first.
-        on_results: called once the epoch has ended, where the module may still log.
         stopwatch: for ``never_slower``: the first batch decides which layers are left float, in a rehearsal that
             leaves no trace. The module's own hooks at the start have run with all layers by then. Runs that share a
             stopwatch rehearse once. None: nothing is timed.
@@ -132,7 +148,7 @@ class TestRun:
     Attributes:
         swap: the quantized layers.
         stopwatch: as given.
-        results: float, quantized and delta of each metric, once the epoch has ended.
+        results: float, quantized and delta of each metric, once they are measured.
         float_bytes: of the float state dict's tensors.
         bytes: of the quantized state dict's tensors.
         layers: output errors by layer, once those were watched.
@@ -153,7 +169,6 @@ class TestRun:
         module: LightningModule,
         spec: QuantizationSpec,
         first: TestRun | None,
-        on_results: Callable[[TestRun], None],
         stopwatch: Stopwatch | None = None,
     ) -> None:
         if is_param_in_hook_signature(module.test_step, "dataloader_iter", explicit=True):
@@ -163,7 +178,7 @@ class TestRun:
             )
         start = _noted(trainer)
         assert start is not None
-        self._trainer, self._module, self._start, self._on_results = trainer, module, start, on_results
+        self._trainer, self._module, self._start = trainer, module, start
         self._first = first or self
         self.stopwatch = stopwatch
         self.results: Results = {}
@@ -179,7 +194,6 @@ class TestRun:
                 self.bytes = state_bytes(module.state_dict())
         if first is None:
             self.swap.put_in()
-        start.on_epoch_end.append(self._end_epoch)
 
     def before_batch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The Trainer's own step on a batch is about to begin."""
@@ -192,8 +206,8 @@ class TestRun:
         """The Trainer's own step on a batch has ended."""
         if self._first is self:
             self._watch.batch_stepped()
-            if len(self._watch.digests) == SIGNAL_BATCHES:
-                self._watching.close()
+        if len(self._first._watch.digests) == SIGNAL_BATCHES:
+            self._watching.close()
 
     def _leave_slower_float(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         self._undecided = False
@@ -254,11 +268,24 @@ class TestRun:
         if self._first is self:
             self.swap.take_out()
 
-    def _end_epoch(self) -> None:
+    def end_batches(self) -> None:
+        """The Trainer's own steps on all batches have ended.
+
+        Raises:
+            EvaluationError: a StopIteration has ended them too early.
+        """
         self._watching.close()
         if self._first is self:
             self._watch.batches_ended()
             self._watch.refuse_lost_batch(self._module, "test_step")
+
+    def measure(self) -> None:
+        """Test what the Trainer does not test itself, after :meth:`end_batches`, and compare.
+
+        Raises:
+            EvaluationError: a test failed, or the models cannot be compared.
+        """
+        if self._first is self:
             logged = numbers(self._trainer.callback_metrics)
             own = self._trainer.strategy.broadcast((logged, self._watch.seconds_per_batch))
             after = Evaluation(own[0], {}, own[1], tuple(self._watch.digests))
@@ -266,8 +293,8 @@ class TestRun:
         else:
             after = self._start.evaluation(self.swap)
         before = self._first._float
-        assert before is not None
+        if before is None:
+            raise EvaluationError("the float model could not be tested, as the error of the first TinyQCallback says")
         check_comparable(self._trainer, before, after)
         self.float_seconds, self.seconds = before.seconds_per_batch, after.seconds_per_batch
         self.results = compare(before.metrics, after.metrics, self.swap.plan.label)
-        self._on_results(self)
