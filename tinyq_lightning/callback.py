@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -356,10 +356,16 @@ class TinyQCallback(Callback):
         """Set the results, warn if a budget was not met, and log, show and write them; each step may fail alone."""
         self.results = combined(outcomes)
         self.plans = {outcome.name: outcome.plan for outcome in outcomes}
-        log = partial(log_outcomes, alone=not self._earlier)  # after a test the module has logged them
-        steps = [("Logging the results", log)] if trainer.state.fn == TrainerFn.FITTING else []
-        reports = [("Showing the report", show), ("Logging tables", log_tables), ("Writing the report", write_report)]
-        for name, step in [*steps, ("Warning of the outcome", warn), *(reports if self.report else [])]:
+        steps: list[tuple[str, Callable[[Trainer, list[Outcome]], object]]] = [("Warning of the outcome", warn)]
+        if trainer.state.fn == TrainerFn.FITTING:  # after a test the module has logged them
+            steps.insert(0, ("Logging the results", partial(log_outcomes, alone=not self._earlier)))
+        if self.report:
+            steps += [
+                ("Showing the report", show),
+                ("Logging tables", log_tables),
+                ("Writing the report", write_report),
+            ]
+        for name, step in steps:
             with step_after_run(self, trainer, name):
                 step(trainer, outcomes)
 
