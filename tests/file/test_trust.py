@@ -162,6 +162,7 @@ class Typed(LightningModule):
         table: dict[str, int] | None = None,
         bare: List | None = None,  # noqa: UP006
         texts: list[str] | None = None,
+        sizes: dict[str, int] | list[int] | None = None,
     ):
         super().__init__()
         self.linear = nn.Linear(4, 4)
@@ -190,6 +191,7 @@ def test_text_is_not_read_as_yaml_or_as_a_file_where_an_object_is_built(tmp_path
         "bare": text,
         "nested": {"inner": text},
         "unknown": {"no": text},
+        "sizes": [[text]],
     }
     for name, value in places.items():
         for argument in [name] if name in Typed.__init__.__annotations__ else ["conf", "plain"]:
@@ -210,11 +212,12 @@ def test_values_that_fit_their_types_are_built(tmp_path, module_on_disk):
         "both": text,
         "table": {"a": 1},
         "texts": [text],
+        "sizes": [1, 2],
     }
     got = load_quantized(written(tmp_path / "q.ckpt", Typed(), stored), Typed).got
     built = Conf(3, text, Act.gelu, {"a": 1})
     assert (got["conf"], got["confs"], got["many"]) == (built, {"a": built}, [built])
-    assert (got["both"], got["table"], got["texts"]) == (text, {"a": 1}, [text])
+    assert (got["both"], got["table"], got["texts"], got["sizes"]) == (text, {"a": 1}, [text], [1, 2])
 
 
 class Outer:

@@ -165,6 +165,8 @@ def _loose_texts(annotation: Any, value: Any) -> Iterator[str]:
         pairs = [pair for key, item in value.items() for pair in ((inner[0], key), (inner[1], item))]
     elif inner and not issubclass(origin, Mapping) and isinstance(value, list | tuple | set | frozenset):
         pairs = [(each, item) for item in value for each in inner if each is not ...]
+    elif isinstance(value, list | tuple | set | frozenset):  # of another type of a union
+        pairs = [(dict, item) for item in value]
     else:
         yield str(value)
         return
