@@ -47,7 +47,6 @@ from tinyq_lightning.trainer import (
     step_after_run,
     tell_of_interrupt,
     tested_weights,
-    why_no_validation,
     write_on_rank_zero,
 )
 
@@ -213,7 +212,7 @@ class TinyQCallback(Callback):
         outcomes = []
         with preserved(module, weights=source.path is not None):
             source.load_into(trainer, module)
-            run = MethodsRun(trainer, module, self.spec, why_no_validation(trainer, module))
+            run = MethodsRun(trainer, module, self.spec)
             for measured in run.methods:
                 layers = run.layers if measured.searched or (self.report == "full" and run.before) else {}
                 outcome = outcome_of_fit(run, measured, self._column_name(measured.plan), layers, source)
@@ -341,8 +340,7 @@ class TinyQCallback(Callback):
         """Set the results, warn if a budget was not met, and log, show and write them; each step may fail alone."""
         self.results = combined(outcomes)
         self.plans = {outcome.name: outcome.plan for outcome in outcomes}
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        for name, step in report_steps(fitting, alone=not self._earlier, report=bool(self.report)):
+        for name, step in report_steps(trainer.state.fn == TrainerFn.FITTING, not self._earlier, bool(self.report)):
             with step_after_run(self, trainer, name):
                 step(trainer, outcomes)
 

@@ -1,7 +1,6 @@
 """All that needs a Trainer: the user's loop run on other weights, which float weights, checks before training."""
 
 from tinyq_lightning.trainer.checks import check_before_fit, check_budget
-from tinyq_lightning.trainer.evaluation import why_no_validation
 from tinyq_lightning.trainer.failures import step_after_run, tell_of_interrupt
 from tinyq_lightning.trainer.float_weights import (
     FloatWeights,
@@ -42,6 +41,5 @@ __all__ = [
     "step_after_run",
     "tell_of_interrupt",
     "tested_weights",
-    "why_no_validation",
     "write_on_rank_zero",
 ]
