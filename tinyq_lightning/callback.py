@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -19,18 +19,13 @@ from tinyq_lightning.report import (
     Outcome,
     combined,
     log_entries,
-    log_outcomes,
-    log_tables,
     outcome_of_fit,
     outcome_of_test,
-    show,
-    warn,
-    write_report,
+    report_steps,
 )
 from tinyq_lightning.search import Search, Stopwatch
 from tinyq_lightning.spec import SpecOrMethods, as_spec, with_arguments
 from tinyq_lightning.trainer import (
-    HOW_TO_QUANTIZE_LATER,
     FloatWeights,
     MethodsRun,
     QuantizedStart,
@@ -40,11 +35,9 @@ from tinyq_lightning.trainer import (
     check_before_fit,
     check_budget,
     choose_float_weights,
-    directions,
     files_before_fit,
     folder_of,
     forget_test_start,
-    logged_names,
     note_test_start,
     numbers,
     preserved,
@@ -52,8 +45,8 @@ from tinyq_lightning.trainer import (
     registered,
     return_to_main_process,
     step_after_run,
+    tell_of_interrupt,
     tested_weights,
-    why_no_validation,
     write_on_rank_zero,
 )
 
@@ -79,12 +72,10 @@ class TinyQCallback(Callback):
     plan is within the budget, the best one found is saved, with a warning.
 
     With several methods, the float model is measured once and one file is saved for each method.
-
     In both cases ``ckpt_path`` of ``test``, ``validate`` and ``predict`` may be a quantized checkpoint.
 
     Args:
-        spec: a method (``w8a32``, ``w8a16``, ``w8a8``), a list of them, a path to YAML, a mapping, or a
-            QuantizationSpec.
+        spec: a method (``w8a32``, ``w8a16``, ``w8a8``), several, a path to YAML, a mapping, or a QuantizationSpec.
         exclude: patterns of layers to leave float, added to those of the spec.
         when: ``fit_end`` or ``test_start``; overrides the spec.
         weights: ``best``, ``last`` or ``current``; overrides the spec. Only for ``fit_end``.
@@ -98,8 +89,7 @@ class TinyQCallback(Callback):
         never_slower: whether to time the layers as the evaluation calls them, and to leave float those that int8
             makes slower on this machine; overrides the spec.
         save: whether to write the quantized checkpoint.
-        dirpath: the folder of the quantized checkpoint; by default that of the float checkpoint, or
-            ``default_root_dir``.
+        dirpath: the folder of the quantized checkpoint; by default that of the float one, or ``default_root_dir``.
         filename: the name of the quantized checkpoint; by default ``<method>-<float stem>.ckpt``.
         report: whether to print the comparison and the layers, send them to the loggers that take tables or
             text, and write ``.json``, ``.html`` and ``.yaml`` (the plan as a spec) beside the quantized
@@ -109,7 +99,6 @@ class TinyQCallback(Callback):
             before training is raised in either case.
 
     Attributes:
-        quantized_path: path of the file that was written (with several methods, of the first), or None.
         quantized_paths: path of each file that was written, by method.
         float_path: path of the checkpoint that was quantized, or None.
         plan: the decision for each layer (with several methods, of the first that was saved); None before a run.
@@ -192,6 +181,7 @@ class TinyQCallback(Callback):
         self._earlier = [each for each in earlier if each.spec.when == self.spec.when]
         self._quantized_start = QuantizedStart(trainer, pl_module)
         if stage == "test" and self.spec.when == "test_start":
+            self._reset_results()
             note_test_start(trainer, pl_module)
         return_to_main_process(trainer, self._key, lambda: {name: getattr(self, name) for name in _OUTCOME})
 
@@ -205,7 +195,7 @@ class TinyQCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the budget against the metrics of each validation; the first is the sanity check before training."""
         if self.spec.budget and self.spec.when == "fit_end" and trainer.state.fn == TrainerFn.FITTING:
-            check_budget(trainer, self.spec.budget, logged_names(trainer), directions(trainer))
+            check_budget(trainer, self.spec.budget)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve, swap, evaluate, save and report; the module is unchanged afterwards."""
@@ -222,7 +212,7 @@ class TinyQCallback(Callback):
         outcomes = []
         with preserved(module, weights=source.path is not None):
             source.load_into(trainer, module)
-            run = MethodsRun(trainer, module, self.spec, why_no_validation(trainer, module))
+            run = MethodsRun(trainer, module, self.spec)
             for measured in run.methods:
                 layers = run.layers if measured.searched or (self.report == "full" and run.before) else {}
                 outcome = outcome_of_fit(run, measured, self._column_name(measured.plan), layers, source)
@@ -236,10 +226,7 @@ class TinyQCallback(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the quantized layers in for the Trainer to test; the float model is tested after it."""
-        if self.spec.when != "test_start":
-            return
-        self._reset_results()
-        if self._quantized_start and self._quantized_start.label:
+        if self.spec.when != "test_start" or (self._quantized_start and self._quantized_start.label):
             return
         first = next((run for callback in _tinyq_callbacks(trainer) for run in callback._runs), None)
         stopwatch = Stopwatch() if self.spec.never_slower else None
@@ -304,10 +291,7 @@ class TinyQCallback(Callback):
         self._restore_module(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING and self.spec.when == "fit_end"
         if fitting and isinstance(exception, KeyboardInterrupt):
-            if self.quantized_paths:
-                trainer.print(f"TinyQ: interrupted, but these are complete: {', '.join(self.quantized_paths.values())}")
-            else:
-                trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {HOW_TO_QUANTIZE_LATER}")
+            tell_of_interrupt(trainer, self.quantized_paths.values())
 
     def _restore_module(self, trainer: Trainer) -> None:
         self._close_test_runs()
@@ -356,16 +340,7 @@ class TinyQCallback(Callback):
         """Set the results, warn if a budget was not met, and log, show and write them; each step may fail alone."""
         self.results = combined(outcomes)
         self.plans = {outcome.name: outcome.plan for outcome in outcomes}
-        steps: list[tuple[str, Callable[[Trainer, list[Outcome]], object]]] = [("Warning of the outcome", warn)]
-        if trainer.state.fn == TrainerFn.FITTING:  # after a test the module has logged them
-            steps.insert(0, ("Logging the results", partial(log_outcomes, alone=not self._earlier)))
-        if self.report:
-            steps += [
-                ("Showing the report", show),
-                ("Logging tables", log_tables),
-                ("Writing the report", write_report),
-            ]
-        for name, step in steps:
+        for name, step in report_steps(trainer.state.fn == TrainerFn.FITTING, not self._earlier, bool(self.report)):
             with step_after_run(self, trainer, name):
                 step(trainer, outcomes)
 

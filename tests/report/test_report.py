@@ -432,3 +432,27 @@ def test_a_report_without_metrics_or_measurements_is_a_page_too(tmp_path):
     page = Path(callback.quantized_path).with_suffix(".html").read_text()
     assert "Before and after" in page
     assert "ms per batch" not in page
+
+
+@pytest.mark.parametrize("ending", [".yaml", ".json", ".html"])
+def test_a_file_of_the_users_is_not_replaced_by_a_report_but_an_earlier_report_is(tmp_path, ending):
+    own = tmp_path / f"q{ending}"
+    own.write_text("method: w8a32\n")
+    for _ in range(2):
+        (tmp_path / "q.ckpt").unlink(missing_ok=True)
+        spec = {"method": "w8a32", "save": {"dirpath": str(tmp_path), "filename": "q"}}
+        fit(tmp_path, TinyQCallback(spec))
+        assert own.read_text() == "method: w8a32\n"
+        assert {path.name for path in tmp_path.glob("q*")} == {
+            "q.ckpt", own.name, "q-report.json", "q-report.yaml", "q-report.html"
+        }  # fmt: skip
+    assert 'TinyQCallback("q-report.yaml")' in (tmp_path / "q-report.yaml").read_text()
+    assert QuantizationSpec.from_yaml(tmp_path / "q-report.yaml").method == "w8a32"
+
+
+def test_what_the_budget_decided_is_told_by_the_plan_and_not_by_the_words_of_a_reason(tmp_path):
+    rules = [{"match": "head", "method": "float", "reason": "budget of my own", "decided_by": "rule"}]
+    path = fit(tmp_path, TinyQCallback({"method": "w8a32", "rules": rules}))
+    layers = {layer["name"]: layer for layer in json.loads(path.with_suffix(".json").read_text())["layers"]}
+    assert layers["head"]["decided_by"] == "rule"
+    assert "w8a32, now float" not in path.with_suffix(".html").read_text()

@@ -1,8 +1,7 @@
 """The outcome of a run on the screen, in the loggers, and in files beside the checkpoint."""
 
-from tinyq_lightning.report.console import log_outcomes, log_tables, show, warn
-from tinyq_lightning.report.files import write_report
 from tinyq_lightning.report.outcome import Outcome, combined, log_entries, outcome_of_fit, outcome_of_test
+from tinyq_lightning.report.steps import report_steps
 from tinyq_lightning.report.summary import QuantizedModelSummary, summarize
 
 __all__ = [
@@ -10,12 +9,8 @@ __all__ = [
     "QuantizedModelSummary",
     "combined",
     "log_entries",
-    "log_outcomes",
-    "log_tables",
     "outcome_of_fit",
     "outcome_of_test",
-    "show",
+    "report_steps",
     "summarize",
-    "warn",
-    "write_report",
 ]

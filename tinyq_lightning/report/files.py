@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain, count
 from typing import Any
 
+import fsspec
 import yaml
 from lightning.pytorch import Trainer
 
@@ -41,14 +44,38 @@ def _write(outcomes: Sequence[Outcome]) -> None:
     try:
         for outcome in outcomes:
             if outcome.quantized_path is not None:
-                stem, content = outcome.quantized_path.removesuffix(".ckpt"), report_content(outcome, outcomes)
-                resolved = resolved_yaml(outcome)
+                stem, content = _stem_of_report(outcome.quantized_path), report_content(outcome, outcomes)
+                resolved = resolved_yaml(outcome, os.path.basename(stem))
                 _write_text(f"{stem}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
                 _write_text(f"{stem}.yaml", resolved)
                 page = html_report(content, comparison_table(outcomes), layer_table(outcome), resolved)
                 _write_text(f"{stem}.html", page)
     except CheckpointError as error:
         raise CheckpointError(f"the report is not whole, the quantized checkpoint stands: {error}") from error
+
+
+# What a file of a report begins with; the page's title comes after the name of the run.
+_BEGINNINGS = {
+    ".json": re.compile(r'\{\s*"format_version": 1,\s*"tinyq_lightning": '),
+    ".yaml": re.compile(r"# The plan of .* as a spec\."),
+    ".html": re.compile(r"\s*<!doctype html>.*TinyQ report</title>", re.DOTALL | re.IGNORECASE),
+}
+
+
+def _stem_of_report(quantized_path: str) -> str:
+    """The checkpoint's path without ``.ckpt``, or with ``-report`` where that would replace a file of the user's."""
+    stem = quantized_path.removesuffix(".ckpt")
+    numbered = (f"{stem}-report-v{version}" for version in count(1))
+    return next(each for each in chain((stem, f"{stem}-report"), numbered) if _is_free(each))
+
+
+def _is_free(stem: str) -> bool:
+    """Whether each file of a report is absent or one of an earlier report."""
+    for ending, beginning in _BEGINNINGS.items():
+        fs, location = fsspec.core.url_to_fs(stem + ending)
+        if fs.isfile(location) and not beginning.match(fs.cat_file(location, 0, 5000).decode("utf-8", "replace")):
+            return False
+    return True
 
 
 def _write_text(path: str, text: str) -> None:
@@ -112,8 +139,13 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def resolved_yaml(outcome: Outcome) -> str:
-    """A spec that gives this plan again without a search or timing; comments give the reason for each layer."""
+def resolved_yaml(outcome: Outcome, stem: str) -> str:
+    """A spec that gives this plan again without a search or timing; comments give the reason for each layer.
+
+    Args:
+        outcome: what the spec is about.
+        stem: name of the file without ``.yaml``.
+    """
     plan = outcome.plan
     spec = plan.to_spec()
     content = spec.to_dict()
@@ -121,7 +153,7 @@ def resolved_yaml(outcome: Outcome) -> str:
     del content["budget"]
     name = os.path.basename(outcome.quantized_path or "the quantized checkpoint")
     comments = [f"The plan of {name} as a spec. It gives the same layers again, without a search:"]
-    comments += [f'TinyQCallback("{name.removesuffix(".ckpt")}.yaml")']
+    comments += [f'TinyQCallback("{stem}.yaml")']
     for metric, values in outcome.results.items():
         comments.append(f"{metric}: float {values['float']:.6g}, quantized {values[outcome.name]:.6g}")
     comments += [verdict for verdict in (outcome.verdict(), outcome.speed_verdict()) if verdict]

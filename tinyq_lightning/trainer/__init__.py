@@ -1,8 +1,7 @@
 """All that needs a Trainer: the user's loop run on other weights, which float weights, checks before training."""
 
 from tinyq_lightning.trainer.checks import check_before_fit, check_budget
-from tinyq_lightning.trainer.evaluation import directions, logged_names, why_no_validation
-from tinyq_lightning.trainer.failures import HOW_TO_QUANTIZE_LATER, step_after_run
+from tinyq_lightning.trainer.failures import step_after_run, tell_of_interrupt
 from tinyq_lightning.trainer.float_weights import (
     FloatWeights,
     choose_float_weights,
@@ -19,7 +18,6 @@ from tinyq_lightning.trainer.results import Results, compare, numbers
 from tinyq_lightning.trainer.test_run import TestRun, at_test_epoch_end, forget_test_start, note_test_start
 
 __all__ = [
-    "HOW_TO_QUANTIZE_LATER",
     "FloatWeights",
     "Measured",
     "MethodsRun",
@@ -31,11 +29,9 @@ __all__ = [
     "check_budget",
     "choose_float_weights",
     "compare",
-    "directions",
     "files_before_fit",
     "folder_of",
     "forget_test_start",
-    "logged_names",
     "note_test_start",
     "numbers",
     "preserved",
@@ -43,7 +39,7 @@ __all__ = [
     "registered",
     "return_to_main_process",
     "step_after_run",
+    "tell_of_interrupt",
     "tested_weights",
-    "why_no_validation",
     "write_on_rank_zero",
 ]

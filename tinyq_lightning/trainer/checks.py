@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -21,6 +21,7 @@ from tinyq_lightning.file import check_folder, check_state, typed_entries, why_n
 from tinyq_lightning.plan import check_model, find_sites, weights_of, why_stays_float
 from tinyq_lightning.spec import Budget, Mode, QuantizationSpec, nearest, wanted_method
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
+from tinyq_lightning.trainer.results import directions, logged_names
 
 __all__ = [
     "check_before_fit",
@@ -192,9 +193,7 @@ def known_mode(
     return replace(budget, mode=mode)
 
 
-def check_budget(
-    trainer: Trainer, budget: Budget, logged: Collection[str], higher_is_better: Mapping[str, bool]
-) -> None:
+def check_budget(trainer: Trainer, budget: Budget) -> None:
     """Check a budget against the metrics of a validation in ``fit``; the first is the sanity check before training.
 
     A sanity check that logs nothing shows nothing, and a later validation may log other metrics than the next.
@@ -202,9 +201,10 @@ def check_budget(
     Raises:
         SpecError: the metric was not logged, or its mode is unknown or contradicted.
     """
+    logged = logged_names(trainer)
     sanity = trainer.sanity_checking and bool(logged)
     if sanity or budget.monitor in logged or logged_per_dataloader(budget.monitor, logged):
-        known_mode(budget, dict.fromkeys(logged), higher_is_better, _SANITY_CHECK_ADVICE if sanity else "")
+        known_mode(budget, dict.fromkeys(logged), directions(trainer), _SANITY_CHECK_ADVICE if sanity else "")
 
 
 def check_monitor(trainer: Trainer, monitor: str | None) -> None:

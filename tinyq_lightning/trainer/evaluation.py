@@ -21,7 +21,7 @@ from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
 from tinyq_lightning.trainer.checks import checkpoint_callbacks, why_never_validated
 from tinyq_lightning.trainer.inner_trainer import Stage, inner_trainer, quiet, shadowed, state_roots
 from tinyq_lightning.trainer.isolation import Snapshot
-from tinyq_lightning.trainer.results import numbers
+from tinyq_lightning.trainer.results import directions, numbers
 
 __all__ = [
     "Evaluation",
@@ -29,41 +29,9 @@ __all__ = [
     "best_score",
     "check_comparable",
     "dataloaders",
-    "directions",
-    "logged_names",
     "run_evaluation",
     "why_no_validation",
 ]
-
-
-def directions(trainer: Trainer) -> dict[str, bool]:
-    """Whether higher is better, for each metric that was logged as a torchmetrics object that tells.
-
-    Args:
-        trainer: in ``on_validation_end`` or ``on_test_end``.
-    """
-    results = trainer._results
-    found: dict[str, bool] = {}
-    if results is None:
-        return found
-    for result in results.values():
-        higher = None if result.is_tensor else getattr(result.value, "higher_is_better", None)
-        if higher is not None:
-            found |= dict.fromkeys(results._forked_name(result, on_step=False), bool(higher))
-    return found
-
-
-def logged_names(trainer: Trainer) -> set[str]:
-    """The names of all metrics that validation has logged, in a sanity check with several dataloaders as well.
-
-    Args:
-        trainer: in ``on_validation_end``.
-    """
-    names = set(trainer.callback_metrics)
-    if (results := trainer._results) is not None:
-        epoch = [result for result in results.values() if result.meta.on_epoch]
-        names.update(name for result in epoch for name in results._forked_name(result, on_step=False))
-    return names
 
 
 class LoopWatch:

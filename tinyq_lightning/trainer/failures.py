@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -16,11 +16,11 @@ from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.trainer.ranks import agreed_on_failure, as_tinyq_error
 
 __all__ = [
-    "HOW_TO_QUANTIZE_LATER",
     "step_after_run",
+    "tell_of_interrupt",
 ]
 
-HOW_TO_QUANTIZE_LATER = (
+_HOW_TO_QUANTIZE_LATER = (
     "TinyQCallback(..., when='test_start') with Trainer.test(model, ckpt_path=...) quantizes a float checkpoint."
 )
 
@@ -70,6 +70,14 @@ def step_after_run(owner: _Failing, trainer: Trainer, name: str) -> Iterator[Non
             print(f"TinyQ: {error}", file=sys.stderr)
 
 
+def tell_of_interrupt(trainer: Trainer, saved: Iterable[str]) -> None:
+    """Say which quantized checkpoints an interrupted fit has saved, or how to quantize what there is."""
+    if paths := ", ".join(saved):
+        trainer.print(f"TinyQ: interrupted after the quantized checkpoints were saved: {paths}")
+    else:
+        trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {_HOW_TO_QUANTIZE_LATER}")
+
+
 def _failure(step: str, error: Exception, stage: str, float_path: str | None) -> TinyQError:
     """The error as a TinyQError that also says what the user still has.
 
@@ -85,12 +93,12 @@ def _failure(step: str, error: Exception, stage: str, float_path: str | None) ->
     elif float_path is not None:
         safe = (
             "The training had finished and its results are safe; the float checkpoint is "
-            f"{float_path}. {HOW_TO_QUANTIZE_LATER}"
+            f"{float_path}. {_HOW_TO_QUANTIZE_LATER}"
         )
     else:
         safe = (
             "The training had finished. No float checkpoint was saved: the trained weights are in the module, and "
-            f"trainer.save_checkpoint(...) saves them. {HOW_TO_QUANTIZE_LATER}"
+            f"trainer.save_checkpoint(...) saves them. {_HOW_TO_QUANTIZE_LATER}"
         )
     return kind(f"{step} failed: {reason}\n{safe}")
 

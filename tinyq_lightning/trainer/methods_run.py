@@ -31,7 +31,13 @@ from tinyq_lightning.search import (
 )
 from tinyq_lightning.spec import Budget, QuantizationSpec
 from tinyq_lightning.trainer.checks import known_mode, refuse_without_validation
-from tinyq_lightning.trainer.evaluation import Evaluation, best_score, check_comparable, run_evaluation
+from tinyq_lightning.trainer.evaluation import (
+    Evaluation,
+    best_score,
+    check_comparable,
+    run_evaluation,
+    why_no_validation,
+)
 
 __all__ = [
     "Measured",
@@ -85,7 +91,6 @@ class MethodsRun:
         trainer: the user's, at the end of a fit.
         module: the user's.
         spec: one method or several.
-        why_not: why there is no validation loop to run, or None.
 
     Attributes:
         before: of the float model; None where there is nothing to compare.
@@ -98,9 +103,10 @@ class MethodsRun:
         SpecError: the budget's metric is not logged, or nothing tells which way it is better.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, spec: QuantizationSpec, why_not: str | None) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, spec: QuantizationSpec) -> None:
         self._trainer, self._module, self._spec = trainer, module, spec
         self._began = time.monotonic()
+        why_not = why_no_validation(trainer, module)
         refuse_without_validation(spec, why_not)
         self.stopwatch = Stopwatch() if spec.never_slower else None
         with self._watching_float():

@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 __all__ = [
     "Results",
     "compare",
+    "directions",
+    "logged_names",
     "numbers",
 ]
 
@@ -38,3 +41,33 @@ def compare(before: Mapping[str, float], after: Mapping[str, float], label: str)
 
 def _difference(after: float, before: float) -> float:
     return 0.0 if after == before else after - before if math.isfinite(before) else math.nan
+
+
+def directions(trainer: Trainer) -> dict[str, bool]:
+    """Whether higher is better, for each metric that was logged as a torchmetrics object that tells.
+
+    Args:
+        trainer: in ``on_validation_end`` or ``on_test_end``.
+    """
+    results = trainer._results
+    found: dict[str, bool] = {}
+    if results is None:
+        return found
+    for result in results.values():
+        higher = None if result.is_tensor else getattr(result.value, "higher_is_better", None)
+        if higher is not None:
+            found |= dict.fromkeys(results._forked_name(result, on_step=False), bool(higher))
+    return found
+
+
+def logged_names(trainer: Trainer) -> set[str]:
+    """The names of all metrics that validation has logged, in a sanity check with several dataloaders as well.
+
+    Args:
+        trainer: in ``on_validation_end``.
+    """
+    names = set(trainer.callback_metrics)
+    if (results := trainer._results) is not None:
+        epoch = [result for result in results.values() if result.meta.on_epoch]
+        names.update(name for result in epoch for name in results._forked_name(result, on_step=False))
+    return names
