@@ -265,7 +265,7 @@ class TinyQCallback(Callback):
         """Save and report the quantized models, with the float layers back in the module."""
         if self._runs and self.error is None:
             self._save_after_test(trainer, pl_module)
-        elif self.spec.when == "test_start" and self._quantized_start and (label := self._quantized_start.label):
+        elif not self.results and self._quantized_start and (label := self._quantized_start.label):
             self.quantized_paths = {label: str(trainer.ckpt_path)}
             self.results = {name: {label: value} for name, value in numbers(trainer.callback_metrics).items()}
         self._close_test_runs()
