@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from tinyq_lightning import quantize, quantized
-from tinyq_lightning.layers import QuantizedLinear
+from tinyq_lightning.layers import QuantizedLinear, behaviour
 from tinyq_lightning.plan import find_sites
 
 
@@ -334,3 +334,10 @@ def test_a_matrix_that_is_held_transposed_gets_its_values_back(dtype):
     site.kind.restore(site.module, site.parameter[0], layer)
     assert model[0].weight.dtype == dtype
     assert torch.equal(model[0].weight, layer.weight.t())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_layer_is_known_where_gradients_are_off(mode):
+    behaviour._computes_linear.cache_clear()
+    with mode():
+        assert [decision.method for decision in quantize(nn.Sequential(Turned()), "w8a32")] == ["w8a32"]

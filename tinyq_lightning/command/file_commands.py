@@ -224,4 +224,9 @@ def _metrics_lines(tinyq: Mapping[str, Any], label: str) -> list[str]:
     ]
     if not rows:
         return ["metrics     none were measured"]
-    return [f"metrics of the {tinyq['metrics_from']} loop", "", Table(["", "float", label, "delta"], rows).text(), ""]
+    return [
+        f"metrics of the {tinyq.get('metrics_from')} loop",
+        "",
+        Table(["", "float", label, "delta"], rows).text(),
+        "",
+    ]

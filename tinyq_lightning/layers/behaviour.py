@@ -49,7 +49,9 @@ def computes_linear(module: nn.Module, transposed: bool = False) -> bool:
     shape = (_COLUMNS, _ROWS) if transposed else (_ROWS, _COLUMNS)
     kind: Any = type(module)
     sizes = tuple(_small_sizes(module, shape).items())
-    return _computes_linear(kind, kind.forward, has_bias, cast(Tensor, module.weight).dtype, sizes, transposed)
+    dtype = cast(Tensor, module.weight).dtype
+    with torch.inference_mode(False), torch.enable_grad():  # forwards are compared by their gradients too
+        return _computes_linear(kind, kind.forward, has_bias, dtype, sizes, transposed)
 
 
 @lru_cache(maxsize=256)
