@@ -11,6 +11,12 @@ from torch import nn
 from tinyq_lightning import quantize, quantized
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Graphs of other tests do not count towards the compiler's limit of graphs."""
+    torch._dynamo.reset()
+
+
 def adding_to(graphs):
     """A backend that adds each graph that is made to a list."""
 
