@@ -126,21 +126,20 @@ def computes_scaled_embedding(module: nn.Module) -> float | None:
     shape = (_ROWS, own.shape[1])  # the factor is often the root of the number of columns
     held: dict[str, Any] = {name: value for name, value in vars(module).items() if isinstance(value, int | float)}
     held |= {name: value for name, value in module._buffers.items() if _is_number(value)}
-    known = held
     words = torch.tensor([[0, 3, 3], [4, 1, 2]])
-    ones = _forward(kind, words, {"weight": torch.ones(shape, dtype=own.dtype)}, known, False)
+    ones = _forward(kind, words, {"weight": torch.ones(shape, dtype=own.dtype)}, held, False)
     if ones is None or not ones.numel() or not bool((ones == ones.flatten()[0]).all()):
         return None
     factor = ones.flatten()[0].item()
     for training in (False, True):
         for size in _SIZES:
             weight = _random(shape) * size
-            got = _forward(kind, words, {"weight": weight}, known, training)
-            again = _forward(kind, words, {"weight": weight.to(own.dtype)}, known, training)
+            got = _forward(kind, words, {"weight": weight}, held, training)
+            again = _forward(kind, words, {"weight": weight.to(own.dtype)}, held, training)
             wanted = nn.functional.embedding(words, weight.to(own.dtype)) * factor
             if got is None or again is None or again.dtype != own.dtype or again.shape != wanted.shape:
                 return None
-            exact = _forward(kind, words, {"weight": torch.ones_like(weight)}, known, training)
+            exact = _forward(kind, words, {"weight": torch.ones_like(weight)}, held, training)
             if exact is None or not _same(got, nn.functional.embedding(words, weight) * exact.flatten()[0]):
                 return None
             if not torch.allclose(again.double(), wanted.double(), rtol=4 * torch.finfo(own.dtype).eps, atol=0):
