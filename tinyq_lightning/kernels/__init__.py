@@ -1,7 +1,7 @@
 """Quantized forward pass functions: pure functions on tensors, and the choice among kernels."""
 
 from tinyq_lightning.kernels.base import Choice, CodeHolder, TensorSnapshot, WeightForm
-from tinyq_lightning.kernels.choice import FORMS, choose_kernel, wanted_kernel, weight_form
+from tinyq_lightning.kernels.choice import FORMS, bytes_a_weight, choose_kernel, wanted_kernel, weight_form
 from tinyq_lightning.kernels.float16 import has_float16_product
 from tinyq_lightning.kernels.float32 import Float32Weights
 from tinyq_lightning.kernels.formula import (
@@ -11,7 +11,7 @@ from tinyq_lightning.kernels.formula import (
     w8_a16_forward,
     w8_a32_forward,
 )
-from tinyq_lightning.kernels.int8 import has_digit_product, has_int8_product
+from tinyq_lightning.kernels.int8 import has_int8_product
 from tinyq_lightning.kernels.integer import takes_integers
 from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
 from tinyq_lightning.kernels.tracing import in_jit_trace, in_transform, is_exporting, outside_modes
@@ -26,10 +26,10 @@ __all__ = [
     "FormulaName",
     "TensorSnapshot",
     "WeightForm",
+    "bytes_a_weight",
     "choose_kernel",
     "count_non_finite",
     "dequantize",
-    "has_digit_product",
     "has_float16_product",
     "has_int8_product",
     "in_jit_trace",
