@@ -84,6 +84,7 @@ class Int8Weight(QuantizedLayer):
 
     scales: Tensor
     dtype: torch.dtype
+    _transposed_groups = 0  # for dequantize
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         nn.Module.__init__(self)  # not super(): the next class may be nn.Linear, which would make a float weight
@@ -159,12 +160,16 @@ class Int8Weight(QuantizedLayer):
             holder = self._forms.holder()
             if holder is not None and codes is not None and not holder.handed_out(codes):
                 return None
-            form = weight_form(kernel, self.int8_weights, self.scales)
+            form = self._new_form(kernel)
             if form.holds_codes or (holder is not None and not holder.is_current(self.int8_weights, self.scales)):
                 self._forms.clear()
             self._forms[kernel] = form
         self._drop_codes()
         return form
+
+    def _new_form(self, kernel: str) -> WeightForm:
+        """The form that ``kernel`` takes, which layers that share the weights may have made already."""
+        return weight_form(kernel, self.int8_weights, self.scales)
 
     def _drop_codes(self) -> None:
         """Let go of the plain codes if a form holds them."""
@@ -200,7 +205,7 @@ class Int8Weight(QuantizedLayer):
     def dequantize(self) -> Tensor:
         """The weight as floats: ``[rows, columns]`` float32 (float64 where the layer's dtype is that)."""
         work = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return dequantize(self.int8_weights, self.scales, work)
+        return dequantize(self.int8_weights, self.scales, work, self._transposed_groups)
 
     @property
     def weight(self) -> Tensor:
@@ -210,11 +215,13 @@ class Int8Weight(QuantizedLayer):
         forward pass: weights that were read last are kept, 32 MiB of them in the whole process.
         """
         if torch.compiler.is_compiling() or in_transform() or torch._C._len_torch_dispatch_stack():
-            return dequantize(self.int8_weights, self.scales, self.dtype)  # a tracer would record the read-only type
+            # a tracer would record the read-only type
+            return dequantize(self.int8_weights, self.scales, self.dtype, self._transposed_groups)
         with _lock:
             codes = self._buffers["int8_weights"]
             held = cast(CodeHolder, self._forms.holder()) if codes is None else codes
-        return self._forms.dequantized.weight(WeightSource(held, self.scales, self.dtype), held.shape)
+        source = WeightSource(held, self.scales, self.dtype, self._transposed_groups)
+        return self._forms.dequantized.weight(source, held.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold the plain codes, and are packed when they are called.
