@@ -15,6 +15,7 @@ from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.kernels import Choice, count_non_finite
 from tinyq_lightning.layers import QuantizedLayer, is_replaceable
 from tinyq_lightning.methods import KernelName
+from tinyq_lightning.plan.coverage import held_weights
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan
 from tinyq_lightning.plan.sites import Site, find_sites, is_metric
@@ -254,7 +255,7 @@ def resolve(
             wanted = Wanted("float", f"tied to {stays_float}.weight ({made[stays_float].reason})", "tie")
         tied_to = next((other for other in site.tied if other in decisions), None)
         decisions[name] = _decision(site, wanted, tied_to, spec.kernel)
-    return Plan(tuple(decisions.values()), spec, _others(model, found))
+    return Plan(tuple(decisions.values()), spec, _others(model, found), held_weights(model))
 
 
 def _structural(
