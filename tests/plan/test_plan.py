@@ -14,8 +14,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from tinyq_lightning import QuantizationSpec, quantize
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers.linear import QuantizedLinear
+from tinyq_lightning.plan.checks import check_patterns
 from tinyq_lightning.plan.plan import Plan
-from tinyq_lightning.plan.resolution import check_patterns, resolve
+from tinyq_lightning.plan.resolution import resolve
 from tinyq_lightning.plan.sites import find_sites
 from tinyq_lightning.spec import METHOD_NAMES
 

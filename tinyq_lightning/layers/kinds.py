@@ -19,6 +19,7 @@ from tinyq_lightning.layers.embedding_kind import EmbeddingBagKind, EmbeddingKin
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
+from tinyq_lightning.layers.matrix import MatrixKind
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.why_float import (
     why_holds_more,
@@ -140,7 +141,14 @@ class AttentionKind(LinearKind):
             yield Candidate(self, layer, {"weight": parameter}, why, part, opened)
 
 
-KINDS: tuple[Kind, ...] = (LinearKind(), AttentionKind(), EmbeddingKind(), EmbeddingBagKind(), LikeLinearKind())
+KINDS: tuple[Kind, ...] = (
+    LinearKind(),
+    AttentionKind(),
+    EmbeddingKind(),
+    EmbeddingBagKind(),
+    LikeLinearKind(),
+    MatrixKind(),
+)
 """Every kind; the first that finds a module takes it."""
 
 
