@@ -73,8 +73,9 @@ def take_values(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
         False if a meta tensor has no entry of its name and shape; the module is then only partly filled.
     """
     taken = set()
+    names = {id(tensor): name for name, tensor in module.state_dict(keep_vars=True).items()}
     for name, tensor in named_tensors(module):
-        value = state_dict.get(name)
+        value = state_dict.get(names.get(id(tensor), name))  # a matrix that no layer has is renamed
         if tensor.is_meta and value is None and not tensor.numel():
             put_value(tensor, torch.empty_like(tensor, device="cpu"))  # a quantized layer's, which no file holds
         elif tensor.is_meta:
