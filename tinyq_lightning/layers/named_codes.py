@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -30,26 +30,36 @@ class FloatCopies:
     """Float weights expanded from codes and scales, kept as long as these do not change.
 
     Args:
-        sources: codes ``[rows, columns]`` int8 and scales ``[rows]`` float32 of each weight, in turn.
-        dtype: of the weights.
+        buffers: of the layer.
+        names: of the weights.
+        dtype: of the float weights.
+
+    Attributes:
+        weights: ``[rows, columns]`` of ``dtype`` by name; plain tensors that nobody writes to.
+        dtype: as above.
     """
 
-    def __init__(self, sources: tuple[Tensor, ...], dtype: torch.dtype) -> None:
-        self._sources, self._dtype, self._versions = sources, dtype, _versions(sources)
+    def __init__(self, buffers: Mapping[str, Tensor | None], names: Sequence[str], dtype: torch.dtype) -> None:
+        keys = [key for name in names for key in (_codes(name), _scales(name))]
+        sources = [cast(Tensor, buffers[key]) for key in keys]
+        self.dtype = dtype
+        # torch counts no writes to tensors that were made in inference mode
+        self._sources = [
+            (key, each, -1 if each.is_inference() else each._version) for key, each in zip(keys, sources, strict=True)
+        ]
         with outside_modes():
-            self.weights = tuple(dequantize(*pair, dtype) for pair in zip(sources[::2], sources[1::2], strict=True))
+            pairs = zip(names, sources[::2], sources[1::2], strict=True)
+            self.weights = {name: dequantize(codes, scales, dtype) for name, codes, scales in pairs}
 
-    def is_current(self, sources: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
-        """Return True if these are the tensors that the copies were made from, with nothing written to them since."""
-        return (
-            dtype is self._dtype
-            and all(one is other for one, other in zip(sources, self._sources, strict=True))
-            and _versions(sources) == self._versions
-        )
-
-
-def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
-    return [-1 if each.is_inference() else each._version for each in tensors]
+    def is_current(self, buffers: Mapping[str, Tensor | None], dtype: torch.dtype) -> bool:
+        """Return True if ``buffers`` are those that the copies were made from, with nothing written to them since."""
+        if dtype is not self.dtype:
+            return False
+        # A loop, because cells ask this at each step of a sequence, and a microsecond counts.
+        for key, tensor, version in self._sources:
+            if buffers[key] is not tensor or (version >= 0 and tensor._version != version):
+                return False
+        return True
 
 
 class NamedCodes(nn.Module):
@@ -152,22 +162,29 @@ class NamedCodes(nn.Module):
         """Return True while a graph is traced or a transform runs: the weights are computed from the codes in it."""
         return torch.compiler.is_compiling() or in_transform() or bool(torch._C._len_torch_dispatch_stack())
 
-    def expanded(self, keep: bool) -> dict[str, Tensor]:
-        """The float weights by name, in the layer's dtype, as plain tensors that nobody writes to.
+    def keeps_copies(self) -> bool:
+        """Whether the float weights that the layer has run on are held for its next call."""
+        return True
 
-        Args:
-            keep: hold them for the next call, until codes or scales change.
+    def expanded(self) -> dict[str, Tensor]:
+        """The float weights by name, as plain tensors that nobody writes to.
+
+        They have the layer's dtype. Inside autocast on the CPU those of a float32 layer are rounded to autocast's dtype
+        already: autocast would do it at each step of a sequence, because it remembers trainable weights only.
         """
-        sources, copies = self.sources(), self._copies
-        if copies is None or not copies.is_current(sources, self.dtype):
+        buffers, dtype = self._buffers, self.dtype
+        if dtype is torch.float32 and torch.is_autocast_enabled("cpu") and self.sources()[0].is_cpu:
+            dtype = torch.get_autocast_dtype("cpu")
+        copies = self._copies
+        if copies is None or not copies.is_current(buffers, dtype):
             with _lock:
                 copies = self._copies
-                if copies is None or not copies.is_current(sources, self.dtype):
+                if copies is None or not copies.is_current(buffers, dtype):
                     self._copies = None  # the old ones need not be held while the new ones are made
-                    copies = FloatCopies(sources, self.dtype)
-                    if keep:
+                    copies = FloatCopies(buffers, self.weight_names, dtype)
+                    if self.keeps_copies():
                         self._copies = copies
-        return dict(zip(self.weight_names, copies.weights, strict=True))
+        return copies.weights
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("weight_names", ()):

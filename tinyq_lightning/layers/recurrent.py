@@ -33,9 +33,9 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 _CELL_GATES: dict[type[nn.RNNCellBase], int] = {nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
 
 
-# What torch's forwards read of a layer besides its weights.
-_SETTINGS = ("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
-_SETTINGS += ("proj_size", "nonlinearity")
+# What torch's classes keep of their arguments, and the names of their weights.
+_SETTINGS = {"mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"}
+_SETTINGS |= {"proj_size", "nonlinearity", "_flat_weights_names", "_all_weights"}
 
 
 class QuantizedRecurrent(NamedCodes):
@@ -58,13 +58,14 @@ class QuantizedRecurrent(NamedCodes):
     """
 
     method: ClassVar[str] = "w8a32"
-    torch_class: ClassVar[type[nn.Module]]
+    torch_class: ClassVar[Any]
     kernel: KernelName
+    _choice: Choice | None
 
     def __init__(self, like: nn.Module) -> None:
         first = cast(Tensor, next(iter(like.parameters())))
         super().__init__(weight_shapes(like), first.dtype, first.device)
-        vars(self).update({name: vars(like)[name] for name in self._carried(like)})
+        vars(self).update({name: value for name, value in vars(like).items() if name in _SETTINGS})
         self.kernel = "auto"
         for name in bias_names(like):
             bias = like._parameters[name]
@@ -92,18 +93,16 @@ class QuantizedRecurrent(NamedCodes):
             made._parameters[name] = layer._parameters[name]
         return made.train(layer.training)
 
-    @staticmethod
-    def _carried(like: nn.Module) -> list[str]:
-        return [name for name in (*_SETTINGS, "_flat_weights_names", "_all_weights") if name in vars(like)]
-
     @property
     def choice(self) -> Choice:
         """Whether the layer keeps a float copy, and why."""
-        return choose_recurrent_kernel(self.kernel)
+        if self._choice is None:
+            self._choice = choose_recurrent_kernel(self.kernel)
+        return self._choice
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the forward of torch's class: the output, and the last hidden state if that class returns it."""
-        if has_proxy(input, *(hx if isinstance(hx, tuple) else (hx,))):
+        if type(input) is not Tensor and has_proxy(input, hx):
             return leaf_call(self, input, hx)
         if self._is_recorded():
             return self.torch_class.forward(self, input, hx)
@@ -111,13 +110,18 @@ class QuantizedRecurrent(NamedCodes):
 
     def _float_layer(self) -> nn.Module:
         """What stands for the layer in torch's forward: an object of torch's class that has plain float weights."""
-        mine, layer = vars(self), object.__new__(self.torch_class)
-        weights = self.expanded(keep=self.choice.kernel == "float32")
-        vars(layer).update({name: mine[name] for name in _SETTINGS if name in mine})
-        vars(layer).update(self._float_weights(weights), training=self.training)
+        layer: nn.Module = object.__new__(self.torch_class)
+        held = vars(layer)
+        held.update(vars(self))
+        held.update(self._float_weights(self.expanded()))
         return layer
 
+    def keeps_copies(self) -> bool:
+        """Whether the float weights that the layer has run on are held for its next call."""
+        return self.choice.kernel == "float32"
+
     def _float_weights(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        """The attributes in which torch's forward looks for weights."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -138,7 +142,7 @@ class QuantizedRecurrent(NamedCodes):
             raise SpecError(f"kernel {value!r}: it must be one of {', '.join(KERNELS)}")
         super().__setattr__(name, value)
         if name == "kernel":
-            self._copies = None
+            self._copies = self._choice = None
 
 
 class _Sequences(QuantizedRecurrent):
@@ -166,19 +170,19 @@ class _Sequences(QuantizedRecurrent):
         """Nothing to do: they are a property."""
 
 
-class QuantizedRNN(_Sequences, nn.RNN):
+class QuantizedRNN(_Sequences, nn.RNN):  # type: ignore[misc]
     """``nn.RNN`` with int8 weights and activations as they are."""
 
     torch_class = nn.RNN
 
 
-class QuantizedLSTM(_Sequences, nn.LSTM):
+class QuantizedLSTM(_Sequences, nn.LSTM):  # type: ignore[misc]
     """``nn.LSTM`` with int8 weights and activations as they are."""
 
     torch_class = nn.LSTM
 
 
-class QuantizedGRU(_Sequences, nn.GRU):
+class QuantizedGRU(_Sequences, nn.GRU):  # type: ignore[misc]
     """``nn.GRU`` with int8 weights and activations as they are."""
 
     torch_class = nn.GRU
@@ -188,8 +192,7 @@ class _Cell(QuantizedRecurrent):
     """Layers over one step, whose forward reads their weights by name."""
 
     def _float_weights(self, weights: dict[str, Tensor]) -> dict[str, Any]:
-        parameters = self._parameters
-        return {**weights, "bias_ih": parameters["bias_ih"], "bias_hh": parameters["bias_hh"]}
+        return weights
 
 
 class QuantizedRNNCell(_Cell, nn.RNNCell):
