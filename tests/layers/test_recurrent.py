@@ -32,7 +32,9 @@ def twins(kind, *args, **kwargs):
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.copy_(getattr(quantized, name))
-            parameter.requires_grad_(name.startswith("bias"))  # torch sums in another order for weights that are trained
+            parameter.requires_grad_(
+                name.startswith("bias")
+            )  # torch sums in another order for weights that are trained
     return quantized, layer
 
 

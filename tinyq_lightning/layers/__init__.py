@@ -7,6 +7,15 @@ from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tenso
 from tinyq_lightning.layers.kinds import KINDS, has_inner_layers, is_replaceable, kind_of, methods_of, why_closed
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear, W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
+from tinyq_lightning.layers.recurrent import (
+    QuantizedGRU,
+    QuantizedGRUCell,
+    QuantizedLSTM,
+    QuantizedLSTMCell,
+    QuantizedRecurrent,
+    QuantizedRNN,
+    QuantizedRNNCell,
+)
 
 __all__ = [
     "KINDS",
@@ -15,9 +24,16 @@ __all__ = [
     "Int8Weight",
     "Kind",
     "QuantizedEmbedding",
+    "QuantizedGRU",
+    "QuantizedGRUCell",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
     "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
+    "QuantizedRNN",
+    "QuantizedRNNCell",
+    "QuantizedRecurrent",
     "ScaledQuantizedEmbedding",
     "W8A8LinearLayer",
     "W8A16LinearLayer",

@@ -21,6 +21,7 @@ from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
+from tinyq_lightning.layers.recurrent_kind import RecurrentKind
 from tinyq_lightning.layers.why_float import (
     is_torchs,
     why_holds_more,
@@ -180,7 +181,7 @@ class EmbeddingKind(Kind):
         return ScaledQuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device, scale)
 
 
-KINDS: tuple[Kind, ...] = (LinearKind(), AttentionKind(), EmbeddingKind(), LikeLinearKind())
+KINDS: tuple[Kind, ...] = (LinearKind(), AttentionKind(), EmbeddingKind(), RecurrentKind(), LikeLinearKind())
 """Every kind; the first that finds a module takes it."""
 
 

@@ -13,6 +13,8 @@ from typing_extensions import Self
 from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.kernels import dequantize, in_transform, outside_modes, quantize_per_row
 from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
+from tinyq_lightning.layers.int8_weight import Int8Weight
+from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 
 __all__ = [
     "NamedCodes",
@@ -62,7 +64,7 @@ class FloatCopies:
         return True
 
 
-class NamedCodes(nn.Module):
+class NamedCodes(QuantizedLayer):
     """A layer that holds several matrices as int8 codes, each with one float32 scale per row.
 
     A weight ``weight_ih_l0`` ``[rows, columns]`` is held in the buffers ``weight_ih_l0_int8_weights``
@@ -79,8 +81,6 @@ class NamedCodes(nn.Module):
         dtype: floating dtype of the dequantized weights.
         device: where the layer lives.
     """
-
-    dtype: torch.dtype
 
     def __init__(
         self, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device | str | None
@@ -100,7 +100,7 @@ class NamedCodes(nn.Module):
         self._parameters.pop(_PLACEHOLDER, None)
         if all(parameter is None for parameter in self._parameters.values()):
             with torch.inference_mode(False):
-                values = torch.empty(0, dtype=self.dtype, device=self.sources()[0].device)
+                values = torch.empty(0, dtype=self.dtype, device=self.device)
                 self._parameters[_PLACEHOLDER] = nn.Parameter(values, requires_grad=False)
 
     def codes_of(self, name: str) -> tuple[Tensor, Tensor]:
@@ -110,6 +110,27 @@ class NamedCodes(nn.Module):
     def sources(self) -> tuple[Tensor, ...]:
         """Codes and scales of each weight, in turn."""
         return tuple(tensor for name in self.weight_names for tensor in self.codes_of(name))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its codes are."""
+        return self.sources()[0].device
+
+    def coded_weights(self) -> dict[str, Int8Weight]:
+        """What has the codes and scales of each weight by its name: made for the caller, over the same memory."""
+        made = {name: Int8Weight(0, 0, self.dtype, "meta") for name in self.weight_names}
+        for name, each in made.items():
+            each.int8_weights, each.scales = self.codes_of(name)
+        return made
+
+    def code_places(self) -> dict[str, tuple[nn.Module, str]]:
+        """The module and the buffer that hold the codes of each weight, by its name."""
+        return {name: (self, _codes(name)) for name in self.weight_names}
+
+    def share(self, other: QuantizedLayer) -> Self:
+        """Take the codes and scales of ``other``: the same memory, not a copy. Returns the layer."""
+        held = zip(self.weight_names, other.coded_weights().values(), strict=True)
+        return self.take_codes({name: (codes.int8_weights, codes.scales) for name, codes in held})
 
     def quantize(self, weights: Mapping[str, Tensor]) -> Self:
         """Take these weights ``[rows, columns]``, any floating dtype, as the layer's own, quantized to int8.
@@ -134,15 +155,15 @@ class NamedCodes(nn.Module):
                 )
             with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
                 made[name] = quantize_per_row(weight)
-        self.take_codes(made)
-        return self
+        return self.take_codes(made)
 
-    def take_codes(self, made: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Hold these codes and scales: the same memory, not a copy."""
+    def take_codes(self, made: Mapping[str, tuple[Tensor, Tensor]]) -> Self:
+        """Hold these codes and scales by name: the same memory, not a copy. Returns the layer."""
         for name, (codes, scales) in made.items():
             self._buffers[_codes(name)], self._buffers[_scales(name)] = codes, scales
         self._copies = None
         self._keep_a_parameter()
+        return self
 
     def dequantize(self, name: str) -> Tensor:
         """A weight as floats: ``[rows, columns]`` float32 (float64 where the layer's dtype is that)."""
@@ -173,7 +194,7 @@ class NamedCodes(nn.Module):
         already: autocast would do it at each step of a sequence, because it remembers trainable weights only.
         """
         buffers, dtype = self._buffers, self.dtype
-        if dtype is torch.float32 and torch.is_autocast_enabled("cpu") and self.sources()[0].is_cpu:
+        if dtype is torch.float32 and torch.is_autocast_enabled("cpu") and self.device.type == "cpu":
             dtype = torch.get_autocast_dtype("cpu")
         copies = self._copies
         if copies is None or not copies.is_current(buffers, dtype):
@@ -198,6 +219,12 @@ class NamedCodes(nn.Module):
                 f".quantize({{{name!r}: weight}}) to replace it, or assign before quantizing"
             )
         super().__setattr__(name, value)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        # not super(): nn.LSTM would copy its list of weights
+        replica: Self = nn.Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
+        replica._copies = None
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_copies": None, "_dequantized": {}}
@@ -241,7 +268,7 @@ class NamedCodes(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Casts change the biases and the dequantized weights. Codes and scales move, but keep dtype and bits.
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.sources()[0].device)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         self._copies = None
         kept = {buffer: cast(Tensor, self._buffers[buffer]) for buffer in self._saved_names()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -10,9 +11,10 @@ from typing_extensions import Self
 
 from tinyq_lightning.errors import ReadOnlyWeightError, SpecError
 from tinyq_lightning.kernels import Choice, choose_recurrent_kernel
+from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 from tinyq_lightning.layers.named_codes import NamedCodes
-from tinyq_lightning.methods import KERNELS, KernelName
+from tinyq_lightning.methods import KERNELS
 
 __all__ = [
     "RECURRENT",
@@ -57,14 +59,13 @@ class QuantizedRecurrent(NamedCodes):
             expand them on each call.
     """
 
-    method: ClassVar[str] = "w8a32"
     torch_class: ClassVar[Any]
-    kernel: KernelName
     _choice: Choice | None
 
     def __init__(self, like: nn.Module) -> None:
-        first = cast(Tensor, next(iter(like.parameters())))
-        super().__init__(weight_shapes(like), first.dtype, first.device)
+        shapes = weight_shapes(like)
+        first = float_weight(like, next(iter(shapes)))
+        super().__init__(shapes, first.dtype, first.device)
         vars(self).update({name: value for name, value in vars(like).items() if name in _SETTINGS})
         self.kernel = "auto"
         for name in bias_names(like):
@@ -74,21 +75,21 @@ class QuantizedRecurrent(NamedCodes):
         self._keep_a_parameter()
 
     @classmethod
-    def from_float(cls, layer: nn.Module, shares: NamedCodes | None = None) -> Self:
+    def from_float(cls, layer: nn.Module, shares: Mapping[str, Int8Weight] | None = None) -> Self:
         """A quantized layer with the weights of ``layer``. Biases are carried over as they are, not copied.
 
         Args:
             layer: the float layer.
-            shares: a layer that has quantized the same weights already; its codes are taken then.
+            shares: codes and scales of each of its weights by name, to be taken; None to make them.
 
         Raises:
             ModelError: a weight is not finite, or on the meta device.
         """
         made = cls(layer)
         if shares is None:
-            made.quantize({name: cast(Tensor, layer._parameters[name]) for name in made.weight_names})
+            made.quantize({name: float_weight(layer, name) for name in made.weight_names})
         else:
-            made.take_codes({name: shares.codes_of(name) for name in made.weight_names})
+            made.take_codes({name: (codes.int8_weights, codes.scales) for name, codes in shares.items()})
         for name in bias_names(layer):
             made._parameters[name] = layer._parameters[name]
         return made.train(layer.training)

@@ -224,8 +224,7 @@ def _sites_of(found: _Found) -> Iterator[Site]:
     fused = [each for each in layers.values() if each.activation_relu_or_gelu]
     encoder_layers = tuple((each, each.activation_relu_or_gelu) for each in fused)
     if isinstance(module, QuantizedLayer):
-        weights = {name: (holder, "int8_weights") for name, holder in module.coded_weights().items()}
-        yield Site(kind, module, module, names, places, weights)
+        yield Site(kind, module, module, names, places, module.code_places())
         return
     closed = next((why for parent, _ in found.parents if (why := why_closed(parent))), None)
     candidates = list(kind.candidates(module, closed))
