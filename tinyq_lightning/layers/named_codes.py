@@ -175,13 +175,9 @@ class NamedCodes(QuantizedLayer):
         Reading its shape, dtype and device costs nothing. Its values are computed when they are read.
         """
         codes, scales = self.codes_of(name)
-        if self._is_recorded():
+        if torch.compiler.is_compiling() or in_transform() or torch._C._len_torch_dispatch_stack():
             return dequantize(codes, scales, self.dtype)  # a tracer would record the read-only type
         return self._dequantized[name].weight(WeightSource(codes, scales, self.dtype), codes.shape)
-
-    def _is_recorded(self) -> bool:
-        """Return True while a graph is traced or a transform runs: the weights are computed from the codes in it."""
-        return torch.compiler.is_compiling() or in_transform() or bool(torch._C._len_torch_dispatch_stack())
 
     def keeps_copies(self) -> bool:
         """Whether the float weights that the layer has run on are held for its next call."""

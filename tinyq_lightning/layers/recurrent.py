@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tinyq_lightning.errors import ReadOnlyWeightError, SpecError
-from tinyq_lightning.kernels import Choice, choose_recurrent_kernel
+from tinyq_lightning.kernels import Choice, choose_recurrent_kernel, in_transform
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 from tinyq_lightning.layers.named_codes import NamedCodes
@@ -105,12 +105,19 @@ class QuantizedRecurrent(NamedCodes):
         """As the forward of torch's class: the output, and the last hidden state if that class returns it."""
         if type(input) is not Tensor and has_proxy(input, hx):
             return leaf_call(self, input, hx)
-        if self._is_recorded():
+        # Asked here, not in a function: torch.compile, which leaves this one out, would make a graph of that one alone.
+        if torch.compiler.is_compiling():
             return self.torch_class.forward(self, input, hx)
-        return self.torch_class.forward(self._float_layer(), input, hx)
+        return self.torch_class.forward(self._stand_in(), input, hx)
 
-    def _float_layer(self) -> nn.Module:
-        """What stands for the layer in torch's forward: an object of torch's class that has plain float weights."""
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _stand_in(self) -> nn.Module:
+        """What takes the layer's place in torch's forward: an object of torch's class that has plain float weights.
+
+        The layer itself, inside a transform or a tracer, which is to see that weights are computed from the codes.
+        """
+        if in_transform() or torch._C._len_torch_dispatch_stack():
+            return self
         layer: nn.Module = object.__new__(self.torch_class)
         held = vars(layer)
         held.update(vars(self))
