@@ -1,7 +1,7 @@
 """Modules that hold int8 codes, and the table of the kinds of layer that they replace."""
 
 from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
-from tinyq_lightning.layers.embedding import QuantizedEmbedding, ScaledQuantizedEmbedding
+from tinyq_lightning.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, ScaledQuantizedEmbedding
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.kinds import KINDS, has_inner_layers, is_replaceable, kind_of, methods_of, why_closed
@@ -24,6 +24,7 @@ __all__ = [
     "Int8Weight",
     "Kind",
     "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
     "QuantizedGRU",
     "QuantizedGRUCell",
     "QuantizedLSTM",

@@ -82,8 +82,9 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Sit
             f"{there})"
         )
     wanted = [wanted_method(spec, site.names) for site in on]
+    left = f"all {len(on)} layers" if len(on) > 1 else "the only layer"
     if all(each.method == "float" and each.decided_by not in MEASURED_BY for each in wanted):
-        raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(on)} layers float")
+        raise SpecError(f"{spec.origin.where()}: this spec leaves {left} float")
 
 
 def _switched_on(spec: QuantizationSpec, sites: Sequence[Site]) -> list[Site]:
@@ -139,9 +140,10 @@ def refuse_root(model: nn.Module) -> None:
         ModelError: it is one.
     """
     if is_replaceable(model):
+        other = ", or use replace_linear_with_target_and_quantize, which returns the new layer"
         raise ModelError(
             f"the model is itself an nn.{type(model).__name__}, which cannot be replaced in place: put it in an "
-            "nn.Sequential, or use replace_linear_with_target_and_quantize, which returns the new layer"
+            f"nn.Sequential{other if isinstance(model, nn.Linear) else ''}"
         )
 
 
@@ -262,15 +264,15 @@ def _structural(
     wanted = wanted_method(spec, site.names)
     if isinstance(site.module, QuantizedLayer):
         return Wanted(site.module.method, "already quantized", "layer")
-    if wanted.decided_by == "spec":  # nothing names it, so it is what leads it, or its kind may be switched off
+    if not any(each.kind.name in spec.kinds for each in (site, *(sites[name] for name in site.tied))):
+        return Wanted("float", f"kind {site.kind.name} is switched off", "spec")
+    if wanted.decided_by == "spec":  # nothing names it, so it is what leads it
         leaders = [sites[name] for name in site.tied if _rank(spec, sites[name]) > _rank(spec, site)]
         theirs = [(each.name, _structural(spec, each, sites, why_float)) for each in leaders]
         if theirs:
             name, other = next((each for each in theirs if each[1].method != "float"), theirs[0])
             why = f" ({other.reason})" if other.method == "float" else ""
             wanted = Wanted(other.method, f"tied to {name}.weight{why}", "tie")
-        elif site.kind.name not in spec.kinds:
-            return Wanted("float", f"kind {site.kind.name} is switched off", "spec")
     if wanted.method == "float":
         return wanted
     if (left := why_float(site)) is not None:

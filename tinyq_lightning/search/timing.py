@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tinyq_lightning.layers import QuantizedLayer, QuantizedLinear, kind_of
+from tinyq_lightning.layers import QuantizedLayer, QuantizedLinear, kind_of, methods_of
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.layer_calls import Call, counted_calls, representative
 from tinyq_lightning.search.timer import Run, Timing, brief, time_in_turns, timed
@@ -145,7 +145,8 @@ class Stopwatch:
         start = time.perf_counter()
         alike: dict[Shape, list[tuple[nn.Module, QuantizedLayer]]] = defaultdict(list)
         shapes = {}
-        for name, module, layer in swap.pairs():
+        # of those that share a weight, the one of most methods gives the change its name
+        for name, module, layer in sorted(swap.pairs(), key=lambda pair: -len(methods_of(pair[2]))):
             shape = shapes[name] = _shape(layer)
             alike[shape].append((module, layer))
         work = {
