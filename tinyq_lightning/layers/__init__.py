@@ -6,6 +6,7 @@ from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.kinds import KINDS, has_inner_layers, is_replaceable, kind_of, methods_of, why_closed
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear, W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
+from tinyq_lightning.layers.matrix import Int8Matrix, MatrixKind, MatrixPlace, bare_matrix
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.recurrent import (
     QuantizedGRU,
@@ -21,8 +22,11 @@ __all__ = [
     "KINDS",
     "LAYERS",
     "Candidate",
+    "Int8Matrix",
     "Int8Weight",
     "Kind",
+    "MatrixKind",
+    "MatrixPlace",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
     "QuantizedGRU",
@@ -40,6 +44,7 @@ __all__ = [
     "W8A16LinearLayer",
     "W8A32LinearLayer",
     "WeightSize",
+    "bare_matrix",
     "first_tensor",
     "float_weight",
     "has_inner_layers",

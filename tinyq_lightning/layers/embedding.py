@@ -41,9 +41,7 @@ class _LookUp(Int8Weight):
         """``input`` ``[...]`` of integers → ``[..., dim]`` of the layer's dtype."""
         work = torch.float64 if self.dtype == torch.float64 else torch.float32
         rows, scales = torch.embedding(self.int8_weights, input), torch.embedding(self.scales[:, None], input)
-        rows = rows.to(work)
-        rows = rows * scales if in_transform() else rows.mul_(scales)  # in place: no further memory for large batches
-        return rows.to(self.dtype)
+        return rows.to(work).mul_(scales).to(self.dtype)  # in place: large batches need no further memory
 
 
 class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]

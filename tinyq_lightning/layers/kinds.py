@@ -19,6 +19,7 @@ from tinyq_lightning.layers.embedding_kind import EmbeddingBagKind, EmbeddingKin
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
+from tinyq_lightning.layers.matrix import MatrixKind
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.recurrent_kind import RecurrentKind
 from tinyq_lightning.layers.why_float import (
@@ -148,6 +149,7 @@ KINDS: tuple[Kind, ...] = (
     EmbeddingBagKind(),
     RecurrentKind(),
     LikeLinearKind(),
+    MatrixKind(),
 )
 """Every kind; the first that finds a module takes it."""
 
