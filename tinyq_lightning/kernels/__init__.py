@@ -14,6 +14,7 @@ from tinyq_lightning.kernels.formula import (
 from tinyq_lightning.kernels.int8 import has_digit_product, has_int8_product
 from tinyq_lightning.kernels.integer import takes_integers
 from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
+from tinyq_lightning.kernels.recurrent import choose_recurrent_kernel
 from tinyq_lightning.kernels.tracing import in_jit_trace, in_transform, is_exporting, outside_modes
 from tinyq_lightning.kernels.weights import count_non_finite, dequantize, quantize_per_row, quantize_per_row_with_sqnr
 
@@ -27,6 +28,7 @@ __all__ = [
     "TensorSnapshot",
     "WeightForm",
     "choose_kernel",
+    "choose_recurrent_kernel",
     "count_non_finite",
     "dequantize",
     "has_digit_product",

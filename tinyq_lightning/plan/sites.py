@@ -235,8 +235,7 @@ def _sites_of(found: _Found) -> Iterator[Site]:
     if isinstance(module, QuantizedLayer):
         if isinstance(module, Int8Matrix):  # users know it by the name of the parameter
             names = tuple(f"{name.rpartition('.')[0]}.{module.parameter}".removeprefix(".") for name in names)
-        weights = {name: (holder, "int8_weights") for name, holder in module.coded_weights().items()}
-        yield Site(kind, module, module, names, places, weights)
+        yield Site(kind, module, module, names, places, module.code_places())
         return
     closed = next((why for parent, _ in found.parents if (why := why_closed(parent))), None)
     candidates = list(kind.candidates(module, closed))
