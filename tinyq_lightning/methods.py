@@ -7,6 +7,7 @@ from typing import Literal
 
 __all__ = [
     "KERNELS",
+    "KIND_NAMES",
     "METHODS",
     "KernelName",
     "Method",
@@ -46,3 +47,7 @@ KernelName = Literal["auto", "int8", "reference"]
 
 
 KERNELS: tuple[KernelName, ...] = ("auto", "int8", "reference")
+
+
+KIND_NAMES = ("linear", "attention", "conv", "embedding", "recurrent")
+"""The kinds of layer that are quantized unless a spec names fewer."""

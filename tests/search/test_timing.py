@@ -158,8 +158,8 @@ def test_what_cannot_be_timed_is_noted_and_not_judged(monkeypatch):
         assert list(stopwatch.slower(swap)) == ["0"]
     told = stopwatch.to_dict()
     assert len(told["timings"]) == 1
-    assert [(each["out_features"], each["reason"]) for each in told["not_timed"]] == [
-        (4, "RuntimeError: out of memory")
+    assert [(each["layer"].split(", bias")[0], each["reason"]) for each in told["not_timed"]] == [
+        ("in_features=8, out_features=4", "RuntimeError: out of memory")
     ]
 
 

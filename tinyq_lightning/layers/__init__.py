@@ -3,9 +3,10 @@
 from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
 from tinyq_lightning.layers.embedding import QuantizedEmbedding, ScaledQuantizedEmbedding
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
-from tinyq_lightning.layers.kind import Candidate, Kind
-from tinyq_lightning.layers.kinds import KINDS, has_inner_layers, is_replaceable, kind_of, why_closed
+from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
+from tinyq_lightning.layers.kinds import KINDS, has_inner_layers, is_replaceable, kind_of, methods_of, why_closed
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear, W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
+from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 
 __all__ = [
     "KINDS",
@@ -14,17 +15,21 @@ __all__ = [
     "Int8Weight",
     "Kind",
     "QuantizedEmbedding",
+    "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
     "ScaledQuantizedEmbedding",
     "W8A8LinearLayer",
     "W8A16LinearLayer",
     "W8A32LinearLayer",
+    "WeightSize",
+    "first_tensor",
     "float_weight",
     "has_inner_layers",
     "in_projections",
     "is_replaceable",
     "kind_of",
     "linear_with",
+    "methods_of",
     "why_closed",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from tinyq_lightning.kernels import (
     weight_form,
 )
 from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
+from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 
 __all__ = [
     "Int8Weight",
@@ -65,7 +66,7 @@ _packed: weakref.WeakSet[Int8Weight] = weakref.WeakSet()
 _PLACEHOLDER = "no_values"
 
 
-class Int8Weight(nn.Module):
+class Int8Weight(QuantizedLayer):
     """A matrix held as int8 codes with one float32 scale per row; what quantized layers have in common.
 
     The buffers ``int8_weights`` ``[rows, columns]`` int8 and ``scales`` ``[rows]`` float32 keep their
@@ -191,9 +192,14 @@ class Int8Weight(nn.Module):
             self.int8_weights, self.scales = quantize_per_row(weight)
         return self
 
-    def share(self, other: Int8Weight) -> Self:
+    def coded_weights(self) -> Mapping[str, Int8Weight]:
+        """This layer, which holds its weight itself."""
+        return {"weight": self}
+
+    def share(self, other: QuantizedLayer) -> Self:
         """Take the codes and scales of ``other``: the same memory, not a copy. Returns the layer."""
-        self.int8_weights, self.scales = other.int8_weights, other.scales
+        (holder,) = other.coded_weights().values()
+        self.int8_weights, self.scales = holder.int8_weights, holder.scales
         return self
 
     def dequantize(self) -> Tensor:
@@ -285,17 +291,17 @@ def _follow(before: Tensor, after: Tensor) -> Tensor:
     return after
 
 
-def float_weight(module: nn.Module) -> Tensor:
-    """The weight that a float layer uses. A parametrized weight is computed in eval mode, which changes no state."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return module.weight  # type: ignore[return-value]
+def float_weight(module: nn.Module, name: str = "weight") -> Tensor:
+    """A weight that a float layer uses. A parametrized one is computed in eval mode, which changes no state."""
+    if not parametrize.is_parametrized(module, name):
+        return getattr(module, name)  # type: ignore[no-any-return]
     below = list(module.parametrizations.modules())  # type: ignore[union-attr]
     modes = [each.training for each in below]
     try:
         for each in below:
             each.training = False  # in training mode, spectral_norm would make a step of its power iteration
         with torch.no_grad():
-            return module.weight  # type: ignore[return-value]
+            return getattr(module, name)  # type: ignore[no-any-return]
     finally:
         for each, mode in zip(below, modes, strict=True):
             each.training = mode

@@ -2,7 +2,7 @@
 
 from tinyq_lightning.plan.coverage import Coverage, file_coverage, model_coverage
 from tinyq_lightning.plan.heap import return_freed_memory
-from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over
+from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, quantized_weights
 from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan, state_bytes
 from tinyq_lightning.plan.replace import carry_out, put_in, quantize, quantize_by_layer, quantized
 from tinyq_lightning.plan.resolution import (
@@ -40,6 +40,7 @@ __all__ = [
     "quantize",
     "quantize_by_layer",
     "quantized",
+    "quantized_weights",
     "refuse_root",
     "resolve",
     "return_freed_memory",

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from tinyq_lightning.errors import ModelError, SpecError
-from tinyq_lightning.kernels import Choice, choose_kernel, count_non_finite
-from tinyq_lightning.layers import QuantizedLinear, float_weight, is_replaceable
-from tinyq_lightning.methods import METHODS, KernelName
+from tinyq_lightning.kernels import Choice, count_non_finite
+from tinyq_lightning.layers import QuantizedLayer, is_replaceable
+from tinyq_lightning.methods import KernelName
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan
 from tinyq_lightning.plan.sites import Site, find_sites, is_metric
@@ -40,9 +40,6 @@ __all__ = [
     "why_stays_float",
 ]
 
-_SCALE_BYTES = 4  # one float32 a row
-
-
 WithValues = Callable[[nn.Module], AbstractContextManager[object]]
 """A function that gives a context manager in which a layer of a model without values has its real weights."""
 
@@ -52,7 +49,7 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Sit
 
     Args:
         spec: what was asked for.
-        model: any module with ``nn.Linear`` somewhere below it.
+        model: any module with layers of a known kind somewhere below it.
         sites: its layers, where they have been found already.
 
     Raises:
@@ -64,15 +61,13 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Sit
     if not sites:
         kinds = Counter(type(m).__name__ for m in model.modules() if not m._modules and m._parameters)
         has = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4)) or "no layers"
-        raise ModelError(f"{type(model).__name__} has no nn.Linear to quantize (it has {has})")
+        raise ModelError(f"{type(model).__name__} has no layer to quantize (it has {has})")
+    on = _switched_on(spec, sites)
     for index, pattern in enumerate(spec.exclude):
-        if not any(pattern_matches(pattern, name) for site in sites for name in site.names):
-            raise SpecError(f"{spec.origin.where('exclude', index)}: {_no_match(pattern, model, sites)}")
+        _refuse_idle_pattern(spec, pattern, spec.origin.where("exclude", index), model, sites, on)
     for index, rule in enumerate(spec.rules):
-        covered = [site for site in sites if any(pattern_matches(rule.match, name) for name in site.names)]
         where = spec.origin.where("rules", index, "match")
-        if not covered:
-            raise SpecError(f"{where}: {_no_match(rule.match, model, sites)}")
+        covered = _refuse_idle_pattern(spec, rule.match, where, model, sites, on)
         if not any(deciding_rule(spec, site.names) == index for site in covered):
             by = excluding(spec, covered[0].names)
             taker = f"exclude {by!r}" if by else f"rule {(deciding_rule(spec, covered[0].names) or 0) + 1}"
@@ -80,10 +75,40 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Sit
                 f"{where}: rule {index + 1} ({rule.match!r}) is shadowed: all that it matches, such as "
                 f"{covered[0].name!r}, is taken by {taker} before it. Move it up, narrow the other, or remove it"
             )
-    layers = [site for site in sites if not site.kind.only_tied]
-    wanted = [wanted_method(spec, site.names) for site in layers]
+    if not on:
+        there = ", ".join(sorted({site.kind.name for site in sites}))
+        raise ModelError(
+            f"{type(model).__name__} has no layer of the kinds {', '.join(spec.kinds)} to quantize (it has some of "
+            f"{there})"
+        )
+    wanted = [wanted_method(spec, site.names) for site in on]
+    left = f"all {len(on)} layers" if len(on) > 1 else "the only layer"
     if all(each.method == "float" and each.decided_by not in MEASURED_BY for each in wanted):
-        raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(layers)} Linear layers float")
+        raise SpecError(f"{spec.origin.where()}: this spec leaves {left} float")
+
+
+def _switched_on(spec: QuantizationSpec, sites: Sequence[Site]) -> list[Site]:
+    """The layers of the spec's kinds, and those that share a weight with one of them."""
+    on = {site.name for site in sites if site.kind.name in spec.kinds}
+    return [site for site in sites if site.name in on or not on.isdisjoint(site.tied)]
+
+
+def _refuse_idle_pattern(
+    spec: QuantizationSpec, pattern: str, where: str, model: nn.Module, sites: Sequence[Site], on: Sequence[Site]
+) -> list[Site]:
+    """The layers that a pattern matches; refuse one that matches none, or only those of kinds that are off."""
+    matched = [site for site in sites if any(pattern_matches(pattern, name) for name in site.names)]
+    if not matched:
+        raise SpecError(f"{where}: {_no_match(pattern, model, sites)}")
+    names = {site.name for site in on}
+    covered = [site for site in matched if site.name in names]
+    if not covered:
+        kinds = ", ".join(sorted({site.kind.name for site in matched}))
+        raise SpecError(
+            f"{where}: pattern {pattern!r} matches only layers of a kind that is switched off ({kinds}), such as "
+            f"{matched[0].name!r}: add it to kinds, or remove the pattern"
+        )
+    return covered
 
 
 def check_model(spec: QuantizationSpec, model: nn.Module) -> None:
@@ -97,14 +122,14 @@ def check_model(spec: QuantizationSpec, model: nn.Module) -> None:
     sites = find_sites(model)
     check_patterns(spec, model, sites)
     reasons = []
-    for site in sites:
+    for site in _switched_on(spec, sites):
         method, reason, decided_by = wanted_method(spec, site.names)
         if decided_by in MEASURED_BY:
             return
         left = "already quantized" if site.is_quantized else reason if method == "float" else why_stays_float(site)
-        if left is None and not site.kind.only_tied:
+        if left is None:
             return
-        reasons.append(f"{site.name}: {left or reason}")
+        reasons.append(f"{site.name}: {left}")
     raise ModelError(f"there is nothing to quantize ({'; '.join(reasons)})")
 
 
@@ -115,9 +140,10 @@ def refuse_root(model: nn.Module) -> None:
         ModelError: it is one.
     """
     if is_replaceable(model):
+        other = ", or use replace_linear_with_target_and_quantize, which returns the new layer"
         raise ModelError(
             f"the model is itself an nn.{type(model).__name__}, which cannot be replaced in place: put it in an "
-            "nn.Sequential, or use replace_linear_with_target_and_quantize, which returns the new layer"
+            f"nn.Sequential{other if isinstance(model, nn.Linear) else ''}"
         )
 
 
@@ -133,19 +159,20 @@ def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site]) -> str:
     else:
         hint = nearest(pattern, [*names, *leaves], 3)
     shown = ", ".join(names[:6]) + (f", … ({len(names)} in all)" if len(names) > 6 else "")
-    return f"pattern {pattern!r} matches no Linear layer.{hint or ''} The layers are: {shown}"
+    return f"pattern {pattern!r} matches no layer.{hint or ''} The layers are: {shown}"
 
 
 def why_not_replaced(site: Site) -> str | None:
     """Why a layer cannot be replaced whatever the spec says; None if it can."""
     if site.why_float or site.is_lazy or site.is_quantized:
         return site.why_float
-    shape, expected = site.weight_like.shape, site.shape
-    if shape != expected:
-        return f"its weight is {list(shape)} where its sizes tell of {list(expected)}"
-    bias = getattr(site.module, "bias", None)
-    if bias is not None and bias.shape != expected[:1]:
-        return f"its bias is {list(bias.shape)} where its sizes tell of {list(expected[:1])}"
+    for name, size in site.sizes.items():
+        shape = site.weights_like[name].shape
+        if shape != size.shape:
+            return f"its {name} is {list(shape)} where its sizes tell of {list(size.shape)}"
+    bias, size = getattr(site.module, "bias", None), next(iter(site.sizes.values()))
+    if len(site.sizes) == 1 and isinstance(bias, Tensor) and bias.shape != (size.rows,):
+        return f"its bias is {list(bias.shape)} where its sizes tell of {[size.rows]}"
     return None
 
 
@@ -154,10 +181,14 @@ def why_stays_float(site: Site) -> str | None:
     why = why_not_replaced(site)
     if why or site.is_lazy:
         return why
-    columns, size = site.shape[1], site.dtype.itemsize
-    if columns + _SCALE_BYTES < columns * size:
+    sizes, itemsize = site.sizes.values(), site.dtype.itemsize
+    after, before = sum(size.bytes for size in sizes), sum(size.count for size in sizes) * itemsize
+    if after < before:
         return None
-    return f"int8 is no smaller: {columns} + {_SCALE_BYTES} bytes a row, {columns * size} as float"
+    if len(sizes) > 1:
+        return f"int8 is no smaller: {after} bytes, {before} as float"
+    rows, columns = (size := next(iter(sizes))).rows, size.count // size.rows
+    return f"int8 is no smaller: {columns} + {after // rows - columns} bytes a row, {before // rows} as float"
 
 
 def resolve(
@@ -167,11 +198,11 @@ def resolve(
     why_float: Callable[[Site], str | None] = why_stays_float,
     sites: Sequence[Site] | None = None,
 ) -> Plan:
-    """One decision for every Linear layer of ``model`` and every embedding tied to one; nothing is changed.
+    """One decision for every layer of ``model`` that is of a known kind; nothing is changed.
 
     Args:
         spec: what was asked for.
-        model: any module with ``nn.Linear`` somewhere below it.
+        model: any module with layers of a known kind somewhere below it.
         with_values: gives a block in which a layer has its real weights, for a model that is without.
         why_float: why a layer stays float whatever the spec says; None if it need not.
         sites: the model's layers, where they have been found already.
@@ -208,7 +239,7 @@ def resolve(
             if bad and spec.non_finite == "float":
                 made[name] = Wanted("float", "non-finite weights", "layer")
             elif bad:
-                refused.append(f"{name}: {bad} of {site.weight_like.numel()}")
+                refused.append(f"{name}: {bad} of {sum(size.count for size in site.sizes.values())}")
     if refused:
         raise ModelError(
             f"weights that are NaN or infinite cannot be quantized ({'; '.join(refused)}). Find out what made "
@@ -217,7 +248,7 @@ def resolve(
     decisions: dict[str, Decision] = {}
     for name, site in by_name.items():
         wanted = made[name]
-        partners = sorted(site.tied, key=lambda other: not by_name[other].kind.takes_methods)
+        partners = sorted(site.tied, key=lambda other: -len(by_name[other].methods))
         stays_float = next((other for other in partners if made[other].method == "float"), None)
         if wanted.method != "float" and stays_float is not None:
             wanted = Wanted("float", f"tied to {stays_float}.weight ({made[stays_float].reason})", "tie")
@@ -229,16 +260,16 @@ def resolve(
 def _structural(
     spec: QuantizationSpec, site: Site, sites: Mapping[str, Site], why_float: Callable[[Site], str | None]
 ) -> Wanted:
-    """Method and reason by the spec and by what the layer is, without its values and its ties."""
+    """Method and reason by the spec and by what the layer is, without its values and what its ties leave float."""
     wanted = wanted_method(spec, site.names)
-    if site.is_quantized and not site.kind.only_tied:
-        return Wanted(getattr(site.module, "method", wanted.method), "already quantized", "layer")
-    if site.kind.only_tied:
-        linears = [sites[name] for name in site.tied if sites[name].kind.takes_methods]
-        theirs = [(linear.name, _structural(spec, linear, sites, why_float)) for linear in linears]
-        if site.is_quantized:
-            return Wanted(theirs[0][1].method if theirs else wanted.method, "already quantized", "layer")
-        if wanted.decided_by == "spec":  # nothing names it, so it is what the Linear is
+    if isinstance(site.module, QuantizedLayer):
+        return Wanted(site.module.method, "already quantized", "layer")
+    if not any(each.kind.name in spec.kinds for each in (site, *(sites[name] for name in site.tied))):
+        return Wanted("float", f"kind {site.kind.name} is switched off", "spec")
+    if wanted.decided_by == "spec":  # nothing names it, so it is what leads it
+        leaders = [sites[name] for name in site.tied if _rank(spec, sites[name]) > _rank(spec, site)]
+        theirs = [(each.name, _structural(spec, each, sites, why_float)) for each in leaders]
+        if theirs:
             name, other = next((each for each in theirs if each[1].method != "float"), theirs[0])
             why = f" ({other.reason})" if other.method == "float" else ""
             wanted = Wanted(other.method, f"tied to {name}.weight{why}", "tie")
@@ -247,42 +278,56 @@ def _structural(
     if (left := why_float(site)) is not None:
         return Wanted("float", left, "layer")
     if site.is_lazy:
-        raise ModelError(f"{site.name}: this LazyLinear has no weight yet: run one batch through the model first")
+        kind = type(site.original).__name__
+        raise ModelError(f"{site.name}: this {kind} has no weight yet: run one batch through the model first")
     return wanted
 
 
+def _rank(spec: QuantizationSpec, site: Site) -> tuple[bool, int]:
+    """Which of two layers with the same weight decides on both if the spec names neither: that of the higher rank."""
+    return site.kind.name in spec.kinds, len(site.methods)
+
+
 def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelName) -> Decision:
-    rows, columns = site.shape
-    bias = getattr(site.module, "bias", None)
-    extra = 0 if bias is None or isinstance(bias, UninitializedParameter) else bias.numel() * bias.element_size()
-    float_bytes = extra + (rows * columns * site.dtype.itemsize if tied_to is None else 0)
-    quantized = extra + (rows * (columns + _SCALE_BYTES) if tied_to is None else 0)
+    held = {name: getattr(site.module, name, None) for name in (*site.module._parameters, "bias")}
+    extra = sum(
+        kept.numel() * kept.element_size()
+        for name, kept in held.items()
+        if name not in site.weights and isinstance(kept, Tensor) and not isinstance(kept, UninitializedParameter)
+    )
+    sizes = list(site.sizes.values()) if tied_to is None else []
+    float_bytes = extra + sum(size.count for size in sizes) * site.dtype.itemsize
     method, reason, by = wanted
+    asked = None
+    if method != "float" and not site.is_quantized:
+        method, why = site.kind.method_for(site.module, method)
+        if why is not None:
+            reason, asked = f"{reason}; {why}", wanted.method
     return Decision(
         name=site.name,
         method=method,
         reason=reason,
         weight_sqnr_db=None,
         float_bytes=float_bytes,
-        bytes=float_bytes if method == "float" else quantized,
+        bytes=float_bytes if method == "float" else extra + sum(size.bytes for size in sizes),
         aliases=site.names[1:],
         tied_to=tied_to,
+        kind=site.kind.name,
         kernel=_kernel(site, method, kernel),
+        asked=asked,
         decided_by=cast(DecidedBy, by),
     )
 
 
 def _kernel(site: Site, method: str, kernel: KernelName) -> Choice | None:
-    if not site.kind.takes_methods:
-        return None
-    if site.is_quantized:
-        return cast(QuantizedLinear, site.module).choice
-    return None if method == "float" else choose_kernel(kernel, METHODS[method], *site.shape)
+    if isinstance(site.module, QuantizedLayer):
+        return site.module.choice
+    return None if method == "float" else site.kind.choice(site.module, method, kernel)
 
 
 def _others(model: nn.Module, sites: Iterable[Site]) -> tuple[OtherWeight, ...]:
     """The parameters with two dimensions or more that no layer of the plan has and no metric holds."""
-    apart = {id(tensor) for site in sites for tensor, _ in weights_of(*site.parameter)}
+    apart = {id(tensor) for site in sites for place in site.weights.values() for tensor, _ in weights_of(*place)}
     apart |= {id(p) for module in model.modules() if is_metric(module) for p in module.parameters()}
     return tuple(
         OtherWeight(name, tuple(parameter.shape), parameter.numel() * parameter.element_size())
@@ -302,7 +347,7 @@ def _check_values(site: Site) -> int:
     """How many of a layer's weights are not finite."""
     if site.is_quantized:
         return 0
-    weight = float_weight(site.module)
-    if weight.is_meta:
+    weights = site.kind.float_weights(site.module).values()
+    if any(weight.is_meta for weight in weights):
         raise ModelError(f"{site.name}: its weight is on the meta device and has no values: load the model first")
-    return count_non_finite(weight)
+    return sum(count_non_finite(weight) for weight in weights)

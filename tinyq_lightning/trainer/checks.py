@@ -79,8 +79,9 @@ def _refuse_missing_weights(spec: QuantizationSpec, module: LightningModule, sta
     missing = []
     for site in find_sites(module):
         quantized = wanted_method(spec, site.names).method != "float" and why_stays_float(site) is None
-        places = {_memory(weight) for weight, _ in weights_of(*site.parameter)} - {None} if quantized else set()
-        if places and saved.isdisjoint(places):
+        weights = [list(weights_of(*place)) for place in site.weights.values()] if quantized else []
+        places = [{_memory(tensor) for tensor, _ in found} - {None} for found in weights]
+        if any(each and saved.isdisjoint(each) for each in places):
             missing.append(site.name)
     if missing:
         raise ModelError(
