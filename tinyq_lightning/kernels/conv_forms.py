@@ -1,7 +1,7 @@
 """The forms of a convolution's weights that kernels take, and the convolution of each.
 
 The int8 forms hold the activations as fixed point in int8 digits, as linear layers do: one exact convolution for each
-digit. No sum is rounded on the way, so the result of a sample depends neither on its batch nor on the number of threads.
+digit. No sum is rounded on the way, so a sample's result depends neither on its batch nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tinyq_lightning.methods import Method
 __all__ = [
     "CONV_FORMS",
     "ConvForm",
+    "FloatConvWeights",
     "Int8ConvWeights",
     "Int8GroupedWeights",
     "has_int8_convolution",
@@ -65,8 +66,14 @@ def layout_of(x: Tensor) -> torch.memory_format:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a place lie side by side, and not the places of a channel."""
-    return x.dim() in _LAYOUTS and not x.is_contiguous() and x.is_contiguous(memory_format=_LAYOUTS[x.dim()])
+    """Whether the channels of a place lie side by side, and not the places of a channel.
+
+    By the strides, as torch has it, also where there is one place.
+    """
+    layout = _LAYOUTS.get(x.dim())
+    if layout is None or x.shape[1] == 1 or x.stride(1) != 1 or x.stride(-1) != x.shape[1]:
+        return False
+    return x.is_contiguous(memory_format=layout)
 
 
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -102,7 +109,7 @@ class ConvForm(WeightForm):
     """
 
     def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
-        super().__init__(codes, scales)
+        super().__init__(codes, scales)  # type: ignore[safe-super]  # of the class beside this one
         self.geometry = geometry
         self.kernel_size = tuple(codes.shape[2:])
 
@@ -120,7 +127,7 @@ class ConvForm(WeightForm):
         if len(x) <= at_once:
             self._convolve(method, x, scales, added, out)
         else:
-            for part, into in zip(x.split(at_once), out.split(at_once), strict=True):
+            for part, into in zip(torch.split(x, at_once), torch.split(out, at_once), strict=True):
                 self._convolve(method, part, scales, added, into)
         return out
 
@@ -197,7 +204,7 @@ class PointwiseWeights(ConvForm, BesideCodes):
             else:
                 sums = torch.stack([torch._int_mm(codes, each) for each in digit.flatten(2)])
                 parts.append(sums.float().mul_(scales[:, None]))
-        return _joined(parts).unflatten(2, sizes)
+        return torch.unflatten(_joined(parts), 2, sizes)
 
 
 class Float32ConvCodes(ConvForm, BesideCodes):
@@ -216,7 +223,7 @@ class Float32ConvCodes(ConvForm, BesideCodes):
         return out.mul_(per_channel(scales, out.dim()))
 
 
-class Float32ConvWeights(ConvForm, BesideCodes):
+class FloatConvWeights(ConvForm, BesideCodes):
     """A float copy of the weights, for activations as they are.
 
     Attributes:
@@ -240,7 +247,7 @@ CONV_FORMS: dict[str, type[ConvForm]] = {
     "int8": Int8ConvWeights,
     "int8grouped": Int8GroupedWeights,
     "int8mm": PointwiseWeights,
-    "float32": Float32ConvWeights,
+    "float32": FloatConvWeights,
     "float32x1": Float32ConvCodes,
 }
 """The form of the weights that each kernel of convolutions takes; others take the plain codes."""
@@ -253,9 +260,7 @@ def pack_convolution(codes: Tensor, geometry: Geometry, shape: list[int] | None)
     return torch.ops.onednn.qconv_prepack(codes, ones, 1.0, 128, *moves, shape)
 
 
-def int8_convolution(
-    digits: Tensor, packed: Packed, scales: Tensor, zero_points: Tensor, geometry: Geometry
-) -> Tensor:
+def int8_convolution(digits: Tensor, packed: Packed, scales: Tensor, zero_points: Tensor, geometry: Geometry) -> Tensor:
     """The convolution of ``digits − 128`` with the codes, times ``scales``; the sums are exact in int32.
 
     Args:
@@ -278,7 +283,7 @@ def int8_convolution(
 def _moves_of_operator(
     sizes: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry
 ) -> tuple[Geometry, list[int] | None]:
-    """How the operator moves over an input of these sizes, and what is added to it, or cut off, before; None if nothing.
+    """How the operator moves over an input of these sizes, and what is added to it, or cut off, before; None if not.
 
     Where a window lies in the padding altogether, and where one window is all that a stride leaves, the operator
     returns wrong numbers or breaks (oneDNN 3.12): such inputs are padded before, and cut to what is used of them.
@@ -291,8 +296,8 @@ def _moves_of_operator(
     pads: list[int] = []
     for size, span, stride, pad, count in zip(sizes, spans, geometry.stride, geometry.padding, counts, strict=True):
         pads = [pad, (count - 1) * stride + span - size - pad, *pads]  # the last dimension comes first
-    stride = tuple(1 if count == 1 else stride for count, stride in zip(counts, geometry.stride, strict=True))
-    return replace(geometry, stride=stride, padding=(0,) * len(sizes)), pads
+    strides = tuple(1 if count == 1 else stride for count, stride in zip(counts, geometry.stride, strict=True))
+    return replace(geometry, stride=strides, padding=(0,) * len(sizes)), pads
 
 
 @functools.cache  # because the lookup costs a microsecond
@@ -344,9 +349,9 @@ def _is_exact() -> bool:
         (3, 8, 1, (1, 5), (1, 9)),
         (8, 4, 2, (2, 3, 2), (3, 4, 5)),
     ):
-        like = {"generator": generator, "dtype": torch.int32, "device": "cpu"}
-        codes = torch.randint(-127, 128, (outputs, channels // groups, *kernel), **like).to(torch.int8)
-        digits = torch.randint(-128, 128, (2, channels, *sizes), **like)
+        shapes = (outputs, channels // groups, *kernel), (2, channels, *sizes)
+        codes, digits = (torch.randint(-127, 128, each, generator=generator, device="cpu") for each in shapes)
+        codes, digits = codes.to(torch.int8), digits.int()
         ones = (1,) * len(kernel)
         geometry = Geometry(ones, tuple(width // 2 for width in kernel), ones, groups)
         for a, b in ((digits, codes), (torch.full_like(digits, -128), torch.full_like(codes, 127))):

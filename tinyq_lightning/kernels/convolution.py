@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tinyq_lightning.kernels.base import SUM_MAX, WeightForm
 from tinyq_lightning.kernels.integer import integer_digits
 from tinyq_lightning.kernels.tracing import in_transform, is_exporting
-from tinyq_lightning.kernels.weights import CODE_MAX, dequantize, spread_scales
+from tinyq_lightning.kernels.weights import CODE_MAX, dequantize
 from tinyq_lightning.methods import Method
 
 __all__ = [

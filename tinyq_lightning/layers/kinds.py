@@ -16,6 +16,7 @@ from tinyq_lightning.layers.behaviour import (
     forward_takes_one_input,
     multiplies_matrices,
 )
+from tinyq_lightning.layers.conv_kind import ConvKind
 from tinyq_lightning.layers.embedding import QuantizedEmbedding, ScaledQuantizedEmbedding
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
@@ -180,7 +181,7 @@ class EmbeddingKind(Kind):
         return ScaledQuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device, scale)
 
 
-KINDS: tuple[Kind, ...] = (LinearKind(), AttentionKind(), EmbeddingKind(), LikeLinearKind())
+KINDS: tuple[Kind, ...] = (LinearKind(), AttentionKind(), ConvKind(), EmbeddingKind(), LikeLinearKind())
 """Every kind; the first that finds a module takes it."""
 
 
