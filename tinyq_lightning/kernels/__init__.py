@@ -10,7 +10,7 @@ from tinyq_lightning.kernels.conv_forms import (
     has_int8_convolution,
     is_channels_last,
 )
-from tinyq_lightning.kernels.convolution import ConvFormulaName, Geometry, convolve, quantized_convolution
+from tinyq_lightning.kernels.convolution import ConvFormulaName, Geometry, convolve, output_sizes, quantized_convolution
 from tinyq_lightning.kernels.float16 import has_float16_product
 from tinyq_lightning.kernels.float32 import Float32Weights
 from tinyq_lightning.kernels.formula import (
@@ -54,6 +54,7 @@ __all__ = [
     "in_transform",
     "is_channels_last",
     "is_exporting",
+    "output_sizes",
     "outside_modes",
     "packed_convolution",
     "packed_linear",

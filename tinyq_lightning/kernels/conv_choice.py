@@ -12,6 +12,7 @@ from tinyq_lightning.kernels.base import LONGEST_SUM, Choice
 from tinyq_lightning.kernels.choice import wanted_kernel
 from tinyq_lightning.kernels.conv_forms import ConvForm, has_int8_convolution
 from tinyq_lightning.kernels.convolution import StraightConvolution
+from tinyq_lightning.kernels.int8 import has_int8_product
 from tinyq_lightning.kernels.integer import has_plain_int8_product
 from tinyq_lightning.methods import KernelName, Method
 
@@ -26,6 +27,10 @@ __all__ = [
 _KEPT_TO = 1_000_000
 
 
+# With fewer windows, to rebuild the float weights costs more than to convolve by them.
+_FEW_WINDOWS = 513
+
+
 # With a sum of fewer products to an output, rounding costs more than an int8 convolution wins.
 _PAYS_FROM = 32
 
@@ -38,6 +43,7 @@ class ConvShape:
         out_channels: of the layer.
         summed: how many products are summed to an output.
         pointwise: whether it is a matrix product of channels.
+        dims: how many it has, without samples and channels.
         groups: of channels.
         transposed: whether it is a transposed convolution.
     """
@@ -45,6 +51,7 @@ class ConvShape:
     out_channels: int
     summed: int
     pointwise: bool
+    dims: int = 2
     groups: int = 1
     transposed: bool = False
 
@@ -76,7 +83,16 @@ def choose_convolution(kernel: KernelName, method: Method, shape: ConvShape, dev
     if not method.rounds:
         if shape.out_channels * shape.summed < _KEPT_TO:
             return Choice("float32", "a float copy in memory, as fast as float; the file stays int8")
-        return Choice("reference", "float weights are rebuilt on each call, which costs little here")
+        reason = "float weights are rebuilt on each call, which costs little"
+        if (
+            shape.groups > 1
+            or shape.transposed
+            or shape.dims > 2
+            or shape.summed > LONGEST_SUM
+            or not has_int8_product()
+        ):
+            return Choice("reference", reason)
+        return Choice("reference", reason, few_rows=_FEW_WINDOWS, few="windows")
     if lacking:
         return Choice("float32x1", f"integers in float32: {lacking}")
     if shape.summed < _PAYS_FROM:

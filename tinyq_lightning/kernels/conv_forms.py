@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from tinyq_lightning.kernels.base import STEPS, BesideCodes, CodeHolder, WeightForm, plus_bias
 from tinyq_lightning.kernels.convolution import Geometry, convolve, output_sizes, per_channel, sample_steps
+from tinyq_lightning.kernels.int8 import Int8Weights
 from tinyq_lightning.kernels.integer import has_plain_int8_product
 from tinyq_lightning.kernels.probe import Packed, has_operator, has_vnni, holds, is_hidden
 from tinyq_lightning.kernels.weights import dequantize
@@ -108,6 +109,8 @@ class ConvForm(WeightForm):
         shape: of the first input ``[N, in, ...]``, for which the weights are laid out; others take them too.
     """
 
+    _flat = False
+
     def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
         super().__init__(codes, scales)  # type: ignore[safe-super]  # of the class beside this one
         self.geometry = geometry
@@ -118,7 +121,7 @@ class ConvForm(WeightForm):
         """The convolution of ``x`` ``[N, in, ...]`` float32 → ``[N, out, ...]`` float32, new memory."""
         layout = layout_of(x)
         x = x.contiguous(memory_format=layout)
-        added = None if bias is None else per_channel(bias.float(), x.dim())
+        added = None if bias is None else per_channel(bias.float(), x.dim() + self._flat)
         sizes = output_sizes(tuple(x.shape[2:]), self.kernel_size, self.geometry)
         out = torch.empty(len(x), len(scales), *sizes, dtype=torch.float32, memory_format=layout)
         if not out.numel():
@@ -133,9 +136,17 @@ class ConvForm(WeightForm):
 
     def _convolve(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Convolve some samples; ``bias`` is ``[out, 1, ...]``."""
+        if self._flat:  # the operator takes two dimensions or three
+            x, out = x.unsqueeze(2), out.unsqueeze(2)
         step = _steps(x, STEPS[method.digits])
         sums = self._of_integers(torch.div(x, step), method.digits, scales)
-        plus_bias(torch.mul(sums, step, out=out), bias)
+        if is_channels_last(sums) and not is_channels_last(out):
+            for placed, into in zip(sums, out, strict=True):
+                # torch copies a transposed matrix much faster than it reorders more dimensions
+                into.flatten(1).copy_(placed.movedim(0, -1).flatten(0, -2).t())
+            plus_bias(out.mul_(step), bias)
+        else:
+            plus_bias(torch.mul(sums, step, out=out), bias)
 
     @abstractmethod
     def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
@@ -147,7 +158,7 @@ class _PackedConvolution(ConvForm):
 
     def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
         super().__init__(codes, scales, geometry, shape)
-        self._flat = codes.dim() == 3  # of one dimension; the operator takes two or three
+        self._flat = codes.dim() == 3
         self._of_operator = replace(
             geometry,
             stride=(1,) * self._flat + geometry.stride,
@@ -162,15 +173,14 @@ class _PackedConvolution(ConvForm):
 
     @override
     def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
-        x = numbers.unsqueeze(2) if self._flat else numbers
-        moves, pads = _moves_of_operator(tuple(x.shape[2:]), self._places, self._of_operator)
-        x, layout = x if pads is None else nn.functional.pad(x, pads), _LAYOUTS[x.dim()]
+        moves, pads = _moves_of_operator(tuple(numbers.shape[2:]), self._places, self._of_operator)
+        x = numbers if pads is None else nn.functional.pad(numbers, pads)
+        layout = _LAYOUTS[x.dim()]
         parts = []
         for digit in _digits(x, digits, signed=False):
             placed = digit.contiguous(memory_format=layout)
             parts.append(int8_convolution(placed, self._packed, scales, self._zero_points, moves))
-        out = _joined(parts)
-        return out.squeeze(2) if self._flat else out
+        return _joined(parts)
 
 
 class Int8ConvWeights(_PackedConvolution, CodeHolder):
@@ -223,6 +233,38 @@ class Float32ConvCodes(ConvForm, BesideCodes):
         return out.mul_(per_channel(scales, out.dim()))
 
 
+class WindowWeights(ConvForm, CodeHolder):
+    """The codes as a linear layer's int8 kernel takes them, for few windows: each is a row, with a step of its own."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
+        super().__init__(codes, scales, geometry, shape)
+        self._rows = Int8Weights(codes.flatten(1), scales)
+
+    @override
+    def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        sizes = output_sizes(tuple(x.shape[2:]), self.kernel_size, self.geometry)
+        flat = (1,) * (4 - x.dim())  # unfold takes two dimensions
+        zeros = (0,) * len(flat)
+        windows = nn.functional.unfold(
+            x.view(*x.shape[:2], *flat, *x.shape[2:]) if flat else x,
+            flat + self.kernel_size,
+            flat + self.geometry.dilation,
+            zeros + self.geometry.padding,
+            flat + self.geometry.stride,
+        )
+        rows = windows.transpose(1, 2).flatten(0, 1).contiguous()
+        out = self._rows.product(method, rows, scales, bias).view(len(x), *sizes, -1).movedim(-1, 1)
+        return out.contiguous(memory_format=layout_of(x))
+
+    @override
+    def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @override
+    def _unpacked(self) -> Tensor:
+        return self._rows.codes().view(self.shape)
+
+
 class FloatConvWeights(ConvForm, BesideCodes):
     """A float copy of the weights, for activations as they are.
 
@@ -247,6 +289,7 @@ CONV_FORMS: dict[str, type[ConvForm]] = {
     "int8": Int8ConvWeights,
     "int8grouped": Int8GroupedWeights,
     "int8mm": PointwiseWeights,
+    "windows": WindowWeights,
     "float32": FloatConvWeights,
     "float32x1": Float32ConvCodes,
 }

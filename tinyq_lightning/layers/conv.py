@@ -30,6 +30,7 @@ from tinyq_lightning.kernels import (
     in_jit_trace,
     in_transform,
     is_channels_last,
+    output_sizes,
     packed_convolution,
     quantize_per_row,
     quantized_convolution,
@@ -214,7 +215,11 @@ class QuantizedConv(Int8Weight):
 
     def _form_on(self, x: Tensor) -> ConvForm | None:
         """The weights as the kernel for ``x`` takes them; None if it takes the plain codes."""
-        kernel = self._choice_on(x.device.type).kernel
+        choice = self._choice_on(x.device.type)
+        kernel = choice.kernel
+        if choice.few_rows:
+            sizes = output_sizes(tuple(x.shape[2:]), self.kernel_size, self._moves_of(None, None)[0])
+            kernel = choice.few if x.shape[0] * math.prod(sizes) < choice.few_rows else kernel
         if kernel not in CONV_FORMS:
             return None
         if kernel not in self._forms:
@@ -372,4 +377,5 @@ def conv_shape(layer: Any) -> ConvShape:
     plain = unmoved and places == 1 and all(each == 1 for each in layer.stride)
     channels = layer.in_channels // layer.groups
     pointwise = plain and layer.groups == 1 and channels > 1 and not layer.transposed
-    return ConvShape(layer.out_channels, channels * places, pointwise, layer.groups, layer.transposed)
+    dims = len(layer.kernel_size)
+    return ConvShape(layer.out_channels, channels * places, pointwise, dims, layer.groups, layer.transposed)
