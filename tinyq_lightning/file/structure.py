@@ -65,7 +65,8 @@ def prepare_structure(
         CheckpointError: the module has no such layer, or one of another shape.
     """
     entries = [entry for entry in checkpoint["tinyq"]["plan"] if entry["method"] != "float"]
-    sites = {name: site for site in find_sites(module) for name in site.names}
+    found = find_sites(module, {entry["name"] for entry in entries}.__contains__)
+    sites = {name: site for site in found for name in site.names}
     made: dict[str, tuple[Site, QuantizedLayer]] = {}
     state = checkpoint["state_dict"]
     prefixes = prefixes_of_codes(state)

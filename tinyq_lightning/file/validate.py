@@ -186,6 +186,7 @@ def _is_decision(value: Any) -> bool:
         and all(map(_is_text, aliases))
         and _is_text_or_none(value.get("tied_to"))
         and _is_text(value.get("kind", ""))
+        and _is_text_or_none(value.get("asked"))
     )
 
 

@@ -160,8 +160,10 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
 def spread_scales(codes: Tensor, scales: Tensor, groups: int = 0) -> Tensor:
     """Scales ``[out]`` in a shape that multiplies codes; arguments as for :func:`dequantize`."""
     ones = [1] * (codes.dim() - 1)
-    if not groups:
+    if not groups and len(scales) == len(codes):
         return scales.view(-1, *ones)
+    if not groups:  # a row is what the last dimension has
+        return scales.view(*codes.shape[:-1], 1)
     inputs = codes.shape[0] // groups
     spread = scales.view(groups, 1, -1).expand(groups, inputs, -1)
     return spread.reshape(codes.shape[0], -1, *ones[1:])

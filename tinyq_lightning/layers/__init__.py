@@ -1,20 +1,25 @@
 """Modules that hold int8 codes, and the table of the kinds of layer that they replace."""
 
 from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
-from tinyq_lightning.layers.embedding import QuantizedEmbedding, ScaledQuantizedEmbedding
+from tinyq_lightning.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, ScaledQuantizedEmbedding
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.kinds import KINDS, has_inner_layers, is_replaceable, kind_of, methods_of, why_closed
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear, W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
+from tinyq_lightning.layers.matrix import Int8Matrix, MatrixKind, MatrixPlace, bare_matrix
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 
 __all__ = [
     "KINDS",
     "LAYERS",
     "Candidate",
+    "Int8Matrix",
     "Int8Weight",
     "Kind",
+    "MatrixKind",
+    "MatrixPlace",
     "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
     "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
@@ -23,6 +28,7 @@ __all__ = [
     "W8A16LinearLayer",
     "W8A32LinearLayer",
     "WeightSize",
+    "bare_matrix",
     "first_tensor",
     "float_weight",
     "has_inner_layers",

@@ -95,7 +95,7 @@ class Kind(ABC):
         name: as specs, plans and errors call it; one of ``methods.KIND_NAMES``.
         methods: those that its quantized layers have. Another that is asked for becomes ``w8a32``.
         why_w8a32: why it becomes that, for the plan.
-        is_layer: whether a model that is itself of this kind could be replaced, which takes a parent.
+        is_called: whether its quantized layers are called, so that there are inputs, outputs and times of them.
         quantized_class: of its quantized layers.
         left_behind: attributes of a float layer that its quantized layer is not given.
     """
@@ -103,7 +103,7 @@ class Kind(ABC):
     name: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = tuple(METHODS)
     why_w8a32: ClassVar[str] = "its activations stay as they are"
-    is_layer: ClassVar[bool] = True
+    is_called: ClassVar[bool] = True
     quantized_class: ClassVar[type[QuantizedLayer]]
     left_behind: ClassVar[frozenset[str]] = frozenset()
 

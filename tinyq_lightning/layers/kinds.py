@@ -12,18 +12,17 @@ from tinyq_lightning.kernels import Choice, choose_kernel
 from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
 from tinyq_lightning.layers.behaviour import (
     computes_linear,
-    computes_scaled_embedding,
     forward_takes_one_input,
     multiplies_matrices,
 )
 from tinyq_lightning.layers.conv_kind import ConvKind
-from tinyq_lightning.layers.embedding import QuantizedEmbedding, ScaledQuantizedEmbedding
+from tinyq_lightning.layers.embedding_kind import EmbeddingBagKind, EmbeddingKind
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
+from tinyq_lightning.layers.matrix import MatrixKind
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.why_float import (
-    is_torchs,
     why_holds_more,
     why_more_than,
     why_more_than_forward,
@@ -97,7 +96,7 @@ class LikeLinearKind(LinearKind):
         # A class of torch's own has a meaning of its own.
         return (
             type(module).__module__.partition(".")[0] != "torch"
-            and not isinstance(module, nn.Linear | nn.Embedding | Int8Weight)
+            and not isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag | QuantizedLayer)
             and multiplies_matrices(module)
             and forward_takes_one_input(module)
             and (computes_linear(module) or computes_linear(module, transposed=True))
@@ -143,45 +142,15 @@ class AttentionKind(LinearKind):
             yield Candidate(self, layer, {"weight": parameter}, why, part, opened)
 
 
-class EmbeddingKind(Kind):
-    """``nn.Embedding``, and subclasses of it that multiply its rows by a number."""
-
-    name = "embedding"
-    methods = ("w8a32",)
-    why_w8a32 = "a look-up has no activations"
-    quantized_class = QuantizedEmbedding
-
-    def finds(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Embedding) and not isinstance(module, Int8Weight)
-
-    def candidates(self, module: nn.Module, closed: str | None) -> Iterator[Candidate]:
-        renorms = "max_norm rewrites its rows" if cast(nn.Embedding, module).max_norm is not None else None
-        why = closed or renorms or why_more_than(module, nn.Embedding) or why_weight(module)
-        yield Candidate(self, module, {"weight": (module, "weight")}, why or why_holds_more(module))
-
-    def sizes(self, layer: Any) -> Mapping[str, WeightSize]:
-        return {"weight": WeightSize((layer.num_embeddings, layer.embedding_dim), layer.num_embeddings)}
-
-    def make(self, layer: Any, codes: Mapping[str, Int8Weight], method: str, kernel: KernelName) -> QuantizedEmbedding:
-        return self._made(layer, "meta").share(codes["weight"]).train(layer.training)
-
-    def make_empty(self, layer: Any, method: str, kernel: KernelName) -> QuantizedEmbedding:
-        return self._made(layer, layer.weight.device)
-
-    def example(
-        self, layer: Any, amount: int, sizes: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
-    ) -> tuple[Any, ...]:
-        return (torch.randint(layer.num_embeddings, sizes, generator=generator).to(dtype),)
-
-    def _made(self, layer: Any, device: Any) -> QuantizedEmbedding:
-        (rows, columns), dtype = layer.weight.shape, layer.weight.dtype
-        scale = None if is_torchs(layer, nn.Embedding) else computes_scaled_embedding(layer)
-        if scale is None or scale == 1:
-            return QuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device)
-        return ScaledQuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device, scale)
-
-
-KINDS: tuple[Kind, ...] = (LinearKind(), AttentionKind(), ConvKind(), EmbeddingKind(), LikeLinearKind())
+KINDS: tuple[Kind, ...] = (
+    LinearKind(),
+    AttentionKind(),
+    ConvKind(),
+    EmbeddingKind(),
+    EmbeddingBagKind(),
+    LikeLinearKind(),
+    MatrixKind(),
+)
 """Every kind; the first that finds a module takes it."""
 
 
@@ -202,8 +171,7 @@ def is_replaceable(module: object) -> bool:
     """Whether ``module`` would itself be replaced, which takes a parent that holds it."""
     if not isinstance(module, nn.Module) or isinstance(module, QuantizedLayer):
         return False
-    kind = kind_of(module)
-    return kind is not None and kind.is_layer
+    return kind_of(module) is not None
 
 
 def has_inner_layers(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tinyq_lightning.kernels import Choice
+from tinyq_lightning.plan.coverage import Coverage, HeldWeight, coverage_of
 from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Rule, RuleBy, wanted_method
 from tinyq_lightning.table import Table, format_bytes
 
@@ -100,11 +101,13 @@ class Plan:
         spec: what was asked for.
         others: parameters that hold matrices and belong to no layer of the plan, so that they stay as they are;
             empty in a plan that was read from a file.
+        held: all parameters of the float model; empty in a plan that was read from a file.
     """
 
     decisions: tuple[Decision, ...]
     spec: QuantizationSpec
     others: tuple[OtherWeight, ...] = field(default=(), compare=False)
+    held: tuple[HeldWeight, ...] = field(default=(), compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
@@ -151,13 +154,19 @@ class Plan:
         rows = []
         for decision in self:
             row = asdict(decision) | {"aliases": list(decision.aliases)}
-            del row["kernel"], row["asked"], row["decided_by"]
+            del row["kernel"], row["decided_by"]
             rows.append(row)
         return rows
 
     def table(self) -> str:
-        """The plan as a text table for people, why its kernels were chosen, and what else holds matrices."""
-        return "\n".join([self.as_table().text(), *self.kernel_notes(), *filter(None, [self.others_note()])])
+        """The plan as a text table for people, why its kernels were chosen, and what is still float."""
+        covered = str(self.coverage) if self.held else None
+        return "\n".join([self.as_table().text(), *self.kernel_notes(), *filter(None, [covered, self.others_note()])])
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the model's weights the plan quantizes, and by type what stays float."""
+        return coverage_of(self, self.held)
 
     def others_note(self) -> str | None:
         """Which parameters hold matrices and are in no layer of the plan, in a sentence; None if there are none."""

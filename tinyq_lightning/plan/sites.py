@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.nn.utils import parametrize
 
 from tinyq_lightning.layers import (
     Candidate,
     Kind,
+    MatrixPlace,
     QuantizedLayer,
     WeightSize,
+    bare_matrix,
     has_inner_layers,
     kind_of,
     why_closed,
@@ -30,7 +32,7 @@ __all__ = [
     "is_metric",
 ]
 
-_Places = tuple[Place | CompiledPlace, ...]
+_Places = tuple[Place | CompiledPlace | MatrixPlace, ...]
 
 
 _EncoderLayers = tuple[tuple[nn.TransformerEncoderLayer, int], ...]
@@ -152,11 +154,15 @@ class Site:
             encoder_layer.activation_relu_or_gelu = 0
 
 
-def find_sites(model: nn.Module) -> list[Site]:
+def find_sites(model: nn.Module, is_named: Callable[[str], bool] = lambda path: False) -> list[Site]:
     """All layers of ``model`` that can be quantized or are, each once, with all of its places.
 
-    Those are the layers of ``kinds.KINDS``. Networks inside a metric of torchmetrics measure the model and are no part
-    of it. Nothing is changed, and no values are looked at.
+    Those are the layers of ``kinds.KINDS``, and the parameters of other modules that are asked for. Networks inside a
+    metric of torchmetrics measure the model and are no part of it. Nothing is changed, and no values are looked at.
+
+    Args:
+        model: where to look.
+        is_named: whether a parameter of this dotted path that no layer has, of two dimensions or more, is one too.
     """
     found: dict[int, _Found] = {}
     for parent, attribute, path, above in _walk(model):
@@ -165,6 +171,8 @@ def find_sites(model: nn.Module) -> list[Site]:
         entry = found.setdefault(id(module), _Found(module))
         entry.add(parent, attribute, path, above)
     sites = [site for entry in found.values() for site in _sites_of(entry)]
+    taken = {id(tensor) for site in sites for place in site.weights.values() for tensor, _ in weights_of(*place)}
+    sites += [site for entry in found.values() for site in _matrices_of(entry, is_named, taken)]
     return _with_references(_with_ties(sites, model), model)
 
 
@@ -233,6 +241,21 @@ def _sites_of(found: _Found) -> Iterator[Site]:
     attention = None if opened is None else Attention(module, opened, places)
     for each in candidates:
         yield _site(each, module, names, places, attention, encoder_layers)
+
+
+def _matrices_of(found: _Found, is_named: Callable[[str], bool], taken: set[int]) -> Iterator[Site]:
+    """The parameters of a module that are named and no layer has."""
+    module = found.module
+    for name, parameter in module._parameters.items():
+        if parameter is None or is_lazy(parameter) or parameter.dim() < 2 or id(parameter) in taken:
+            continue
+        paths = [f"{path}.{name}".removeprefix(".") for path in found.names]
+        if any(is_named(path) for path in paths) and not isinstance(module, QuantizedLayer):
+            each = bare_matrix(module, name)
+            place = MatrixPlace(module, name, parameter, tuple(module._parameters))
+            yield Site(
+                each.kind, each.layer, each.layer, tuple(paths), (place,), each.weights, why_float=each.why_float
+            )
 
 
 def _site(

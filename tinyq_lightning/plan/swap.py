@@ -12,10 +12,11 @@ from torch import nn
 from tinyq_lightning.errors import ModelError
 from tinyq_lightning.layers import QuantizedLayer
 from tinyq_lightning.methods import METHODS
+from tinyq_lightning.plan.checks import refuse_root, sites_for
 from tinyq_lightning.plan.make_layers import QuantizedLayers
 from tinyq_lightning.plan.plan import DecidedBy, Decision
-from tinyq_lightning.plan.resolution import refuse_root, resolve
-from tinyq_lightning.plan.sites import Site, find_sites
+from tinyq_lightning.plan.resolution import resolve
+from tinyq_lightning.plan.sites import Site
 from tinyq_lightning.spec import QuantizationSpec
 
 __all__ = [
@@ -42,7 +43,7 @@ class Swap:
 
     def __init__(self, model: nn.Module, spec: QuantizationSpec) -> None:
         refuse_root(model)
-        sites = find_sites(model)
+        sites = sites_for(spec, model)
         layers = QuantizedLayers(resolve(spec, model, sites=sites))
         made = ((site, layers.make(site)) for site in sites)
         self._pairs: list[tuple[Site, QuantizedLayer]] = [(site, layer) for site, layer in made if layer is not None]
@@ -108,6 +109,12 @@ class Swap:
         """Name, float layer and quantized layer of each layer that this swap replaces."""
         for site, layer in self._pairs:
             yield site.name, site.module, layer
+
+    def called(self) -> Iterator[tuple[str, nn.Module, QuantizedLayer]]:
+        """As :meth:`pairs`, for those that the model calls: no bare matrices."""
+        for site, layer in self._pairs:
+            if site.kind.is_called:
+                yield site.name, site.module, layer
 
     def put_in(self) -> None:
         """Quantized layers in the model, in the mode (train or eval) of those they stand for."""

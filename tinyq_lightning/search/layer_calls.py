@@ -57,7 +57,7 @@ def counted_calls(swap: Swap, calls: dict[str, Counter[Call]]) -> Iterator[None]
         calls: counters by the name of the layer; those that are missing are added, empty.
     """
     with ExitStack() as stack:
-        for name, _, layer in swap.pairs():
+        for name, _, layer in swap.called():
             tally = _Tally(layer, calls.setdefault(name, Counter()))
             # hooks are those of the float layer too
             stack.callback(layer.register_forward_pre_hook(tally.before_forward, with_kwargs=True).remove)

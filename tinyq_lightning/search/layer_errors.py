@@ -64,9 +64,9 @@ def measured_layers(swap: Swap) -> Iterator[dict[str, LayerError]]:
         A dict that is filled when the block ends: by name, each layer that was called.
     """
     errors: dict[str, LayerError] = {}
-    watches = {name: _Watch(module, layer) for name, module, layer in swap.pairs()}
+    watches = {name: _Watch(module, layer) for name, module, layer in swap.called()}
     handles = []
-    for name, module, layer in swap.pairs():
+    for name, module, layer in swap.called():
         places = {id(each._forward_hooks): each for each in (module, layer)}  # a Linear shares its hooks with its layer
         handles += [place.register_forward_hook(watches[name].look, with_kwargs=True) for place in places.values()]
     try:

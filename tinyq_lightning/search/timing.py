@@ -146,7 +146,7 @@ class Stopwatch:
         alike: dict[Shape, list[tuple[nn.Module, QuantizedLayer]]] = defaultdict(list)
         shapes = {}
         # of those that share a weight, the one of most methods gives the change its name
-        for name, module, layer in sorted(swap.pairs(), key=lambda pair: -len(methods_of(pair[2]))):
+        for name, module, layer in sorted(swap.called(), key=lambda pair: -len(methods_of(pair[2]))):
             shape = shapes[name] = _shape(layer)
             alike[shape].append((module, layer))
         work = {
