@@ -23,6 +23,7 @@ __all__ = [
     "FORMS",
     "KERNEL_LIST",
     "Choice",
+    "bytes_a_weight",
     "choose_kernel",
     "wanted_kernel",
     "weight_form",
@@ -41,7 +42,7 @@ def choose_kernel(
 ) -> Choice:
     """Which kernel a float32, float16 or bfloat16 input takes on a device. Anything else takes the formula.
 
-    The environment's ``TINYQ_KERNEL`` goes before what was asked for. It may be ``auto``, ``int8`` or
+    The environment's ``TINYQ_KERNEL`` goes before what was asked for. It may be ``auto``, ``compact``, ``int8`` or
     ``reference``, and ``float16`` or ``float32`` to compare them.
 
     Args:
@@ -55,12 +56,12 @@ def choose_kernel(
         SpecError: ``TINYQ_KERNEL`` is something else.
     """
     wanted = wanted_kernel(kernel)
-    layer = LayerShape(method, out_features, in_features)
+    layer = LayerShape(method, out_features, in_features, compact=wanted == "compact")
     if wanted != "reference" and not layer.weights:
         return Choice("reference", "no weights")
     lacking = ""
     for each in KERNEL_LIST:
-        if wanted not in ("auto", each.name):
+        if wanted not in ("auto", "compact", each.name):
             continue
         reason = each.lacks(layer) if each.devices is None or device in each.devices else f"it does not run on {device}"
         if wanted == each.name:
@@ -70,6 +71,13 @@ def choose_kernel(
         elif choice := each.fastest(layer, lacking):
             return choice
     raise AssertionError("the last kernel of the list runs every layer")
+
+
+def bytes_a_weight(choice: Choice) -> int:
+    """What a layer of this choice holds in memory for each weight, once it has seen few rows and many."""
+    taken = {choice.kernel, choice.few} if choice.few_rows else {choice.kernel}
+    forms = [FORMS[name] for name in taken if name in FORMS]
+    return sum(form.bytes_a_weight for form in forms) + (not any(form.holds_codes for form in forms))
 
 
 def wanted_kernel(kernel: KernelName) -> str:

@@ -10,17 +10,36 @@ from torch import Tensor
 
 from tinyq_lightning.kernels.base import LONGEST_SUM, Choice
 from tinyq_lightning.kernels.choice import wanted_kernel
-from tinyq_lightning.kernels.conv_forms import ConvForm, has_int8_convolution
+from tinyq_lightning.kernels.conv_forms import (
+    ConvForm,
+    Float32ConvCodes,
+    FloatConvWeights,
+    PointwiseWeights,
+    WindowWeights,
+)
+from tinyq_lightning.kernels.conv_onednn import Int8ConvWeights, Int8GroupedWeights, has_int8_convolution
 from tinyq_lightning.kernels.convolution import StraightConvolution
-from tinyq_lightning.kernels.int8 import has_int8_product
-from tinyq_lightning.kernels.integer import has_plain_int8_product
+from tinyq_lightning.kernels.integer import has_plain_product
+from tinyq_lightning.kernels.onednn import has_onednn_product
 from tinyq_lightning.methods import KernelName, Method
 
 __all__ = [
+    "CONV_FORMS",
     "ConvShape",
     "choose_convolution",
     "packed_convolution",
 ]
+
+
+CONV_FORMS: dict[str, type[ConvForm]] = {
+    "int8": Int8ConvWeights,
+    "int8grouped": Int8GroupedWeights,
+    "int8mm": PointwiseWeights,
+    "windows": WindowWeights,
+    "float32": FloatConvWeights,
+    "float32x1": Float32ConvCodes,
+}
+"""The form of the weights that each kernel of convolutions takes; others take the plain codes."""
 
 
 # Float weights of fewer than so many weights are kept beside the codes.
@@ -80,24 +99,23 @@ def choose_convolution(kernel: KernelName, method: Method, shape: ConvShape, dev
         return Choice(_int8_variant(shape), "as asked for")
     if device != "cpu":
         return Choice("reference", f"no other kernel for {device}")
+    compact = wanted == "compact"
     if not method.rounds:
-        if shape.out_channels * shape.summed < _KEPT_TO:
-            return Choice("float32", "a float copy in memory, as fast as float; the file stays int8")
-        reason = "float weights are rebuilt on each call, which costs little"
-        if (
-            shape.groups > 1
-            or shape.transposed
-            or shape.dims > 2
-            or shape.summed > LONGEST_SUM
-            or not has_int8_product()
-        ):
-            return Choice("reference", reason)
+        return _without_rounding(shape, compact)
+    if not lacking and (compact or shape.summed >= _PAYS_FROM):
+        return Choice(_int8_variant(shape), "the processor has int8 products")
+    why = lacking or f"sums of {shape.summed} are too short for int8 to pay"
+    return Choice("reference" if compact else "float32x1", f"integers in floating point: {why}")
+
+
+def _without_rounding(shape: ConvShape, compact: bool) -> Choice:
+    if not compact and shape.out_channels * shape.summed < _KEPT_TO:
+        return Choice("float32", "a float copy in memory, as fast as float; the file stays int8")
+    reason = "float weights are rebuilt on each call, which costs little"
+    unfolds = shape.groups == 1 and not shape.transposed and shape.dims < 3 and shape.summed <= LONGEST_SUM
+    if unfolds and has_onednn_product():
         return Choice("reference", reason, few_rows=_FEW_WINDOWS, few="windows")
-    if lacking:
-        return Choice("float32x1", f"integers in float32: {lacking}")
-    if shape.summed < _PAYS_FROM:
-        return Choice("float32x1", f"integers in float32: sums of {shape.summed} are too short for int8 to pay")
-    return Choice(_int8_variant(shape), "the processor has int8 products")
+    return Choice("reference", reason)
 
 
 def _why_no_int8(shape: ConvShape, device: str) -> str:
@@ -111,7 +129,7 @@ def _why_no_int8(shape: ConvShape, device: str) -> str:
 
 
 def _int8_variant(shape: ConvShape) -> str:
-    if shape.pointwise and has_plain_int8_product():
+    if shape.pointwise and has_plain_product():
         return "int8mm"
     return "int8" if shape.groups == 1 else "int8grouped"
 

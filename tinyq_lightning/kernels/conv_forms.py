@@ -6,11 +6,8 @@ digit. No sum is rounded on the way, so a sample's result depends neither on its
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import cast
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +15,21 @@ from typing_extensions import override
 
 from tinyq_lightning.kernels.base import STEPS, BesideCodes, CodeHolder, WeightForm, plus_bias
 from tinyq_lightning.kernels.convolution import Geometry, convolve, output_sizes, per_channel, sample_steps
-from tinyq_lightning.kernels.int8 import Int8Weights
-from tinyq_lightning.kernels.integer import has_plain_int8_product
-from tinyq_lightning.kernels.probe import Packed, has_operator, has_vnni, holds, is_hidden
+from tinyq_lightning.kernels.integer import has_plain_product
+from tinyq_lightning.kernels.onednn import OnednnWeights
 from tinyq_lightning.kernels.weights import dequantize
 from tinyq_lightning.methods import Method
 
 __all__ = [
-    "CONV_FORMS",
+    "LAYOUTS",
     "ConvForm",
+    "Float32ConvCodes",
     "FloatConvWeights",
-    "Int8ConvWeights",
-    "Int8GroupedWeights",
-    "has_int8_convolution",
+    "PointwiseWeights",
+    "WindowWeights",
+    "digits_of",
     "is_channels_last",
+    "joined",
     "layout_of",
     "takes_matrix_product",
 ]
@@ -63,7 +61,7 @@ _HALF = torch.tensor(0x80, dtype=torch.int32, device="cpu")
 
 def layout_of(x: Tensor) -> torch.memory_format:
     """The order in memory in which torch's convolutions return what they make of ``x`` ``[N, C, ...]``."""
-    return _LAYOUTS[x.dim()] if is_channels_last(x) else torch.contiguous_format
+    return LAYOUTS[x.dim()] if is_channels_last(x) else torch.contiguous_format
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -71,24 +69,13 @@ def is_channels_last(x: Tensor) -> bool:
 
     By the strides, as torch has it, also where there is one place.
     """
-    layout = _LAYOUTS.get(x.dim())
+    layout = LAYOUTS.get(x.dim())
     if layout is None or x.shape[1] == 1 or x.stride(1) != 1 or x.stride(-1) != x.shape[1]:
         return False
     return x.is_contiguous(memory_format=layout)
 
 
-_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-@functools.cache
-def has_int8_convolution() -> bool:
-    """Return True if int8 convolutions are fast and exact on this machine.
-
-    Fast: the processor has the VNNI instructions. Exact: without them torch's operator may add pairs of products in 16
-    bits, which saturate; the probe convolves the largest digits and weights, with borders, to find out.
-    """
-    names = ("qconv_prepack", "qconv_pointwise")
-    return not is_hidden("int8") and has_vnni() and has_operator("onednn", *names) and holds(_is_exact)
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def takes_matrix_product(codes: Tensor, geometry: Geometry) -> bool:
@@ -96,7 +83,7 @@ def takes_matrix_product(codes: Tensor, geometry: Geometry) -> bool:
     pointwise = codes[0, 0].numel() == 1 and geometry.groups == 1 and not geometry.transposed
     plain = all(each == 1 for each in geometry.stride) and not any(geometry.padding)
     # With one channel torch._int_mm returns wrong numbers (torch 2.13).
-    return pointwise and plain and codes.shape[1] > 1 and has_plain_int8_product()
+    return pointwise and plain and codes.shape[1] > 1 and has_plain_product()
 
 
 class ConvForm(WeightForm):
@@ -153,51 +140,10 @@ class ConvForm(WeightForm):
         """The convolution of rounded ``numbers``, which is overwritten, times the scales: exact sums, rounded once."""
 
 
-class _PackedConvolution(ConvForm):
-    """The codes laid out for exact convolutions of integers by oneDNN."""
-
-    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
-        super().__init__(codes, scales, geometry, shape)
-        self._flat = codes.dim() == 3
-        self._of_operator = replace(
-            geometry,
-            stride=(1,) * self._flat + geometry.stride,
-            padding=(0,) * self._flat + geometry.padding,
-            dilation=(1,) * self._flat + geometry.dilation,
-        )
-        plain = codes.unsqueeze(2) if self._flat else codes
-        self._places = tuple(plain.shape[2:])
-        first = [*shape[:2], *(1,) * self._flat, *shape[2:]]
-        self._packed = pack_convolution(plain.contiguous(), self._of_operator, first)
-        self._zero_points = codes.new_zeros(len(codes), dtype=torch.int32)
-
-    @override
-    def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
-        moves, pads = _moves_of_operator(tuple(numbers.shape[2:]), self._places, self._of_operator)
-        x = numbers if pads is None else nn.functional.pad(numbers, pads)
-        layout = _LAYOUTS[x.dim()]
-        parts = []
-        for digit in _digits(x, digits, signed=False):
-            placed = digit.contiguous(memory_format=layout)
-            parts.append(int8_convolution(placed, self._packed, scales, self._zero_points, moves))
-        return _joined(parts)
-
-
-class Int8ConvWeights(_PackedConvolution, CodeHolder):
-    """The codes in one byte each, for exact convolutions of integers in one group."""
-
-    @override
-    def _unpacked(self) -> Tensor:
-        codes = cast(Tensor, self._packed.to_dense()).contiguous()  # type: ignore[attr-defined]
-        return codes.view(self.shape)
-
-
-class Int8GroupedWeights(_PackedConvolution, BesideCodes):
-    """The same for several groups, beside the plain codes: to unpack groups writes past their memory (oneDNN 3.12)."""
-
-
 class PointwiseWeights(ConvForm, BesideCodes):
     """The plain codes, for convolutions that are matrix products of channels."""
+
+    bytes_a_weight = 0
 
     @override
     def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
@@ -207,14 +153,14 @@ class PointwiseWeights(ConvForm, BesideCodes):
         places = numbers[0, 0].numel()
         rows = numbers.flatten(2).transpose(1, 2) if by_rows or (samples > 1 and places < _PLACES_OF_A_SAMPLE) else None
         parts = []
-        for digit in _digits(numbers if rows is None else rows, digits, signed=True):
+        for digit in digits_of(numbers if rows is None else rows, digits, signed=True):
             if rows is not None:
                 sums = torch._int_mm(digit.reshape(-1, channels), codes.t()).view(samples, places, -1)
                 parts.append(sums.float().mul_(scales).transpose(1, 2))
             else:
                 sums = torch.stack([torch._int_mm(codes, each) for each in digit.flatten(2)])
                 parts.append(sums.float().mul_(scales[:, None]))
-        return torch.unflatten(_joined(parts), 2, sizes)
+        return torch.unflatten(joined(parts), 2, sizes)
 
 
 class Float32ConvCodes(ConvForm, BesideCodes):
@@ -222,6 +168,8 @@ class Float32ConvCodes(ConvForm, BesideCodes):
 
     Sums of integers below 2²⁴ are exact, so that w8a8 gives the same bits as by any other kernel.
     """
+
+    bytes_a_weight = 4
 
     def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
         super().__init__(codes, scales, geometry, shape)
@@ -236,9 +184,11 @@ class Float32ConvCodes(ConvForm, BesideCodes):
 class WindowWeights(ConvForm, CodeHolder):
     """The codes as a linear layer's int8 kernel takes them, for few windows: each is a row, with a step of its own."""
 
+    bytes_a_weight = 1
+
     def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
         super().__init__(codes, scales, geometry, shape)
-        self._rows = Int8Weights(codes.flatten(1), scales)
+        self._rows = OnednnWeights(codes.flatten(1), scales)
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -272,6 +222,8 @@ class FloatConvWeights(ConvForm, BesideCodes):
         weight: ``q * s``, of the shape of the codes, float32.
     """
 
+    bytes_a_weight = 4
+
     def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
         super().__init__(codes, scales, geometry, shape)
         self.weight = dequantize(codes, scales, groups=geometry.transposed_groups)
@@ -283,69 +235,6 @@ class FloatConvWeights(ConvForm, BesideCodes):
     @override
     def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
         raise NotImplementedError
-
-
-CONV_FORMS: dict[str, type[ConvForm]] = {
-    "int8": Int8ConvWeights,
-    "int8grouped": Int8GroupedWeights,
-    "int8mm": PointwiseWeights,
-    "windows": WindowWeights,
-    "float32": FloatConvWeights,
-    "float32x1": Float32ConvCodes,
-}
-"""The form of the weights that each kernel of convolutions takes; others take the plain codes."""
-
-
-def pack_convolution(codes: Tensor, geometry: Geometry, shape: list[int] | None) -> Packed:
-    """Lay out codes ``[out, in / groups, ...]`` int8 for inputs of ``shape``: one byte a weight."""
-    ones = codes.new_ones(len(codes), dtype=torch.float32)
-    moves = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-    return torch.ops.onednn.qconv_prepack(codes, ones, 1.0, 128, *moves, shape)
-
-
-def int8_convolution(digits: Tensor, packed: Packed, scales: Tensor, zero_points: Tensor, geometry: Geometry) -> Tensor:
-    """The convolution of ``digits − 128`` with the codes, times ``scales``; the sums are exact in int32.
-
-    Args:
-        digits: ``[N, in, ...]`` uint8, with channels last.
-        packed: from :func:`pack_convolution`.
-        scales: ``[out]`` float32.
-        zero_points: ``[out]`` int32, zeros.
-        geometry: how the convolution moves over the input. It is padded with zeros.
-
-    Returns:
-        ``[N, out, ...]`` float32 with channels last, rounded once from its integer sum and once by its scale.
-    """
-    moves = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-    return _operator()(
-        digits, 1.0, 128, packed, scales, zero_points, None, *moves, 1.0, 0, torch.float32, "none", [], ""
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def _moves_of_operator(
-    sizes: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry
-) -> tuple[Geometry, list[int] | None]:
-    """How the operator moves over an input of these sizes, and what is added to it, or cut off, before; None if not.
-
-    Where a window lies in the padding altogether, and where one window is all that a stride leaves, the operator
-    returns wrong numbers or breaks (oneDNN 3.12): such inputs are padded before, and cut to what is used of them.
-    """
-    spans = tuple(gap * (width - 1) + 1 for gap, width in zip(geometry.dilation, kernel, strict=True))
-    counts = output_sizes(sizes, kernel, geometry)
-    inside = all(pad < span for pad, span in zip(geometry.padding, spans, strict=True))
-    if inside and all(count > 1 or stride == 1 for count, stride in zip(counts, geometry.stride, strict=True)):
-        return geometry, None
-    pads: list[int] = []
-    for size, span, stride, pad, count in zip(sizes, spans, geometry.stride, geometry.padding, counts, strict=True):
-        pads = [pad, (count - 1) * stride + span - size - pad, *pads]  # the last dimension comes first
-    strides = tuple(1 if count == 1 else stride for count, stride in zip(counts, geometry.stride, strict=True))
-    return replace(geometry, stride=strides, padding=(0,) * len(sizes)), pads
-
-
-@functools.cache  # because the lookup costs a microsecond
-def _operator() -> Callable[..., Tensor]:
-    return torch.ops.onednn.qconv_pointwise.default
 
 
 def _steps(x: Tensor, steps: Tensor) -> Tensor:
@@ -363,7 +252,7 @@ _FEW_VALUES = 8192
 _SMALLEST_STEP = torch.finfo(torch.float32).tiny
 
 
-def _digits(numbers: Tensor, count: int, signed: bool) -> Iterator[Tensor]:
+def digits_of(numbers: Tensor, count: int, signed: bool) -> Iterator[Tensor]:
     """The digits of rounded ``numbers``, the lowest first: int8, or each plus 128 uint8. ``numbers`` is overwritten."""
     if count < 3:
         integers = numbers.add_(_ROUNDING if signed else _ROUNDING_PLUS[count]).view(torch.int32)
@@ -376,31 +265,9 @@ def _digits(numbers: Tensor, count: int, signed: bool) -> Iterator[Tensor]:
         yield integers.to(torch.int8 if signed else torch.uint8)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
+    """The sums of all digits, lowest first, as those of numbers; the first is overwritten."""
     low, *higher = parts
     for place, part in enumerate(higher, 1):
         low.add_(part, alpha=256**place)
     return low
-
-
-def _is_exact() -> bool:
-    """Whether the largest digits do not saturate, and random ones give exact sums, up to the borders."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    for channels, outputs, groups, kernel, sizes in (
-        (64, 32, 1, (3, 3), (6, 5)),
-        (6, 6, 6, (3, 3), (7, 7)),
-        (3, 8, 1, (1, 5), (1, 9)),
-        (8, 4, 2, (2, 3, 2), (3, 4, 5)),
-    ):
-        shapes = (outputs, channels // groups, *kernel), (2, channels, *sizes)
-        codes, digits = (torch.randint(-127, 128, each, generator=generator, device="cpu") for each in shapes)
-        codes, digits = codes.to(torch.int8), digits.int()
-        ones = (1,) * len(kernel)
-        geometry = Geometry(ones, tuple(width // 2 for width in kernel), ones, groups)
-        for a, b in ((digits, codes), (torch.full_like(digits, -128), torch.full_like(codes, 127))):
-            placed = (a + 128).byte().contiguous(memory_format=_LAYOUTS[a.dim()])
-            scales, zeros = codes.new_ones(outputs, dtype=torch.float32), codes.new_zeros(outputs, dtype=torch.int32)
-            got = int8_convolution(placed, pack_convolution(b, geometry, None), scales, zeros, geometry)
-            if not torch.equal(got.double(), convolve(a.double(), b.double(), None, geometry)):
-                return False
-    return True
