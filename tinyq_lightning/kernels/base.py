@@ -49,11 +49,13 @@ class LayerShape:
         method: how the layer holds its activations.
         out_features: rows of its weight.
         in_features: columns of its weight.
+        compact: whether the layer is to hold no more than one byte a weight.
     """
 
     method: Method
     out_features: int
     in_features: int
+    compact: bool = False
 
     @property
     def weights(self) -> int:
@@ -66,11 +68,11 @@ class Choice:
     """The kernel that a layer takes.
 
     Attributes:
-        kernel: ``int8``, integers summed exactly by the processor's int8 instructions, one byte a weight;
-            ``int8x1``, the same for activations that one digit holds, by fewer operators; ``float16``, codes of
-            two bytes each, multiplied in float32; ``float16x2``, the same beside the codes, with activations in
-            two parts, as exact as ``nn.Linear``; ``float32``, a float copy of the weights beside the codes;
-            ``float32x1``, the same for activations that are rounded to one digit; ``exact``, integers summed
+        kernel: ``int8``, integers summed exactly by the processor's int8 instructions, on plain codes;
+            ``int8-onednn`` and ``int8-fbgemm``, the same on codes packed by a library, instead of the plain ones;
+            ``float16``, codes of two bytes each, multiplied in float32; ``float16x2``, the same beside the codes,
+            with activations in two parts, as exact as ``nn.Linear``; ``float32``, a float copy of the weights
+            beside the codes; ``float32x1``, the same for activations that are rounded; ``exact``, integers summed
             exactly in float64; ``reference``, the formula.
         reason: in words.
         few_rows: inputs of fewer rows take the kernel ``few`` instead; 0 if none do.
@@ -127,6 +129,9 @@ class WeightForm(ABC):
 
     holds_codes: ClassVar[bool]
     """True if the codes can be unpacked from the form, so that the layer need not keep them beside it."""
+
+    bytes_a_weight: ClassVar[int]
+    """What the form takes, without the codes beside it."""
 
     @abstractmethod
     def __init__(self, codes: Tensor, scales: Tensor) -> None: ...

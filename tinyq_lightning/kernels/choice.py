@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from weakref import WeakValueDictionary
 
 from torch import Tensor
@@ -23,6 +23,7 @@ __all__ = [
     "FORMS",
     "KERNEL_LIST",
     "Choice",
+    "bytes_a_weight",
     "choose_kernel",
     "wanted_kernel",
     "weight_form",
@@ -41,7 +42,7 @@ def choose_kernel(
 ) -> Choice:
     """Which kernel a float32, float16 or bfloat16 input takes on a device. Anything else takes the formula.
 
-    The environment's ``TINYQ_KERNEL`` goes before what was asked for. It may be ``auto``, ``int8`` or
+    The environment's ``TINYQ_KERNEL`` goes before what was asked for. It may be ``auto``, ``compact``, ``int8`` or
     ``reference``, and ``float16`` or ``float32`` to compare them.
 
     Args:
@@ -55,12 +56,12 @@ def choose_kernel(
         SpecError: ``TINYQ_KERNEL`` is something else.
     """
     wanted = wanted_kernel(kernel)
-    layer = LayerShape(method, out_features, in_features)
+    layer = LayerShape(method, out_features, in_features, compact=wanted == "compact")
     if wanted != "reference" and not layer.weights:
         return Choice("reference", "no weights")
     lacking = ""
     for each in KERNEL_LIST:
-        if wanted not in ("auto", each.name):
+        if wanted not in ("auto", "compact", each.name):
             continue
         reason = each.lacks(layer) if each.devices is None or device in each.devices else f"it does not run on {device}"
         if wanted == each.name:
@@ -70,6 +71,13 @@ def choose_kernel(
         elif choice := each.fastest(layer, lacking):
             return choice
     raise AssertionError("the last kernel of the list runs every layer")
+
+
+def bytes_a_weight(choice: Choice) -> int:
+    """What a layer of this choice holds in memory for each weight, once it has seen few rows and many."""
+    taken = {choice.kernel, choice.few} if choice.few_rows else {choice.kernel}
+    forms = [FORMS[name] for name in taken if name in FORMS]
+    return sum(form.bytes_a_weight for form in forms) + (not any(form.holds_codes for form in forms))
 
 
 def wanted_kernel(kernel: KernelName) -> str:
@@ -92,12 +100,21 @@ _made: MutableMapping[Tensor, WeakValueDictionary[str, WeightForm]] = WeakTensor
 _making = threading.Lock()
 
 
-def weight_form(kernel: str, codes: Tensor, scales: Tensor) -> WeightForm:
-    """The form that ``kernel`` takes, made from codes ``[out, in]`` int8 and scales ``[out]`` float32."""
+def weight_form(
+    kernel: str, codes: Tensor, scales: Tensor, make: Callable[[Tensor, Tensor], WeightForm] | None = None
+) -> WeightForm:
+    """The form that ``kernel`` takes, made from codes ``[out, in, ...]`` int8 and scales ``[out]`` float32.
+
+    Args:
+        kernel: its name; with ``make`` any name for what that makes.
+        codes: of the layer.
+        scales: of the layer.
+        make: makes the form; None for what the kernels of linear layers take.
+    """
     with _making:
         known = _made.setdefault(codes, WeakValueDictionary())
         form = known.get(kernel)
         if form is None or not form.is_current(codes, scales):
             with outside_modes():
-                form = known[kernel] = FORMS[kernel](codes, scales)
+                form = known[kernel] = (make or FORMS[kernel])(codes, scales)
         return form
