@@ -77,6 +77,8 @@ class TinyQCallback(Callback):
     Args:
         spec: a method (``w8a32``, ``w8a16``, ``w8a8``), several, a path to YAML, a mapping, or a QuantizationSpec.
         exclude: patterns of layers to leave float, added to those of the spec.
+        kinds: ``all``, or those kinds of layer to quantize: ``linear``, ``attention``, ``conv``, ``embedding``,
+            ``recurrent``; overrides the spec.
         when: ``fit_end`` or ``test_start``; overrides the spec.
         weights: ``best``, ``last`` or ``current``; overrides the spec. Only for ``fit_end``.
         monitor: name of a metric that validation logs. It is the budget's metric and, for ``weights``, selects
@@ -120,6 +122,7 @@ class TinyQCallback(Callback):
         spec: SpecOrMethods = "w8a32",
         *,
         exclude: Sequence[str] = (),
+        kinds: Literal["all"] | Sequence[str] | None = None,
         when: Literal["fit_end", "test_start"] | None = None,
         weights: Literal["best", "last", "current"] | None = None,
         monitor: str | None = None,
@@ -135,7 +138,7 @@ class TinyQCallback(Callback):
     ) -> None:
         if report not in (True, False, "full"):
             raise SpecError(f"report must be True, False or 'full', not {report!r}")
-        given = {"when": when, "weights": weights, "keep": keep, "never_slower": never_slower}
+        given = {"kinds": kinds, "when": when, "weights": weights, "keep": keep, "never_slower": never_slower}
         budget = {"monitor": monitor, "mode": mode, "max_drop": max_drop}
         self.spec = with_arguments(as_spec(spec), exclude, given, budget, {"dirpath": dirpath, "filename": filename})
         self.monitor = self.spec.budget.monitor if self.spec.budget else monitor

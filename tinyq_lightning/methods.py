@@ -7,6 +7,7 @@ from typing import Literal
 
 __all__ = [
     "KERNELS",
+    "KIND_NAMES",
     "METHODS",
     "KernelName",
     "Method",
@@ -48,3 +49,7 @@ KernelName = Literal["auto", "compact", "int8", "reference"]
 KERNELS: tuple[KernelName, ...] = ("auto", "compact", "int8", "reference")
 """What users ask for: the fastest; the fastest of those that hold one byte a weight; the same bits for any batch and
 number of threads; the textbook formula."""
+
+
+KIND_NAMES = ("linear", "attention", "conv", "embedding", "recurrent")
+"""The kinds of layer that are quantized unless a spec names fewer."""

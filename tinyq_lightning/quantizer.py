@@ -7,14 +7,14 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.file import replace_file
-from tinyq_lightning.layers import LAYERS, QuantizedLinear, float_weight, is_replaceable
+from tinyq_lightning.layers import LAYERS, QuantizedLinear, float_weight, is_replaceable, kind_of
 from tinyq_lightning.plan import (
     Plan,
     Site,
@@ -23,6 +23,7 @@ from tinyq_lightning.plan import (
     find_sites,
     put_in,
     quantize,
+    quantized_weights,
     resolve,
     why_not_replaced,
 )
@@ -32,6 +33,10 @@ __all__ = [
     "Quantizer",
     "replace_linear_with_target_and_quantize",
 ]
+
+
+# What the tutorial replaces, and the projections of attention, which are Linears as well.
+_KINDS = ["linear", "attention"]
 
 
 class Quantizer:
@@ -67,8 +72,8 @@ class Quantizer:
             ModelError: a weight cannot be quantized.
         """
         exclude = _names(module_not_to_quantize, "module_not_to_quantize")
-        spec = QuantizationSpec.from_dict({"method": q_method, "exclude": exclude})
-        if is_replaceable(self.model) and spec.method in LAYERS:
+        spec = QuantizationSpec.from_dict({"method": q_method, "kinds": _KINDS, "exclude": exclude})
+        if _is_linear(self.model) and spec.method in LAYERS:
             target = LAYERS[spec.method]
             self.quantized_model = replace_linear_with_target_and_quantize(self.model, target, exclude)
         else:
@@ -116,7 +121,7 @@ def replace_linear_with_target_and_quantize(
     ours = isinstance(target_class, type) and issubclass(target_class, QuantizedLinear)
     if not ours and not callable(getattr(target_class, "quantize", None)):
         raise SpecError(f"target_class {target_class!r} has no .quantize(weight)")
-    if is_replaceable(module):
+    if _is_linear(module):
         if exclude:
             raise SpecError(
                 f"module is itself a {type(module).__name__} without a name, so nothing can match {exclude}"
@@ -132,7 +137,7 @@ def replace_linear_with_target_and_quantize(
             raise ModelError(f"the module is a {type(module).__name__} that cannot be replaced: {why}")
         return container[0]
     method = target_class.method if ours else "w8a32"  # type: ignore[attr-defined]
-    spec = QuantizationSpec.from_dict({"method": method, "exclude": exclude})
+    spec = QuantizationSpec.from_dict({"method": method, "kinds": _KINDS, "exclude": exclude})
     sites = find_sites(module)
     plan = resolve(spec, module, why_float=why_not_replaced, sites=sites)
     if target_class in LAYERS.values():
@@ -153,16 +158,23 @@ def _target_layer(site: Site, target_class: Any, shares: Any) -> nn.Module | Non
     if site.is_quantized:
         return None
     if isinstance(target_class, type) and issubclass(target_class, QuantizedLinear):
-        if site.kind.takes_methods:
-            layer = target_class.from_linear(cast(nn.Linear, site.module), shares)
-        else:
-            layer = site.kind.make(site.module, shares, target_class.method, "auto")
-    elif site.kind.takes_methods and _is_plain(site):
-        layer = _foreign_layer(cast(nn.Linear, site.module), target_class)
+        if isinstance(site.module, nn.Linear):
+            layer = target_class.from_linear(site.module, shares)
+        else:  # tied to one, whose codes it shares
+            codes = quantized_weights(site)[0] if shares is None else shares.coded_weights()
+            layer = site.kind.make(site.module, codes, target_class.method, "auto")
+    elif isinstance(site.module, nn.Linear) and _is_plain(site):
+        layer = _foreign_layer(site.module, target_class)
     else:
         return None
     carry_over(site, layer)
     return layer
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether the model is itself one layer to replace."""
+    kind = kind_of(module) if is_replaceable(module) else None
+    return kind is not None and kind.name in _KINDS
 
 
 def _is_plain(site: Site) -> bool:

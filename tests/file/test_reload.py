@@ -143,7 +143,7 @@ def test_files_that_do_not_fit_are_refused_by_name(fitted, tmp_path):
 
     for path, kind, arguments, message in (
         (callback.quantized_path, Net, {"width": 32}, r"'body\.0' is \[16, 8\].*and \[32, 8\] in Net"),
-        (callback.quantized_path, Other, {}, r"'body\.0', Other has no Linear layer of that name\. It has: layer"),
+        (callback.quantized_path, Other, {}, r"'body\.0', Other has no layer of that name\. It has: layer"),
         (callback.quantized_path, Net, {"widht": 3}, "no argument widht"),
         (callback.float_path, Net, {}, "a float Lightning checkpoint"),
         (str(tmp_path / "nothing.ckpt"), Net, {}, "no such file"),

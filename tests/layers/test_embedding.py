@@ -1,12 +1,34 @@
-"""Look-ups in int8 rows, multiplied by a number or not."""
+"""Look-ups in int8 rows: the float layer's results for the dequantized weight, bit by bit."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+
+import pytest
 import torch
 from torch import fx, nn
 
 from tinyq_lightning import quantize, quantized
-from tinyq_lightning.layers import QuantizedEmbedding
+from tinyq_lightning.layers import QuantizedEmbedding, QuantizedEmbeddingBag, embedding
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.fixture(params=["copied", "rows"])
+def table(request, monkeypatch):
+    """Both ways to look rows up: in a float copy, and in the codes."""
+    monkeypatch.setattr(embedding, "_COPIED", 2**18 if request.param == "copied" else 0)
+
+
+def put_beside(layer):
+    """The float layer with the dequantized weight, and the quantized one."""
+    model = nn.Sequential(copy.deepcopy(layer))
+    plan = quantize(model)
+    assert [decision.method for decision in plan] == ["w8a32"], plan
+    with torch.no_grad():
+        layer.weight.copy_(model[0].weight)
+    return layer, model[0]
 
 
 class Scaled(nn.Embedding):
@@ -39,3 +61,168 @@ def test_a_factor_that_a_file_may_change_keeps_the_layers_float():
     with quantized(tied(persistent=True), "w8a32") as plan:
         assert [decision.method for decision in plan] == ["float", "float"]
         assert plan.decisions[0].reason == "it holds factor besides its weight"
+
+
+# nn.Embedding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 3}, {"sparse": True}, {"scale_grad_by_freq": True}])
+def test_a_look_up_gives_the_rows_of_the_dequantized_weight(table, dtype, options):
+    layer, ours = put_beside(nn.Embedding(20, 12, dtype=dtype, **options))
+    assert isinstance(ours, nn.Embedding)
+    for input in (torch.tensor([[0, 3, 3], [19, 1, 7]]), torch.tensor(5), torch.tensor([], dtype=torch.long)):
+        got = ours(input)
+        assert got.dtype == dtype
+        assert torch.equal(got, layer(input))
+        assert torch.equal(ours(input.int()), got)
+    for name in ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "sparse"):
+        assert getattr(ours, name) == getattr(layer, name)
+
+
+def test_an_index_beyond_the_table_is_an_error_as_in_the_float_layer(table):
+    with pytest.raises(IndexError):
+        put_beside(nn.Embedding(20, 12))[1](torch.tensor([20]))
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(9, 8, max_norm=1.0), nn.EmbeddingBag(9, 8, max_norm=1.0)])
+def test_max_norm_stays_float_with_the_reason(layer):
+    with quantized(nn.Sequential(layer, nn.Linear(8, 8)), "w8a32") as plan:
+        assert plan.decisions[0].reason == "max_norm rewrites its rows"
+
+
+def test_what_a_row_gains_nothing_by_stays_float():
+    with quantized(nn.Sequential(nn.Embedding(9, 1), nn.Linear(8, 8)), "w8a32") as plan:
+        assert plan.decisions[0].reason == "int8 is no smaller: 1 + 4 bytes a row, 4 as float"
+
+
+# nn.EmbeddingBag
+
+
+def calls(mode):
+    flat, bags = torch.tensor([1, 2, 4, 5, 4, 3, 2, 9]), torch.tensor([[1, 2, 4], [4, 3, 9]])
+    weights = {"per_sample_weights": torch.rand(8)} if mode == "sum" else {}
+    yield (bags,), {}
+    yield (flat, torch.tensor([0, 3, 3, 6])), {}
+    yield (flat.int(), torch.tensor([0, 3, 3, 6])), {}
+    yield (flat,), {"offsets": torch.tensor([0, 4]), **weights}
+    yield (torch.zeros(0, dtype=torch.long), torch.tensor([0, 0])), {}
+    if mode == "sum":
+        yield (bags, None, torch.rand(2, 3)), {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("padding", [None, 4, -1])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_are_reduced_as_by_the_float_layer(table, mode, padding, dtype):
+    layer, ours = put_beside(nn.EmbeddingBag(10, 16, mode=mode, padding_idx=padding, dtype=dtype))
+    assert isinstance(ours, nn.EmbeddingBag)
+    for args, kwargs in calls(mode):
+        args = tuple(each.to(dtype) if each is not None and each.is_floating_point() else each for each in args)
+        kwargs = {name: each.to(dtype) if each.is_floating_point() else each for name, each in kwargs.items()}
+        got = ours(*args, **kwargs)
+        assert got.dtype == dtype
+        assert torch.allclose(got, layer(*args, **kwargs), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_the_last_offset_may_be_included(table):
+    layer, ours = put_beside(nn.EmbeddingBag(10, 16, include_last_offset=True))
+    input, offsets = torch.tensor([1, 2, 4, 5]), torch.tensor([0, 1, 4])
+    assert torch.allclose(ours(input, offsets), layer(input, offsets), atol=1e-6)
+    assert ours(input, offsets).shape == (2, 16)
+
+
+def test_weights_of_the_samples_get_their_gradients(table):
+    layer, ours = put_beside(nn.EmbeddingBag(10, 16, mode="sum"))
+    input, given = torch.tensor([[1, 2], [4, 5]]), torch.rand(2, 2)
+    gradients = []
+    for each in (layer, ours):
+        weights = given.clone().requires_grad_()
+        each(input, per_sample_weights=weights).square().sum().backward()
+        gradients.append(weights.grad)
+    assert torch.allclose(*gradients, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [{"per_sample_weights": torch.rand(2, 2)}, {"offsets": torch.tensor([0])}])
+def test_what_the_float_layer_refuses_is_refused(table, wrong):
+    layer, ours = put_beside(nn.EmbeddingBag(10, 16, mode="max"))
+    input = torch.tensor([[1, 2], [4, 5]])
+    errors = []
+    for each in (layer, ours):
+        with pytest.raises((ValueError, NotImplementedError)) as caught:
+            each(input, **wrong)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+# Both
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.bag = nn.Embedding(10, 8), nn.EmbeddingBag(10, 8, mode="sum", padding_idx=1)
+
+    def forward(self, words):
+        return self.words(words) + self.bag(words)[:, None]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_copies_pickles_casts_and_graphs_give_what_the_layers_give(table):
+    model, words = Reads().eval(), torch.tensor([[0, 1, 2], [3, 4, 9]])
+    quantize(model)
+    wanted = model(words)
+    assert torch.equal(copy.deepcopy(model)(words), wanted)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(words), wanted)
+    assert torch.allclose(fx.symbolic_trace(model)(words), wanted)
+    assert torch.allclose(torch.jit.trace(model, (words,))(words), wanted)
+    torch.compiler.reset()
+    assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(words), wanted)
+    exported = torch.export.export(model, (words,)).module()
+    assert torch.allclose(exported(words), wanted)
+    assert model.words.int8_weights.dtype == torch.int8
+    half = copy.deepcopy(model).half()
+    assert half.words.int8_weights.dtype == torch.int8
+    assert half.words.scales.dtype == torch.float32
+    assert torch.allclose(half(words).float(), wanted, atol=0.01)
+    assert set(model.state_dict()) == {
+        f"{name}.{part}" for name in ("words", "bag") for part in ("int8_weights", "scales")
+    }
+
+
+def test_a_large_table_takes_one_byte_a_value():
+    model = nn.Sequential(nn.Embedding(2100, 512))
+    quantize(model)
+    model[0](torch.arange(1000))
+    assert not model[0]._forms
+
+
+@pytest.mark.parametrize("method", ["w8a32", "w8a8"])
+def test_ties_between_the_kinds_share_codes_and_come_back(method):
+    class Coder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.bag = nn.Embedding(10, 8), nn.EmbeddingBag(10, 8)
+            self.head = nn.Linear(8, 10)
+            self.bag.weight = self.head.weight = self.words.weight
+
+        def forward(self, words):
+            return self.head(self.words(words) + self.bag(words)[:, None])
+
+    model, words = Coder(), torch.tensor([[0, 1, 2], [3, 4, 9]])
+    wanted = model(words)
+    with quantized(model, method) as plan:
+        assert model.words.int8_weights is model.bag.int8_weights is model.head.int8_weights
+        assert torch.allclose(model(words), wanted, atol=0.1)
+        assert isinstance(model.bag, QuantizedEmbeddingBag)
+    assert [decision.tied_to for decision in plan] == [None, "words", "words"]
+    assert [decision.method for decision in plan] == ["w8a32", "w8a32", method]
+    assert plan.label == method
+    assert model.bag.weight is model.head.weight is model.words.weight
+    assert torch.equal(model(words), wanted)
+    with quantized(model, {"exclude": ["bag"]}) as plan:
+        assert [decision.reason for decision in plan] == [
+            "tied to bag.weight (excluded)",
+            "excluded",
+            "tied to bag.weight (excluded)",
+        ]

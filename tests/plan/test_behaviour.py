@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tinyq_lightning import quantize, quantized
 from tinyq_lightning.layers import QuantizedLinear, behaviour
-from tinyq_lightning.plan import find_sites
+from tinyq_lightning.plan import find_sites, quantized_weights
 
 
 class Matrix(nn.Module):
@@ -330,8 +330,8 @@ def test_an_embedding_that_does_more_keeps_its_tie_float(embedding):
 def test_a_matrix_that_is_held_transposed_gets_its_values_back(dtype):
     model = nn.Sequential(Turned())
     site = find_sites(model)[0]
-    layer = site.kind.make(site.module, None, "w8a32", "auto").to(dtype)
-    site.kind.restore(site.module, site.parameter[0], layer)
+    layer = site.kind.make(site.module, quantized_weights(site)[0], "w8a32", "auto").to(dtype)
+    site.kind.restore(site.module, site.original, layer)
     assert model[0].weight.dtype == dtype
     assert torch.equal(model[0].weight, layer.weight.t())
 

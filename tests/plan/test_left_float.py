@@ -167,11 +167,11 @@ class Experts(nn.Module):
 
 
 def test_the_last_line_of_the_plan_names_what_else_holds_matrices():
-    model = nn.ModuleDict({"head": nn.Linear(8, 8), "experts": Experts(), "conv": nn.Conv1d(2, 3, 4)})
+    model = nn.ModuleDict({"head": nn.Linear(8, 8), "experts": Experts(), "norm": nn.LayerNorm([3, 8])})
     plan = quantize(model)
     assert plan.table().splitlines()[-1] == (
-        "not in a layer of the plan, and left as they are: 2 weights of 2.14 kB "
-        "(experts.up [4, 8, 16], conv.weight [3, 2, 4])"
+        "not in a layer of the plan, and left as they are: 3 weights of 2.24 kB "
+        "(experts.up [4, 8, 16], norm.weight [3, 8], norm.bias [3, 8])"
     )
     assert plan.others_note() == plan.table().splitlines()[-1]
     assert quantize(nn.Sequential(nn.Linear(4, 4))).others_note() is None
@@ -180,10 +180,10 @@ def test_the_last_line_of_the_plan_names_what_else_holds_matrices():
 @pytest.mark.parametrize(
     ("model", "keys", "error", "said"),
     [
-        (nn.Sequential(nn.Conv2d(1, 1, 1)), {}, ModelError, "has no nn.Linear to quantize"),
+        (nn.Sequential(nn.BatchNorm1d(1)), {}, ModelError, "has no layer to quantize"),
         (nn.Sequential(nn.Linear(1, 1)), {}, ModelError, r"nothing to quantize \(0: int8 is no smaller"),
         (nn.Sequential(nn.Linear(4, 4, dtype=torch.cfloat)), {}, ModelError, r"nothing to quantize \(0: its weight is"),
-        (nn.Sequential(nn.Linear(4, 4)), {"exclude": ["0"]}, SpecError, "leaves all 1 Linear layers float"),
+        (nn.Sequential(nn.Linear(4, 4)), {"exclude": ["0"]}, SpecError, "leaves the only layer float"),
         (nn.Linear(4, 4), {}, ModelError, "cannot be replaced in place"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The plan: every Linear with its method and why, patterns that are checked, and a spec that reproduces it."""
+"""The plan: every layer with its method and why, patterns that are checked, and a spec that reproduces it."""
 
 import re
 from dataclasses import replace
@@ -14,8 +14,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from tinyq_lightning import QuantizationSpec, quantize
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers.linear import QuantizedLinear
+from tinyq_lightning.plan.checks import check_patterns
 from tinyq_lightning.plan.plan import Plan
-from tinyq_lightning.plan.resolution import check_patterns, resolve
+from tinyq_lightning.plan.resolution import resolve
 from tinyq_lightning.plan.sites import find_sites
 from tinyq_lightning.spec import METHOD_NAMES
 
@@ -46,7 +47,7 @@ class Net(nn.Module):
         return self.head(x)
 
 
-NAMES = [f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)] + ["head"]
+NAMES = ["embed"] + [f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)] + ["head"]
 
 
 class Doubling(nn.Linear):
@@ -75,20 +76,22 @@ def from_file(tmp_path, text):
 # --- every layer, its method, and why ---
 
 
-def test_every_linear_appears_once_in_the_order_of_the_modules():
+def test_every_layer_appears_once_in_the_order_of_the_modules():
     plan = resolve(spec(), Net())
     assert [d.name for d in plan] == NAMES
-    assert len(plan) == 5
+    assert len(plan) == 6
+    assert [d.kind for d in plan] == ["embedding", *["linear"] * 5]
     assert {(d.method, d.reason) for d in plan} == {("w8a32", "spec")}
 
 
 def test_reasons_are_spec_rule_and_excluded():
     rules = [{"match": "encoder.layers.0.*", "method": "w8a8"}, {"match": "re:.*linear2", "method": "w8a16"}]
     assert decisions(Net(), exclude=["head"], rules=rules) == {
-        NAMES[0]: ("w8a8", "rule 1"),
+        "embed": ("w8a32", "spec"),
         NAMES[1]: ("w8a8", "rule 1"),
-        NAMES[2]: ("w8a32", "spec"),
-        NAMES[3]: ("w8a16", "rule 2"),
+        NAMES[2]: ("w8a8", "rule 1"),
+        NAMES[3]: ("w8a32", "spec"),
+        NAMES[4]: ("w8a16", "rule 2"),
         "head": ("float", "excluded"),
     }
 
@@ -102,6 +105,7 @@ def test_exclude_wins_over_rules_and_the_first_rule_over_the_next():
     rules = [{"match": "*.linear1", "method": "w8a8"}, {"match": "encoder", "method": "w8a16"}]
     found = decisions(Net(), exclude=["encoder.layers.0"], rules=rules)
     assert [found[name] for name in NAMES] == [
+        ("w8a32", "spec"),
         ("float", "excluded"),
         ("float", "excluded"),
         ("w8a8", "rule 1"),
@@ -170,8 +174,8 @@ def test_a_layer_under_several_names_appears_once_with_its_aliases():
     assert [d.name for d in plan] == NAMES
     aliases = {d.name: d.aliases for d in plan}
     assert aliases["head"] == ("again",)
-    assert aliases[NAMES[0]] == ("encoder.layers.2.linear1",)
-    assert aliases[NAMES[2]] == ()
+    assert aliases[NAMES[1]] == ("encoder.layers.2.linear1",)
+    assert aliases[NAMES[3]] == ()
 
 
 def test_a_pattern_on_any_name_of_a_shared_layer_decides():
@@ -204,7 +208,7 @@ def test_non_finite_weights_are_refused_by_name_and_count():
         model.encoder["layers"][0].linear1.weight[1, 1] = torch.inf
     with pytest.raises(ModelError) as caught:
         resolve(spec(), model)
-    for said in (f"{NAMES[0]}: 1 of 24", "head: 3 of 40", "non_finite: float"):
+    for said in (f"{NAMES[1]}: 1 of 24", "head: 3 of 40", "non_finite: float"):
         assert said in str(caught.value)
 
 
@@ -263,9 +267,9 @@ def test_a_weight_that_is_not_floating_point_stays_as_it_is_with_the_reason():
     assert decisions(model, exclude=["1"])["1"] == ("float", "excluded")
 
 
-def test_a_model_without_a_linear_is_refused_and_says_what_it_has():
-    with pytest.raises(ModelError, match=r"Sequential has no nn\.Linear to quantize \(it has 1 Conv2d\)"):
-        resolve(spec(), nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()))
+def test_a_model_without_a_layer_is_refused_and_says_what_it_has():
+    with pytest.raises(ModelError, match=r"Sequential has no layer to quantize \(it has 1 BatchNorm2d\)"):
+        resolve(spec(), nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -287,7 +291,7 @@ def test_an_exclude_that_matches_nothing_names_the_nearest_layer_and_the_line(tm
         resolve(wrong, Net())
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'spec.yaml'}:3 (exclude.1): ")
-    assert "pattern 'encoder.layers.0.linaer1' matches no Linear layer" in message
+    assert "pattern 'encoder.layers.0.linaer1' matches no layer" in message
     assert "Did you mean 'encoder.layers.0.linear1'" in message
 
 
@@ -296,7 +300,7 @@ def test_a_rule_that_matches_nothing_names_the_nearest_layer_and_the_line(tmp_pa
     with pytest.raises(SpecError) as caught:
         resolve(wrong, Net())
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'spec.yaml'}:3 (rules.0.match): pattern 'haed' matches no Linear layer")
+    assert message.startswith(f"{tmp_path / 'spec.yaml'}:3 (rules.0.match): pattern 'haed' matches no layer")
     assert "Did you mean 'head'" in message
 
 
@@ -305,9 +309,9 @@ def test_a_pattern_far_from_every_layer_gets_the_list_of_layers():
         resolve(spec(exclude=["xyz"]), Net())
 
 
-def test_a_pattern_for_what_is_no_linear_says_what_that_is():
-    with pytest.raises(SpecError, match=r"'embed' is there, but is never quantized: its type is Embedding\."):
-        resolve(spec(exclude=["embed"]), Net())
+def test_a_pattern_for_what_is_no_layer_says_what_that_is():
+    with pytest.raises(SpecError, match=r"'encoder.layers.0.norm' is there, but .*: its type is LayerNorm\."):
+        resolve(spec(exclude=["norm"]), Net())
 
 
 def test_a_name_in_the_middle_of_paths_is_answered_with_the_glob_that_covers_it():
@@ -327,7 +331,7 @@ def test_a_rule_shadowed_by_a_rule_names_both_a_layer_and_the_line(tmp_path):
         resolve(from_file(tmp_path, text), Net())
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'spec.yaml'}:3 (rules.1.match): rule 2 ('*.linear1') is shadowed")
-    assert f"{NAMES[0]!r}, is taken by rule 1 before it" in message
+    assert f"{NAMES[1]!r}, is taken by rule 1 before it" in message
 
 
 def test_a_rule_shadowed_by_exclude_names_the_pattern(tmp_path):
@@ -338,14 +342,14 @@ def test_a_rule_shadowed_by_exclude_names_the_pattern(tmp_path):
 
 def test_a_rule_shadowed_in_part_is_no_error():
     rules = [{"match": "encoder.layers.0", "method": "w8a8"}, {"match": "encoder", "method": "w8a16"}]
-    assert decisions(Net(), rules=rules)[NAMES[2]] == ("w8a16", "rule 2")
+    assert decisions(Net(), rules=rules)[NAMES[3]] == ("w8a16", "rule 2")
 
 
 @pytest.mark.parametrize(
     "keys", [{"method": "float"}, {"exclude": ["*"]}, {"rules": [{"match": "*", "method": "float"}]}]
 )
 def test_a_spec_that_leaves_everything_float_is_refused(keys):
-    with pytest.raises(SpecError, match="leaves all 5 Linear layers float"):
+    with pytest.raises(SpecError, match="leaves all 6 layers float"):
         resolve(spec(**keys), Net())
 
 
@@ -362,7 +366,7 @@ def test_patterns_are_checked_without_a_look_at_any_weight():
 def test_sizes_are_those_of_the_tensors():
     model = Net().to(torch.bfloat16)
     planned = {d.name: d for d in resolve(spec(exclude=["head"]), model)}
-    layer, head = planned[NAMES[0]], planned["head"]
+    layer, head = planned[NAMES[1]], planned["head"]
     assert (layer.float_bytes, layer.bytes) == (2 * (24 + 6), 24 + 4 * 6 + 2 * 6)
     assert head.float_bytes == head.bytes == 2 * 40
     done = quantize(model, spec(exclude=["head"]))
@@ -374,17 +378,18 @@ def test_sizes_are_those_of_the_tensors():
 def test_table_has_a_line_for_each_layer_and_the_totals_and_why_the_kernels():
     model = Net()
     plan = quantize(model, {"exclude": ["head"], "kernel": "reference"})
-    *lines, note, others = plan.table().splitlines()
-    assert lines[0].split() == ["layer", "method", "reason", "kernel", "SQNR", "dB", "float", "now"]
+    *lines, note, covered = plan.table().splitlines()
+    assert lines[0].split() == ["layer", "kind", "method", "reason", "kernel", "SQNR", "dB", "float", "now"]
     assert [line.split()[0] for line in lines[2:-1]] == NAMES
-    assert lines[-1].startswith("5 layers")
-    first = plan.decisions[0]
-    assert lines[2].split()[1:5] == ["w8a32", "spec", "reference", f"{first.weight_sqnr_db:.1f}"]
-    assert "excluded" in lines[6]
+    assert lines[-1].startswith("6 layers")
+    embed, first = plan.decisions[:2]
+    assert lines[2].split()[1:5] == ["embedding", "w8a32", "spec", f"{embed.weight_sqnr_db:.1f}"]
+    assert lines[3].split()[1:6] == ["linear", "w8a32", "spec", "reference", f"{first.weight_sqnr_db:.1f}"]
+    assert "excluded" in lines[7]
     total = sum(d.float_bytes for d in plan)
     assert f"{total} B" in lines[-1]
     assert note == "kernel reference: as asked for"
-    assert others == "not in a layer of the plan, and left as they are: 1 weight of 160 B (embed.weight [10, 4])"
+    assert covered.startswith("73.6 % of the weight bytes in int8 (w8a32), 5 of 6 layers; in float 18.9 % Linear, ")
 
 
 def test_the_plan_records_the_kernel_of_each_layer_and_why(monkeypatch):
@@ -392,13 +397,13 @@ def test_the_plan_records_the_kernel_of_each_layer_and_why(monkeypatch):
     resolved = resolve(spec(exclude=["head"]), model)
     done = quantize(model, spec(exclude=["head"]))
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    assert [d.kernel for d in resolved] == [d.kernel for d in done] == [*(layer.choice for layer in layers), None]
+    assert [d.kernel for d in resolved] == [d.kernel for d in done] == [None, *(layer.choice for layer in layers), None]
     assert [d.kernel for d in resolve(spec(exclude=["head"]), model)] == [d.kernel for d in done]
     # not in files: those are the same on every machine
     assert all("kernel" not in row for row in done.to_list())
     monkeypatch.setenv("TINYQ_KERNEL", "reference")
     elsewhere = resolve(spec(exclude=["head"]), Net())
-    assert elsewhere.decisions[0].kernel.kernel == "reference"
+    assert elsewhere.decisions[1].kernel.kernel == "reference"
     assert elsewhere == resolved
 
 
@@ -406,7 +411,7 @@ def test_sqnr_is_none_until_quantized_and_for_float_layers():
     model = Net()
     assert all(d.weight_sqnr_db is None for d in resolve(spec(), model))
     done = quantize(model, {"exclude": ["head"]})
-    assert [d.weight_sqnr_db is None for d in done] == [False] * 4 + [True]
+    assert [d.weight_sqnr_db is None for d in done] == [False] * 5 + [True]
 
 
 def test_label_is_the_method_or_mixed():

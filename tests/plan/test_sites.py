@@ -128,7 +128,11 @@ def test_an_embedding_follows_its_only_linear():
     model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9), "other": nn.Embedding(3, 3)})
     model["head"].weight = model["embed"].weight
     got = decisions(model, {"method": "float", "rules": [{"match": "head", "method": "w8a8"}]})
-    assert got == {"embed": ("w8a8", "tied to head.weight"), "head": ("w8a8", "rule 1")}
+    assert got == {
+        "embed": ("w8a32", "tied to head.weight; a look-up has no activations"),
+        "head": ("w8a8", "rule 1"),
+        "other": ("float", "spec"),
+    }
 
 
 def test_weights_that_share_memory_without_being_one_parameter_are_tied_too():

@@ -103,12 +103,11 @@ def test_the_timings_lie_beside_the_plan_and_in_no_checkpoint(tmp_path, timer):
     assert found["seconds"] >= 0
     assert [timing["ms"] for timing in found["timings"]] == [0.5, 0.5, 0.5, 0.5, 2.0, 2.0]
     assert found["timings"][0] == {
-        "in_features": FEATURES,
-        "out_features": 16,
-        "bias": True,
+        "kind": "linear",
+        "layer": f"in_features={FEATURES}, out_features=16, bias=True, dtype=torch.float32",
         "method": "w8a32",
         "dtype": "float32",
-        "input": {"rows": 32, "dtype": "float32", "autocast": None, "device": "cpu", "part": None},
+        "input": {"rows": 32, "dtype": "float32", "autocast": None, "device": "cpu", "part": None, "sizes": []},
         "float_ms": 1.0,
         "ms": 0.5,
     }
@@ -160,9 +159,8 @@ def test_a_real_timer_decides_every_layer_one_way_or_the_other(tmp_path):
         patch.setattr("tinyq_lightning.callback.rank_zero_warn", lambda *_: None)
         fit(tmp_path, callback)
     found = report_of(callback.quantized_path)["never_slower"]
-    assert {(timing["out_features"], timing["input"]["rows"]) for timing in found["timings"]} == {
-        (out, rows) for out in (16, CLASSES) for rows in (8, 32)
-    }
+    timed = {(timing["layer"].split(", ")[1], timing["input"]["rows"]) for timing in found["timings"]}
+    assert timed == {(f"out_features={out}", rows) for out in (16, CLASSES) for rows in (8, 32)}
     assert all(timing["float_ms"] > 0 and timing["ms"] > 0 for timing in found["timings"])
     reasons = {decision.name: (decision.method, decision.reason.split(":")[0]) for decision in callback.plan}
     assert reasons.pop("body.0") == ("float", "excluded")

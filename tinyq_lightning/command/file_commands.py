@@ -29,7 +29,7 @@ from tinyq_lightning.file import (
     write_checkpoint,
     write_safetensors,
 )
-from tinyq_lightning.plan import Decision, Plan, file_coverage, model_coverage, resolve
+from tinyq_lightning.plan import Decision, Plan, file_coverage, resolve
 from tinyq_lightning.spec import QuantizationSpec, as_spec
 from tinyq_lightning.table import Table, format_bytes
 
@@ -61,7 +61,7 @@ def quantize(args: Namespace) -> Answer:
         f"float      {args.checkpoint}  {file_size(args.checkpoint)}\n"
         f"quantized  {path}  {file_size(path)}"
     )
-    return Answer(text, {"path": path, **_described(content), "linear_bytes": {"float": before, plan.label: after}})
+    return Answer(text, {"path": path, **_described(content), "layer_bytes": {"float": before, plan.label: after}})
 
 
 def inspect(args: Namespace) -> Answer:
@@ -105,10 +105,10 @@ def _inspect_float(args: Namespace, source: Archive) -> Answer:
         rows = [
             [name, "×".join(map(str, value.shape)), str(value.dtype).removeprefix("torch."), format_bytes(value.nbytes)]
             for name, value in tensors.items()
-            if value.dim() == 2 and value.is_floating_point()
+            if value.dim() >= 2 and value.is_floating_point()
         ]
         table = Table(["matrix", "shape", "dtype", "size"], rows).text()
-        note = "Those of Linear layers would be quantized; give --model to see which, and the plan."
+        note = "Those of layers would be quantized; give --model to see which, and the plan."
         return Answer(f"{head}\n{table}\n\n{note}", data | {"matrices": [row[0] for row in rows]})
     model = FloatFile(source, model_class(args.model, source, args.trust), args.init, args.trust)
     with progress("reading") as around:
@@ -120,7 +120,7 @@ def _inspect_float(args: Namespace, source: Archive) -> Answer:
             return stack
 
         plan = resolve(_spec(args), model.module, present)
-    text = f"{head}\nWhat would be quantized:\n\n{plan.table()}\n\n{model_coverage(plan, model.module)}"
+    text = f"{head}\nWhat would be quantized:\n\n{plan.table()}"
     return Answer(text, data | {"plan": plan.to_list()})
 
 

@@ -16,7 +16,13 @@ from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
 from tinyq_lightning.file.validate import is_quantized, without_training_entries
-from tinyq_lightning.file.weightless import named_tensors, put_value, without_weights
+from tinyq_lightning.file.weightless import (
+    drop_weak_references,
+    named_tensors,
+    put_value,
+    restore_weak_references,
+    without_weights,
+)
 from tinyq_lightning.plan import WithValues, find_sites, quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
 
@@ -125,6 +131,7 @@ class FloatFile:
         for tensor in self.module.state_dict(keep_vars=True).values():
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._read(tensor)
+        restore_weak_references(self.module)
 
     def _read(self, tensor: Tensor) -> None:
         put_value(tensor, self._source.read(self._entries[id(tensor)][1]))
@@ -143,6 +150,7 @@ class FloatFile:
             layers = [tensor for site in find_sites(module) for _, tensor in named_tensors(site.module)]
             if any(tensor.is_meta and id(tensor) not in self._entries for tensor in layers):
                 return None
+            drop_weak_references(module)
             for tensor, entry in self._entries.values():
                 put_value(tensor, torch.empty_like(tensor, dtype=entry.dtype, device="meta"))
             return module

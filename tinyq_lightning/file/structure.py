@@ -10,7 +10,7 @@ from torch import nn
 from tinyq_lightning.errors import CheckpointError, TrainerError
 from tinyq_lightning.file.checkpoint import check_digests
 from tinyq_lightning.file.validate import check_format, check_layers, find_codes, prefixes_of_codes
-from tinyq_lightning.layers import Int8Weight
+from tinyq_lightning.layers import QuantizedLayer
 from tinyq_lightning.plan import Site, carry_over, find_sites
 
 __all__ = [
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def restore_structure(
     module: nn.Module, trainer: Trainer | None, checkpoint: Mapping[str, Any], source: str
-) -> list[tuple[Site, Int8Weight]]:
+) -> list[tuple[Site, QuantizedLayer]]:
     """Check a quantized checkpoint that a Trainer restores into a module, and put its empty layers into the module.
 
     Args:
@@ -50,7 +50,7 @@ def restore_structure(
 
 def prepare_structure(
     module: nn.Module, checkpoint: Mapping[str, Any], source: str = "the checkpoint"
-) -> list[tuple[Site, Int8Weight]]:
+) -> list[tuple[Site, QuantizedLayer]]:
     """Put empty quantized layers where the plan of the checkpoint has them; ``load_state_dict`` then fills them.
 
     Args:
@@ -65,10 +65,9 @@ def prepare_structure(
         CheckpointError: the module has no such layer, or one of another shape.
     """
     entries = [entry for entry in checkpoint["tinyq"]["plan"] if entry["method"] != "float"]
-    # an embedding that the class ties to a layer only later is known by the plan alone
-    found = find_sites(module, embeddings=[entry["name"] for entry in entries])
+    found = find_sites(module, {entry["name"] for entry in entries}.__contains__)
     sites = {name: site for site in found for name in site.names}
-    made: dict[str, tuple[Site, Int8Weight]] = {}
+    made: dict[str, tuple[Site, QuantizedLayer]] = {}
     state = checkpoint["state_dict"]
     prefixes = prefixes_of_codes(state)
     for entry in entries:
@@ -76,19 +75,20 @@ def prepare_structure(
         site = sites.get(name)
         if site is None:
             raise CheckpointError(
-                f"{source} has the quantized layer {name!r}, {type(module).__name__} has no Linear layer of that name. "
+                f"{source} has the quantized layer {name!r}, {type(module).__name__} has no layer of that name. "
                 f"It has: {', '.join(sorted(sites)) or 'none'}"
             )
         if site.is_quantized:
             continue
-        prefix = next(iter(find_codes(prefixes, site.names)), None)
-        codes = None if prefix is None else state[f"{prefix}int8_weights"]
-        here = tuple(site.weight_like.shape)
-        if codes is not None and tuple(codes.shape) != here:
-            raise CheckpointError(
-                f"layer {name!r} is {list(codes.shape)} in {source} and {list(here)} in "
-                f"{type(module).__name__}: build it with the arguments it was trained with"
-            )
+        for weight, here in site.weights_like.items():
+            names = [f"{each}.{weight}" for each in site.names] if len(site.weights) > 1 else site.names
+            prefix = next(iter(find_codes(prefixes, names)), None)
+            codes = None if prefix is None else state[f"{prefix}int8_weights"]
+            if codes is not None and codes.shape != here.shape:
+                raise CheckpointError(
+                    f"layer {name!r} is {list(codes.shape)} in {source} and {list(here.shape)} in "
+                    f"{type(module).__name__}: build it with the arguments it was trained with"
+                )
         kernel = checkpoint["tinyq"]["spec"].get("kernel", "auto")
         layer = site.kind.make_empty(site.module, entry["method"], kernel)
         carry_over(site, layer)

@@ -185,6 +185,8 @@ def _is_decision(value: Any) -> bool:
         and isinstance(aliases, list | tuple)
         and all(map(_is_text, aliases))
         and _is_text_or_none(value.get("tied_to"))
+        and _is_text(value.get("kind", ""))
+        and _is_text_or_none(value.get("asked"))
     )
 
 
@@ -256,9 +258,16 @@ def _check_codes(state: Mapping[str, Any], prefix: str, path: str | os.PathLike[
     wrong = ""
     if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.dim() < 2:
         wrong = f"{_CODES} holds no codes of {torch.int8}"
-    elif not isinstance(scales, Tensor) or scales.dtype != torch.float32 or scales.shape != codes.shape[:1]:
+    elif not isinstance(scales, Tensor) or scales.dtype != torch.float32 or not _is_one_a_row(scales, codes):
         wrong = "scales is not one float32 for each row of codes"
     elif not bool((scales.isfinite() & (scales > 0)).all()):
         wrong = "scales holds what is no positive number"
     if wrong:
         raise CheckpointError(f"{path}: the file is damaged: state_dict.{prefix}{wrong}")
+
+
+def _is_one_a_row(scales: Tensor, codes: Tensor) -> bool:
+    """Whether there is a scale for each row of a matrix, or for each of some equal parts of more dimensions."""
+    if codes.dim() == 2:
+        return scales.shape == codes.shape[:1]
+    return scales.dim() == 1 and bool(scales.numel()) and codes.numel() % scales.numel() == 0

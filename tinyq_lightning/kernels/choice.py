@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from weakref import WeakValueDictionary
 
 from torch import Tensor
@@ -100,12 +100,21 @@ _made: MutableMapping[Tensor, WeakValueDictionary[str, WeightForm]] = WeakTensor
 _making = threading.Lock()
 
 
-def weight_form(kernel: str, codes: Tensor, scales: Tensor) -> WeightForm:
-    """The form that ``kernel`` takes, made from codes ``[out, in]`` int8 and scales ``[out]`` float32."""
+def weight_form(
+    kernel: str, codes: Tensor, scales: Tensor, make: Callable[[Tensor, Tensor], WeightForm] | None = None
+) -> WeightForm:
+    """The form that ``kernel`` takes, made from codes ``[out, in, ...]`` int8 and scales ``[out]`` float32.
+
+    Args:
+        kernel: its name; with ``make`` any name for what that makes.
+        codes: of the layer.
+        scales: of the layer.
+        make: makes the form; None for what the kernels of linear layers take.
+    """
     with _making:
         known = _made.setdefault(codes, WeakValueDictionary())
         form = known.get(kernel)
         if form is None or not form.is_current(codes, scales):
             with outside_modes():
-                form = known[kernel] = FORMS[kernel](codes, scales)
+                form = known[kernel] = (make or FORMS[kernel])(codes, scales)
         return form

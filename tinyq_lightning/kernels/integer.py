@@ -21,6 +21,7 @@ from tinyq_lightning.methods import Method
 __all__ = [
     "PlainWeights",
     "has_plain_product",
+    "integer_digits",
     "integer_product",
     "takes_integers",
 ]
@@ -68,14 +69,14 @@ def integer_product(x: Tensor, int8_weights: Tensor, scales: Tensor, method: Met
         ``[..., out]`` float32. A row with NaN or infinity gives no finite value.
     """
     integers, step = quantize_rows_to_steps(x.reshape(-1, x.shape[-1]), method.steps)
-    sums = torch._int_mm(_digits(integers, method.digits), int8_weights.t()).to(x.dtype)
+    sums = torch._int_mm(integer_digits(integers, method.digits), int8_weights.t()).to(x.dtype)
     low, *higher = sums.view(method.digits, integers.shape[0], -1).unbind()  # dynamic shapes: no chunks
     for place, part in enumerate(higher, 1):
         low = low + part * 256.0**place
     return (low * scales * step).view(*x.shape[:-1], int8_weights.shape[0])
 
 
-def _digits(integers: Tensor, count: int) -> Tensor:
+def integer_digits(integers: Tensor, count: int) -> Tensor:
     """The digits, lowest first: ``[rows, in]`` integers as floats → ``[count * rows, in]`` int8."""
     if count == 1:
         return integers.to(torch.int8)

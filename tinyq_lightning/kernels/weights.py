@@ -24,6 +24,7 @@ __all__ = [
     "quantize_per_row",
     "quantize_per_row_with_sqnr",
     "quantize_rows_to_steps",
+    "spread_scales",
     "weight_sqnr_db",
 ]
 
@@ -140,19 +141,32 @@ def count_non_finite(weight: Tensor) -> int:
     return count
 
 
-def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, groups: int = 0) -> Tensor:
     """Floating weights from codes: ``codes * scales[:, None]``.
 
     Args:
-        codes: ``[out, in]`` int8.
+        codes: ``[out, in, ...]`` int8.
         scales: ``[out]`` float32.
         dtype: of the result. The product is rounded once, in float32 (float64 for a float64 result).
+        groups: of a transposed convolution, whose codes are ``[in, out / groups, ...]``; 0 for all others.
 
     Returns:
-        ``[out, in]`` of ``dtype``.
+        Like ``codes``, of ``dtype``.
     """
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    return torch.mul(codes.to(work), scales[:, None]).to(dtype)
+    return torch.mul(codes.to(work), spread_scales(codes, scales, groups)).to(dtype)
+
+
+def spread_scales(codes: Tensor, scales: Tensor, groups: int = 0) -> Tensor:
+    """Scales ``[out]`` in a shape that multiplies codes; arguments as for :func:`dequantize`."""
+    ones = [1] * (codes.dim() - 1)
+    if not groups and len(scales) == len(codes):
+        return scales.view(-1, *ones)
+    if not groups:  # a row is what the last dimension has
+        return scales.view(*codes.shape[:-1], 1)
+    inputs = codes.shape[0] // groups
+    spread = scales.view(groups, 1, -1).expand(groups, inputs, -1)
+    return spread.reshape(codes.shape[0], -1, *ones[1:])
 
 
 def weight_sqnr_db(weight: Tensor, codes: Tensor, scales: Tensor) -> float:

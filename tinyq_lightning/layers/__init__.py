@@ -1,30 +1,57 @@
 """Modules that hold int8 codes, and the table of the kinds of layer that they replace."""
 
 from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
-from tinyq_lightning.layers.embedding import QuantizedEmbedding, ScaledQuantizedEmbedding
+from tinyq_lightning.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, ScaledQuantizedEmbedding
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
-from tinyq_lightning.layers.kind import Candidate, Kind
-from tinyq_lightning.layers.kinds import KINDS, has_inner_layers, is_replaceable, kind_of, why_closed
+from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
+from tinyq_lightning.layers.kinds import KINDS, has_inner_layers, is_replaceable, kind_of, methods_of, why_closed
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear, W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
+from tinyq_lightning.layers.matrix import Int8Matrix, MatrixKind, MatrixPlace, bare_matrix
+from tinyq_lightning.layers.quantized_layer import QuantizedLayer
+from tinyq_lightning.layers.recurrent import (
+    QuantizedGRU,
+    QuantizedGRUCell,
+    QuantizedLSTM,
+    QuantizedLSTMCell,
+    QuantizedRecurrent,
+    QuantizedRNN,
+    QuantizedRNNCell,
+)
 
 __all__ = [
     "KINDS",
     "LAYERS",
     "Candidate",
+    "Int8Matrix",
     "Int8Weight",
     "Kind",
+    "MatrixKind",
+    "MatrixPlace",
     "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
+    "QuantizedGRU",
+    "QuantizedGRUCell",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
+    "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
+    "QuantizedRNN",
+    "QuantizedRNNCell",
+    "QuantizedRecurrent",
     "ScaledQuantizedEmbedding",
     "W8A8LinearLayer",
     "W8A16LinearLayer",
     "W8A32LinearLayer",
+    "WeightSize",
+    "bare_matrix",
+    "first_tensor",
     "float_weight",
     "has_inner_layers",
     "in_projections",
     "is_replaceable",
     "kind_of",
     "linear_with",
+    "methods_of",
     "why_closed",
 ]

@@ -29,19 +29,21 @@ class WeightSource:
     """What a weight is computed from.
 
     Attributes:
-        codes: ``[rows, columns]`` int8, or the form that holds them.
+        codes: ``[rows, columns]`` int8, or more dimensions; or the form that holds them.
         scales: ``[rows]`` float32.
         dtype: of the weight.
+        groups: of a transposed convolution; 0 for all others.
     """
 
     codes: Tensor | CodeHolder
     scales: Tensor
     dtype: torch.dtype
+    groups: int = 0
 
     def values(self) -> Tensor:
-        """``[rows, columns]`` of ``dtype``."""
+        """Like the codes, of ``dtype``."""
         codes = self.codes if isinstance(self.codes, Tensor) else self.codes.codes()
-        return dequantize(codes, self.scales, self.dtype)
+        return dequantize(codes, self.scales, self.dtype, self.groups)
 
 
 class Dequantized:

@@ -1,33 +1,69 @@
-"""An embedding with int8 weights, tied to a linear layer."""
+"""Look-ups in int8 rows: what takes the place of ``nn.Embedding`` and ``nn.EmbeddingBag``."""
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
+from tinyq_lightning.kernels import Float32Weights, in_jit_trace, in_transform
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 
 __all__ = [
     "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
     "ScaledQuantizedEmbedding",
 ]
 
+# A table of at most this many values is kept as float32 beside its codes once it was called: to call the four operators
+# of a look-up in codes takes longer than the one look-up of a few float rows. Larger tables stay at one byte a value.
+_COPIED = 2**20
 
-class QuantizedEmbedding(Int8Weight):
-    """Look-ups in the int8 weight of a linear layer that an ``nn.Embedding`` is tied to.
 
-    The buffers are those of the linear layer: ``int8_weights`` ``[num, dim]`` int8, ``scales`` ``[num]``
-    float32. A row comes out as its codes times its scale.
+class _LookUp(Int8Weight):
+    """A table whose rows are looked up: each its codes times its scale."""
+
+    embedding_dim: int
+
+    def _float_table(self) -> Tensor | None:
+        """A float32 copy of a small table, whose rows have the bits of :meth:`_rows`; None for others."""
+        scales = self._buffers["scales"]
+        if self.dtype != torch.float32 or len(cast(Tensor, scales)) * self.embedding_dim > _COPIED:
+            return None
+        if torch.compiler.is_compiling() or in_jit_trace() or in_transform():
+            return None
+        form = cast("Float32Weights | None", self.form("float32"))
+        return None if form is None else form.weight
+
+    def _rows(self, input: Tensor) -> Tensor:
+        """``input`` ``[...]`` of integers → ``[..., dim]`` of the layer's dtype."""
+        work = torch.float64 if self.dtype == torch.float64 else torch.float32
+        rows, scales = torch.embedding(self.int8_weights, input), torch.embedding(self.scales[:, None], input)
+        return rows.to(work).mul_(scales).to(self.dtype)  # in place: large batches need no further memory
+
+
+class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
+    """Takes the place of an ``nn.Embedding``, of which it is a subclass as ``QuantizedLinear`` is one of ``nn.Linear``.
+
+    The buffers are ``int8_weights`` ``[num, dim]`` int8 and ``scales`` ``[num]`` float32, shared with a layer
+    whose weight the embedding is tied to. A row comes out as its codes times its scale. A look-up reads the rows that
+    it needs and no others.
 
     Args:
         num_embeddings: rows.
         embedding_dim: size of each row.
-        padding_idx: kept because other code may read it; it concerns gradients of the weight, which int8 weights lack.
+        padding_idx: kept because other code may read it; it concerns gradients of the weight, which int8 weights lack,
+            as ``scale_grad_by_freq`` and ``sparse`` do.
         dtype: floating dtype of what is looked up.
         device: where the layer lives.
     """
+
+    max_norm = None
+    norm_type = 2.0
+    scale_grad_by_freq = False
+    sparse = False
 
     def __init__(
         self,
@@ -42,18 +78,6 @@ class QuantizedEmbedding(Int8Weight):
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
 
-    @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, shares: Int8Weight | None = None) -> Self:
-        """A quantized layer with the weight of ``embedding``, or the codes of a layer that has quantized it already.
-
-        Raises:
-            ModelError: the weight is not finite, or on the meta device.
-        """
-        rows, columns = embedding.weight.shape
-        layer = cls(rows, columns, embedding.padding_idx, embedding.weight.dtype, "meta")
-        layer = layer.quantize(embedding.weight) if shares is None else layer.share(shares)
-        return layer.train(embedding.training)
-
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[...]`` of integers → ``[..., dim]`` of the layer's dtype."""
         if has_proxy(input):
@@ -61,10 +85,8 @@ class QuantizedEmbedding(Int8Weight):
         return self._look_up(input)
 
     def _look_up(self, input: Tensor) -> Tensor:
-        work = torch.float64 if self.dtype == torch.float64 else torch.float32
-        codes = nn.functional.embedding(input, self.int8_weights)
-        scales = nn.functional.embedding(input, self.scales[:, None])
-        return torch.mul(codes.to(work), scales).to(self.dtype)
+        table = self._float_table()
+        return self._rows(input) if table is None else nn.functional.embedding(input, table)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows in the brackets."""
@@ -102,3 +124,72 @@ class ScaledQuantizedEmbedding(QuantizedEmbedding):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows in the brackets."""
         return f"{super().extra_repr()}, output_scale={self.output_scale:g}"
+
+
+class QuantizedEmbeddingBag(_LookUp, nn.EmbeddingBag):  # type: ignore[override]
+    """Takes the place of an ``nn.EmbeddingBag``: the rows that are needed are looked up, and reduced as it does.
+
+    Args:
+        bag: the float layer, whose settings are taken.
+        dtype: floating dtype of the result.
+        device: where the layer lives.
+    """
+
+    def __init__(self, bag: nn.EmbeddingBag, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
+        super().__init__(bag.num_embeddings, bag.embedding_dim, dtype, device)
+        self.num_embeddings, self.embedding_dim = bag.num_embeddings, bag.embedding_dim
+        self.max_norm, self.norm_type, self.scale_grad_by_freq = bag.max_norm, bag.norm_type, bag.scale_grad_by_freq
+        self.mode, self.sparse, self.include_last_offset = bag.mode, bag.sparse, bag.include_last_offset
+        self.padding_idx = bag.padding_idx
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As ``nn.EmbeddingBag.forward``.
+
+        Args:
+            input: ``[bags, n]`` of integers, or ``[n]`` with ``offsets``.
+            offsets: where each bag begins in ``input``.
+            per_sample_weights: factors of the rows, like ``input``; only for sums.
+
+        Returns:
+            ``[bags, dim]`` of the layer's dtype.
+        """
+        if has_proxy(input, offsets, per_sample_weights):
+            return leaf_call(self, input, offsets, per_sample_weights)  # type: ignore[no-any-return]
+        table = self._float_table()
+        if table is not None:
+            return self._reduced(input, table, offsets, per_sample_weights, self.padding_idx)
+        rows = self._rows(input.reshape(-1))
+        places, padding = torch.arange(input.numel(), device=input.device), self.padding_idx
+        if padding is not None:  # a row of its own stands for the padding in all places
+            rows = nn.functional.pad(rows, (0, 0, 0, 1))
+            places = torch.where(input.reshape(-1) == padding % self.num_embeddings, input.numel(), places)
+            padding = input.numel()
+        return self._reduced(places.view(input.shape), rows, offsets, per_sample_weights, padding)
+
+    def _reduced(
+        self,
+        input: Tensor,
+        table: Tensor,
+        offsets: Tensor | None,
+        per_sample_weights: Tensor | None,
+        padding_idx: int | None,
+    ) -> Tensor:
+        if offsets is not None and offsets.dtype != input.dtype:
+            input, offsets = input.long(), offsets.long()
+        return nn.functional.embedding_bag(
+            input,
+            table,
+            offsets,
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=padding_idx,
+        )
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows in the brackets."""
+        shown: dict[str, Any] = {"mode": self.mode, "dtype": self.dtype}
+        if self.padding_idx is not None:
+            shown["padding_idx"] = self.padding_idx
+        settings = ", ".join(f"{name}={value}" for name, value in shown.items())
+        return f"{self.num_embeddings}, {self.embedding_dim}, {settings}"

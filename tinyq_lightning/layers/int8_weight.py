@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from tinyq_lightning.kernels import (
     weight_form,
 )
 from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
+from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 
 __all__ = [
     "Int8Weight",
@@ -65,7 +66,7 @@ _packed: weakref.WeakSet[Int8Weight] = weakref.WeakSet()
 _PLACEHOLDER = "no_values"
 
 
-class Int8Weight(nn.Module):
+class Int8Weight(QuantizedLayer):
     """A matrix held as int8 codes with one float32 scale per row; what quantized layers have in common.
 
     The buffers ``int8_weights`` ``[rows, columns]`` int8 and ``scales`` ``[rows]`` float32 keep their
@@ -83,6 +84,7 @@ class Int8Weight(nn.Module):
 
     scales: Tensor
     dtype: torch.dtype
+    _transposed_groups = 0  # for dequantize
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         nn.Module.__init__(self)  # not super(): the next class may be nn.Linear, which would make a float weight
@@ -158,12 +160,16 @@ class Int8Weight(nn.Module):
             holder = self._forms.holder()
             if holder is not None and codes is not None and not holder.handed_out(codes):
                 return None
-            form = weight_form(kernel, self.int8_weights, self.scales)
+            form = self._new_form(kernel)
             if form.holds_codes or (holder is not None and not holder.is_current(self.int8_weights, self.scales)):
                 self._forms.clear()
             self._forms[kernel] = form
         self._drop_codes()
         return form
+
+    def _new_form(self, kernel: str) -> WeightForm:
+        """The form that ``kernel`` takes, which layers that share the weights may have made already."""
+        return weight_form(kernel, self.int8_weights, self.scales)
 
     def _drop_codes(self) -> None:
         """Let go of the plain codes if a form holds them."""
@@ -186,15 +192,20 @@ class Int8Weight(nn.Module):
             self.int8_weights, self.scales = quantize_per_row(weight)
         return self
 
-    def share(self, other: Int8Weight) -> Self:
+    def coded_weights(self) -> Mapping[str, Int8Weight]:
+        """This layer, which holds its weight itself."""
+        return {"weight": self}
+
+    def share(self, other: QuantizedLayer) -> Self:
         """Take the codes and scales of ``other``: the same memory, not a copy. Returns the layer."""
-        self.int8_weights, self.scales = other.int8_weights, other.scales
+        (holder,) = other.coded_weights().values()
+        self.int8_weights, self.scales = holder.int8_weights, holder.scales
         return self
 
     def dequantize(self) -> Tensor:
         """The weight as floats: ``[rows, columns]`` float32 (float64 where the layer's dtype is that)."""
         work = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return dequantize(self.int8_weights, self.scales, work)
+        return dequantize(self.int8_weights, self.scales, work, self._transposed_groups)
 
     @property
     def weight(self) -> Tensor:
@@ -204,11 +215,13 @@ class Int8Weight(nn.Module):
         forward pass: weights that were read last are kept, 32 MiB of them in the whole process.
         """
         if torch.compiler.is_compiling() or in_transform() or torch._C._len_torch_dispatch_stack():
-            return dequantize(self.int8_weights, self.scales, self.dtype)  # a tracer would record the read-only type
+            # a tracer would record the read-only type
+            return dequantize(self.int8_weights, self.scales, self.dtype, self._transposed_groups)
         with _lock:
             codes = self._buffers["int8_weights"]
             held = cast(CodeHolder, self._forms.holder()) if codes is None else codes
-        return self._forms.dequantized.weight(WeightSource(held, self.scales, self.dtype), held.shape)
+        source = WeightSource(held, self.scales, self.dtype, self._transposed_groups)
+        return self._forms.dequantized.weight(source, held.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold the plain codes, and are packed when they are called.
@@ -278,17 +291,17 @@ def _follow(before: Tensor, after: Tensor) -> Tensor:
     return after
 
 
-def float_weight(module: nn.Module) -> Tensor:
-    """The weight that a float layer uses. A parametrized weight is computed in eval mode, which changes no state."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return module.weight  # type: ignore[return-value]
+def float_weight(module: nn.Module, name: str = "weight") -> Tensor:
+    """A weight that a float layer uses. A parametrized one is computed in eval mode, which changes no state."""
+    if not parametrize.is_parametrized(module, name):
+        return getattr(module, name)  # type: ignore[no-any-return]
     below = list(module.parametrizations.modules())  # type: ignore[union-attr]
     modes = [each.training for each in below]
     try:
         for each in below:
             each.training = False  # in training mode, spectral_norm would make a step of its power iteration
         with torch.no_grad():
-            return module.weight  # type: ignore[return-value]
+            return getattr(module, name)  # type: ignore[no-any-return]
     finally:
         for each, mode in zip(below, modes, strict=True):
             each.training = mode

@@ -1,9 +1,10 @@
-"""What a kind of layer has to say of itself, so that it can be found, planned, quantized, loaded and restored."""
+"""What a kind of layer has to say of itself: how it is found, planned, quantized, loaded, restored and timed."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -12,13 +13,58 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tinyq_lightning.layers.int8_weight import Int8Weight
-from tinyq_lightning.methods import KernelName
+from tinyq_lightning.kernels import Choice, dequantize
+from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.quantized_layer import QuantizedLayer
+from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
     "Candidate",
     "Kind",
+    "WeightSize",
 ]
+
+_SCALE_BYTES = 4  # one float32 a row
+
+
+@dataclass(frozen=True)
+class WeightSize:
+    """The sizes of a weight, and which of its values share a scale.
+
+    Attributes:
+        shape: of the float weight, and of its codes.
+        rows: the number of scales. The values of a row lie one after the other, unless :attr:`dim` is 1.
+        dim: 0; or 1 if rows are counted along that dimension within each of ``rows / shape[1]`` equal groups of the
+            first, as the output channels of a transposed convolution are.
+    """
+
+    shape: tuple[int, ...]
+    rows: int
+    dim: int = 0
+
+    @property
+    def count(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Of codes and scales."""
+        return self.count + _SCALE_BYTES * self.rows
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """A weight or codes of :attr:`shape` → ``[rows, columns]``, one row for each scale."""
+        if self.dim == 0:
+            return weight.reshape(self.rows, -1)
+        groups = self.rows // self.shape[1]
+        return weight.reshape(groups, -1, *self.shape[1:]).transpose(1, 2).reshape(self.rows, -1)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """``[rows, columns]`` → :attr:`shape`; the inverse of :meth:`to_rows`."""
+        if self.dim == 0:
+            return rows.view(self.shape)
+        groups = self.rows // self.shape[1]
+        return rows.view(groups, self.shape[1], -1, *self.shape[2:]).transpose(1, 2).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -27,9 +73,8 @@ class Candidate:
 
     Attributes:
         kind: the kind that makes, counts and restores it.
-        layer: the module itself, or one that stands for it, with a matrix ``[out, in]`` over the same memory as its
-            ``weight`` and the same ``bias``.
-        parameter: where its weight is: a module, and the parameter's name there.
+        layer: the module itself, or one that stands for it, with its weights over the same memory.
+        weights: by the name of each weight in ``layer``, where it is: a module, and the parameter's name there.
         why_float: why it cannot be quantized without a change of meaning; None if it can.
         part: for a layer inside the module, the attribute of ``opened`` that holds it.
         opened: what takes the module's place if any part of it is quantized, and holds the parts as modules.
@@ -37,7 +82,7 @@ class Candidate:
 
     kind: Kind
     layer: nn.Module
-    parameter: tuple[nn.Module, str]
+    weights: Mapping[str, tuple[nn.Module, str]]
     why_float: str | None
     part: str = ""
     opened: nn.Module | None = None
@@ -47,18 +92,22 @@ class Kind(ABC):
     """One kind of layer. A new kind is a subclass in a file of its own, and an entry in ``kinds.KINDS``.
 
     Attributes:
-        name: as plans and errors call it.
-        takes_methods: whether its quantized layer is a ``QuantizedLinear``, which holds activations by a method and
-            takes kernels, so that the budget can give it another method and ``never_slower`` can time it.
-        only_tied: whether a layer of the kind is planned only if it shares its weight with one that takes methods.
-        is_layer: whether a model that is itself of this kind could be replaced, which takes a parent.
+        name: as specs, plans and errors call it; one of ``methods.KIND_NAMES``.
+        methods: those that its quantized layers have. Another that is asked for becomes ``w8a32``.
+        why_w8a32: why it becomes that, for the plan.
+        is_called: whether its quantized layers are called, so that there are inputs, outputs and times of them.
+        quantized_class: of its quantized layers.
+        left_behind: attributes of a float layer that its quantized layer is not given.
     """
 
     name: ClassVar[str]
-    takes_methods: ClassVar[bool] = True
-    only_tied: ClassVar[bool] = False
-    is_layer: ClassVar[bool] = True
-    quantized_class: ClassVar[type[Int8Weight]]
+    methods: ClassVar[tuple[str, ...]] = tuple(METHODS)
+    why_w8a32: ClassVar[str] = "its activations stay as they are"
+    is_called: ClassVar[bool] = True
+    quantized_class: ClassVar[type[QuantizedLayer]]
+    left_behind: ClassVar[frozenset[str]] = frozenset()
+
+    # Finding and planning
 
     @abstractmethod
     def finds(self, module: nn.Module) -> bool:
@@ -74,42 +123,122 @@ class Kind(ABC):
         """
 
     @abstractmethod
-    def shape(self, layer: nn.Module) -> tuple[int, int]:
-        """Rows and columns of the weight of a float or a quantized layer, by the sizes it tells."""
+    def sizes(self, layer: Any) -> Mapping[str, WeightSize]:
+        """The size of each weight of a float or a quantized layer by its name, by what the layer tells of itself."""
+
+    def methods_of(self, layer: Any) -> tuple[str, ...]:
+        """The methods that the quantized layer of ``layer``, float or quantized, can have."""
+        return self.methods
+
+    def method_for(self, layer: Any, wanted: str) -> tuple[str, str | None]:
+        """The method of a float layer for which ``wanted`` is asked, and why it is another; None if it is the same."""
+        if wanted in self.methods_of(layer):
+            return wanted, None
+        return "w8a32", self.why_w8a32
+
+    def choice(self, layer: Any, method: str, kernel: KernelName) -> Choice | None:
+        """The kernel that the quantized layer of a float one would take on this CPU; None if there is no choice."""
+        return None
+
+    # Making, loading, restoring
 
     @abstractmethod
-    def make(self, layer: Any, codes: Int8Weight | None, method: str, kernel: KernelName) -> Int8Weight:
+    def make(self, layer: Any, codes: Mapping[str, Int8Weight], method: str, kernel: KernelName) -> QuantizedLayer:
         """The quantized layer for a float one.
 
         Args:
             layer: the float layer, as a :class:`Candidate` has it.
-            codes: codes of its weight; None to make them.
+            codes: codes and scales of each of its weights, to share.
             method: what the plan gives it.
             kernel: what the spec asks for.
         """
 
     @abstractmethod
-    def make_empty(self, layer: Any, method: str, kernel: KernelName) -> Int8Weight:
+    def make_empty(self, layer: Any, method: str, kernel: KernelName) -> QuantizedLayer:
         """A quantized layer of the sizes of a float one, for ``load_state_dict`` to fill."""
 
-    def restore(self, layer: nn.Module, owner: nn.Module, quantized: Int8Weight) -> None:
-        """Give a float layer the dequantized weight, and the bias, of the quantized layer that stood for it.
+    def restore(self, layer: nn.Module, original: nn.Module, quantized: QuantizedLayer) -> None:
+        """Give a float layer the dequantized weights, and the biases, of the quantized layer that stood for it.
 
         Args:
             layer: the float layer, as a :class:`Candidate` has it.
-            owner: the module that registers its weight.
+            original: the module that the model holds for it.
             quantized: the quantized layer.
         """
-        layer.to(quantized.scales.device, quantized.dtype)
+        layer.to(quantized.device, quantized.dtype)
+        weights, sizes = quantized.coded_weights(), self.sizes(quantized)
         with torch.no_grad():
-            if parametrize.is_parametrized(layer, "weight"):
-                with suppress(NotImplementedError):  # a parametrization that has no inverse
-                    layer.weight = quantized.dequantize().to(quantized.dtype)
-            else:
-                cast(Tensor, layer.weight).data.copy_(quantized.dequantize())
-            if isinstance(bias := getattr(layer, "bias", None), nn.Parameter):
-                bias.data.copy_(cast(Tensor, quantized.bias))
+            for name, codes in weights.items():
+                rows = sizes[name].to_rows(codes.int8_weights)
+                values = sizes[name].from_rows(dequantize(rows, codes.scales, quantized.dtype))
+                if parametrize.is_parametrized(layer, name):
+                    with suppress(NotImplementedError):  # a parametrization that has no inverse
+                        setattr(layer, name, values)
+                else:
+                    cast(Tensor, getattr(layer, name)).data.copy_(values)
+            for name, kept in quantized._parameters.items():
+                own = getattr(layer, name, None)
+                if kept is not None and name not in weights and isinstance(own, nn.Parameter):
+                    own.data.copy_(kept)
 
     def is_quantized(self, module: object) -> bool:
         """Whether ``module`` is a quantized layer of this kind."""
         return isinstance(module, self.quantized_class)
+
+    # Timing and measuring
+
+    def size_of_call(self, layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
+        """What the time of a call depends on: how much is computed, and the sizes of the inputs.
+
+        Calls with the same sizes, or whose amounts lie within the same power of two, are timed once.
+
+        Args:
+            layer: float or quantized.
+            args: of the call.
+            kwargs: of the call.
+
+        Returns:
+            amount: in proportion to the time; 0 for a call not to be timed.
+            sizes: what :meth:`example` makes such inputs from; empty if the amount tells all.
+
+        Raises:
+            TypeError: the layer was called with something else than it takes.
+        """
+        x = first_tensor(args, kwargs)
+        return x.numel(), tuple(x.shape)
+
+    def example(
+        self, layer: Any, amount: int, sizes: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+    ) -> tuple[Any, ...]:
+        """Random arguments for a call of a quantized ``layer``, as :meth:`size_of_call` describes it; on the CPU."""
+        return (torch.randn(sizes, generator=generator).to(dtype),)
+
+    def plain(self, layer: nn.Module) -> nn.Module:
+        """A float layer to time: it computes its weights once, if a parametrization computes them on each call."""
+        return layer
+
+    def tokens(self, layer: Any, x: Tensor) -> Tensor | None:
+        """An input as ``[tokens, values]``: a row for each scale that rounded activations have; None for indices."""
+        return x.reshape(-1, x.shape[-1] if x.dim() else 1) if x.is_floating_point() else None
+
+    def features(self, layer: Any, output: Tensor) -> Tensor:
+        """An output as ``[places, features]``."""
+        return output.reshape(-1, output.shape[-1] if output.dim() else 1)
+
+    def float_weights(self, layer: nn.Module) -> dict[str, Tensor]:
+        """The weights that a float layer uses, by their names."""
+        return {name: float_weight(layer, name) for name in self.sizes(layer)}
+
+
+def first_tensor(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a layer's call, positional or by keyword; of a packed sequence, its values.
+
+    Raises:
+        TypeError: it is not a tensor, or there is none.
+    """
+    given = args[0] if args else next(iter(kwargs.values()), None)
+    if isinstance(given, nn.utils.rnn.PackedSequence):
+        given = given.data
+    if not isinstance(given, Tensor):
+        raise TypeError(f"the layer was called with a {type(given).__name__}, not a tensor")
+    return given

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tinyq_lightning.kernels import Choice, choose_kernel
 from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
 from tinyq_lightning.layers.behaviour import (
     computes_linear,
-    computes_scaled_embedding,
     forward_takes_one_input,
     multiplies_matrices,
 )
-from tinyq_lightning.layers.embedding import QuantizedEmbedding, ScaledQuantizedEmbedding
+from tinyq_lightning.layers.conv_kind import ConvKind
+from tinyq_lightning.layers.embedding_kind import EmbeddingBagKind, EmbeddingKind
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
-from tinyq_lightning.layers.kind import Candidate, Kind
+from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
+from tinyq_lightning.layers.matrix import MatrixKind
+from tinyq_lightning.layers.quantized_layer import QuantizedLayer
+from tinyq_lightning.layers.recurrent_kind import RecurrentKind
 from tinyq_lightning.layers.why_float import (
-    is_torchs,
     why_holds_more,
     why_more_than,
     why_more_than_forward,
@@ -28,13 +31,14 @@ from tinyq_lightning.layers.why_float import (
     why_replaced,
     why_weight,
 )
-from tinyq_lightning.methods import KernelName
+from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
     "KINDS",
     "has_inner_layers",
     "is_replaceable",
     "kind_of",
+    "methods_of",
     "why_closed",
 ]
 
@@ -50,13 +54,16 @@ class LinearKind(Kind):
 
     def candidates(self, module: nn.Module, closed: str | None) -> Iterator[Candidate]:
         why = closed or why_more_than(module, nn.Linear) or why_weight(module) or why_holds_more(module)
-        yield Candidate(self, module, (module, "weight"), why)
+        yield Candidate(self, module, {"weight": (module, "weight")}, why)
 
-    def shape(self, layer: Any) -> tuple[int, int]:
-        return layer.out_features, layer.in_features
+    def sizes(self, layer: Any) -> Mapping[str, WeightSize]:
+        return {"weight": WeightSize((layer.out_features, layer.in_features), layer.out_features)}
 
-    def make(self, layer: Any, codes: Int8Weight | None, method: str, kernel: KernelName) -> QuantizedLinear:
-        quantized = LAYERS[method].from_linear(layer, codes)
+    def choice(self, layer: Any, method: str, kernel: KernelName) -> Choice | None:
+        return choose_kernel(kernel, METHODS[method], layer.out_features, layer.in_features)
+
+    def make(self, layer: Any, codes: Mapping[str, Int8Weight], method: str, kernel: KernelName) -> QuantizedLinear:
+        quantized = LAYERS[method].from_linear(layer, codes["weight"])
         quantized.kernel = kernel
         return quantized
 
@@ -66,6 +73,18 @@ class LinearKind(Kind):
         quantized = LAYERS[method](columns, rows, layer.bias is not None, weight.dtype, weight.device)
         quantized.kernel = kernel
         return quantized
+
+    def size_of_call(self, layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
+        x = first_tensor(args, kwargs)  # for a nested tensor the layer calls itself with the tokens
+        return (0 if x.is_nested else x.shape[:-1].numel()), ()
+
+    def example(
+        self, layer: Any, amount: int, sizes: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+    ) -> tuple[Any, ...]:
+        return (torch.randn(amount, layer.in_features, generator=generator).to(dtype),)
+
+    def plain(self, layer: nn.Module) -> nn.Module:
+        return linear_with(float_weight(layer).detach(), cast("nn.Parameter | None", layer.bias))
 
 
 class LikeLinearKind(LinearKind):
@@ -78,7 +97,7 @@ class LikeLinearKind(LinearKind):
         # A class of torch's own has a meaning of its own.
         return (
             type(module).__module__.partition(".")[0] != "torch"
-            and not isinstance(module, nn.Linear | nn.Embedding | Int8Weight)
+            and not isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag | QuantizedLayer)
             and multiplies_matrices(module)
             and forward_takes_one_input(module)
             and (computes_linear(module) or computes_linear(module, transposed=True))
@@ -91,16 +110,16 @@ class LikeLinearKind(LinearKind):
         layer = linear_with(held if turned else weight, bias).train(module.training)
         why = closed or why_replaced(module) or why_more_than_forward(module) or why_weight(module)
         why = why or why_holds_more(module)
-        yield Candidate(self, layer, (module, "weight"), why)
+        yield Candidate(self, layer, {"weight": (module, "weight")}, why)
 
-    def restore(self, layer: nn.Module, owner: nn.Module, quantized: Int8Weight) -> None:
-        if layer.weight is owner._parameters["weight"]:
-            super().restore(layer, owner, quantized)
+    def restore(self, layer: nn.Module, original: nn.Module, quantized: QuantizedLayer) -> None:
+        if layer.weight is original._parameters["weight"]:
+            super().restore(layer, original, quantized)
             return
-        owner.to(quantized.scales.device, quantized.dtype)  # would leave the transposed view behind
+        original.to(quantized.device, quantized.dtype)  # would leave the transposed view behind
         with torch.no_grad():
-            cast(Tensor, owner.weight).data.copy_(quantized.dequantize().t())
-            if (bias := owner._parameters["bias"]) is not None:
+            cast(Tensor, original.weight).data.copy_(quantized.coded_weights()["weight"].dequantize().t())
+            if (bias := original._parameters["bias"]) is not None:
                 bias.data.copy_(cast(Tensor, quantized.bias))
 
 
@@ -121,65 +140,46 @@ class AttentionKind(LinearKind):
             assert layer is not None
             parameter = (layer, "weight") if part == "out_proj" else (module, f"{part}_weight")
             why = closed or why_more_than(layer, nn.Linear) or why_weight(layer) or why_holds_more(layer)
-            yield Candidate(self, layer, parameter, why, part, opened)
+            yield Candidate(self, layer, {"weight": parameter}, why, part, opened)
 
 
-class EmbeddingKind(Kind):
-    """``nn.Embedding``, if a layer that takes methods shares its weight."""
-
-    name = "embedding"
-    takes_methods = False
-    only_tied = True
-    is_layer = False
-    quantized_class = QuantizedEmbedding
-
-    def finds(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Embedding) and not isinstance(module, Int8Weight)
-
-    def candidates(self, module: nn.Module, closed: str | None) -> Iterator[Candidate]:
-        renorms = "max_norm rewrites its rows" if cast(nn.Embedding, module).max_norm is not None else None
-        why = closed or renorms or why_more_than(module, nn.Embedding) or why_weight(module)
-        yield Candidate(self, module, (module, "weight"), why or why_holds_more(module))
-
-    def shape(self, layer: Any) -> tuple[int, int]:
-        return layer.num_embeddings, layer.embedding_dim
-
-    def make(self, layer: Any, codes: Int8Weight | None, method: str, kernel: KernelName) -> QuantizedEmbedding:
-        made = self._made(layer, "meta")
-        return (made.quantize(layer.weight) if codes is None else made.share(codes)).train(layer.training)
-
-    def make_empty(self, layer: Any, method: str, kernel: KernelName) -> QuantizedEmbedding:
-        return self._made(layer, layer.weight.device)
-
-    def _made(self, layer: Any, device: Any) -> QuantizedEmbedding:
-        (rows, columns), dtype = layer.weight.shape, layer.weight.dtype
-        scale = None if is_torchs(layer, nn.Embedding) else computes_scaled_embedding(layer)
-        if scale is None or scale == 1:
-            return QuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device)
-        return ScaledQuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device, scale)
-
-
-KINDS: tuple[Kind, ...] = (LinearKind(), AttentionKind(), EmbeddingKind(), LikeLinearKind())
+KINDS: tuple[Kind, ...] = (
+    LinearKind(),
+    AttentionKind(),
+    ConvKind(),
+    EmbeddingKind(),
+    EmbeddingBagKind(),
+    RecurrentKind(),
+    LikeLinearKind(),
+    MatrixKind(),
+)
 """Every kind; the first that finds a module takes it."""
 
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a float or a quantized layer; None for any other module."""
-    if isinstance(module, Int8Weight):
-        return next(kind for kind in KINDS if kind.is_quantized(module))
+    if isinstance(module, QuantizedLayer):
+        return next((kind for kind in KINDS if kind.is_quantized(module)), None)
     return next((kind for kind in KINDS if kind.finds(module)), None)
+
+
+def methods_of(layer: QuantizedLayer) -> tuple[str, ...]:
+    """The methods that a quantized layer can be given."""
+    kind = kind_of(layer)
+    return (layer.method,) if kind is None else kind.methods_of(layer)
 
 
 def is_replaceable(module: object) -> bool:
     """Whether ``module`` would itself be replaced, which takes a parent that holds it."""
-    if not isinstance(module, nn.Module) or isinstance(module, Int8Weight):
+    if not isinstance(module, nn.Module) or isinstance(module, QuantizedLayer):
         return False
-    kind = kind_of(module)
-    return kind is not None and kind.is_layer
+    return kind_of(module) is not None
 
 
 def has_inner_layers(module: nn.Module) -> bool:
-    """Whether the layers inside are candidates of ``module`` itself, so that none is to be looked for below it."""
+    """Whether the layers inside are those of ``module`` itself, so that none is to be looked for below it."""
+    if isinstance(module, QuantizedLayer):
+        return True
     return isinstance(module, nn.MultiheadAttention) and not is_opened(module) and why_closed(module) is None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
         device: where the layer lives.
     """
 
-    method: ClassVar[str]
+    method: str
     bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -102,30 +103,33 @@ def why_more_than(module: nn.Module, base: Any) -> str | None:
     return why_own_way(module, base, forward=True) if same else why
 
 
-def why_weight(module: nn.Module) -> str | None:
+def why_weight(module: nn.Module, name: str = "weight") -> str | None:
     """Why a weight cannot be replaced by codes; None if it can."""
-    weight = module._parameters.get("weight")
-    if isinstance(weight, UninitializedParameter) or parametrize.is_parametrized(module, "weight"):
+    weight = module._parameters.get(name)
+    if isinstance(weight, UninitializedParameter) or parametrize.is_parametrized(module, name):
         return None
     if weight is None:
         hooks = module._forward_pre_hooks.values()
-        named = [
-            hook for hook in hooks if "weight" in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
-        ]
+        named = [hook for hook in hooks if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))]
         return "its weight is computed by " + (f"the hook {type(named[0]).__name__}" if named else "a hook")
-    for name, tensor in (("weight", weight), ("bias", module._parameters.get("bias"))):
+    for what, tensor in ((name, weight), ("bias", module._parameters.get("bias"))):
         if tensor is not None and type(tensor) is not nn.Parameter:
             if not isinstance(tensor, UninitializedParameter):
-                return f"its {name} has the type {type(tensor).__name__}"
+                return f"its {what} has the type {type(tensor).__name__}"
         elif tensor is not None and tensor.layout != torch.strided:
-            return f"its {name} is {str(tensor.layout).removeprefix('torch.')}"
+            return f"its {what} is {str(tensor.layout).removeprefix('torch.')}"
     if not weight.is_floating_point():
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     return None if weight.numel() else f"its weight is empty: {list(weight.shape)}"
 
 
-def why_holds_more(module: nn.Module) -> str | None:
-    """Why what was attached to a layer keeps it float; None if nothing was that a quantized layer would not have."""
+def why_holds_more(module: nn.Module, known: Collection[str] = ("weight", "bias")) -> str | None:
+    """Why what was attached to a layer keeps it float; None if nothing was that a quantized layer would not have.
+
+    Args:
+        module: the layer.
+        known: the parameters that a layer of its kind has.
+    """
     held: dict[str, Any] = {**module._parameters, **module._modules}
     scaled = isinstance(module, nn.Embedding) and not is_torchs(module, nn.Embedding)
     # The factor of a scaled embedding is carried over as a number, so a file must not hold another.
@@ -133,9 +137,9 @@ def why_holds_more(module: nn.Module) -> str | None:
     held |= {name: buffer for name, buffer in module._buffers.items() if name not in kept}
     for name in list(held.get("parametrizations") or ()) if parametrize.is_parametrized(module) else ():
         held.pop(str(name), None)
-        if str(name) in ("weight", "bias"):
+        if str(name) in known:
             held.pop("parametrizations", None)
-    if more := sorted(held.keys() - {"weight", "bias"}):
+    if more := sorted(held.keys() - set(known)):
         return f"it holds {', '.join(more)} besides its weight"
     own = next((what for key, what in _STATE_HOOKS.items() if _of_others(module, vars(module).get(key))), None)
     return f"it has {own}" if own else None

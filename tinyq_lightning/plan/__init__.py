@@ -1,22 +1,16 @@
 """What happens to each layer of one model, and why: a spec resolved against it into a ``Plan``, and carried out."""
 
+from tinyq_lightning.plan.checks import check_model, check_patterns, refuse_root, sites_for
 from tinyq_lightning.plan.coverage import Coverage, file_coverage, model_coverage
 from tinyq_lightning.plan.heap import return_freed_memory
-from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over
+from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, quantized_weights
 from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan, state_bytes
 from tinyq_lightning.plan.replace import carry_out, put_in, quantize, quantize_by_layer, quantized
-from tinyq_lightning.plan.resolution import (
-    WithValues,
-    check_model,
-    check_patterns,
-    refuse_root,
-    resolve,
-    why_not_replaced,
-    why_stays_float,
-)
+from tinyq_lightning.plan.resolution import WithValues, resolve
 from tinyq_lightning.plan.sites import Site, find_sites, is_metric
 from tinyq_lightning.plan.swap import Swap
 from tinyq_lightning.plan.ties import weights_of
+from tinyq_lightning.plan.why_float import why_not_replaced, why_stays_float
 
 __all__ = [
     "Coverage",
@@ -40,9 +34,11 @@ __all__ = [
     "quantize",
     "quantize_by_layer",
     "quantized",
+    "quantized_weights",
     "refuse_root",
     "resolve",
     "return_freed_memory",
+    "sites_for",
     "state_bytes",
     "weights_of",
     "why_not_replaced",

@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tinyq_lightning.plan.plan import Decision, Plan
+if TYPE_CHECKING:
+    from tinyq_lightning.plan.plan import Decision, Plan
 
 __all__ = [
     "Coverage",
+    "HeldWeight",
+    "coverage_of",
     "file_coverage",
+    "held_weights",
     "model_coverage",
 ]
 
 _SHOWN = 3  # The types of module that a headline names.
+
+
+@dataclass(frozen=True)
+class HeldWeight:
+    """A floating-point tensor of a model; of those that share memory, the first.
+
+    Attributes:
+        path: its dotted name.
+        type_name: the class of the module that holds it; empty if it is not known.
+        bytes: what it takes.
+        is_matrix: whether it has two dimensions or more.
+    """
+
+    path: str
+    type_name: str
+    bytes: int
+    is_matrix: bool
 
 
 @dataclass(frozen=True)
@@ -57,6 +78,17 @@ class Coverage:
         return f"{text}; in float {', '.join(shown)}" if shown else text
 
 
+def held_weights(model: nn.Module) -> tuple[HeldWeight, ...]:
+    """The parameters of a model, with values or without on the meta device."""
+    named = (
+        (f"{path}.{name}" if path else name, _type_name(model, path), parameter)
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not is_lazy(parameter)
+    )
+    return tuple(_held(named))
+
+
 def model_coverage(plan: Plan, model: nn.Module) -> Coverage:
     """How much of ``model`` is quantized by ``plan``.
 
@@ -64,13 +96,7 @@ def model_coverage(plan: Plan, model: nn.Module) -> Coverage:
         plan: of the model.
         model: with its quantized layers in or out, or without values on the meta device.
     """
-    held = (
-        (f"{path}.{name}" if path else name, _type_name(model, path), parameter)
-        for path, module in model.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and not is_lazy(parameter)
-    )
-    return _coverage(plan, held)
+    return coverage_of(plan, held_weights(model))
 
 
 def file_coverage(plan: Plan, state_dict: Mapping[str, Any]) -> Coverage:
@@ -85,23 +111,30 @@ def file_coverage(plan: Plan, state_dict: Mapping[str, Any]) -> Coverage:
         for path, value in state_dict.items()
         if isinstance(value, Tensor) and value.is_floating_point()
     )
-    return _coverage(plan, floats)
+    return coverage_of(plan, _held(floats))
 
 
-def _coverage(plan: Plan, held: Iterable[tuple[str, str, Tensor]]) -> Coverage:
+def _held(named: Iterable[tuple[str, str, Tensor]]) -> Iterator[HeldWeight]:
+    known: set[tuple[int, Any]] = set()
+    for path, type_name, tensor in named:
+        place = (id(tensor), 0) if tensor.is_meta else (tensor.untyped_storage()._cdata, tensor.storage_offset())
+        if place not in known:
+            known.add(place)
+            yield HeldWeight(path, type_name, tensor.numel() * tensor.element_size(), tensor.dim() > 1)
+
+
+def coverage_of(plan: Plan, held: Iterable[HeldWeight]) -> Coverage:
+    """How much of some weights is quantized by ``plan``."""
     decisions = {name: decision for decision in plan for name in (decision.name, *decision.aliases)}
     left: dict[str, int] = defaultdict(int)
     others: set[str] = set()
-    known: set[tuple[int, Any]] = set()
-    for path, type_name, tensor in held:
-        decision = _decision_of(path, decisions)
-        place = (id(tensor), 0) if tensor.is_meta else (tensor.untyped_storage()._cdata, tensor.storage_offset())
-        if place in known or (decision is not None and decision.method != "float"):
+    for weight in held:
+        decision = _decision_of(weight.path, decisions)
+        if decision is not None and decision.method != "float":
             continue
-        known.add(place)
-        left[type_name] += tensor.numel() * tensor.element_size()
-        if decision is None and tensor.dim() > 1:
-            others.add(path.rpartition(".")[0])
+        left[weight.type_name] += weight.bytes
+        if decision is None and weight.is_matrix:
+            others.add(weight.path.rpartition(".")[0])
     quantized = [decision for decision in plan if decision.method != "float"]
     return Coverage(
         label=plan.label,
@@ -121,11 +154,9 @@ def _decision_of(path: str, decisions: Mapping[str, Decision]) -> Decision | Non
     for ending, layer in (("_weight", ""), ("_bias", ""), ("in_proj_bias", "q_proj")):
         if path.endswith(ending) and (name := path.removesuffix(ending) + layer) in decisions:
             return decisions[name]
-    while path:
+    while path and path not in decisions:
         path = path.rpartition(".")[0]
-        if path in decisions:
-            return decisions[path]
-    return None
+    return decisions.get(path)
 
 
 def _type_name(model: nn.Module, path: str) -> str:

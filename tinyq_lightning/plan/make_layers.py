@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.kernels import quantize_per_row_with_sqnr
-from tinyq_lightning.layers import Int8Weight, float_weight
+from tinyq_lightning.layers import Int8Weight, QuantizedLayer, WeightSize
 from tinyq_lightning.plan.plan import Plan
 from tinyq_lightning.plan.sites import Site
 
 __all__ = [
     "QuantizedLayers",
     "carry_over",
+    "quantized_weights",
 ]
 
 # Held by reference, so that a handle the user kept still removes its hook.
@@ -31,7 +34,7 @@ _HOOKS = (
 
 
 # What torch makes for one module, and what a class that is no nn.Linear keeps for its own state dict.
-_OF_THE_FLOAT_LAYER = ("_compiled_call_impl", "_load_hook")
+_OF_THE_FLOAT_LAYER = {"_compiled_call_impl", "_load_hook"}
 
 
 class QuantizedLayers:
@@ -44,43 +47,59 @@ class QuantizedLayers:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._decisions = {decision.name: decision for decision in plan}
-        self._made: dict[str, tuple[Int8Weight, float]] = {}
+        self._made: dict[str, tuple[Mapping[str, Int8Weight], float]] = {}
 
     @property
     def plan(self) -> Plan:
         """The plan with the SQNR of each weight that has been quantized."""
         return replace(self._plan, decisions=tuple(self._decisions.values()))
 
-    def make(self, site: Site) -> Int8Weight | None:
+    def make(self, site: Site) -> QuantizedLayer | None:
         """The layer that takes the place of ``site``; None if the model keeps what it has.
 
-        Layers that share their weight get the codes of the first of them, which must be made before the others.
+        Layers that share their weights get the codes of the first of them, which must be made before the others.
         """
         decision = self._decisions[site.name]
         if decision.method == "float" or site.is_quantized:
             return None
-        made = self._made[decision.tied_to] if decision.tied_to else _quantized(float_weight(site.module))
-        codes, sqnr = self._made[site.name] = made
+        if decision.tied_to:
+            shared, sqnr = self._made[decision.tied_to]
+            codes: Mapping[str, Int8Weight] = dict(zip(site.weights, shared.values(), strict=True))
+        else:
+            codes, sqnr = quantized_weights(site)
+        self._made[site.name] = codes, sqnr
         layer = site.kind.make(site.module, codes, decision.method, self._plan.spec.kernel)
         carry_over(site, layer)
         self._decisions[site.name] = replace(decision, weight_sqnr_db=sqnr)
         return layer
 
 
-def _quantized(weight: Tensor) -> tuple[Int8Weight, float]:
-    """Codes and scales for a layer to share, and their SQNR, from one pass over the weight."""
-    rows, columns = weight.shape
-    codes = Int8Weight(rows, columns, weight.dtype, "meta")
+def quantized_weights(site: Site) -> tuple[dict[str, Int8Weight], float]:
+    """Codes and scales of each weight for a layer to share, and the SQNR in dB of all of them together."""
+    weights, sizes = site.kind.float_weights(site.module), site.sizes
+    made = {name: _quantized(weight, sizes[name]) for name, weight in weights.items()}
+    codes = {name: each for name, (each, _) in made.items()}
+    if len(made) == 1:
+        return codes, next(sqnr for _, sqnr in made.values())
+    signals = {name: float(weight.detach().double().square().sum()) for name, weight in weights.items()}
+    noise = sum(signals[name] / 10 ** (sqnr / 10) for name, (_, sqnr) in made.items())
+    return codes, 10 * math.log10(sum(signals.values()) / noise) if noise else math.inf
+
+
+def _quantized(weight: Tensor, size: WeightSize) -> tuple[Int8Weight, float]:
+    """Codes and scales of one weight, and their SQNR, from one pass over it."""
+    codes = Int8Weight(0, 0, weight.dtype, "meta")
     with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
-        codes.int8_weights, codes.scales, sqnr = quantize_per_row_with_sqnr(weight)
+        made, codes.scales, sqnr = quantize_per_row_with_sqnr(size.to_rows(weight))
+        codes.int8_weights = size.from_rows(made)
     return codes, sqnr
 
 
 def carry_over(site: Site, layer: nn.Module) -> None:
     """Give ``layer`` the hooks, the mode, and the user's attributes and buffers of the layer it stands for."""
-    original = site.original
+    original, left_behind = site.original, site.kind.left_behind | _OF_THE_FLOAT_LAYER
     for name, value in vars(original).items():
-        if name in _HOOKS or (name not in vars(layer) and name not in _OF_THE_FLOAT_LAYER):
+        if name in _HOOKS or (name not in vars(layer) and name not in left_behind):
             vars(layer)[name] = value
     for name, buffer in original._buffers.items():
         layer.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)

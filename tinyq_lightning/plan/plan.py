@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tinyq_lightning.kernels import Choice
+from tinyq_lightning.plan.coverage import Coverage, HeldWeight, coverage_of
 from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Rule, RuleBy, wanted_method
 from tinyq_lightning.table import Table, format_bytes
 
@@ -42,8 +43,11 @@ class Decision:
         bytes: size as the plan has it.
         aliases: the other paths of a layer that has several.
         tied_to: name of the first layer with the very same weight; None where that is this one.
-        kernel: how the layer is computed on this machine's CPU, and why; None for a float layer, for an
-            embedding, and in a plan that was read from a file, which knows nothing of machines.
+        kind: of the layer: ``linear``, ``attention``, ``conv``, ``embedding``, ``recurrent`` or ``matrix``;
+            empty in a plan from a file that does not say.
+        kernel: how the layer is computed on this machine's CPU, and why; None for a float layer, for a kind
+            without a choice, and in a plan that was read from a file, which knows nothing of machines.
+        asked: the method that was asked for, if the layer's kind has it as another one, ``method``; else None.
         decided_by: what the decision comes from: ``spec`` (its method), ``rule``, ``exclude``, ``tie`` (another
             layer with the same weight), ``layer`` (what the layer is), ``budget`` or ``timing`` (what a run
             measured); ``file`` in a plan that was read from one, which does not say.
@@ -57,7 +61,9 @@ class Decision:
     bytes: int
     aliases: tuple[str, ...] = ()
     tied_to: str | None = None
+    kind: str = ""
     kernel: Choice | None = field(default=None, compare=False)
+    asked: str | None = field(default=None, compare=False)
     decided_by: DecidedBy = field(default="file", compare=False)
 
     @property
@@ -86,7 +92,7 @@ _OTHERS_NAMED = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """Decisions for every Linear layer of a model, and every embedding tied to one, in the order of its modules.
+    """Decisions for every layer of a known kind of a model, in the order of its modules.
 
     Iterate over it.
 
@@ -95,11 +101,13 @@ class Plan:
         spec: what was asked for.
         others: parameters that hold matrices and belong to no layer of the plan, so that they stay as they are;
             empty in a plan that was read from a file.
+        held: all parameters of the float model; empty in a plan that was read from a file.
     """
 
     decisions: tuple[Decision, ...]
     spec: QuantizationSpec
     others: tuple[OtherWeight, ...] = field(default=(), compare=False)
+    held: tuple[HeldWeight, ...] = field(default=(), compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Decision]:
         return iter(self.decisions)
@@ -112,8 +120,8 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """The method, or ``mixed`` where the plan has several; what log keys are named by."""
-        methods = {decision.method for decision in self} - {"float"}
+        """The method that was asked for, or ``mixed`` where the plan has several; what log keys are named by."""
+        methods = {decision.asked or decision.method for decision in self} - {"float"}
         if len(methods) > 1:
             return "mixed"
         return methods.pop() if methods else self.spec.method
@@ -137,12 +145,12 @@ class Plan:
                 pattern, by = f"re:{re.escape(decision.name)}", cast("RuleBy", decision.decided_by)
                 changed.append(Rule(pattern, decision.method, decision.reason, by))
         numbered = (replace(rule, reason=rule.reason or f"rule {i + 1}") for i, rule in enumerate(spec.rules))
-        taken = {decision.reason for decision in self}
+        taken = {decision.reason.rpartition("; ")[0] if decision.asked else decision.reason for decision in self}
         rules = spec.rules if not changed else tuple(rule for rule in numbered if rule.reason in taken)
         return replace(spec, rules=(*changed, *rules))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """The decisions as plain data, without kernels, which depend on the machine, and ``decided_by``."""
+        """The decisions as plain data, without kernels, which depend on the machine, and why it was decided."""
         rows = []
         for decision in self:
             row = asdict(decision) | {"aliases": list(decision.aliases)}
@@ -151,8 +159,14 @@ class Plan:
         return rows
 
     def table(self) -> str:
-        """The plan as a text table for people, why its kernels were chosen, and what else holds matrices."""
-        return "\n".join([self.as_table().text(), *self.kernel_notes(), *filter(None, [self.others_note()])])
+        """The plan as a text table for people, why its kernels were chosen, and what is still float."""
+        covered = str(self.coverage) if self.held else None
+        return "\n".join([self.as_table().text(), *self.kernel_notes(), *filter(None, [covered, self.others_note()])])
+
+    @property
+    def coverage(self) -> Coverage:
+        """How much of the model's weights the plan quantizes, and by type what stays float."""
+        return coverage_of(self, self.held)
 
     def others_note(self) -> str | None:
         """Which parameters hold matrices and are in no layer of the plan, in a sentence; None if there are none."""
@@ -171,11 +185,13 @@ class Plan:
         return [f"kernel {kernel}: {reason}" for kernel, reason in chosen]
 
     def as_table(self) -> Table:
-        """A row for each layer, and one for their sum; with the kernels, where they are known."""
+        """A row for each layer, and one for their sum; with kinds if there are several, and kernels if known."""
         kernels = any(decision.kernel for decision in self)
+        kinds = len({decision.kind for decision in self}) > 1
         rows = [
             [
                 decision.name,
+                *([decision.kind] if kinds else []),
                 decision.method,
                 decision.reason,
                 *([decision.kernel.label if decision.kernel else ""] if kernels else []),
@@ -186,7 +202,7 @@ class Plan:
             for decision in self
         ]
         before, after = sum(d.float_bytes for d in self), sum(d.bytes for d in self)
-        head = ["layer", "method", "reason", *(["kernel"] if kernels else [])]
+        head = ["layer", *(["kind"] if kinds else []), "method", "reason", *(["kernel"] if kernels else [])]
         total = [f"{len(self)} layers", *[""] * len(head), format_bytes(before), format_bytes(after)]
         return Table([*head, "SQNR dB", "float", "now"], [*rows, total], left=len(head))
 

@@ -12,11 +12,12 @@ from contextlib import contextmanager, nullcontext
 
 from torch import nn
 
+from tinyq_lightning.plan.checks import refuse_root, sites_for
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers
 from tinyq_lightning.plan.plan import Plan
-from tinyq_lightning.plan.resolution import WithValues, refuse_root, resolve
-from tinyq_lightning.plan.sites import Site, find_sites
+from tinyq_lightning.plan.resolution import WithValues, resolve
+from tinyq_lightning.plan.sites import Site
 from tinyq_lightning.plan.swap import Swap
 from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
 
@@ -61,7 +62,7 @@ def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, with_values: Wit
     """
     refuse_root(model)
     _warn_of_budget(spec)
-    sites = find_sites(model)
+    sites = sites_for(spec, model)
     return carry_out(resolve(spec, model, with_values, sites=sites), sites, with_values)
 
 

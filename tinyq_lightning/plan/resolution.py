@@ -3,161 +3,33 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from tinyq_lightning.errors import ModelError, SpecError
-from tinyq_lightning.kernels import Choice, choose_kernel, count_non_finite
-from tinyq_lightning.layers import QuantizedLinear, float_weight, is_replaceable
-from tinyq_lightning.methods import METHODS, KernelName
+from tinyq_lightning.kernels import Choice, count_non_finite
+from tinyq_lightning.layers import QuantizedLayer
+from tinyq_lightning.methods import KernelName
+from tinyq_lightning.plan.checks import check_patterns, is_on, sites_for
+from tinyq_lightning.plan.coverage import held_weights
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan
-from tinyq_lightning.plan.sites import Site, find_sites, is_metric
+from tinyq_lightning.plan.sites import Site, is_metric
 from tinyq_lightning.plan.ties import weights_of
-from tinyq_lightning.spec import (
-    MEASURED_BY,
-    QuantizationSpec,
-    Wanted,
-    deciding_rule,
-    excluding,
-    nearest,
-    pattern_matches,
-    wanted_method,
-)
+from tinyq_lightning.plan.why_float import why_stays_float
+from tinyq_lightning.spec import QuantizationSpec, Wanted, wanted_method
 
 __all__ = [
     "WithValues",
-    "check_model",
-    "check_patterns",
-    "refuse_root",
     "resolve",
-    "why_not_replaced",
-    "why_stays_float",
 ]
-
-_SCALE_BYTES = 4  # one float32 a row
-
 
 WithValues = Callable[[nn.Module], AbstractContextManager[object]]
 """A function that gives a context manager in which a layer of a model without values has its real weights."""
-
-
-def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Site] | None = None) -> None:
-    """Check the spec's patterns against the names in ``model``, without a look at any weight.
-
-    Args:
-        spec: what was asked for.
-        model: any module with ``nn.Linear`` somewhere below it.
-        sites: its layers, where they have been found already.
-
-    Raises:
-        ModelError: the model has no layer of a known kind, or none that can be quantized.
-        SpecError: a pattern matches nothing, a rule is shadowed by what stands before it, or nothing is
-            left to quantize.
-    """
-    sites = find_sites(model) if sites is None else sites
-    if not sites:
-        kinds = Counter(type(m).__name__ for m in model.modules() if not m._modules and m._parameters)
-        has = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4)) or "no layers"
-        raise ModelError(f"{type(model).__name__} has no nn.Linear to quantize (it has {has})")
-    for index, pattern in enumerate(spec.exclude):
-        if not any(pattern_matches(pattern, name) for site in sites for name in site.names):
-            raise SpecError(f"{spec.origin.where('exclude', index)}: {_no_match(pattern, model, sites)}")
-    for index, rule in enumerate(spec.rules):
-        covered = [site for site in sites if any(pattern_matches(rule.match, name) for name in site.names)]
-        where = spec.origin.where("rules", index, "match")
-        if not covered:
-            raise SpecError(f"{where}: {_no_match(rule.match, model, sites)}")
-        if not any(deciding_rule(spec, site.names) == index for site in covered):
-            by = excluding(spec, covered[0].names)
-            taker = f"exclude {by!r}" if by else f"rule {(deciding_rule(spec, covered[0].names) or 0) + 1}"
-            raise SpecError(
-                f"{where}: rule {index + 1} ({rule.match!r}) is shadowed: all that it matches, such as "
-                f"{covered[0].name!r}, is taken by {taker} before it. Move it up, narrow the other, or remove it"
-            )
-    layers = [site for site in sites if not site.kind.only_tied]
-    wanted = [wanted_method(spec, site.names) for site in layers]
-    if all(each.method == "float" and each.decided_by not in MEASURED_BY for each in wanted):
-        raise SpecError(f"{spec.origin.where()}: this spec leaves all {len(layers)} Linear layers float")
-
-
-def check_model(spec: QuantizationSpec, model: nn.Module) -> None:
-    """Check all that can be known of ``model`` without its weights: to be called before training.
-
-    Raises:
-        ModelError: the model is itself a layer, has none, or every layer of it would stay float.
-        SpecError: as :func:`check_patterns`.
-    """
-    refuse_root(model)
-    sites = find_sites(model)
-    check_patterns(spec, model, sites)
-    reasons = []
-    for site in sites:
-        method, reason, decided_by = wanted_method(spec, site.names)
-        if decided_by in MEASURED_BY:
-            return
-        left = "already quantized" if site.is_quantized else reason if method == "float" else why_stays_float(site)
-        if left is None and not site.kind.only_tied:
-            return
-        reasons.append(f"{site.name}: {left or reason}")
-    raise ModelError(f"there is nothing to quantize ({'; '.join(reasons)})")
-
-
-def refuse_root(model: nn.Module) -> None:
-    """Refuse a model that is itself a layer: no module holds it, so that no other could take its place.
-
-    Raises:
-        ModelError: it is one.
-    """
-    if is_replaceable(model):
-        raise ModelError(
-            f"the model is itself an nn.{type(model).__name__}, which cannot be replaced in place: put it in an "
-            "nn.Sequential, or use replace_linear_with_target_and_quantize, which returns the new layer"
-        )
-
-
-def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site]) -> str:
-    names = [name for site in sites for name in site.names]
-    leaves = {name.split(".")[-1] for name in names}
-    other = next(((n, m) for n, m in model.named_modules() if n and pattern_matches(pattern, n)), None)
-    below = sorted({n for n, _ in model.named_modules() if n.split(".")[-1] == pattern and "." in n})
-    if other and not any(name.startswith(other[0] + ".") for name in names):
-        hint = f" {other[0]!r} is there, but is never quantized: its type is {type(other[1]).__name__}."
-    elif below and any(name.startswith(below[0] + ".") for name in names):
-        hint = f" To cover {below[0]!r} and the like, write '*.{pattern}'."
-    else:
-        hint = nearest(pattern, [*names, *leaves], 3)
-    shown = ", ".join(names[:6]) + (f", … ({len(names)} in all)" if len(names) > 6 else "")
-    return f"pattern {pattern!r} matches no Linear layer.{hint or ''} The layers are: {shown}"
-
-
-def why_not_replaced(site: Site) -> str | None:
-    """Why a layer cannot be replaced whatever the spec says; None if it can."""
-    if site.why_float or site.is_lazy or site.is_quantized:
-        return site.why_float
-    shape, expected = site.weight_like.shape, site.shape
-    if shape != expected:
-        return f"its weight is {list(shape)} where its sizes tell of {list(expected)}"
-    bias = getattr(site.module, "bias", None)
-    if bias is not None and bias.shape != expected[:1]:
-        return f"its bias is {list(bias.shape)} where its sizes tell of {list(expected[:1])}"
-    return None
-
-
-def why_stays_float(site: Site) -> str | None:
-    """Why a layer stays float whatever the spec says: it cannot be replaced, or a file would not shrink by it."""
-    why = why_not_replaced(site)
-    if why or site.is_lazy:
-        return why
-    columns, size = site.shape[1], site.dtype.itemsize
-    if columns + _SCALE_BYTES < columns * size:
-        return None
-    return f"int8 is no smaller: {columns} + {_SCALE_BYTES} bytes a row, {columns * size} as float"
 
 
 def resolve(
@@ -167,11 +39,11 @@ def resolve(
     why_float: Callable[[Site], str | None] = why_stays_float,
     sites: Sequence[Site] | None = None,
 ) -> Plan:
-    """One decision for every Linear layer of ``model`` and every embedding tied to one; nothing is changed.
+    """One decision for every layer of ``model`` that is of a known kind; nothing is changed.
 
     Args:
         spec: what was asked for.
-        model: any module with ``nn.Linear`` somewhere below it.
+        model: any module with layers of a known kind somewhere below it.
         with_values: gives a block in which a layer has its real weights, for a model that is without.
         why_float: why a layer stays float whatever the spec says; None if it need not.
         sites: the model's layers, where they have been found already.
@@ -192,7 +64,7 @@ def resolve(
             "none of here. Give never_slower to TinyQCallback; the YAML that its run leaves beside the checkpoint has "
             "the layers left float as rules, and is good here as well"
         )
-    found = find_sites(model) if sites is None else sites
+    found = sites_for(spec, model) if sites is None else sites
     check_patterns(spec, model, found)
     by_name = {site.name: site for site in found}
     made, refused, checked = dict[str, Wanted](), [], set[str]()
@@ -208,7 +80,7 @@ def resolve(
             if bad and spec.non_finite == "float":
                 made[name] = Wanted("float", "non-finite weights", "layer")
             elif bad:
-                refused.append(f"{name}: {bad} of {site.weight_like.numel()}")
+                refused.append(f"{name}: {bad} of {sum(size.count for size in site.sizes.values())}")
     if refused:
         raise ModelError(
             f"weights that are NaN or infinite cannot be quantized ({'; '.join(refused)}). Find out what made "
@@ -217,28 +89,28 @@ def resolve(
     decisions: dict[str, Decision] = {}
     for name, site in by_name.items():
         wanted = made[name]
-        partners = sorted(site.tied, key=lambda other: not by_name[other].kind.takes_methods)
+        partners = sorted(site.tied, key=lambda other: -len(by_name[other].methods))
         stays_float = next((other for other in partners if made[other].method == "float"), None)
         if wanted.method != "float" and stays_float is not None:
             wanted = Wanted("float", f"tied to {stays_float}.weight ({made[stays_float].reason})", "tie")
         tied_to = next((other for other in site.tied if other in decisions), None)
         decisions[name] = _decision(site, wanted, tied_to, spec.kernel)
-    return Plan(tuple(decisions.values()), spec, _others(model, found))
+    return Plan(tuple(decisions.values()), spec, _others(model, found), held_weights(model))
 
 
 def _structural(
     spec: QuantizationSpec, site: Site, sites: Mapping[str, Site], why_float: Callable[[Site], str | None]
 ) -> Wanted:
-    """Method and reason by the spec and by what the layer is, without its values and its ties."""
+    """Method and reason by the spec and by what the layer is, without its values and what its ties leave float."""
     wanted = wanted_method(spec, site.names)
-    if site.is_quantized and not site.kind.only_tied:
-        return Wanted(getattr(site.module, "method", wanted.method), "already quantized", "layer")
-    if site.kind.only_tied:
-        linears = [sites[name] for name in site.tied if sites[name].kind.takes_methods]
-        theirs = [(linear.name, _structural(spec, linear, sites, why_float)) for linear in linears]
-        if site.is_quantized:
-            return Wanted(theirs[0][1].method if theirs else wanted.method, "already quantized", "layer")
-        if wanted.decided_by == "spec":  # nothing names it, so it is what the Linear is
+    if isinstance(site.module, QuantizedLayer):
+        return Wanted(site.module.method, "already quantized", "layer")
+    if not any(is_on(spec, each) for each in (site, *(sites[name] for name in site.tied))):
+        return Wanted("float", f"kind {site.kind.name} is switched off", "spec")
+    if wanted.decided_by == "spec":  # nothing names it, so it is what leads it
+        leaders = [sites[name] for name in site.tied if _rank(spec, sites[name]) > _rank(spec, site)]
+        theirs = [(each.name, _structural(spec, each, sites, why_float)) for each in leaders]
+        if theirs:
             name, other = next((each for each in theirs if each[1].method != "float"), theirs[0])
             why = f" ({other.reason})" if other.method == "float" else ""
             wanted = Wanted(other.method, f"tied to {name}.weight{why}", "tie")
@@ -247,42 +119,56 @@ def _structural(
     if (left := why_float(site)) is not None:
         return Wanted("float", left, "layer")
     if site.is_lazy:
-        raise ModelError(f"{site.name}: this LazyLinear has no weight yet: run one batch through the model first")
+        kind = type(site.original).__name__
+        raise ModelError(f"{site.name}: this {kind} has no weight yet: run one batch through the model first")
     return wanted
 
 
+def _rank(spec: QuantizationSpec, site: Site) -> tuple[bool, int]:
+    """Which of two layers with the same weight decides on both if the spec names neither: that of the higher rank."""
+    return is_on(spec, site), len(site.methods)
+
+
 def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelName) -> Decision:
-    rows, columns = site.shape
-    bias = getattr(site.module, "bias", None)
-    extra = 0 if bias is None or isinstance(bias, UninitializedParameter) else bias.numel() * bias.element_size()
-    float_bytes = extra + (rows * columns * site.dtype.itemsize if tied_to is None else 0)
-    quantized = extra + (rows * (columns + _SCALE_BYTES) if tied_to is None else 0)
+    held = {name: getattr(site.module, name, None) for name in (*site.module._parameters, "bias")}
+    extra = sum(
+        kept.numel() * kept.element_size()
+        for name, kept in held.items()
+        if name not in site.weights and isinstance(kept, Tensor) and not isinstance(kept, UninitializedParameter)
+    )
+    sizes = list(site.sizes.values()) if tied_to is None else []
+    float_bytes = extra + sum(size.count for size in sizes) * site.dtype.itemsize
     method, reason, by = wanted
+    asked = None
+    if method != "float" and not site.is_quantized:
+        method, why = site.kind.method_for(site.module, method)
+        if why is not None:
+            reason, asked = f"{reason}; {why}", wanted.method
     return Decision(
         name=site.name,
         method=method,
         reason=reason,
         weight_sqnr_db=None,
         float_bytes=float_bytes,
-        bytes=float_bytes if method == "float" else quantized,
+        bytes=float_bytes if method == "float" else extra + sum(size.bytes for size in sizes),
         aliases=site.names[1:],
         tied_to=tied_to,
+        kind=site.kind.name,
         kernel=_kernel(site, method, kernel),
+        asked=asked,
         decided_by=cast(DecidedBy, by),
     )
 
 
 def _kernel(site: Site, method: str, kernel: KernelName) -> Choice | None:
-    if not site.kind.takes_methods:
-        return None
-    if site.is_quantized:
-        return cast(QuantizedLinear, site.module).choice
-    return None if method == "float" else choose_kernel(kernel, METHODS[method], *site.shape)
+    if isinstance(site.module, QuantizedLayer):
+        return site.module.choice
+    return None if method == "float" else site.kind.choice(site.module, method, kernel)
 
 
 def _others(model: nn.Module, sites: Iterable[Site]) -> tuple[OtherWeight, ...]:
     """The parameters with two dimensions or more that no layer of the plan has and no metric holds."""
-    apart = {id(tensor) for site in sites for tensor, _ in weights_of(*site.parameter)}
+    apart = {id(tensor) for site in sites for place in site.weights.values() for tensor, _ in weights_of(*place)}
     apart |= {id(p) for module in model.modules() if is_metric(module) for p in module.parameters()}
     return tuple(
         OtherWeight(name, tuple(parameter.shape), parameter.numel() * parameter.element_size())
@@ -302,7 +188,7 @@ def _check_values(site: Site) -> int:
     """How many of a layer's weights are not finite."""
     if site.is_quantized:
         return 0
-    weight = float_weight(site.module)
-    if weight.is_meta:
+    weights = site.kind.float_weights(site.module).values()
+    if any(weight.is_meta for weight in weights):
         raise ModelError(f"{site.name}: its weight is on the meta device and has no values: load the model first")
-    return count_non_finite(weight)
+    return sum(count_non_finite(weight) for weight in weights)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.nn.utils import parametrize
 
 from tinyq_lightning.layers import (
     Candidate,
-    Int8Weight,
+    Int8Matrix,
     Kind,
-    float_weight,
+    MatrixPlace,
+    QuantizedLayer,
+    WeightSize,
+    bare_matrix,
     has_inner_layers,
     kind_of,
     why_closed,
@@ -30,7 +33,7 @@ __all__ = [
     "is_metric",
 ]
 
-_Places = tuple[Place | CompiledPlace, ...]
+_Places = tuple[Place | CompiledPlace | MatrixPlace, ...]
 
 
 _EncoderLayers = tuple[tuple[nn.TransformerEncoderLayer, int], ...]
@@ -53,20 +56,22 @@ class Site:
         kind: of the layer: how it is made, counted and restored.
         module: the layer. For a projection of ``nn.MultiheadAttention`` and for what is no ``nn.Linear`` but computes
             the same, a Linear that holds the same parameters.
+        original: what the model holds where nothing is quantized: :attr:`module`, or what it stands for.
         names: its dotted paths.
         places: where it is held.
-        parameter: where its weight is: a module, and the parameter's name there.
+        weights: by the name of each weight in :attr:`module`, where it is: a module, and the parameter's name there.
         attention: for a projection, what it is a part of.
         encoder_layers: each ``nn.TransformerEncoderLayer`` above it, with its ``activation_relu_or_gelu``.
         why_float: why it cannot be quantized without a change of meaning; None if it can.
-        tied: names of the other layers with the very same weight.
+        tied: names of the other layers with the very same weights.
     """
 
     kind: Kind
     module: nn.Module
+    original: nn.Module
     names: tuple[str, ...]
     places: _Places
-    parameter: tuple[nn.Module, str]
+    weights: Mapping[str, tuple[nn.Module, str]]
     attention: Attention | None = None
     encoder_layers: _EncoderLayers = ()
     why_float: str | None = None
@@ -80,40 +85,44 @@ class Site:
     @property
     def is_quantized(self) -> bool:
         """Whether it holds codes already."""
-        return isinstance(self.module, Int8Weight)
+        return isinstance(self.module, QuantizedLayer)
 
     @property
     def is_lazy(self) -> bool:
-        """Whether its weight has no shape yet."""
-        return isinstance(self.module._parameters.get("weight"), UninitializedParameter)
+        """Whether a weight has no shape yet."""
+        return any(isinstance(self.module._parameters.get(name), UninitializedParameter) for name in self.weights)
 
     @property
     def is_parametrized(self) -> bool:
-        """Whether its weight is made anew each time that it is read."""
+        """Whether a weight is made anew each time that it is read."""
         return parametrize.is_parametrized(self.module)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of the weight, by the sizes that the layer tells."""
-        return self.kind.shape(self.module)
+    def sizes(self) -> Mapping[str, WeightSize]:
+        """Of each weight, by what the layer tells of itself."""
+        return self.kind.sizes(self.module)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that the quantized layer can have."""
+        return self.kind.methods_of(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating dtype of the weight, or the one that a quantized layer stands for."""
-        return self.module.dtype if isinstance(self.module, Int8Weight) else self.weight_like.dtype
+        """The floating dtype of the weights, or the one that a quantized layer stands for."""
+        if isinstance(self.module, QuantizedLayer):
+            return self.module.dtype
+        return next(iter(self.weights_like.values())).dtype
 
     @cached_property
-    def weight_like(self) -> Tensor:
-        """The weight of a float layer without its values, on the meta device."""
-        weight = float_weight(self.module)
-        if isinstance(weight, UninitializedParameter):
-            return weight
-        return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-
-    @property
-    def original(self) -> nn.Module:
-        """What the model holds where nothing is quantized: :attr:`module`, or what it stands for."""
-        return self.module if self.attention else self.parameter[0]
+    def weights_like(self) -> Mapping[str, Tensor]:
+        """The weights of a float layer without their values, on the meta device."""
+        return {
+            name: weight
+            if isinstance(weight, UninitializedParameter)
+            else torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            for name, weight in self.kind.float_weights(self.module).items()
+        }
 
     @property
     def training(self) -> bool:
@@ -146,16 +155,15 @@ class Site:
             encoder_layer.activation_relu_or_gelu = 0
 
 
-def find_sites(model: nn.Module, embeddings: Collection[str] = ()) -> list[Site]:
+def find_sites(model: nn.Module, is_named: Callable[[str], bool] = lambda path: False) -> list[Site]:
     """All layers of ``model`` that can be quantized or are, each once, with all of its places.
 
-    Those are the layers of ``kinds.KINDS``: ``nn.Linear`` and what computes the same, the projections of
-    ``nn.MultiheadAttention``, and each ``nn.Embedding`` that one of these is tied to. Networks inside a metric of
-    torchmetrics measure the model and are no part of it. Nothing is changed, and no values are looked at.
+    Those are the layers of ``kinds.KINDS``, and the parameters of other modules that are asked for. Networks inside a
+    metric of torchmetrics measure the model and are no part of it. Nothing is changed, and no values are looked at.
 
     Args:
         model: where to look.
-        embeddings: names of embeddings to count in though nothing is tied to them.
+        is_named: whether a parameter of this dotted path that no layer has, of two dimensions or more, is one too.
     """
     found: dict[int, _Found] = {}
     for parent, attribute, path, above in _walk(model):
@@ -164,7 +172,9 @@ def find_sites(model: nn.Module, embeddings: Collection[str] = ()) -> list[Site]
         entry = found.setdefault(id(module), _Found(module))
         entry.add(parent, attribute, path, above)
     sites = [site for entry in found.values() for site in _sites_of(entry)]
-    return _with_references(_with_ties(sites, model, embeddings), model)
+    taken = {id(tensor) for site in sites for place in site.weights.values() for tensor, _ in weights_of(*place)}
+    sites += [site for entry in found.values() for site in _matrices_of(entry, is_named, taken)]
+    return _with_references(_with_ties(sites, model), model)
 
 
 def is_metric(module: nn.Module) -> bool:
@@ -222,19 +232,37 @@ def _sites_of(found: _Found) -> Iterator[Site]:
     layers = {id(each): each for each in found.above if isinstance(each, nn.TransformerEncoderLayer)}
     fused = [each for each in layers.values() if each.activation_relu_or_gelu]
     encoder_layers = tuple((each, each.activation_relu_or_gelu) for each in fused)
-    if isinstance(module, Int8Weight):
-        yield Site(kind, module, names, places, (module, "int8_weights"))
+    if isinstance(module, QuantizedLayer):
+        if isinstance(module, Int8Matrix):  # users know it by the name of the parameter
+            names = tuple(f"{name.rpartition('.')[0]}.{module.parameter}".removeprefix(".") for name in names)
+        yield Site(kind, module, module, names, places, module.code_places())
         return
     closed = next((why for parent, _ in found.parents if (why := why_closed(parent))), None)
     candidates = list(kind.candidates(module, closed))
     opened = next((each.opened for each in candidates if each.opened is not None), None)
     attention = None if opened is None else Attention(module, opened, places)
     for each in candidates:
-        yield _site(each, names, places, attention, encoder_layers)
+        yield _site(each, module, names, places, attention, encoder_layers)
+
+
+def _matrices_of(found: _Found, is_named: Callable[[str], bool], taken: set[int]) -> Iterator[Site]:
+    """The parameters of a module that are named and no layer has."""
+    module = found.module
+    for name, parameter in module._parameters.items():
+        if parameter is None or is_lazy(parameter) or parameter.dim() < 2 or id(parameter) in taken:
+            continue
+        paths = [f"{path}.{name}".removeprefix(".") for path in found.names]
+        if any(is_named(path) for path in paths) and not isinstance(module, QuantizedLayer):
+            each = bare_matrix(module, name)
+            place = MatrixPlace(module, name, parameter, tuple(module._parameters))
+            yield Site(
+                each.kind, each.layer, each.layer, tuple(paths), (place,), each.weights, why_float=each.why_float
+            )
 
 
 def _site(
     each: Candidate,
+    module: nn.Module,
     names: tuple[str, ...],
     places: _Places,
     attention: Attention | None,
@@ -243,38 +271,53 @@ def _site(
     if each.part:
         names = tuple(f"{name}.{each.part}".removeprefix(".") for name in names)
         places = () if attention is None else (Place(attention.opened._modules, each.part),)
-    return Site(each.kind, each.layer, names, places, each.parameter, attention, encoder_layers, each.why_float)
+    original = each.layer if each.part else module
+    return Site(each.kind, each.layer, original, names, places, each.weights, attention, encoder_layers, each.why_float)
 
 
-def _with_ties(sites: list[Site], model: nn.Module, embeddings: Collection[str]) -> list[Site]:
-    """The sites with their ties, without those of a kind that is planned only if tied and is not."""
+def _with_ties(sites: list[Site], model: nn.Module) -> list[Site]:
+    """The sites with their ties; float, if another shares some of their memory and is not a layer of the same codes."""
     memory = MemoryMap(model)
-    by_parameter = {(id(site.parameter[0]), site.parameter[1]): site for site in sites}
+    owners = {(id(module), name): site for site in sites for module, name in site.weights.values()}
     tied = []
     for site in sites:
-        partners, others = [], []
-        for tensor, owner in weights_of(*site.parameter):
-            for module, name, path, same in memory.holders(tensor):
-                partner = by_parameter.get((id(module), name))
-                if module is owner and same:
-                    continue
-                if partner is None or not same or _is_turned(partner) != _is_turned(site):
-                    others.append(path)
-                elif partner is not site:
-                    partners.append(partner)
-        multiplied = any(each.kind.takes_methods for each in partners)
-        if site.kind.only_tied and not site.is_quantized and not multiplied and site.name not in embeddings:
-            continue
+        partners: list[list[Site]] = []
+        others = []
+        for weight, (holder, attribute) in site.weights.items():
+            found: list[Site] = []
+            for tensor, owner in weights_of(holder, attribute):
+                for module, name, path, same in memory.holders(tensor):
+                    if module is owner and same and (owner is not holder or name == attribute):
+                        continue
+                    partner = owners.get((id(module), name))
+                    if partner is None or not same or not _shares(site, weight, partner, (module, name)):
+                        others.append(path)
+                    elif partner is not site:
+                        found.append(partner)
+            partners.append(found)
+        whole = [each for each in partners[0] if all(any(each is other for other in found) for found in partners)]
+        others += [each.name for found in partners for each in found if not any(each is other for other in whole)]
         why = site.why_float or (f"tied to {others[0]}" if others else None)
-        tied.append(replace(site, tied=tuple(each.name for each in partners), why_float=why))
+        tied.append(replace(site, tied=tuple(each.name for each in whole), why_float=why))
     return tied
 
 
-def _is_turned(site: Site) -> bool:
-    """Whether the model holds the weight as ``[in, out]``."""
-    holder, name = site.parameter
-    weight, own = holder._parameters.get(name), site.module._parameters.get("weight")
-    return weight is not None and own is not None and (weight.shape, weight.stride()) != (own.shape, own.stride())
+def _shares(site: Site, weight: str, partner: Site, place: tuple[nn.Module, str]) -> bool:
+    """Whether two layers would have the same codes for a tensor that is a weight of both."""
+    names = list(partner.weights)
+    other = next(name for name, (module, held) in partner.weights.items() if module is place[0] and held == place[1])
+    if names.index(other) != list(site.weights).index(weight) or len(names) != len(site.weights):
+        return False
+    if _is_turned(partner, other) != _is_turned(site, weight):
+        return False
+    return site.is_lazy or partner.is_lazy or partner.sizes[other] == site.sizes[weight]
+
+
+def _is_turned(site: Site, weight: str) -> bool:
+    """Whether the model holds a weight as ``[in, out]``."""
+    holder, name = site.weights[weight]
+    held, own = holder._parameters.get(name), site.module._parameters.get(weight)
+    return held is not None and own is not None and (held.shape, held.stride()) != (own.shape, own.stride())
 
 
 def _with_references(sites: Sequence[Site], model: nn.Module) -> list[Site]:

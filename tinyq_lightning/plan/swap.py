@@ -6,17 +6,17 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
 
 from torch import nn
 
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.kernels import Choice
-from tinyq_lightning.layers import Int8Weight, QuantizedLinear
+from tinyq_lightning.layers import QuantizedLayer
+from tinyq_lightning.methods import METHODS
+from tinyq_lightning.plan.checks import refuse_root, sites_for
 from tinyq_lightning.plan.make_layers import QuantizedLayers
 from tinyq_lightning.plan.plan import DecidedBy, Decision
-from tinyq_lightning.plan.resolution import refuse_root, resolve
-from tinyq_lightning.plan.sites import Site, find_sites
+from tinyq_lightning.plan.resolution import resolve
+from tinyq_lightning.plan.sites import Site
 from tinyq_lightning.spec import QuantizationSpec
 
 __all__ = [
@@ -43,10 +43,10 @@ class Swap:
 
     def __init__(self, model: nn.Module, spec: QuantizationSpec) -> None:
         refuse_root(model)
-        sites = find_sites(model)
+        sites = sites_for(spec, model)
         layers = QuantizedLayers(resolve(spec, model, sites=sites))
         made = ((site, layers.make(site)) for site in sites)
-        self._pairs: list[tuple[Site, Int8Weight]] = [(site, layer) for site, layer in made if layer is not None]
+        self._pairs: list[tuple[Site, QuantizedLayer]] = [(site, layer) for site, layer in made if layer is not None]
         self.plan = layers.plan
 
     def or_refuse(self) -> Swap:
@@ -65,7 +65,7 @@ class Swap:
         """A swap of the same int8 codes with other methods; nothing is quantized again.
 
         Args:
-            changes: method and reason by the name of a Linear that this swap quantizes; ``float`` leaves it
+            changes: method and reason by the name of a layer that this swap quantizes; ``float`` leaves it
                 alone. What shares its weight follows; every other layer is as in this swap.
             decided_by: what the changes come from: ``budget`` or ``timing``.
         """
@@ -76,16 +76,11 @@ class Swap:
             decision = decisions[site.name]
             source = next((name for name in (site.name, *site.tied) if name in changes), None)
             if source is not None:
-                method, reason = changes[source]
-                by, kernel = decided_by, None
-                if site.kind.only_tied:  # its reason is the one that its spec resolves to
-                    by = "tie"
-                    reason = f"tied to {source}.weight ({reason})" if method == "float" else decision.reason
-                elif site.kind.takes_methods:
-                    linear = cast(QuantizedLinear, layer)
-                    layer = linear = linear if method == "float" else linear.with_method(method)
-                    kernel = linear.choice
-                decisions[site.name] = decision = _changed(decision, method, reason, kernel, by)
+                decision = _switched(site, decision, source, changes[source], decided_by)
+                if decision.method != "float":
+                    layer = layer.with_method(decision.method)
+                    decision = replace(decision, kernel=layer.choice)
+                decisions[site.name] = decision
             if decision.method != "float":
                 other._pairs.append((site, layer))
         other.plan = replace(self.plan, decisions=tuple(decisions.values()))
@@ -110,11 +105,16 @@ class Swap:
         """The names of those that share a weight with a layer, by its name."""
         return {site.name: site.tied for site, _ in self._pairs}
 
-    def pairs(self) -> Iterator[tuple[str, nn.Linear, QuantizedLinear]]:
-        """Name, float layer and quantized layer of each Linear that this swap replaces."""
+    def pairs(self) -> Iterator[tuple[str, nn.Module, QuantizedLayer]]:
+        """Name, float layer and quantized layer of each layer that this swap replaces."""
         for site, layer in self._pairs:
-            if site.kind.takes_methods:
-                yield site.name, cast(nn.Linear, site.module), cast(QuantizedLinear, layer)
+            yield site.name, site.module, layer
+
+    def called(self) -> Iterator[tuple[str, nn.Module, QuantizedLayer]]:
+        """As :meth:`pairs`, for those that the model calls: no bare matrices."""
+        for site, layer in self._pairs:
+            if site.kind.is_called:
+                yield site.name, site.module, layer
 
     def put_in(self) -> None:
         """Quantized layers in the model, in the mode (train or eval) of those they stand for."""
@@ -148,8 +148,14 @@ class Swap:
         self.take_out()
 
 
-def _changed(decision: Decision, method: str, reason: str, kernel: Choice | None, by: DecidedBy) -> Decision:
-    changed = replace(decision, method=method, reason=reason, kernel=kernel, decided_by=by)
+def _switched(site: Site, decision: Decision, source: str, change: tuple[str, str], by: DecidedBy) -> Decision:
+    """The decision on a layer for which another method is found better, or for one that shares its weight."""
+    method, reason = change
+    if source != site.name and set(site.methods) != set(METHODS):
+        if method != "float":
+            return decision  # it keeps the method that its kind has
+        by, reason = "tie", f"tied to {source}.weight ({reason})"
+    changed = replace(decision, method=method, reason=reason, asked=None, decided_by=by)
     if method == "float":
         return replace(changed, weight_sqnr_db=None, bytes=decision.float_bytes, kernel=None)
     return changed

@@ -158,7 +158,7 @@ def resolved_yaml(outcome: Outcome, stem: str) -> str:
         comments.append(f"{metric}: float {values['float']:.6g}, quantized {values[outcome.name]:.6g}")
     comments += [verdict for verdict in (outcome.verdict(), outcome.speed_verdict()) if verdict]
     lines = [_comment(text) for text in comments]
-    lines += ["", _yaml({"method": content.pop("method"), "exclude": content.pop("exclude")})]
+    lines += ["", _yaml({key: content.pop(key) for key in ("method", "kinds", "exclude")})]
     if rules:
         lines.append("rules:  # the first that matches decides")
         for rule in rules:

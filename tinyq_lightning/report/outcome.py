@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tinyq_lightning.plan import Coverage, Plan, model_coverage
+from tinyq_lightning.plan import Coverage, Plan
 from tinyq_lightning.search import BatchTimes, LayerError, Search, Stopwatch, loses
 from tinyq_lightning.trainer import FloatWeights, Measured, MethodsRun, Results, TestRun, compare
 
@@ -102,7 +102,7 @@ def outcome_of_fit(
     return Outcome(
         name=name,
         plan=measured.plan,
-        coverage=model_coverage(measured.plan, run.module),
+        coverage=measured.plan.coverage,
         results=compare(before.metrics, after.metrics, name) if before and after else {},
         float_bytes=run.float_bytes,
         bytes=measured.bytes,
@@ -123,7 +123,7 @@ def outcome_of_test(
     return Outcome(
         name=name,
         plan=run.swap.plan,
-        coverage=model_coverage(run.swap.plan, run.module),
+        coverage=run.swap.plan.coverage,
         results=_renamed(run.results, run.swap.plan.label, name),
         float_bytes=run.float_bytes,
         bytes=run.bytes,

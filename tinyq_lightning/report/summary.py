@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_summary.model_summary_deepspeed import De
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from tinyq_lightning.layers import Int8Weight, kind_of
+from tinyq_lightning.layers import QuantizedLayer, WeightSize, kind_of
 
 __all__ = [
     "QuantizedModelSummary",
@@ -56,7 +56,7 @@ class QuantizedSummary(Summary):
         """In megabytes (10⁶ bytes)."""
         held = (parameter for parameter in self._model.parameters() if not is_lazy(parameter))
         size = sum(parameter.numel() * parameter.element_size() for parameter in held)
-        return (size + sum(rows * columns + 4 * rows for rows, columns in _int8_shapes(self._model))) * 1e-6
+        return (size + sum(each.bytes for each in _int8_sizes(self._model))) * 1e-6
 
 
 def summarize(module: LightningModule, max_depth: int = 1) -> QuantizedSummary:
@@ -91,15 +91,17 @@ class QuantizedModelSummary(ModelSummary):
 
 
 def _int8_count(module: nn.Module) -> int:
-    return sum(rows * columns for rows, columns in _int8_shapes(module))
+    return sum(each.count for each in _int8_sizes(module))
 
 
-def _int8_shapes(module: nn.Module) -> Iterator[tuple[int, int]]:
-    """Rows and columns of each int8 weight; a weight that several layers share comes once."""
+def _int8_sizes(module: nn.Module) -> Iterator[WeightSize]:
+    """The size of each int8 weight; a weight that several layers share comes once."""
     seen = set()
     for layer in module.modules():
-        if isinstance(layer, Int8Weight) and (kind := kind_of(layer)) is not None:
-            place = layer.scales.untyped_storage()._cdata, layer.scales.storage_offset()
-            if place not in seen:
-                seen.add(place)
-                yield kind.shape(layer)
+        if isinstance(layer, QuantizedLayer) and (kind := kind_of(layer)) is not None:
+            sizes, holders = kind.sizes(layer), layer.coded_weights()
+            for name, holder in holders.items():
+                place = holder.scales.untyped_storage()._cdata, holder.scales.storage_offset()
+                if place not in seen:
+                    seen.add(place)
+                    yield sizes[name]

@@ -82,6 +82,7 @@ def layer_table(outcome: Outcome) -> Table:
             sqnr = error.output_sqnr_db.get(decision.method)
             now = error.ms.get(decision.method, error.float_ms)
             shown = "" if sqnr is None else f"{sqnr:.1f}"
-            rows.append([*cells, shown, f"{error.crest:.1f}", f"{error.float_ms:.3g}", f"{now:.3g}"])
+            crest = "" if math.isnan(error.crest) else f"{error.crest:.1f}"
+            rows.append([*cells, shown, crest, f"{error.float_ms:.3g}", f"{now:.3g}"])
     header = [*table.header, "output SQNR dB", "crest", "float ms", "ms"]
     return Table(header, [*rows, [*table.rows[-1], "", "", "", ""]], table.left)

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.layers import QuantizedLinear
+from tinyq_lightning.layers import QuantizedLayer, first_tensor, kind_of
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.budget import LADDER
-from tinyq_lightning.search.layer_calls import input_of, values_of
-from tinyq_lightning.search.timer import brief, timed
+from tinyq_lightning.search.timer import brief, evaluating, timed
 
 __all__ = [
     "SIGNAL_BATCHES",
@@ -37,8 +36,8 @@ class LayerError:
         output_sqnr_db: by method, in dB: variance of the float outputs, each feature about its own mean,
             over the mean square of the int8 outputs' error. A constant carries no information, and would
             hide the loss of what does.
-        crest: mean over the tokens of ``max|x| / rms(x)``. An int8 token has an SQNR of about
-            ``52.87 − 20·log10(crest)`` dB.
+        crest: mean over the tokens of ``max|x| / rms(x)``; of a convolution, over the samples. An int8 token has
+            an SQNR of about ``52.87 − 20·log10(crest)`` dB. NaN if the inputs are indices.
         float_ms: median time of the float layer on a batch, in milliseconds.
         ms: the same of the quantized layer, by method.
         not_measured: why no call of the layer could be measured, or None. Its figures are empty then.
@@ -65,9 +64,9 @@ def measured_layers(swap: Swap) -> Iterator[dict[str, LayerError]]:
         A dict that is filled when the block ends: by name, each layer that was called.
     """
     errors: dict[str, LayerError] = {}
-    watches = {name: _Watch(module, layer) for name, module, layer in swap.pairs()}
+    watches = {name: _Watch(module, layer) for name, module, layer in swap.called()}
     handles = []
-    for name, module, layer in swap.pairs():
+    for name, module, layer in swap.called():
         places = {id(each._forward_hooks): each for each in (module, layer)}  # a Linear shares its hooks with its layer
         handles += [place.register_forward_hook(watches[name].look, with_kwargs=True) for place in places.values()]
     try:
@@ -81,70 +80,82 @@ def measured_layers(swap: Swap) -> Iterator[dict[str, LayerError]]:
 class _Watch:
     """Sums over the calls of one layer."""
 
-    def __init__(self, module: nn.Module, layer: QuantizedLinear) -> None:
-        self._module = module
-        self._layers = {method: layer.with_method(method) for method in LADDER[:-1]}
+    def __init__(self, module: nn.Module, layer: QuantizedLayer) -> None:
+        kind = kind_of(layer)
+        assert kind is not None
+        self._kind, self._module = kind, module
+        methods = [method for method in LADDER if method in kind.methods_of(layer)]
+        self._layers = {method: layer.with_method(method) for method in methods}
         self._noise = dict.fromkeys(self._layers, 0.0)
         self._sum: Tensor | float = 0.0
         self._squares: Tensor | float = 0.0
         self._crest = 0.0
         self._seconds: Mapping[str, list[float]] = {name: [] for name in ("float", *self._layers)}
-        self._tokens = 0
+        self._places = self._tokens = 0
         self._failure: str | None = None
 
     def look(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """A forward hook: run the float layer, and the quantized one by every method, on the inputs given."""
+        """A forward hook: run the float layer, and the quantized one by every method, in eval mode on the inputs."""
         if torch.compiler.is_compiling():
             self._failure = "it was called in a compiled graph"
             return
         try:
-            with torch.no_grad():
-                self._measure(values_of(input_of(args, kwargs)))
+            with torch.no_grad(), evaluating(self._module, *self._layers.values()):
+                self._measure(first_tensor(args, kwargs), args, kwargs)
         except Exception as error:  # of any kind: it must not reach the user's loop, which did nothing wrong
             self._failure = brief(error)
 
-    def _measure(self, x: Tensor) -> None:
+    def _measure(self, x: Tensor, args: Any, kwargs: Any) -> None:
         """Add one call to the sums; a call that fails adds nothing."""
+        if x.is_nested:  # the tokens of all its parts in one tensor
+            x = torch.cat(x.unbind())
+            args, kwargs = (x, *args[1:]), kwargs if args else {}
         if not x.numel():
             return
         # not module(…): its hooks, this one among them, would run again
-        output, taken = timed(partial(self._module.forward, x), x.device)
-        expected, seconds, noise = _rows(output), {"float": taken}, {}
+        output, taken = timed(partial(self._module.forward, *args, **kwargs), x.device)
+        expected, seconds, noise = self._features(output), {"float": taken}, {}
         for method, layer in self._layers.items():
-            run = partial(layer.to(x.device).forward, x)
+            run = partial(layer.to(x.device).forward, *args, **kwargs)
             run()  # the methods share their codes, which are packed anew for each
             output, seconds[method] = timed(run, x.device)
-            noise[method] = (_rows(output) - expected).square().sum().item()
-        rows = _rows(x)
-        crest = rows.abs().amax(1) / rows.square().mean(1).sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
-        self._crest += crest.sum().item()
+            noise[method] = (self._features(output) - expected).square().sum().item()
+        self._add_crest(x)
         self._sum = self._sum + expected.sum(0)
         self._squares = self._squares + expected.square().sum(0)
         for method, value in noise.items():
             self._noise[method] += value
         for name, value in seconds.items():
             self._seconds[name].append(value)
-        self._tokens += len(expected)
+        self._places += len(expected)
+
+    def _features(self, output: Any) -> Tensor:
+        """``[places, features]`` float64 of an output; of a tuple, of its first."""
+        while isinstance(output, tuple):
+            output = output[0]
+        return self._kind.features(self._module, output.detach()).cpu().double()
+
+    def _add_crest(self, x: Tensor) -> None:
+        tokens = self._kind.tokens(self._module, x)
+        if tokens is not None:
+            rows = tokens.detach().cpu().double()
+            crest = rows.abs().amax(1) / rows.square().mean(1).sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
+            self._crest += crest.sum().item()
+            self._tokens += len(rows)
 
     def error(self) -> LayerError | None:
         """What was measured, or why no call could be; None if the layer was not called."""
-        if not self._tokens:
+        if not self._places:
             return LayerError(not_measured=self._failure) if self._failure else None
         squares, total = torch.as_tensor(self._squares), torch.as_tensor(self._sum)
-        signal = (squares - total.square() / self._tokens).clamp_min(0).sum().item()
+        signal = (squares - total.square() / self._places).clamp_min(0).sum().item()
         ms = {name: 1000 * median(seconds) for name, seconds in self._seconds.items()}
         return LayerError(
             {method: _decibels(signal, noise) for method, noise in self._noise.items()},
-            self._crest / self._tokens,
+            self._crest / self._tokens if self._tokens else math.nan,
             ms.pop("float"),
             ms,
         )
-
-
-def _rows(output: Any) -> Tensor:
-    """``[tokens, features]`` float64 of a layer's input or output; of a tuple, the first."""
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor.detach().cpu().double().reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
 
 
 def _decibels(signal: float, noise: float) -> float:

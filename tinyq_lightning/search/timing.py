@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tinyq_lightning.layers import QuantizedLinear, float_weight, linear_with
+from tinyq_lightning.layers import QuantizedLayer, QuantizedLinear, kind_of, methods_of
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.layer_calls import Call, counted_calls, representative
-from tinyq_lightning.search.timer import Run, Timing, brief, time_in_turns, timed
+from tinyq_lightning.search.timer import Run, Timing, brief, evaluating, time_in_turns, timed
 
 __all__ = [
     "ROUNDS",
@@ -58,16 +59,14 @@ class Shape:
     """What layers have in common that take the same time.
 
     Attributes:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: whether there is one.
+        kind: of the layer.
+        layer: its sizes and settings, as ``print`` shows them.
         method: of the quantized layer.
         dtype: of the float weight.
     """
 
-    in_features: int
-    out_features: int
-    bias: bool
+    kind: str
+    layer: str
     method: str
     dtype: torch.dtype
 
@@ -101,6 +100,9 @@ def _why_slower(work: Work) -> str | None:
     if float_ms >= SPEEDUP_LOST * ms:
         return None
     rows = sorted({call.rows for _, call, _ in work})
+    if any(call.sizes for _, call, _ in work):
+        sizes = max((weight, call.sizes) for weight, call, _ in work)[1]
+        return f"left float: int8 took {ms / float_ms:.2f}x the time of float at {list(sizes)}, measured here"
     span = f"{rows[0]} to {rows[-1]}" if len(rows) > 1 else f"{rows[0]}"
     unit = "row" if rows[-1] == 1 else "rows"
     return f"left float: int8 took {ms / float_ms:.2f}x the time of float at {span} {unit}, measured here"
@@ -142,9 +144,10 @@ class Stopwatch:
             The changes, with their reasons, for :meth:`Swap.switched`.
         """
         start = time.perf_counter()
-        alike: dict[Shape, list[tuple[nn.Linear, QuantizedLinear]]] = defaultdict(list)
+        alike: dict[Shape, list[tuple[nn.Module, QuantizedLayer]]] = defaultdict(list)
         shapes = {}
-        for name, module, layer in swap.pairs():
+        # of those that share a weight, the one of most methods gives the change its name
+        for name, module, layer in sorted(swap.called(), key=lambda pair: -len(methods_of(pair[2]))):
             shape = shapes[name] = _shape(layer)
             alike[shape].append((module, layer))
         work = {
@@ -158,7 +161,7 @@ class Stopwatch:
         self.seconds += time.perf_counter() - start
         return left_float(work, swap.ties())
 
-    def _timing(self, shape: Shape, call: Call, layers: Sequence[tuple[nn.Linear, QuantizedLinear]]) -> Timing | None:
+    def _timing(self, shape: Shape, call: Call, layers: Sequence[tuple[nn.Module, QuantizedLayer]]) -> Timing | None:
         key = (shape, call)
         if key not in self.timings and key not in self.not_timed:
             try:
@@ -181,12 +184,13 @@ class Stopwatch:
         return plain
 
 
-def _shape(layer: QuantizedLinear) -> Shape:
-    return Shape(layer.in_features, layer.out_features, layer.bias is not None, layer.method, layer.dtype)
+def _shape(layer: QuantizedLayer) -> Shape:
+    kind = kind_of(layer)
+    return Shape(kind.name if kind else "", layer.extra_repr(), layer.method, layer.dtype)
 
 
-def time_call(layers: Sequence[tuple[nn.Linear, QuantizedLinear]], call: Call) -> Timing:
-    """Median milliseconds of one call, of the float and of the quantized layer, in inference mode.
+def time_call(layers: Sequence[tuple[nn.Module, QuantizedLayer]], call: Call) -> Timing:
+    """Median milliseconds of one call, of the float and of the quantized layer, in eval and inference mode.
 
     Float and int8 take turns call by call, and so do the layers. A busy machine distorts neither: the time
     to spend is processor time, a median of short calls leaves out the few that were interrupted, and what
@@ -197,13 +201,17 @@ def time_call(layers: Sequence[tuple[nn.Linear, QuantizedLinear]], call: Call) -
         layers: of one shape, float and quantized.
         call: what they are called with; ``device`` is where they are timed.
     """
+    with evaluating(*chain.from_iterable(layers)):
+        return _time_call(layers, call)
+
+
+def _time_call(layers: Sequence[tuple[nn.Module, QuantizedLayer]], call: Call) -> Timing:
     with torch.inference_mode(False), torch.no_grad():  # what a layer keeps from its first call must outlast this
-        values = torch.randn(call.rows, layers[0][0].in_features, generator=torch.Generator().manual_seed(0))
-        x = values.to(call.device, call.dtype)
-        pairs = [_runs(*layers[0], x, call)]
+        inputs = _inputs(layers[0][1], call)
+        pairs = [_runs(*layers[0], inputs, call)]
         warm = [sum(timed(run, call.device)[1] for run in pairs[0]) for _ in range(2)]
         for module, layer in layers[1 : min(_TURNS, int(SECONDS / ROUNDS / warm[1]))]:
-            pairs.append(_runs(module, layer, x, call))
+            pairs.append(_runs(module, layer, inputs, call))
             for run in pairs[-1]:
                 run()
     with torch.inference_mode():
@@ -225,18 +233,27 @@ def _until_spent() -> Callable[[int], bool]:
     return more
 
 
-def _runs(module: nn.Linear, layer: QuantizedLinear, x: Tensor, call: Call) -> tuple[Run, Run]:
+def _inputs(layer: QuantizedLayer, call: Call) -> tuple[Any, ...]:
+    kind, generator = kind_of(layer), torch.Generator().manual_seed(0)
+    assert kind is not None
+    made = kind.example(layer, call.rows, call.sizes, call.dtype, generator)
+    return tuple(each.to(call.device) if hasattr(each, "to") else each for each in made)
+
+
+def _runs(module: nn.Module, layer: QuantizedLayer, inputs: tuple[Any, ...], call: Call) -> tuple[Run, Run]:
     """The call, of the float and of the quantized layer, without the users' hooks."""
-    weight, bias = float_weight(module).detach(), module.bias
-    if layer.scales.device != torch.device(call.device):  # after a fit, Lightning has the model on the CPU
-        weight, layer = weight.to(call.device), copy.deepcopy(layer).to(call.device)
-        bias = None if bias is None else nn.Parameter(bias.detach().to(call.device), requires_grad=False)
+    kind = kind_of(layer)
+    assert kind is not None
+    plain = kind.plain(module)
+    if layer.device != torch.device(call.device):  # after a fit, Lightning has the model on the CPU
+        plain, layer = copy.deepcopy(plain).to(call.device), copy.deepcopy(layer).to(call.device)
     if call.part is None:
-        runs = partial(linear_with(weight, bias).forward, x), partial(layer.forward, x)
+        runs = partial(plain.forward, *inputs), partial(layer.forward, *inputs)
     else:
-        rows = slice(*call.part)
-        part = partial(nn.functional.linear, x, weight[rows], None if bias is None else bias[rows])
-        runs = part, partial(layer.forward_rows, x, rows)
+        rows, linear, projection = slice(*call.part), cast(nn.Linear, plain), cast(QuantizedLinear, layer)
+        bias = None if linear.bias is None else linear.bias[rows]
+        part = partial(nn.functional.linear, inputs[0], linear.weight[rows], bias)
+        runs = part, partial(projection.forward_rows, inputs[0], rows)
     return _as_called(runs[0], call), _as_called(runs[1], call)
 
 

@@ -2,7 +2,14 @@
 
 from tinyq_lightning.spec.arguments import with_arguments
 from tinyq_lightning.spec.checks import METHOD_NAMES
-from tinyq_lightning.spec.matching import Wanted, deciding_rule, excluding, pattern_matches, wanted_method
+from tinyq_lightning.spec.matching import (
+    Wanted,
+    deciding_rule,
+    excluding,
+    names_parameter,
+    pattern_matches,
+    wanted_method,
+)
 from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Mode, Rule, RuleBy, Save
 from tinyq_lightning.spec.reader import nearest
 from tinyq_lightning.spec.spec import QuantizationSpec, SpecLike, SpecOrMethods, as_spec
@@ -22,6 +29,7 @@ __all__ = [
     "as_spec",
     "deciding_rule",
     "excluding",
+    "names_parameter",
     "nearest",
     "pattern_matches",
     "wanted_method",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from tinyq_lightning.methods import KERNELS, METHODS
+from tinyq_lightning.methods import KERNELS, KIND_NAMES, METHODS
 from tinyq_lightning.spec.parts import Budget, Rule, RuleBy, Save
 from tinyq_lightning.spec.reader import Reader, nearest, shown
 
@@ -20,6 +20,7 @@ __all__ = [
     "When",
     "check_budget",
     "check_choices",
+    "check_kinds",
     "check_methods",
     "check_rule",
     "check_save",
@@ -54,6 +55,22 @@ def check_choices(values: Mapping[str, Any], reader: Reader) -> None:
     """Refuse a value that is not one of those its key allows."""
     for key, known in _CHOICES.items():
         reader.choice(values[key], known, key)
+
+
+def check_kinds(kinds: Any, reader: Reader) -> tuple[str, ...]:
+    """The kinds in the order of ``KIND_NAMES``, from ``all`` or a list of some of them."""
+    if isinstance(kinds, str) and kinds == "all":
+        return KIND_NAMES
+    if isinstance(kinds, str) and kinds not in KIND_NAMES:
+        reader.choice(kinds, ("all", *KIND_NAMES), "kind", "kinds")
+    given, below = reader.items(kinds, "kinds"), reader.below("kinds")
+    if not given:
+        reader.fail(f"the list of kinds is empty. Write all, or choose from: {', '.join(KIND_NAMES)}", "kinds")
+    for index, each in enumerate(given):
+        below.choice(each, KIND_NAMES, "kind", index)
+        if each in given[:index]:
+            below.fail(f"{each!r} is in the list twice", index)
+    return tuple(name for name in KIND_NAMES if name in given)
 
 
 def check_methods(method: Any, methods: Sequence[Any], reader: Reader) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "Wanted",
     "deciding_rule",
     "excluding",
+    "names_parameter",
     "pattern_matches",
     "wanted_method",
 ]
@@ -38,6 +39,27 @@ def pattern_matches(pattern: str, name: str) -> bool:
         return True
     above = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
     return any(path == pattern or fnmatch.fnmatchcase(path, pattern) for path in above)
+
+
+def names_parameter(spec: QuantizationSpec, path: str) -> bool:
+    """Whether a rule names the parameter with this dotted path itself, not only a module above it.
+
+    Its pattern matches the whole path and ends with the parameter's name, without a glob there.
+
+    >>> from tinyq_lightning.spec import as_spec
+    >>> spec = as_spec({"rules": [{"match": "layers.*.experts.up", "method": "w8a32"}]})
+    >>> names_parameter(spec, "layers.0.experts.up"), names_parameter(spec, "layers.0.experts.down")
+    (True, False)
+    """
+    leaf = path.rpartition(".")[2]
+    for rule in spec.rules:
+        pattern = rule.match
+        if pattern.startswith("re:"):
+            if pattern.endswith(re.escape(leaf)) and re.fullmatch(pattern[3:], path):
+                return True
+        elif pattern == leaf or (pattern.endswith(f".{leaf}") and fnmatch.fnmatchcase(path, pattern)):
+            return True
+    return False
 
 
 def excluding(spec: QuantizationSpec, names: Sequence[str]) -> str | None:

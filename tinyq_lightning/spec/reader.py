@@ -54,11 +54,19 @@ class Reader:
                 self.fail(f"the key {key!r} is missing")
         return value
 
-    def choice(self, value: Any, known: Sequence[str], key: str) -> Any:
-        """One of the ``known`` values."""
+    def choice(self, value: Any, known: Sequence[str], what: str, key: str | int | None = None) -> Any:
+        """One of the ``known`` values.
+
+        Args:
+            value: at ``key``.
+            known: what it may be.
+            what: what such a value is called.
+            key: ``what`` if None.
+        """
         if value not in known:
             hint = nearest(value, known) if isinstance(value, str) else ""
-            self.fail(f"{shown(value)} is not a {key}.{hint} Choose from: {', '.join(known)}", key)
+            place = what if key is None else key
+            self.fail(f"{shown(value)} is not a {what}.{hint} Choose from: {', '.join(known)}", place)
         return value
 
     def flag(self, value: Any, key: str) -> bool:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tinyq_lightning.errors import SpecError
-from tinyq_lightning.methods import METHODS, KernelName
+from tinyq_lightning.methods import KIND_NAMES, METHODS, KernelName
 from tinyq_lightning.spec.checks import (
     Keep,
     NonFinite,
@@ -19,6 +19,7 @@ from tinyq_lightning.spec.checks import (
     When,
     check_budget,
     check_choices,
+    check_kinds,
     check_methods,
     check_rule,
     check_save,
@@ -41,10 +42,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """A method for every Linear layer, exclusions, rules, and what happens when.
+    """A method for every layer of the kinds that it names, exclusions, rules, and what happens when.
 
     Attributes:
         method: for every layer that nothing below names: ``w8a32``, ``w8a16``, ``w8a8`` or ``float``.
+        kinds: the kinds of layer to quantize, of ``methods.KIND_NAMES``. A layer of another kind that shares its
+            weight with one of these is quantized along with it; all others stay float.
         exclude: patterns of layers that are never quantized.
         rules: the first one that matches decides; ``exclude`` wins over all.
         when: ``fit_end`` or ``test_start``.
@@ -72,6 +75,7 @@ class QuantizationSpec:
     methods: tuple[str, ...] = ()
     keep: Keep = "all"
     never_slower: bool = False
+    kinds: tuple[str, ...] = KIND_NAMES
     origin: Origin = field(default_factory=Origin, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +84,7 @@ class QuantizationSpec:
         check_choices(vars(self), reader)
         reader.flag(self.never_slower, "never_slower")
         check_save(self.save, reader.below("save"))
+        object.__setattr__(self, "kinds", check_kinds(self.kinds, reader))
         patterns = reader.below("exclude")
         exclude = [patterns.pattern(p, i) for i, p in enumerate(reader.items(self.exclude, "exclude"))]
         rules = [check_rule(rule, reader.below("rules", i)) for i, rule in enumerate(reader.items(self.rules, "rules"))]
@@ -144,8 +149,9 @@ class QuantizationSpec:
             | ({"decided_by": rule.decided_by} if rule.decided_by in MEASURED_BY else {})
             for rule in self.rules
         ]
-        content = {
+        content: dict[str, Any] = {
             "method": list(self.methods) or self.method,
+            "kinds": "all" if self.kinds == KIND_NAMES else list(self.kinds),
             "exclude": list(self.exclude),
             "rules": rules,
             "when": self.when,
@@ -201,6 +207,7 @@ def as_spec(spec: SpecOrMethods) -> QuantizationSpec:
 
 _KEYS = (
     "method",
+    "kinds",
     "exclude",
     "rules",
     "when",
@@ -214,10 +221,17 @@ _KEYS = (
 )
 
 
+# Earlier versions knew these kinds alone, and wrote all of these keys into a spec that a run had resolved.
+_FORMER_KINDS = ("linear", "attention")
+_FORMER_KEYS = {"method", "exclude", "rules", "when", "weights", "kernel", "non_finite", "save", "keep"}
+
+
 def _parse(content: Any, origin: Origin) -> QuantizationSpec:
     """A spec from plain data: its structure is read here, its values are checked as the spec is made."""
     reader = Reader(origin)
     given = dict(reader.mapping({} if content is None else content, _KEYS))
+    if "kinds" not in given and given.keys() >= _FORMER_KEYS:
+        given["kinds"] = _FORMER_KINDS
     method, methods = given.pop("method", "w8a32"), ()
     if isinstance(method, list):
         if not method:

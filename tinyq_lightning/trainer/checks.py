@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
 from tinyq_lightning.file import check_folder, check_state, typed_entries, why_not_writable
-from tinyq_lightning.plan import check_model, find_sites, weights_of, why_stays_float
+from tinyq_lightning.plan import check_model, sites_for, weights_of, why_stays_float
 from tinyq_lightning.spec import Budget, Mode, QuantizationSpec, nearest, wanted_method
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
 from tinyq_lightning.trainer.results import directions, logged_names
@@ -77,10 +77,11 @@ def _refuse_missing_weights(spec: QuantizationSpec, module: LightningModule, sta
     if saved.isdisjoint(_memory(parameter) for parameter in module.parameters()):
         return  # a state dict of copies tells nothing
     missing = []
-    for site in find_sites(module):
+    for site in sites_for(spec, module):
         quantized = wanted_method(spec, site.names).method != "float" and why_stays_float(site) is None
-        places = {_memory(weight) for weight, _ in weights_of(*site.parameter)} - {None} if quantized else set()
-        if places and saved.isdisjoint(places):
+        weights = [list(weights_of(*place)) for place in site.weights.values()] if quantized else []
+        places = [{_memory(tensor) for tensor, _ in found} - {None} for found in weights]
+        if any(each and saved.isdisjoint(each) for each in places):
             missing.append(site.name)
     if missing:
         raise ModelError(

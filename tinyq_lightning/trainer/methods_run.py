@@ -15,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
 
 from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.layers import methods_of
 from tinyq_lightning.plan import Plan, Swap, state_bytes
 from tinyq_lightning.search import (
     LADDER,
@@ -226,7 +227,11 @@ class MethodsRun:
         """By layer, which of the methods above its own would be slower than float."""
         found: dict[str, set[str]] = defaultdict(set)
         for level, method in enumerate(LADDER[:-1] if self.stopwatch else ()):
-            raised = {name: (method, "") for name, _, layer in swap.pairs() if layer.method in LADDER[:level]}
+            raised = {
+                name: (method, "")
+                for name, _, layer in swap.pairs()
+                if layer.method in LADDER[:level] and method in methods_of(layer)
+            }
             for name in self._slower(swap.switched(raised, "timing")) if raised else ():
                 found[name].add(method)
         return {name: frozenset(methods) for name, methods in found.items()}
@@ -274,16 +279,20 @@ class MethodsRun:
 def _layers(
     asked: Measured, errors: Mapping[str, LayerError], too_slow: Mapping[str, frozenset[str]]
 ) -> list[Candidate]:
-    """What the search decides on: each Linear, those that share a weight as one."""
+    """What the search decides on: each layer, those that share a weight as one, named by that of the most methods."""
     decisions = {decision.name: decision for decision in asked.plan}
     ties = asked.swap.ties()
+    quantized = {name: layer for name, _, layer in asked.swap.pairs()}
     layers: dict[str, Candidate] = {}
-    for name, _, layer in asked.swap.pairs():
-        if not any(other in layers for other in ties[name]):
-            shared = [decisions[each] for each in (name, *ties[name])]
-            extra = sum(decision.float_bytes - decision.bytes for decision in shared)
-            sqnr = errors[name].output_sqnr_db if name in errors else {}
-            layers[name] = Candidate(name, layer.method, extra, sqnr, too_slow.get(name, frozenset()))
+    for name in quantized:
+        group = [each for each in (name, *ties[name]) if each in quantized]
+        lead = max(group, key=lambda each: len(methods_of(quantized[each])))
+        if lead in layers or any(other in layers for other in group):
+            continue
+        extra = sum(decisions[each].float_bytes - decisions[each].bytes for each in group)
+        sqnr = errors[lead].output_sqnr_db if lead in errors else {}
+        barred = too_slow.get(lead, frozenset()) | (set(LADDER[:-1]) - set(methods_of(quantized[lead])))
+        layers[lead] = Candidate(lead, quantized[lead].method, extra, sqnr, barred)
     return list(layers.values())
 
 

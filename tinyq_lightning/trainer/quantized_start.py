@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from tinyq_lightning.file import HookView, is_quantized, restore_structure, without_training_entries
-from tinyq_lightning.layers import Int8Weight
+from tinyq_lightning.layers import QuantizedLayer
 from tinyq_lightning.plan import Site
 
 __all__ = [
@@ -36,7 +36,7 @@ class QuantizedStart:
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module = trainer, module
-        self._made: list[tuple[Site, Int8Weight]] = []
+        self._made: list[tuple[Site, QuantizedLayer]] = []
         self._loaded = False
         self.restored: dict[str, Any] | None = None
         self.label: str | None = None
@@ -69,6 +69,6 @@ class QuantizedStart:
         vars(self._connector).pop("restore_model", None)
         for site, layer in self._made:
             if self._loaded:  # else the quantized layers are empty
-                site.kind.restore(site.module, site.parameter[0], layer)
+                site.kind.restore(site.module, site.original, layer)
             site.put(site.module)
         self._made = []

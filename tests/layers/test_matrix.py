@@ -1,0 +1,200 @@
+"""Matrices that no layer of torch's has: codes in the file, their values where the module reads them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from models import Net, keeper, loader, trainer
+from torch import nn
+
+from tinyq_lightning import TinyQCallback, load_quantized, quantize, quantized
+from tinyq_lightning.errors import ReadOnlyWeightError, SpecError
+from tinyq_lightning.layers import Int8Matrix
+
+RULES = {"rules": [{"match": "experts.up", "method": "w8a8"}]}
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(3))
+        self.up = nn.Parameter(torch.randn(4, 8, 16))
+        self.down = nn.Parameter(torch.randn(4, 16, 8))
+        self.bias = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x):
+        return torch.einsum("nd,edh,ehd->nd", x, self.up, self.down) + self.bias.sum(0)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts, self.head = Experts(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.head(self.experts(x))
+
+
+def test_it_is_quantized_only_where_a_rule_names_it():
+    model, x = Model(), torch.randn(5, 8)
+    wanted = model(x).detach()
+    assert [decision.name for decision in quantize(copy.deepcopy(model))] == ["head"]
+    plan = quantize(model, RULES)
+    assert [(each.name, each.kind, each.method, each.reason) for each in plan] == [
+        ("head", "linear", "w8a32", "spec"),
+        ("experts.up", "matrix", "w8a32", "rule 1; a matrix that is read has no activations"),
+    ]
+    assert plan.decisions[1].bytes == 4 * 8 * (16 + 4)
+    assert 35 < plan.decisions[1].weight_sqnr_db < 60
+    assert "not in a layer of the plan" in plan.others_note()
+    assert "experts.up" not in plan.others_note()
+    assert torch.allclose(model(x), wanted, atol=0.05 * float(wanted.abs().max()))
+    state = model.state_dict()
+    assert state["experts.up.int8_weights"].shape == (4, 8, 16)
+    assert state["experts.up.scales"].shape == (32,)
+    assert "experts.up" not in state
+    assert [decision.reason for decision in quantize(model)] == ["already quantized"] * 2
+
+
+@pytest.mark.parametrize("match", ["experts", "*", "experts.*", "*.*"])
+def test_a_pattern_for_what_is_above_it_does_not_name_it(match):
+    if match.startswith("experts"):
+        with pytest.raises(SpecError, match="matches no layer"):
+            quantize(Model(), {"rules": [{"match": match, "method": "w8a32"}]})
+    else:
+        model = nn.ModuleDict({"all": Model()})
+        assert [each.name for each in quantize(model, {"rules": [{"match": match, "method": "w8a32"}]})] == ["all.head"]
+
+
+@pytest.mark.parametrize("match", ["up", "experts.up", "*.up", r"re:.*\.up", r"re:experts\.up"])
+def test_a_pattern_that_ends_with_its_name_names_it(match):
+    plan = quantize(Model(), {"rules": [{"match": match, "method": "w8a32"}]})
+    assert [decision.name for decision in plan] == ["head", "experts.up"]
+
+
+def test_what_is_read_is_the_dequantized_value_and_cannot_be_assigned():
+    model = Model()
+    quantize(model, RULES)
+    child = model.experts.up_codes
+    assert isinstance(child, Int8Matrix)
+    values = child.int8_weights * child.scales.view(4, 8, 1)
+    assert torch.equal(model.experts.up, values)
+    assert torch.equal(model.experts.up[2], values[2])
+    with pytest.raises(ReadOnlyWeightError, match="up of Experts is a read-only view"):
+        model.experts.up = nn.Parameter(torch.zeros(4, 8, 16))
+    again = copy.deepcopy(model)
+    again.experts.up_codes.quantize(torch.zeros(4, 8, 16))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.experts.up, values)
+    model.experts.first = nn.Parameter(torch.zeros(3))
+    with pytest.raises(AttributeError, match="'Experts' object has no attribute 'missing'"):
+        _ = model.experts.missing
+
+
+@pytest.mark.parametrize("patterns", [["up"], ["down"], ["up", "down", "bias"]])
+def test_afterwards_all_is_as_it_was(patterns):
+    model, x = Model(), torch.randn(5, 8)
+    before, parameters, wanted = model.experts, list(model.named_parameters()), model(x)
+    with quantized(model, {"rules": [{"match": each, "method": "w8a32"} for each in patterns]}) as plan:
+        assert len(plan) == 1 + len(patterns)
+        assert isinstance(model.experts, Experts)
+        assert len(list(model.parameters())) < len(parameters)
+        assert torch.allclose(model(x), wanted, atol=0.1 * float(wanted.detach().abs().max()))
+    assert model.experts is before
+    assert type(before) is Experts
+    after = list(model.named_parameters())
+    assert [name for name, _ in after] == [name for name, _ in parameters]
+    assert all(a is b for (_, a), (_, b) in zip(after, parameters, strict=True))
+    assert torch.equal(model(x), wanted)
+
+
+def test_copies_pickles_casts_and_graphs():
+    model, x = Model().eval(), torch.randn(5, 8)
+    quantize(model, RULES)
+    wanted = model(x).detach()
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x), wanted)
+    assert type(copied.experts).__qualname__ == "Experts"
+    assert copied.experts.up_codes is not model.experts.up_codes
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), wanted)
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(x), wanted, atol=1e-4)
+        assert torch.allclose(torch.export.export(model, (x,)).module()(x), wanted, atol=1e-4)
+    half = copied.half()
+    assert half.experts.up.dtype == torch.float16
+    assert half.experts.up_codes.int8_weights.dtype == torch.int8
+
+
+def test_a_bilinear_layer_a_list_and_a_table_of_positions():
+    class Some(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bilinear = nn.Bilinear(6, 7, 5)
+            self.codebooks = nn.ParameterList([nn.Parameter(torch.randn(9, 8)) for _ in range(2)])
+            self.relative_position_bias_table = nn.Parameter(torch.randn(16, 8))
+
+        def forward(self, x, y):
+            return self.bilinear(x, y), self.codebooks[1].sum() + self.relative_position_bias_table.sum()
+
+    model, x, y = Some(), torch.randn(3, 6), torch.randn(3, 7)
+    wanted = model(x, y)
+    names = ["bilinear.weight", "codebooks.1", "relative_position_bias_table"]
+    plan = quantize(model, {"method": "float", "rules": [{"match": name, "method": "w8a32"} for name in names]})
+    assert {decision.name for decision in plan} == set(names)
+    assert torch.allclose(model(x, y)[0], wanted[0], atol=0.05)
+    assert len(model.codebooks) == 2
+    assert [type(each) is nn.Parameter for each in model.codebooks] == [True, False]
+
+
+@pytest.mark.parametrize("method", ["tie", "property"])
+def test_what_cannot_be_replaced_stays_float_with_the_reason(method):
+    model = Model()
+    if method == "tie":
+        model.experts.again = model.experts.up
+        reason = "tied to experts.again"
+    else:
+        type(model.experts).up = None
+        reason = "Experts has an attribute up of its own"
+    try:
+        plan = quantize(model, RULES)
+    finally:
+        if method == "property":
+            del type(model.experts).up
+    assert plan.decisions[1].method == "float"
+    assert plan.decisions[1].reason == reason
+
+
+class WithTable(Net):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 8) / 8)
+
+    def forward(self, x):
+        return super().forward(x + x @ self.table)
+
+
+@pytest.mark.parametrize("door", ["load", "ckpt_path"])
+def test_a_run_saves_it_and_every_door_loads_it(tmp_path, door):
+    spec = {"method": "w8a8", "rules": [{"match": "table", "method": "w8a8"}]}
+    callback = TinyQCallback(spec, monitor="val_acc", max_drop=0.5, report="full")
+    run, module = trainer(tmp_path, keeper(tmp_path), callback), WithTable()
+    run.fit(module, loader(shuffle=True), loader(seed=1))
+    assert callback.error is None
+    assert type(module) is WithTable
+    assert callback.plan.label == "w8a8"
+    assert callback.plan.decisions[-1].name == "table"
+    if door == "load":
+        loaded = load_quantized(callback.quantized_path, WithTable)
+        assert isinstance(loaded, WithTable)
+        with quantized(module, callback.plan.to_spec()):
+            assert torch.equal(module.table, loaded.table)
+            assert all(torch.equal(a, b) for a, b in zip(module.buffers(), loaded.buffers(), strict=True))
+    else:
+        result = run.test(module, loader(), ckpt_path=callback.quantized_path, verbose=False)
+        assert result
+        assert type(module) is WithTable
+        assert type(module.table) is nn.Parameter

@@ -1,0 +1,64 @@
+"""What the plan, the budget, timings and reports ask of a quantized layer, of whatever kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from tinyq_lightning.kernels import Choice
+from tinyq_lightning.methods import KernelName
+
+if TYPE_CHECKING:
+    from tinyq_lightning.layers.int8_weight import Int8Weight
+
+__all__ = [
+    "QuantizedLayer",
+]
+
+
+class QuantizedLayer(nn.Module):
+    """A module that holds one weight or several as int8 codes. Nothing below it is a layer of a model's plan.
+
+    Attributes:
+        method: how it holds its activations; ``w8a32`` takes them as they are.
+        kernel: what its spec asked for.
+        dtype: floating dtype of the dequantized weights.
+    """
+
+    method: str = "w8a32"
+    kernel: KernelName = "auto"
+    dtype: torch.dtype
+
+    @property
+    def choice(self) -> Choice | None:
+        """The kernel that the layer takes for inputs on the CPU, and why; None if there is no choice."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its codes are."""
+        return next(iter(self.coded_weights().values())).scales.device
+
+    def coded_weights(self) -> Mapping[str, Int8Weight]:
+        """What holds the codes of each weight, by the name that the weight has in the float layer."""
+        raise NotImplementedError
+
+    def code_places(self) -> Mapping[str, tuple[nn.Module, str]]:
+        """The module and the buffer that hold the codes of each weight, by the name of the weight."""
+        return {name: (holder, "int8_weights") for name, holder in self.coded_weights().items()}
+
+    def with_method(self, method: str) -> QuantizedLayer:
+        """A layer that holds its activations by another of its kind's methods and shares this layer's tensors."""
+        if method != self.method:
+            raise NotImplementedError(f"{type(self).__name__} has no method {method}")
+        return self
+
+    def share(self, other: QuantizedLayer) -> Self:
+        """Take the codes and scales of ``other``: the same memory, not a copy. Returns the layer."""
+        for own, theirs in zip(self.coded_weights().values(), other.coded_weights().values(), strict=True):
+            own.share(theirs)
+        return self

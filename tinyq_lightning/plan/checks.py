@@ -1,0 +1,161 @@
+"""Checks of a spec against one model, by names and by what its layers are: no values are looked at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+
+from tinyq_lightning.errors import ModelError, SpecError
+from tinyq_lightning.layers import is_replaceable
+from tinyq_lightning.methods import KIND_NAMES
+from tinyq_lightning.plan.sites import Site, find_sites
+from tinyq_lightning.plan.why_float import why_stays_float
+from tinyq_lightning.spec import (
+    MEASURED_BY,
+    QuantizationSpec,
+    deciding_rule,
+    excluding,
+    names_parameter,
+    nearest,
+    pattern_matches,
+    wanted_method,
+)
+
+__all__ = [
+    "check_model",
+    "check_patterns",
+    "is_on",
+    "refuse_root",
+    "sites_for",
+]
+
+
+def sites_for(spec: QuantizationSpec, model: nn.Module) -> list[Site]:
+    """The layers of a model, and the parameters that the spec names beside them."""
+    return find_sites(model, partial(names_parameter, spec))
+
+
+def is_on(spec: QuantizationSpec, site: Site) -> bool:
+    """Whether the spec is about layers of this kind. A parameter is a layer only where a rule names it."""
+    return site.kind.name in spec.kinds or site.kind.name not in KIND_NAMES
+
+
+def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Site] | None = None) -> None:
+    """Check the spec's patterns against the names in ``model``, without a look at any weight.
+
+    Args:
+        spec: what was asked for.
+        model: any module with layers of a known kind somewhere below it.
+        sites: its layers, where they have been found already.
+
+    Raises:
+        ModelError: the model has no layer of a known kind, or none that can be quantized.
+        SpecError: a pattern matches nothing, a rule is shadowed by what stands before it, or nothing is
+            left to quantize.
+    """
+    sites = sites_for(spec, model) if sites is None else sites
+    if not sites:
+        kinds = Counter(type(m).__name__ for m in model.modules() if not m._modules and m._parameters)
+        has = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4)) or "no layers"
+        raise ModelError(f"{type(model).__name__} has no layer to quantize (it has {has})")
+    on = _switched_on(spec, sites)
+    for index, pattern in enumerate(spec.exclude):
+        _refuse_idle_pattern(spec, pattern, spec.origin.where("exclude", index), model, sites, on)
+    for index, rule in enumerate(spec.rules):
+        where = spec.origin.where("rules", index, "match")
+        covered = _refuse_idle_pattern(spec, rule.match, where, model, sites, on)
+        if not any(deciding_rule(spec, site.names) == index for site in covered):
+            by = excluding(spec, covered[0].names)
+            taker = f"exclude {by!r}" if by else f"rule {(deciding_rule(spec, covered[0].names) or 0) + 1}"
+            raise SpecError(
+                f"{where}: rule {index + 1} ({rule.match!r}) is shadowed: all that it matches, such as "
+                f"{covered[0].name!r}, is taken by {taker} before it. Move it up, narrow the other, or remove it"
+            )
+    if not on:
+        there = ", ".join(sorted({site.kind.name for site in sites}))
+        raise ModelError(
+            f"{type(model).__name__} has no layer of the kinds {', '.join(spec.kinds)} to quantize (it has some of "
+            f"{there})"
+        )
+    wanted = [wanted_method(spec, site.names) for site in on]
+    left = f"all {len(on)} layers" if len(on) > 1 else "the only layer"
+    if all(each.method == "float" and each.decided_by not in MEASURED_BY for each in wanted):
+        raise SpecError(f"{spec.origin.where()}: this spec leaves {left} float")
+
+
+def _switched_on(spec: QuantizationSpec, sites: Sequence[Site]) -> list[Site]:
+    """The layers of the spec's kinds, and those that share a weight with one of them."""
+    on = {site.name for site in sites if is_on(spec, site)}
+    return [site for site in sites if site.name in on or not on.isdisjoint(site.tied)]
+
+
+def _refuse_idle_pattern(
+    spec: QuantizationSpec, pattern: str, where: str, model: nn.Module, sites: Sequence[Site], on: Sequence[Site]
+) -> list[Site]:
+    """The layers that a pattern matches; refuse one that matches none, or only those of kinds that are off."""
+    matched = [site for site in sites if any(pattern_matches(pattern, name) for name in site.names)]
+    if not matched:
+        raise SpecError(f"{where}: {_no_match(pattern, model, sites)}")
+    names = {site.name for site in on}
+    covered = [site for site in matched if site.name in names]
+    if not covered:
+        kinds = ", ".join(sorted({site.kind.name for site in matched}))
+        raise SpecError(
+            f"{where}: pattern {pattern!r} matches only layers of a kind that is switched off ({kinds}), such as "
+            f"{matched[0].name!r}: add it to kinds, or remove the pattern"
+        )
+    return covered
+
+
+def check_model(spec: QuantizationSpec, model: nn.Module) -> None:
+    """Check all that can be known of ``model`` without its weights: to be called before training.
+
+    Raises:
+        ModelError: the model is itself a layer, has none, or every layer of it would stay float.
+        SpecError: as :func:`check_patterns`.
+    """
+    refuse_root(model)
+    sites = sites_for(spec, model)
+    check_patterns(spec, model, sites)
+    reasons = []
+    for site in _switched_on(spec, sites):
+        method, reason, decided_by = wanted_method(spec, site.names)
+        if decided_by in MEASURED_BY:
+            return
+        left = "already quantized" if site.is_quantized else reason if method == "float" else why_stays_float(site)
+        if left is None:
+            return
+        reasons.append(f"{site.name}: {left}")
+    raise ModelError(f"there is nothing to quantize ({'; '.join(reasons)})")
+
+
+def refuse_root(model: nn.Module) -> None:
+    """Refuse a model that is itself a layer: no module holds it, so that no other could take its place.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if is_replaceable(model):
+        other = ", or use replace_linear_with_target_and_quantize, which returns the new layer"
+        raise ModelError(
+            f"the model is itself an nn.{type(model).__name__}, which cannot be replaced in place: put it in an "
+            f"nn.Sequential{other if isinstance(model, nn.Linear) else ''}"
+        )
+
+
+def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site]) -> str:
+    names = [name for site in sites for name in site.names]
+    leaves = {name.split(".")[-1] for name in names}
+    other = next(((n, m) for n, m in model.named_modules() if n and pattern_matches(pattern, n)), None)
+    below = sorted({n for n, _ in model.named_modules() if n.split(".")[-1] == pattern and "." in n})
+    if other and not any(name.startswith(other[0] + ".") for name in names):
+        hint = f" {other[0]!r} is there, but is never quantized: its type is {type(other[1]).__name__}."
+    elif below and any(name.startswith(below[0] + ".") for name in names):
+        hint = f" To cover {below[0]!r} and the like, write '*.{pattern}'."
+    else:
+        hint = nearest(pattern, [*names, *leaves], 3)
+    shown = ", ".join(names[:6]) + (f", … ({len(names)} in all)" if len(names) > 6 else "")
+    return f"pattern {pattern!r} matches no layer.{hint or ''} The layers are: {shown}"
