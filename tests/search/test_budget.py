@@ -431,10 +431,20 @@ def test_attention_and_tied_layers_are_searched_and_stay_tied(tmp_path):
     assert Path(again.quantized_path).read_bytes() == Path(callback.quantized_path).read_bytes()
 
 
+@pytest.mark.parametrize("rules", [[], [{"match": "embed", "method": "w8a32"}]])
 @pytest.mark.parametrize("method", ["w8a16", "float"])
-def test_a_tied_embedding_follows_its_linear_as_the_written_spec_has_it(method):
+def test_a_tied_embedding_is_after_a_search_as_the_written_spec_has_it(method, rules):
     module = Tied()
-    switched = Swap(module, QuantizationSpec(method="w8a8")).switched({"out": (method, "budget: costs 0.1")}, "budget")
+    spec = QuantizationSpec.from_dict({"method": "w8a8", "rules": rules})
+    switched = Swap(module, spec).switched({"out": (method, "budget: costs 0.1")}, "budget")
     assert list(Swap(module, switched.plan.to_spec()).plan) == list(switched.plan)
     with switched:
         assert (type(module.out) is nn.Linear) == (type(module.embed) is nn.Embedding) == (method == "float")
+
+
+@pytest.mark.parametrize("method", ["w8a16", "float"])
+def test_an_embedding_of_two_tied_layers_is_after_a_search_as_the_written_spec_has_it(method):
+    module = nn.ModuleDict({"embed": nn.Embedding(20, 16), "first": nn.Linear(16, 20), "second": nn.Linear(16, 20)})
+    module["first"].weight = module["second"].weight = module["embed"].weight
+    switched = Swap(module, QuantizationSpec("w8a8")).switched({"second": (method, "budget: costs 0.1")}, "budget")
+    assert list(Swap(module, switched.plan.to_spec()).plan) == list(switched.plan)

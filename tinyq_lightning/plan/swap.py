@@ -71,6 +71,7 @@ class Swap:
         """
         other = copy.copy(self)
         other._pairs = []
+        takes_methods = {site.name: site.kind.takes_methods for site, _ in self._pairs}
         decisions = {decision.name: decision for decision in self.plan}
         for site, layer in self._pairs:
             decision = decisions[site.name]
@@ -78,9 +79,13 @@ class Swap:
             if source is not None:
                 method, reason = changes[source]
                 by, kernel = decided_by, None
-                if site.kind.only_tied:  # its reason is the one that its spec resolves to
-                    by = "tie"
-                    reason = f"tied to {source}.weight ({reason})" if method == "float" else decision.reason
+                if site.kind.only_tied:  # what its spec resolves to
+                    if method == "float":
+                        first = next(name for name in site.tied if takes_methods[name])
+                        by, reason = "tie", f"tied to {first}.weight ({reason})"
+                    else:  # a rule of its own stands
+                        method = method if decision.decided_by == "tie" else decision.method
+                        by, reason = decision.decided_by, decision.reason
                 elif site.kind.takes_methods:
                     linear = cast(QuantizedLinear, layer)
                     layer = linear = linear if method == "float" else linear.with_method(method)
