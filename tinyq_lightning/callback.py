@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from tinyq_lightning.errors import SpecError, TinyQError
-from tinyq_lightning.file import make_checkpoint, quantized_path, write_checkpoint
+from tinyq_lightning.file import make_checkpoint, quantized_path
 from tinyq_lightning.plan import Plan
 from tinyq_lightning.report import (
     Outcome,
@@ -44,10 +43,10 @@ from tinyq_lightning.trainer import (
     refuse_sharding,
     registered,
     return_to_main_process,
+    save_quantized,
     step_after_run,
     tell_of_interrupt,
     tested_weights,
-    write_on_rank_zero,
 )
 
 __all__ = [
@@ -55,7 +54,7 @@ __all__ = [
 ]
 
 # Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
-_OF_A_RUN = ("_quantized_start", "_files_before", "_runs", "_earlier", "log", "log_dict")
+_OF_A_RUN = ("_quantized_start", "_files_before", "_runs", "_earlier", "_told", "log", "log_dict")
 _OUTCOME = ("quantized_paths", "float_path", "plan", "plans", "results", "search", "error")
 
 
@@ -159,6 +158,7 @@ class TinyQCallback(Callback):
         self._files_before: dict[str, object] = {}
         self._runs: list[TestRun] = []
         self._earlier: list[TinyQCallback] = []
+        self._told: list[str] = []  # entries that the file cannot hold, once a warning has told of them
 
     def _reset_results(self) -> None:
         self.quantized_paths: dict[str, str] = {}
@@ -189,7 +189,7 @@ class TinyQCallback(Callback):
         """Refuse before training what could not be quantized, measured or saved after it."""
         if self.spec.when == "fit_end":
             self._reset_results()
-            check_before_fit(trainer, pl_module, self.spec, self.monitor, self.save)
+            self._told = check_before_fit(trainer, pl_module, self.spec, self.monitor, self.save)
             self._files_before = files_before_fit(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,7 +235,7 @@ class TinyQCallback(Callback):
             first = first or self._runs[0]
         if self.report == "full":
             self._runs[0].watch_layers()
-        at_test_epoch_end(trainer, partial(self._measure_in_test, trainer))
+        at_test_epoch_end(trainer, lambda: self._measure_in_test(trainer))
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Start the clock on the Trainer's own step; before the first batch, decide which layers stay float."""
@@ -329,7 +329,7 @@ class TinyQCallback(Callback):
             path = quantized_path(self.spec.save, folder, source.stem, plan.file_label, taken)
             results = outcome.results_as(plan.label)
             content = make_checkpoint(source.base, module.state_dict(), plan, results, source.sha256, loop)
-            write_on_rank_zero(trainer, partial(write_checkpoint, content, path))
+            self._told = save_quantized(trainer, content, path, self._told)
             self.quantized_paths[outcome.name] = path
             outcome = replace(outcome, quantized_path=path)
             if source.path is None:

@@ -15,6 +15,7 @@ from tinyq_lightning.trainer.methods_run import Measured, MethodsRun
 from tinyq_lightning.trainer.quantized_start import QuantizedStart
 from tinyq_lightning.trainer.ranks import refuse_sharding, write_on_rank_zero
 from tinyq_lightning.trainer.results import Results, compare, numbers
+from tinyq_lightning.trainer.saving import save_quantized
 from tinyq_lightning.trainer.test_run import TestRun, at_test_epoch_end, forget_test_start, note_test_start
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "refuse_sharding",
     "registered",
     "return_to_main_process",
+    "save_quantized",
     "step_after_run",
     "tell_of_interrupt",
     "tested_weights",

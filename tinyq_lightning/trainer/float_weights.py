@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import CheckpointError
-from tinyq_lightning.file import HookView, file_sha256, stem_of, why_not_writable, without_training_entries
+from tinyq_lightning.file import HookView, file_exists, file_sha256, stem_of, why_not_writable, without_training_entries
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
 
 __all__ = [
@@ -123,7 +123,7 @@ def _best_or_last(trainer: Trainer, wanted: str, monitor: str | None) -> tuple[s
     )
     for keeper in keepers:
         path = getattr(keeper, f"{wanted}_model_path", "")
-        if path and _exists(path):
+        if path and file_exists(path):
             by = f" ({keeper.monitor})" if wanted == "best" and keeper.monitor else ""
             kind = "latest" if wanted == "best" and not by else wanted
             return path, f"{kind} checkpoint{by}"
@@ -170,8 +170,3 @@ def _version(path: str) -> object:
         return None
     info = fs.info(location)
     return (info["mtime"], info["size"], info.get("ino")) if "mtime" in info else info
-
-
-def _exists(path: str) -> bool:
-    fs, location = fsspec.core.url_to_fs(path)
-    return bool(fs.exists(location))
