@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -30,6 +30,7 @@ from tinyq_lightning.trainer import (
     QuantizedStart,
     Results,
     TestRun,
+    WatchesValidation,
     at_test_epoch_end,
     check_before_fit,
     check_budget,
@@ -54,11 +55,11 @@ __all__ = [
 ]
 
 # Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
-_OF_A_RUN = ("_quantized_start", "_files_before", "_runs", "_earlier", "_told", "log", "log_dict")
+_OF_A_RUN = ("_quantized_start", "_files_before", "_runs", "_earlier", "_told", "validated", "log", "log_dict")
 _OUTCOME = ("quantized_paths", "float_path", "plan", "plans", "results", "search", "error")
 
 
-class TinyQCallback(Callback):
+class TinyQCallback(WatchesValidation):
     """Quantizes the model of a run, measures it with the user's own loop, and saves it beside the float checkpoint.
 
     With ``when="fit_end"`` the best checkpoint is quantized when training ends, and the validation loop
@@ -104,8 +105,7 @@ class TinyQCallback(Callback):
         plans: the plan of each method.
         results: ``{"val_acc": {"float": …, "w8a32": …, "delta": …}}``, or with several methods
             ``{"val_acc": {"float": …, "w8a32": …, "delta/w8a32": …, "w8a8": …, "delta/w8a8": …}}``. The key is
-            the plan's label (``mixed`` where it mixes methods); among several, the method asked for. Empty
-            before a run.
+            the plan's label (``mixed`` where it mixes methods); among several, the method asked for.
         search: what the budget's search measured and chose for the saved plan; None without a budget.
         error: what failed after training or testing (if several things, the first), on every rank; None if
             nothing failed. Its ``__cause__`` is the exception as it was raised.
@@ -187,6 +187,7 @@ class TinyQCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what could not be quantized, measured or saved after it."""
+        super().on_fit_start(trainer, pl_module)
         if self.spec.when == "fit_end":
             self._reset_results()
             self._told = check_before_fit(trainer, pl_module, self.spec, self.monitor, self.save)
@@ -212,7 +213,7 @@ class TinyQCallback(Callback):
         outcomes = []
         with preserved(module, weights=source.path is not None):
             source.load_into(trainer, module)
-            run = MethodsRun(trainer, module, self.spec)
+            run = MethodsRun(trainer, module, self.spec, self.validated)
             for measured in run.methods:
                 layers = run.layers if measured.searched or (self.report == "full" and run.before) else {}
                 outcome = outcome_of_fit(run, measured, self._column_name(measured.plan), layers, source)
@@ -228,11 +229,10 @@ class TinyQCallback(Callback):
         """Put the quantized layers in for the Trainer to test; the float model is tested after it."""
         if self.spec.when != "test_start" or (self._quantized_start and self._quantized_start.label):
             return
-        first = next((run for callback in _tinyq_callbacks(trainer) for run in callback._runs), None)
+        before = [run for callback in _tinyq_callbacks(trainer) for run in callback._runs]
         stopwatch = Stopwatch() if self.spec.never_slower else None
         for spec in self.spec.each():
-            self._runs.append(TestRun(trainer, pl_module, spec, first, stopwatch))
-            first = first or self._runs[0]
+            self._runs.append(TestRun(trainer, pl_module, spec, next(iter(before + self._runs), None), stopwatch))
         if self.report == "full":
             self._runs[0].watch_layers()
         at_test_epoch_end(trainer, lambda: self._measure_in_test(trainer))
@@ -255,8 +255,8 @@ class TinyQCallback(Callback):
         with step_after_run(self, trainer, "Testing the models to compare with"):
             for run in self._runs:
                 run.measure()
-            entries = log_entries([self._outcome_of_test(each) for each in self._runs], alone=not self._earlier)
-            self._runs[-1].log(entries)
+            outcomes = [self._outcome_of_test(each) for each in self._runs]
+            self._runs[-1].log(log_entries(outcomes, alone=not self._earlier))
 
     def _outcome_of_test(self, run: TestRun, source: FloatWeights | None = None) -> Outcome:
         return outcome_of_test(run, self._column_name(run.swap.plan), self._runs[0].layers, source)
@@ -289,8 +289,8 @@ class TinyQCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
         self._restore_module(trainer)
-        fitting = trainer.state.fn == TrainerFn.FITTING and self.spec.when == "fit_end"
-        if fitting and isinstance(exception, KeyboardInterrupt):
+        in_fit = self.spec.when == "fit_end" and trainer.state.fn == TrainerFn.FITTING
+        if in_fit and isinstance(exception, KeyboardInterrupt):
             tell_of_interrupt(trainer, self.quantized_paths.values())
 
     def _restore_module(self, trainer: Trainer) -> None:
@@ -298,7 +298,7 @@ class TinyQCallback(Callback):
         forget_test_start(trainer)
         if self._quantized_start is not None:
             self._quantized_start.close()
-        self._quantized_start = None
+            self._quantized_start = None
 
     def _close_test_runs(self) -> None:
         for run in self._runs:

@@ -18,7 +18,7 @@ from torch import nn
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
 from tinyq_lightning.errors import EvaluationError, SpecError
 from tinyq_lightning.plan.swap import Swap
-from tinyq_lightning.search.budget import LADDER, Candidate, evaluation_limit, search
+from tinyq_lightning.search.budget import LADDER, SearchedLayer, evaluation_limit, search
 from tinyq_lightning.spec.spec import Budget
 
 # The search alone, on layers made up
@@ -34,7 +34,7 @@ def worlds(draw):
         name, sqnr = f"layer{index}", draw(st.floats(-5, 60))
         steps = [draw(unit), draw(unit), draw(unit)] if draw(st.integers(0, 4)) == 0 else [0, 0, 0]
         layers.append(
-            Candidate(
+            SearchedLayer(
                 name,
                 draw(st.sampled_from(LADDER[:3])),
                 draw(st.integers(1, 1000)),
@@ -82,7 +82,7 @@ def test_evaluation_limit_is_the_formula_of_the_docstring():
 
 
 def test_a_layer_climbs_no_further_than_it_needs():
-    layers = [Candidate(f"l{i}", "w8a8", 100, {"w8a8": 30 - i, "w8a16": 45, "w8a32": 60}) for i in range(8)]
+    layers = [SearchedLayer(f"l{i}", "w8a8", 100, {"w8a8": 30 - i, "w8a16": 45, "w8a32": 60}) for i in range(8)]
     harm = {layer.name: dict.fromkeys(LADDER, 0.0) for layer in layers}
     harm["l7"]["w8a8"] = 0.3
     found, _ = run(layers, harm)
@@ -94,14 +94,14 @@ def test_a_layer_climbs_no_further_than_it_needs():
 
 
 def test_a_method_that_improves_nothing_is_no_rung():
-    assert Candidate("l", "w8a8", 1, {"w8a8": 3.0, "w8a16": 3.1, "w8a32": 3.1}).rungs() == [
+    assert SearchedLayer("l", "w8a8", 1, {"w8a8": 3.0, "w8a16": 3.1, "w8a32": 3.1}).rungs() == [
         ("w8a8", 3.0),
         ("float", math.inf),
     ]
 
 
 def test_bytes_are_won_back_where_the_ranking_misled():
-    layers = [Candidate(f"l{i}", "w8a32", 100, {"w8a32": float(i)}) for i in range(32)]
+    layers = [SearchedLayer(f"l{i}", "w8a32", 100, {"w8a32": float(i)}) for i in range(32)]
     harm = {layer.name: dict.fromkeys(LADDER, 0.0) for layer in layers}
     harm["l9"]["w8a32"] = 0.5
     found, _ = run(layers, harm)
@@ -110,7 +110,7 @@ def test_bytes_are_won_back_where_the_ranking_misled():
 
 @pytest.mark.parametrize("value", [math.nan, 0.2])
 def test_with_nothing_within_the_budget_the_plan_that_loses_least_wins(value):
-    layers = [Candidate(f"l{i}", "w8a8", 100, {}) for i in range(4)]
+    layers = [SearchedLayer(f"l{i}", "w8a8", 100, {}) for i in range(4)]
     budget = Budget("acc", "max", 0.01)
     found = search(layers, budget, 1.0, value, lambda changes: 0.5 if len(changes) == 2 else math.nan)
     assert not found.met

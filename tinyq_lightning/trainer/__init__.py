@@ -17,6 +17,7 @@ from tinyq_lightning.trainer.ranks import refuse_sharding, write_on_rank_zero
 from tinyq_lightning.trainer.results import Results, compare, numbers
 from tinyq_lightning.trainer.saving import save_quantized
 from tinyq_lightning.trainer.test_run import TestRun, at_test_epoch_end, forget_test_start, note_test_start
+from tinyq_lightning.trainer.validated import WatchesValidation
 
 __all__ = [
     "FloatWeights",
@@ -25,6 +26,7 @@ __all__ = [
     "QuantizedStart",
     "Results",
     "TestRun",
+    "WatchesValidation",
     "at_test_epoch_end",
     "check_before_fit",
     "check_budget",

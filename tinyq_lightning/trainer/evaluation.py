@@ -19,7 +19,7 @@ from tinyq_lightning.plan import Swap
 from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
 from tinyq_lightning.trainer.checks import checkpoint_callbacks, why_never_validated
-from tinyq_lightning.trainer.inner_trainer import Stage, inner_trainer, quiet, shadowed, state_roots
+from tinyq_lightning.trainer.inner_trainer import Stage, do_nothing, inner_trainer, quiet, shadowed, state_roots
 from tinyq_lightning.trainer.isolation import Snapshot
 from tinyq_lightning.trainer.results import directions, numbers
 
@@ -210,10 +210,10 @@ def run_evaluation(
     watch = _Watch(module, stage, known, batches is not None)
     inner = inner_trainer(trainer, watch, stage, batches)
     data: dict[str, Any] = {"dataloaders": loaders}
-    shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, _nothing))]
+    shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, do_nothing))]
     if (datamodule := _datamodule(trainer)) is not None:  # for its transfer hooks, and for `self.trainer.datamodule`
         data = {"datamodule": datamodule}
-        hooks = dict.fromkeys(_DATA_SETUP_HOOKS, _nothing)
+        hooks = dict.fromkeys(_DATA_SETUP_HOOKS, do_nothing)
         asked = "val_dataloader" if stage == "validate" else "test_dataloader"
         shadows.append((datamodule, {**hooks, asked: lambda: loaders, "trainer": inner}))
     # hooks that run before the first batch may put other weights in, and the loop may end before those that undo it
@@ -320,7 +320,3 @@ def _combined_loader(trainer: Trainer, stage: Stage) -> CombinedLoader | None:
 
 def _flat(combined: CombinedLoader | None) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None

@@ -21,6 +21,7 @@ from tinyq_lightning.trainer.state import package_of
 
 __all__ = [
     "Stage",
+    "do_nothing",
     "inner_trainer",
     "quiet",
     "shadowed",
@@ -133,7 +134,7 @@ class _SilentLogger(DummyLogger):
         if name.startswith("_"):
             raise AttributeError(name)
         value = getattr(self._logger, name)
-        return value if isinstance(value, str | int | float | os.PathLike) or value is None else _nothing
+        return value if isinstance(value, str | int | float | os.PathLike) or value is None else do_nothing
 
 
 def state_roots(trainer: Trainer, module: LightningModule) -> list[object]:
@@ -153,7 +154,7 @@ def _callbacks(trainer: Trainer, stage: Stage, watch: Callback) -> Iterator[Call
         if index == min(ours, default=0):
             yield watch
         kept = _PREFIX[stage] if _changes_batches(callback, stage) else "no hook"
-        muted = {name: _nothing for name in _HOOKS if not name.startswith(kept)}
+        muted = {name: do_nothing for name in _HOOKS if not name.startswith(kept)}
         with suppress(TypeError):  # a class that cannot be derived from
             copied: Any = object.__new__(type(type(callback).__name__, (type(callback),), muted))
             vars(copied).update({name: value for name, value in vars(callback).items() if name not in muted})
@@ -173,8 +174,8 @@ def _changes_batches(callback: Callback, stage: Stage) -> bool:
     )
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def do_nothing(*args: Any, **kwargs: Any) -> None:
+    """What stands for a hook or a method that must not run."""
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tinyq_lightning.trainer.state import class_state, package_of, state_of
-from tinyq_lightning.trainer.values import CONSTANTS, is_written
+from tinyq_lightning.trainer.values import CONSTANT_TYPES, is_written
 
 __all__ = [
     "Snapshot",
@@ -66,11 +66,13 @@ class Snapshot:
         with torch.inference_mode(False), torch.no_grad(), _without_garbage_collection():
             while pending:
                 value, name, is_data = pending.pop()
-                if type(value) not in CONSTANTS and id(value) not in self._seen:
+                if type(value) not in CONSTANT_TYPES and id(value) not in self._seen:
                     is_data = is_data or isinstance(value, Dataset | DataLoader)
                     self._seen[id(value)] = value, name, is_data
                     parts = self._keep(value, name, is_data, weights)
-                    pending += [(part, f"{name}{way}", is_data) for way, part in parts if type(part) not in CONSTANTS]
+                    pending += [
+                        (part, f"{name}{way}", is_data) for way, part in parts if type(part) not in CONSTANT_TYPES
+                    ]
 
     def _keep(self, value: object, name: str, is_data: bool, weights: bool) -> Iterator[tuple[str, object]]:
         """Note the state of one object, and give what hangs on it."""

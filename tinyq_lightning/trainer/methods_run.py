@@ -19,10 +19,10 @@ from tinyq_lightning.plan import Plan, Swap, state_bytes
 from tinyq_lightning.search import (
     LADDER,
     SIGNAL_BATCHES,
-    Candidate,
     Changes,
     LayerError,
     Search,
+    SearchedLayer,
     Stopwatch,
     evaluation_limit,
     loses,
@@ -38,6 +38,7 @@ from tinyq_lightning.trainer.evaluation import (
     run_evaluation,
     why_no_validation,
 )
+from tinyq_lightning.trainer.validated import ValidatedWeights
 
 __all__ = [
     "Measured",
@@ -91,6 +92,7 @@ class MethodsRun:
         trainer: the user's, at the end of a fit.
         module: the user's.
         spec: one method or several.
+        validated: which weights the validations of the fit ran on.
 
     Attributes:
         before: of the float model; None where there is nothing to compare.
@@ -103,7 +105,9 @@ class MethodsRun:
         SpecError: the budget's metric is not logged, or nothing tells which way it is better.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, spec: QuantizationSpec) -> None:
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, spec: QuantizationSpec, validated: ValidatedWeights
+    ) -> None:
         self._trainer, self._module, self._spec = trainer, module, spec
         self._began = time.monotonic()
         why_not = why_no_validation(trainer, module)
@@ -114,7 +118,7 @@ class MethodsRun:
         self.why_not = why_not or (None if before and before.metrics else "validation_step logged no metric")
         self.before = before if before and before.metrics else None
         if before:
-            self._warn_of_other_weights(before)
+            self._warn_of_other_weights(before, validated)
         self.float_bytes = state_bytes(module.state_dict())
         self._float_value = math.nan
         if spec.budget and before:
@@ -172,13 +176,19 @@ class MethodsRun:
         shared: dict[str, LayerError] = self._trainer.strategy.broadcast(errors)
         return shared
 
-    def _warn_of_other_weights(self, before: Evaluation) -> None:
+    def _warn_of_other_weights(self, before: Evaluation, validated: ValidatedWeights) -> None:
         """Warn if the float metrics are not those of the weights that are quantized."""
         if before.other_weights:
             rank_zero_warn(
                 f"TinyQ: hooks of {type(self._module).__name__} put other weights in for validation, such as an "
                 "average. The float metrics are of those, but the weights of the checkpoint are quantized; load the "
                 "others into the module and quantize it to compare like with like"
+            )
+        elif validated.are_others(self._module):
+            rank_zero_warn(
+                "TinyQ: during training, other weights were put in for validation, such as an average that a callback "
+                "keeps, and none of its runs was on the weights that are quantized, so the metrics logged then are of "
+                "others. Load those into the module, or have them in the checkpoint, to quantize them"
             )
         elif self._spec.weights == "best" and (recorded := best_score(self._trainer, before.metrics)):
             monitor, score = recorded
@@ -273,17 +283,17 @@ class MethodsRun:
 
 def _layers(
     asked: Measured, errors: Mapping[str, LayerError], too_slow: Mapping[str, frozenset[str]]
-) -> list[Candidate]:
+) -> list[SearchedLayer]:
     """What the search decides on: each Linear, those that share a weight as one."""
     decisions = {decision.name: decision for decision in asked.plan}
     ties = asked.swap.ties()
-    layers: dict[str, Candidate] = {}
+    layers: dict[str, SearchedLayer] = {}
     for name, _, layer in asked.swap.pairs():
         if not any(other in layers for other in ties[name]):
             shared = [decisions[each] for each in (name, *ties[name])]
             extra = sum(decision.float_bytes - decision.bytes for decision in shared)
             sqnr = errors[name].output_sqnr_db if name in errors else {}
-            layers[name] = Candidate(name, layer.method, extra, sqnr, too_slow.get(name, frozenset()))
+            layers[name] = SearchedLayer(name, layer.method, extra, sqnr, too_slow.get(name, frozenset()))
     return list(layers.values())
 
 

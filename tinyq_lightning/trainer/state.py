@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from tinyq_lightning.trainer.values import (
+    CONSTANT_TYPES,
     CONSTANTS,
     Parts,
     State,
@@ -39,8 +40,6 @@ __all__ = [
     "package_of",
     "state_of",
 ]
-
-_CONSTANTS = frozenset(CONSTANTS)
 
 # Their objects are machinery: threads, connections, logs. To set these back would break them.
 _MACHINERY = {
@@ -136,7 +135,7 @@ def _of_dict(value: dict[Any, Any]) -> State | None:
         kind.clear(value)
         kind.update(value, items)
 
-    parts = [(f"[{key!r}]", item) for key, item in items.items() if type(item) not in _CONSTANTS]
+    parts = [(f"[{key!r}]", item) for key, item in items.items() if type(item) not in CONSTANT_TYPES]
     return _of_object(value, contents, parts)
 
 

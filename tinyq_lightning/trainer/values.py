@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "CONSTANTS",
+    "CONSTANT_TYPES",
     "Parts",
     "State",
     "enumerated",
@@ -35,7 +36,8 @@ Parts = Iterable[tuple[str, object]]
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, type, range, slice, types.ModuleType)
 """Types whose values never change, or are nobody's own state."""
 
-_CONSTANT_TYPES = frozenset(CONSTANTS)
+CONSTANT_TYPES = frozenset(CONSTANTS)
+"""The same as a set, for the type of a value itself."""
 
 # Larger arrays are not copied, only watched.
 _MAX_BYTES = 2**28
@@ -55,7 +57,7 @@ class State(NamedTuple):
 
 def enumerated(items: Iterable[Any]) -> Parts:
     """Each item that may change, with its way."""
-    return [(f"[{index}]", item) for index, item in enumerate(items) if type(item) not in _CONSTANT_TYPES]
+    return [(f"[{index}]", item) for index, item in enumerate(items) if type(item) not in CONSTANT_TYPES]
 
 
 def of_array(value: np.ndarray[Any, Any]) -> State | None:
