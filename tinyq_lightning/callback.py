@@ -213,7 +213,7 @@ class TinyQCallback(WatchesValidation):
         outcomes = []
         with preserved(module, weights=source.path is not None):
             source.load_into(trainer, module)
-            run = MethodsRun(trainer, module, self.spec, self.validated)
+            run = MethodsRun(trainer, module, self.spec, source, self.validated)
             for measured in run.methods:
                 layers = run.layers if measured.searched or (self.report == "full" and run.before) else {}
                 outcome = outcome_of_fit(run, measured, self._column_name(measured.plan), layers, source)

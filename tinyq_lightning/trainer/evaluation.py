@@ -19,7 +19,7 @@ from tinyq_lightning.plan import Swap
 from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
 from tinyq_lightning.trainer.checks import checkpoint_callbacks, why_never_validated
-from tinyq_lightning.trainer.inner_trainer import Stage, do_nothing, inner_trainer, quiet, shadowed, state_roots
+from tinyq_lightning.trainer.inner_trainer import Moment, Stage, do_nothing, inner_trainer, quiet, shadowed, state_roots
 from tinyq_lightning.trainer.isolation import Snapshot
 from tinyq_lightning.trainer.results import directions, numbers
 
@@ -181,6 +181,7 @@ def run_evaluation(
     batches: int | None = None,
     start: Snapshot | None = None,
     swap: Swap | None = None,
+    moment: Moment | None = None,
 ) -> Evaluation:
     """What the user's loop logs on the weights that ``module`` holds now.
 
@@ -196,6 +197,7 @@ def run_evaluation(
             None: as many as the user's Trainer takes.
         start: begin with this former state instead of the present one.
         swap: layers to put in for the loop; None: those that are in the module then.
+        moment: the epoch and step that the loop is told; None: those of the user's Trainer now.
 
     Returns:
         What was logged, and how long it took; the same on every process, for them to decide alike.
@@ -208,7 +210,7 @@ def run_evaluation(
     loaders = CombinedLoader(combined.iterables, combined._mode)
     known = dict(trainer.callback_metrics) if stage == "validate" else {}
     watch = _Watch(module, stage, known, batches is not None)
-    inner = inner_trainer(trainer, watch, stage, batches)
+    inner = inner_trainer(trainer, watch, stage, batches, moment)
     data: dict[str, Any] = {"dataloaders": loaders}
     shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, do_nothing))]
     if (datamodule := _datamodule(trainer)) is not None:  # for its transfer hooks, and for `self.trainer.datamodule`

@@ -15,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import HookView, file_exists, file_sha256, stem_of, why_not_writable, without_training_entries
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
+from tinyq_lightning.trainer.inner_trainer import Moment
 
 __all__ = [
     "FloatWeights",
@@ -52,6 +53,14 @@ class FloatWeights:
     def sha256(self) -> str | None:
         """Digest of the checkpoint file; None if there is none."""
         return None if self.path is None else file_sha256(self.path)
+
+    def moment(self, trainer: Trainer) -> Moment:
+        """The epoch and step that these weights were saved in; of the current ones, the last of the fit."""
+        last = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # the fit has counted past it
+        epoch, step = (self.checkpoint.get(name) for name in ("epoch", "global_step"))
+        return Moment(
+            min(last, epoch) if isinstance(epoch, int) else last, step if isinstance(step, int) else trainer.global_step
+        )
 
     def load_into(self, trainer: Trainer, module: LightningModule) -> None:
         """Load them as Lightning would, ``on_load_checkpoint`` included; do nothing if the module holds them."""

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,6 +20,7 @@ from tinyq_lightning.trainer.ranks import JoinedDDPStrategy
 from tinyq_lightning.trainer.state import package_of
 
 __all__ = [
+    "Moment",
     "Stage",
     "do_nothing",
     "inner_trainer",
@@ -37,7 +38,21 @@ _PREFIX = {"validate": "on_validation", "test": "on_test"}
 _MISSING = object()
 
 
-def inner_trainer(trainer: Trainer, watch: Callback, stage: Stage, batches: int | None) -> Trainer:
+class Moment(NamedTuple):
+    """A moment of a fit.
+
+    Attributes:
+        epoch: what ``current_epoch`` was.
+        step: what ``global_step`` was.
+    """
+
+    epoch: int
+    step: int
+
+
+def inner_trainer(
+    trainer: Trainer, watch: Callback, stage: Stage, batches: int | None, moment: Moment | None
+) -> Trainer:
     """A Trainer that runs a loop of ``trainer`` again: same precision, limits, processes; nothing written or shown.
 
     What a module may ask its Trainer for is that of the user's: epochs, optimizers, loggers' names and folders,
@@ -49,6 +64,7 @@ def inner_trainer(trainer: Trainer, watch: Callback, stage: Stage, batches: int 
         watch: a callback of ours.
         stage: which loop.
         batches: at most so many of each dataloader; None: as many as the user's Trainer takes.
+        moment: the epoch and step that it tells; None: those of the user's Trainer.
     """
     limit_name = "limit_val_batches" if stage == "validate" else "limit_test_batches"
     limit = getattr(trainer, limit_name)
@@ -77,7 +93,7 @@ def inner_trainer(trainer: Trainer, watch: Callback, stage: Stage, batches: int 
             use_distributed_sampler=False,  # the loaders have theirs already
             default_root_dir=trainer.default_root_dir,
         )
-    inner.outer = trainer
+    inner.outer, inner.moment = trainer, moment
     for name, value in vars(trainer).items():  # settings, and what users put there
         if name not in vars(inner) or type(value) in (bool, int, float, str, type(None)):
             vars(inner)[name] = value
@@ -89,9 +105,10 @@ def inner_trainer(trainer: Trainer, watch: Callback, stage: Stage, batches: int 
 
 
 class _SilentTrainer(Trainer):
-    """Says of the files of a run what the user's Trainer says."""
+    """Says of a run's files, and of how far it has come, what the user's Trainer says, or said at a moment."""
 
     outer: Trainer
+    moment: Moment | None
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self.fit_loop = self.outer.fit_loop  # only now: attaching data to a Trainer empties its loops
@@ -100,6 +117,14 @@ class _SilentTrainer(Trainer):
     @property
     def log_dir(self) -> str | None:
         return self.outer.log_dir
+
+    @property
+    def current_epoch(self) -> int:
+        return self.moment.epoch if self.moment else super().current_epoch
+
+    @property
+    def global_step(self) -> int:
+        return self.moment.step if self.moment else super().global_step
 
 
 class _SilentLogger(DummyLogger):

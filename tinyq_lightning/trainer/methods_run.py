@@ -38,6 +38,7 @@ from tinyq_lightning.trainer.evaluation import (
     run_evaluation,
     why_no_validation,
 )
+from tinyq_lightning.trainer.float_weights import FloatWeights
 from tinyq_lightning.trainer.validated import ValidatedWeights
 
 __all__ = [
@@ -92,6 +93,7 @@ class MethodsRun:
         trainer: the user's, at the end of a fit.
         module: the user's.
         spec: one method or several.
+        source: the weights that the module holds.
         validated: which weights the validations of the fit ran on.
 
     Attributes:
@@ -106,15 +108,20 @@ class MethodsRun:
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, spec: QuantizationSpec, validated: ValidatedWeights
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        spec: QuantizationSpec,
+        source: FloatWeights,
+        validated: ValidatedWeights,
     ) -> None:
         self._trainer, self._module, self._spec = trainer, module, spec
-        self._began = time.monotonic()
+        self._began, self._moment = time.monotonic(), source.moment(trainer)
         why_not = why_no_validation(trainer, module)
         refuse_without_validation(spec, why_not)
         self.stopwatch = Stopwatch() if spec.never_slower else None
         with self._watching_float():
-            before = None if why_not else run_evaluation(trainer, module, "validate")
+            before = None if why_not else self._evaluate()
         self.why_not = why_not or (None if before and before.metrics else "validation_step logged no metric")
         self.before = before if before and before.metrics else None
         if before:
@@ -170,11 +177,14 @@ class MethodsRun:
         swap = self._swaps[0]
         with measured_layers(swap) as errors, swap.opened():
             try:
-                run_evaluation(self._trainer, self._module, "validate", batches=SIGNAL_BATCHES)
+                self._evaluate(batches=SIGNAL_BATCHES)
             except EvaluationError as error:
                 rank_zero_warn(f"TinyQ: the errors of some layers could not be measured: {error}")
         shared: dict[str, LayerError] = self._trainer.strategy.broadcast(errors)
         return shared
+
+    def _evaluate(self, batches: int | None = None) -> Evaluation:
+        return run_evaluation(self._trainer, self._module, "validate", batches=batches, moment=self._moment)
 
     def _warn_of_other_weights(self, before: Evaluation, validated: ValidatedWeights) -> None:
         """Warn if the float metrics are not those of the weights that are quantized."""
@@ -244,7 +254,7 @@ class MethodsRun:
     def _measure(self, swap: Swap) -> Measured:
         with swap:
             runs = self.before or self.stopwatch
-            after = run_evaluation(self._trainer, self._module, "validate") if runs else None
+            after = self._evaluate() if runs else None
             if self.before and after:
                 check_comparable(self._trainer, self.before, after)
             return Measured(swap.plan.spec.method, swap, after, state_bytes(self._module.state_dict()))
