@@ -143,7 +143,9 @@ def _built(
     """A module with the structure of the checkpoint, without its values."""
     name = module_class.__name__
     entries = {key: value for key, value in init_args.items() if key in dropped_entries(content)}
-    arguments = {key: value for key, value in init_args.items() if key not in entries or _is_argument(key, module_class, content)}
+    arguments = {
+        key: value for key, value in init_args.items() if key not in entries or _is_argument(key, module_class, content)
+    }
     try:
         module = build(module_class, content, arguments, trust, source)
     except TinyQError:

@@ -105,7 +105,7 @@ def _loads_as_it_is(module: nn.Module) -> bool:
         told = twin.load_state_dict(state, strict=False)
     except Exception:  # whatever its own way may raise
         return False
-    loaded = all(torch.equal(twin._parameters[name], state[name]) for name in names)
+    loaded = all(torch.equal(twin.get_parameter(name), state[name]) for name in names)
     return loaded and not told.missing_keys and not told.unexpected_keys
 
 

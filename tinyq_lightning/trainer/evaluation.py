@@ -19,7 +19,16 @@ from tinyq_lightning.plan import Swap
 from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
 from tinyq_lightning.trainer.checks import checkpoint_callbacks, why_never_validated
-from tinyq_lightning.trainer.inner_trainer import Moment, Stage, do_nothing, inner_trainer, quiet, shadowed, state_roots
+from tinyq_lightning.trainer.inner_trainer import (
+    Moment,
+    Stage,
+    do_nothing,
+    inner_trainer,
+    nothing_saved,
+    quiet,
+    shadowed,
+    state_roots,
+)
 from tinyq_lightning.trainer.isolation import Snapshot
 from tinyq_lightning.trainer.results import directions, numbers
 
@@ -225,6 +234,7 @@ def run_evaluation(
         shadowed(shadows),
         swap or nullcontext(),
         quiet(),
+        nothing_saved(),
         torch.inference_mode(False),
     ):
         try:

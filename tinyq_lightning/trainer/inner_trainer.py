@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
@@ -24,6 +27,7 @@ __all__ = [
     "Stage",
     "do_nothing",
     "inner_trainer",
+    "nothing_saved",
     "quiet",
     "shadowed",
     "state_roots",
@@ -113,6 +117,9 @@ class _SilentTrainer(Trainer):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self.fit_loop = self.outer.fit_loop  # only now: attaching data to a Trainer empties its loops
         return super()._run(*args, **kwargs)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is saved: the file that the user's hooks name holds what the fit gave."""
 
     @property
     def log_dir(self) -> str | None:
@@ -217,6 +224,7 @@ def _without_settings_of_the_environment() -> Iterator[None]:
 @contextmanager
 def shadowed(shadows: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
     """Set attributes on instances inside the block, over those of their class."""
+    shadows = list(shadows)
     before = [(owner, {name: vars(owner).get(name, _MISSING) for name in names}) for owner, names in shadows]
     for owner, names in shadows:
         vars(owner).update(names)
@@ -229,6 +237,29 @@ def shadowed(shadows: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
                     vars(owner).pop(name, None)
                 else:
                     vars(owner)[name] = value
+
+
+@contextmanager
+def nothing_saved() -> Iterator[None]:
+    """No weights are written to disk inside the block, by ``torch.save`` or safetensors.
+
+    Hooks of the user's that keep the best weights in files would put quantized ones there.
+    """
+    writers = [(torch, "save"), (sys.modules.get("safetensors.torch"), "save_file")]
+    present = [(owner, name) for owner, name in writers if owner is not None]
+    with shadowed((owner, {name: _unless_to_path(getattr(owner, name))}) for owner, name in present):
+        yield
+
+
+def _unless_to_path(save: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, except that it does nothing where the second argument is a path."""
+
+    @functools.wraps(save)
+    def saved(*args: Any, **kwargs: Any) -> Any:
+        target = args[1] if len(args) > 1 else kwargs.get("f", kwargs.get("filename"))
+        return None if isinstance(target, str | os.PathLike) else save(*args, **kwargs)
+
+    return saved
 
 
 @contextmanager

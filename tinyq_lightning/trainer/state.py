@@ -18,6 +18,7 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from tinyq_lightning.trainer.held import HELD, is_frame, of_frame
 from tinyq_lightning.trainer.values import (
     CONSTANT_TYPES,
     CONSTANTS,
@@ -61,9 +62,9 @@ _PLAIN_CONTAINERS = frozenset((dict, list, set, deque, tuple, frozenset, Ordered
 _MISSING = object()
 
 
-def package_of(kind: type) -> str:
-    """The name of the top-level package that a class comes from."""
-    return kind.__module__.partition(".")[0]
+def package_of(kind: Any) -> str:
+    """The name of the top-level package that a class or function comes from; empty if it says none."""
+    return (getattr(kind, "__module__", None) or "").partition(".")[0]
 
 
 def state_of(value: Any, weights: bool) -> State | None:
@@ -73,8 +74,12 @@ def state_of(value: Any, weights: bool) -> State | None:
         value: any object.
         weights: copy the values of parameters too.
     """
-    if isinstance(value, (*CONSTANTS, types.FunctionType, types.BuiltinFunctionType)):
+    if isinstance(value, (*CONSTANTS, type)):
         return None
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and package_of(value) in _MACHINERY:
+        return None
+    if is_frame(value):
+        return of_frame(value)
     if isinstance(value, Tensor):
         return of_tensor(value, weights)
     if (of_kind := _reader(cast(Hashable, type(value)))) is not None:
@@ -221,6 +226,7 @@ _BY_TYPE: dict[type | tuple[type, ...], Callable[[Any], State | None]] = {
     functools.partial: _of_partial,
     types.MethodType: _of_method,
     Iterator: _of_iterator,
+    **HELD,
 }
 
 

@@ -33,7 +33,7 @@ __all__ = [
 Parts = Iterable[tuple[str, object]]
 """Objects that hang on another, each with the way there, such as ``.name`` or ``[0]``."""
 
-CONSTANTS = (type(None), bool, int, float, complex, str, bytes, type, range, slice, types.ModuleType)
+CONSTANTS = (type(None), bool, int, float, complex, str, bytes, range, slice, types.ModuleType)
 """Types whose values never change, or are nobody's own state."""
 
 CONSTANT_TYPES = frozenset(CONSTANTS)
@@ -41,6 +41,9 @@ CONSTANT_TYPES = frozenset(CONSTANTS)
 
 # Larger arrays are not copied, only watched.
 _MAX_BYTES = 2**28
+
+# A parameter of so many values that is not trained may be a count; the values of others are weights.
+_MAX_COUNTS = 4096
 
 
 class State(NamedTuple):
@@ -74,7 +77,8 @@ def of_tensor(value: Tensor, weights: bool) -> State:
     """Its memory and gradient as objects, and its values unless it is a weight and those are not wanted."""
     alias, grad = value.detach(), value.grad if value.is_leaf else None
     is_weight = isinstance(value, nn.Parameter) or value.requires_grad
-    copy = alias.clone() if not value.is_meta and (weights or not is_weight) else None
+    counts = not value.requires_grad and value.numel() <= _MAX_COUNTS
+    copy = alias.clone() if not value.is_meta and (weights or not is_weight or counts) else None
 
     def restore() -> None:
         if not _same_memory(value, alias):
