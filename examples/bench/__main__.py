@@ -21,6 +21,7 @@ import sys
 import warnings
 from collections import Counter
 
+import runtimes
 import torch
 from contenders import BUILDS, OVER
 from layers import GRIDS
@@ -33,6 +34,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--contenders", nargs="+", choices=list(BUILDS), default=list(BUILDS))
+    choices = list(runtimes.BUILDS)
+    parser.add_argument("--runtimes", nargs="*", choices=choices, default=choices, help="for the text encoder")
     parser.add_argument("--grid", nargs="+", choices=list(GRIDS), default=["medium"], help="shapes of layers")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 64, 256], help="of the batch, for layers")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="for layers; all else takes the first")
