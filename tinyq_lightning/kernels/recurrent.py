@@ -28,4 +28,6 @@ def choose_recurrent_kernel(kernel: KernelName) -> Choice:
         return Choice("float32", "a float copy in memory, which torch's own kernels take; the file stays int8")
     if wanted == "reference":
         return Choice("reference", "as asked for: the weights are expanded on each call")
-    return Choice("reference", "recurrent layers have no int8 product: one byte a weight in memory, expanded on each call")
+    return Choice(
+        "reference", "recurrent layers have no int8 product: one byte a weight in memory, expanded on each call"
+    )
