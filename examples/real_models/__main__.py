@@ -1,4 +1,4 @@
-"""What quantizing costs pretrained models, on data that they never saw for the most part: all of it comes inside PyPI wheels.
+"""What quantizing costs pretrained models, on data most of which they never saw: all of it comes inside PyPI wheels.
 
 python examples/real_models [--models text dna digits phonemes] [--threads 1]
 
