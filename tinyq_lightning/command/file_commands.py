@@ -188,7 +188,8 @@ def _refuse_overwriting(args: Namespace, path: str | None) -> None:
 
 def _spec(args: Namespace) -> QuantizationSpec:
     spec = as_spec(args.spec or args.method)
-    return replace(spec, exclude=(*spec.exclude, *args.exclude))
+    kinds = spec.kinds if args.kinds is None else "all" if args.kinds == ["all"] else tuple(args.kinds)
+    return replace(spec, exclude=(*spec.exclude, *args.exclude), kinds=kinds)
 
 
 def _plan(tinyq: Mapping[str, Any]) -> Plan:
