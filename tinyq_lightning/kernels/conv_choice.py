@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tinyq_lightning.kernels.base import LONGEST_SUM, Choice
+from tinyq_lightning.kernels.base import LONGEST_SUM, Choice, with_memory
 from tinyq_lightning.kernels.choice import wanted_kernel
 from tinyq_lightning.kernels.conv_forms import (
     ConvForm,
@@ -89,7 +89,10 @@ def choose_convolution(kernel: KernelName, method: Method, shape: ConvShape, dev
     Raises:
         SpecError: ``TINYQ_KERNEL`` is none of the kernels.
     """
-    wanted = wanted_kernel(kernel)
+    return with_memory(_choose(wanted_kernel(kernel), method, shape, device), CONV_FORMS)
+
+
+def _choose(wanted: str, method: Method, shape: ConvShape, device: str) -> Choice:
     lacking = _why_no_int8(shape, device)
     if wanted == "reference":
         return Choice("reference", "as asked for")
