@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinyq_lightning.kernels import float16, float32, int8
+from tinyq_lightning.kernels import float16, float32, int8, integer
 from tinyq_lightning.kernels.float16 import has_float16_product
 from tinyq_lightning.kernels.formula import quantized_linear
 from tinyq_lightning.kernels.weights import dequantize
@@ -15,18 +15,19 @@ LARGE = (700, 1100)  # out, in: not too small for any kernel
 EXACT_CODES = 63  # products of such codes with any digit stay below 2¹⁵ in pairs, so no processor saturates
 
 each_method = pytest.mark.parametrize("method", METHODS)
-int8_only = pytest.mark.parametrize("kernel", ["int8"], indirect=True)
+int8_only = pytest.mark.parametrize("kernel", ["int8", "int8-packed"], indirect=True)
 
 
-@pytest.fixture(params=["int8", "float16", "float32"])
+@pytest.fixture(params=["int8", "int8-packed", "float16", "float32"])
 def kernel(request, monkeypatch):
-    """Each kernel in turn; the int8 one also without VNNI, where small codes cannot saturate its products."""
-    monkeypatch.setenv("TINYQ_KERNEL", request.param)
-    if request.param == "int8":
+    """Each kernel in turn; the int8 ones also without VNNI, where small codes cannot saturate their products."""
+    monkeypatch.setenv("TINYQ_KERNEL", request.param.removesuffix("-packed"))
+    if request.param.startswith("int8"):
+        with_products(monkeypatch, has_plain=True, has_onednn=True, has_fbgemm=True)
+    if request.param == "int8-packed":
         if not hasattr(torch.ops.onednn, "qlinear_prepack"):
             pytest.skip("torch was built without oneDNN's int8 product")
-        for probe in ("has_int8_product", "has_digit_product"):
-            monkeypatch.setattr(int8, probe, lambda: True)
+        monkeypatch.setattr(int8, "_PACKED_FROM", 0)
     if request.param == "float16" and not has_float16_product():
         pytest.skip("no float16 product on this processor")
     return request.param
@@ -71,11 +72,14 @@ def median_errors_of_w8a32(shapes, batches, mean=0):
     return torch.tensor(mine).median(), torch.tensor(linears).median()
 
 
-def with_products(monkeypatch, has_int8=False, has_digit=False, has_float16=False):
+def with_products(monkeypatch, has_plain=False, has_onednn=False, has_fbgemm=False, has_float16=False, has_split=False):
     """Play a machine that has these products and no others."""
-    monkeypatch.setattr(int8, "has_int8_product", lambda: has_int8)
-    monkeypatch.setattr(int8, "has_digit_product", lambda: has_digit)
-    for module in (float16, float32):
+    for module in (int8, integer):
+        monkeypatch.setattr(module, "has_plain_product", lambda: has_plain)
+    monkeypatch.setattr(int8, "has_onednn_product", lambda: has_onednn)
+    monkeypatch.setattr(int8, "has_fbgemm_product", lambda: has_fbgemm)
+    monkeypatch.setattr(int8, "has_split_product", lambda: has_split)
+    for module in (int8, float16, float32):
         monkeypatch.setattr(module, "has_float16_product", lambda: has_float16)
 
 

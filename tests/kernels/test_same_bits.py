@@ -26,12 +26,12 @@ from tinyq_lightning.methods import METHODS
 
 @pytest.mark.parametrize("method", ["w8a16", "w8a8"])
 def test_activations_are_rounded_in_any_batch_of_a_small_layer(method, monkeypatch):
-    with_products(monkeypatch, has_int8=True)
+    with_products(monkeypatch, has_plain=True)
     layer, x = random_layer(method, 300, 400), normal(2, 400)
     x[:, 0] = 1000  # as one raw column among normalized ones: steps of 1000 / 127 leave nothing of the others
     formula = {"w8a16": w8_a16_forward, "w8a8": w8_a8_forward}[method]
     wanted = formula(x, layer.int8_weights, layer.scales, layer.bias)
-    for rows in (1, 2, layer.choice.few_rows, 2 * layer.choice.few_rows):
+    for rows in (1, 2, 30, 100):
         out = layer(x.repeat(rows, 1)[:rows])
         assert torch.allclose(out[:1], wanted[:1], rtol=1e-5, atol=1e-5 * wanted.abs().max())
     if method == "w8a8":
@@ -59,7 +59,7 @@ def test_the_first_call_has_the_bits_of_all_later_ones_with_gradients_or_without
 
 @pytest.mark.parametrize("shape", [(4, 400), (2, 2, 400), (400,), (0, 400)], ids=str)
 def test_few_rows_by_a_float_copy_are_what_nn_linear_gives_in_every_way(shape, monkeypatch):
-    with_products(monkeypatch, has_int8=True)
+    with_products(monkeypatch, has_plain=True)
     layer = random_layer("w8a32", 300, 400)
     linear = nn.Linear(400, 300)
     linear.weight.data, linear.bias.data = layer.dequantize(), layer.bias.data
@@ -91,8 +91,13 @@ def test_w8a8_gives_the_same_bits_by_each_kernel(kernel, shape, monkeypatch):
     assert torch.equal(wanted, by_formula(layer, x))
     monkeypatch.setenv("TINYQ_KERNEL", "")
     for products, name in (
-        ({"has_int8": True, "has_digit": True}, "int8x1"),
-        ({"has_int8": True}, "int8"),
+        ({"has_onednn": True, "has_fbgemm": True}, "int8-fbgemm"),
+        ({"has_onednn": True}, "int8-onednn"),
+        (
+            {"has_plain": True, "has_onednn": True},
+            "int8-onednn" if shape[1] == 1 or kernel == "int8-packed" else "int8",
+        ),
+        ({"has_split": True}, "exact" if shape[1] == 1 else "int8-split"),
         ({}, "exact"),
     ):
         with_products(monkeypatch, **products)
@@ -101,19 +106,31 @@ def test_w8a8_gives_the_same_bits_by_each_kernel(kernel, shape, monkeypatch):
         assert torch.equal(layer(x), wanted)
 
 
-def test_w8a8_gives_the_same_bits_by_both_int8_products_for_unusual_rows_too(monkeypatch):
+def test_w8a8_gives_the_same_bits_by_each_int8_product_for_unusual_rows_too(monkeypatch):
     layer = random_layer("w8a8", *LARGE)
     x = normal(8, LARGE[1]) * torch.tensor([1, 1, 1, 0, 1e-41, 1e-30, 1e15, 1e30])[:, None]
     x[1, 7], x[2, 7] = math.nan, math.inf
     outs = []
-    for digit in (True, False):
-        with_products(monkeypatch, has_int8=True, has_digit=digit)
+    for products in (("plain",), ("onednn",), ("onednn", "fbgemm"), ("split",)):
+        with_products(monkeypatch, **{f"has_{name}": True for name in products})
         layer.kernel = "int8"
         outs.append(layer(x))
-    one, other = outs
-    assert not torch.stack([one[1:3], other[1:3]]).isfinite().any()
+    one, *others = outs
     rows = [0, 3, 4, 5, 6, 7]
-    assert torch.equal(one[rows], other[rows])
+    for other in others:
+        assert not torch.stack([one[1:3], other[1:3]]).isfinite().any()
+        assert torch.equal(one[rows], other[rows])
+
+
+@pytest.mark.parametrize("method", ["w8a32", "w8a16"])
+@pytest.mark.parametrize("rows", [1, 9, 700])
+def test_plain_and_packed_codes_give_the_same_bits(method, rows, monkeypatch):
+    layer, x, outs = random_layer(method, *LARGE), normal(rows, LARGE[1]), []
+    for name in ("plain", "onednn"):
+        with_products(monkeypatch, **{f"has_{name}": True})
+        layer.kernel = "int8"
+        outs.append(layer(x))
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("engine", ["onednn", "qnnpack"])
@@ -181,7 +198,7 @@ def test_int8_gives_a_row_the_same_bits_alone_in_any_batch_and_for_1_and_2_threa
         assert torch.equal(layer(x[:64].view(4, 2, 8, columns)).flatten(0, 2), whole[:64])
 
 
-INT8_KERNELS = [("w8a32", "int8"), ("w8a16", "int8"), ("w8a8", "int8"), ("w8a8", "int8x1")]
+INT8_KERNELS = [(method, kernel) for method in METHODS for kernel in ("plain", "onednn")] + [("w8a8", "fbgemm")]
 
 
 @given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 80), st.integers(1, 9), st.sampled_from(INT8_KERNELS))
@@ -189,12 +206,18 @@ INT8_KERNELS = [("w8a32", "int8"), ("w8a16", "int8"), ("w8a8", "int8"), ("w8a8",
 def test_int8_gives_the_same_bits_row_by_row(seed, rows, columns, outputs, method_and_kernel):
     method, kernel = method_and_kernel
     with pytest.MonkeyPatch.context() as patch:
-        with_products(patch, has_int8=True, has_digit=kernel == "int8x1")
+        with_products(
+            patch,
+            has_plain=kernel == "plain",
+            has_onednn=kernel != "plain" or columns == 1,
+            has_fbgemm=kernel == "fbgemm",
+        )
         layer = random_layer(method, outputs, columns, seed=seed)
         layer.kernel = "int8"
         x = normal(rows, columns, seed=seed) * 2.0 ** torch.arange(rows).remainder(9).sub(4)[:, None]
         whole = layer(x)
-        assert layer.choice.kernel == kernel
+        plain = kernel == "plain" and columns > 1
+        assert layer.choice.kernel == ("int8" if plain else f"int8-{kernel.replace('plain', 'onednn')}")
         assert torch.equal(whole, torch.stack([layer(row) for row in x]))
 
 

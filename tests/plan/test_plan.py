@@ -378,7 +378,7 @@ def test_sizes_are_those_of_the_tensors():
 def test_table_has_a_line_for_each_layer_and_the_totals_and_why_the_kernels():
     model = Net()
     plan = quantize(model, {"exclude": ["head"], "kernel": "reference"})
-    *lines, note, covered = plan.table().splitlines()
+    *lines, note, memory, covered = plan.table().splitlines()
     assert lines[0].split() == ["layer", "kind", "method", "reason", "kernel", "SQNR", "dB", "float", "now"]
     assert [line.split()[0] for line in lines[2:-1]] == NAMES
     assert lines[-1].startswith("6 layers")
@@ -389,6 +389,7 @@ def test_table_has_a_line_for_each_layer_and_the_totals_and_why_the_kernels():
     total = sum(d.float_bytes for d in plan)
     assert f"{total} B" in lines[-1]
     assert note == "kernel reference: as asked for"
+    assert memory.startswith("in memory, once called: ")
     assert covered.startswith("73.6 % of the weight bytes in int8 (w8a32), 5 of 6 layers; in float 18.9 % Linear, ")
 
 
@@ -481,6 +482,15 @@ def test_to_spec_reproduces_a_plan_whose_rule_was_overruled_by_the_search(tmp_pa
     reverted = replace(plan.decisions[-1], method="float", reason="budget: costs 0.01", decided_by="budget")
     searched = Plan((*plan.decisions[:-1], replace(reverted, bytes=reverted.float_bytes)), plan.spec)
     assert reproduced(searched, model, tmp_path).decisions == searched.decisions
+
+
+def test_to_spec_reproduces_a_plan_of_rules_with_equal_reasons(tmp_path):
+    rules = [{"match": name, "method": "w8a8", "reason": "as wide as the other"} for name in ("head", "*.linear2")]
+    plan, model = resolve(spec(rules=rules), Net()), Net()
+    reverted = replace(plan.decisions[-1], method="float", reason="budget: costs 0.01", decided_by="budget")
+    searched = Plan((*plan.decisions[:-1], replace(reverted, bytes=reverted.float_bytes)), plan.spec)
+    assert reproduced(searched, model, tmp_path).decisions == searched.decisions
+    assert [rule.match for rule in searched.to_spec().rules] == ["re:head", "*.linear2"]
 
 
 def test_to_spec_reproduces_a_plan_that_a_search_left_all_float(tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tinyq_lightning.errors import CheckpointError, TinyQError
 from tinyq_lightning.file.archive import Archive
-from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint
+from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint, warn_of_left_out
 from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
@@ -73,7 +73,9 @@ def quantize_file(
     plan = quantize_by_layer(model.module, spec, present)
     model.fill()
     base = source.read_all(_apart_from_weights(source.content))
-    return make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)
+    content = make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)
+    warn_of_left_out(content)
+    return content
 
 
 class FloatFile:

@@ -2,6 +2,10 @@
 
 from tinyq_lightning.kernels.base import Choice, CodeHolder, TensorSnapshot, WeightForm
 from tinyq_lightning.kernels.choice import FORMS, choose_kernel, wanted_kernel, weight_form
+from tinyq_lightning.kernels.conv_choice import CONV_FORMS, ConvShape, choose_convolution, packed_convolution
+from tinyq_lightning.kernels.conv_forms import ConvForm, FloatConvWeights, is_channels_last
+from tinyq_lightning.kernels.conv_onednn import has_int8_convolution
+from tinyq_lightning.kernels.convolution import ConvFormulaName, Geometry, convolve, output_sizes, quantized_convolution
 from tinyq_lightning.kernels.float16 import has_float16_product
 from tinyq_lightning.kernels.float32 import Float32Weights
 from tinyq_lightning.kernels.formula import (
@@ -11,7 +15,7 @@ from tinyq_lightning.kernels.formula import (
     w8_a16_forward,
     w8_a32_forward,
 )
-from tinyq_lightning.kernels.int8 import has_digit_product, has_int8_product
+from tinyq_lightning.kernels.int8 import has_int8_product
 from tinyq_lightning.kernels.integer import takes_integers
 from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
 from tinyq_lightning.kernels.recurrent import choose_recurrent_kernel
@@ -19,28 +23,40 @@ from tinyq_lightning.kernels.tracing import in_jit_trace, in_transform, is_expor
 from tinyq_lightning.kernels.weights import count_non_finite, dequantize, quantize_per_row, quantize_per_row_with_sqnr
 
 __all__ = [
+    "CONV_FORMS",
     "FORMS",
     "INPUT_DTYPES",
     "Choice",
     "CodeHolder",
+    "ConvForm",
+    "ConvFormulaName",
+    "ConvShape",
     "Float32Weights",
+    "FloatConvWeights",
     "FormulaName",
+    "Geometry",
     "TensorSnapshot",
     "WeightForm",
+    "choose_convolution",
     "choose_kernel",
     "choose_recurrent_kernel",
+    "convolve",
     "count_non_finite",
     "dequantize",
-    "has_digit_product",
     "has_float16_product",
+    "has_int8_convolution",
     "has_int8_product",
     "in_jit_trace",
     "in_transform",
+    "is_channels_last",
     "is_exporting",
+    "output_sizes",
     "outside_modes",
+    "packed_convolution",
     "packed_linear",
     "quantize_per_row",
     "quantize_per_row_with_sqnr",
+    "quantized_convolution",
     "quantized_linear",
     "takes_integers",
     "w8_a8_forward",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tinyq_lightning.errors import SpecError
-from tinyq_lightning.kernels.base import Choice, Kernel, LayerShape, WeightForm
+from tinyq_lightning.kernels.base import Choice, Kernel, LayerShape, WeightForm, with_memory
 from tinyq_lightning.kernels.float16 import FLOAT16
 from tinyq_lightning.kernels.float32 import FLOAT32
 from tinyq_lightning.kernels.formula import FORMULA
@@ -41,7 +41,7 @@ def choose_kernel(
 ) -> Choice:
     """Which kernel a float32, float16 or bfloat16 input takes on a device. Anything else takes the formula.
 
-    The environment's ``TINYQ_KERNEL`` goes before what was asked for. It may be ``auto``, ``int8`` or
+    The environment's ``TINYQ_KERNEL`` goes before what was asked for. It may be ``auto``, ``compact``, ``int8`` or
     ``reference``, and ``float16`` or ``float32`` to compare them.
 
     Args:
@@ -54,13 +54,16 @@ def choose_kernel(
     Raises:
         SpecError: ``TINYQ_KERNEL`` is something else.
     """
-    wanted = wanted_kernel(kernel)
-    layer = LayerShape(method, out_features, in_features)
+    return with_memory(_choose(wanted_kernel(kernel), method, out_features, in_features, device), FORMS)
+
+
+def _choose(wanted: str, method: Method, out_features: int, in_features: int, device: str) -> Choice:
+    layer = LayerShape(method, out_features, in_features, compact=wanted == "compact")
     if wanted != "reference" and not layer.weights:
         return Choice("reference", "no weights")
     lacking = ""
     for each in KERNEL_LIST:
-        if wanted not in ("auto", each.name):
+        if wanted not in ("auto", "compact", each.name):
             continue
         reason = each.lacks(layer) if each.devices is None or device in each.devices else f"it does not run on {device}"
         if wanted == each.name:
@@ -92,12 +95,21 @@ _made: MutableMapping[Tensor, WeakValueDictionary[str, WeightForm]] = WeakTensor
 _making = threading.Lock()
 
 
-def weight_form(kernel: str, codes: Tensor, scales: Tensor) -> WeightForm:
-    """The form that ``kernel`` takes, made from codes ``[out, in]`` int8 and scales ``[out]`` float32."""
+def weight_form(
+    kernel: str, codes: Tensor, scales: Tensor, make: Callable[[Tensor, Tensor], WeightForm] | None = None
+) -> WeightForm:
+    """The form that ``kernel`` takes, made from codes ``[out, in, ...]`` int8 and scales ``[out]`` float32.
+
+    Args:
+        kernel: its name; with ``make`` any name for what that makes.
+        codes: of the layer.
+        scales: of the layer.
+        make: makes the form; None for what the kernels of linear layers take.
+    """
     with _making:
         known = _made.setdefault(codes, WeakValueDictionary())
         form = known.get(kernel)
         if form is None or not form.is_current(codes, scales):
             with outside_modes():
-                form = known[kernel] = FORMS[kernel](codes, scales)
+                form = known[kernel] = (make or FORMS[kernel])(codes, scales)
         return form

@@ -72,6 +72,8 @@ class Float16Pairs(BesideCodes):
     parts: integers so small that all their sums stay below 2²⁴, which is exact, and the small remainder.
     """
 
+    bytes_a_weight = 2
+
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)
         self._packed = pack_float16(codes)
@@ -93,6 +95,8 @@ class Float16Pairs(BesideCodes):
 
 class Float16Weights(CodeHolder):
     """The codes in two bytes each, for activations in float32."""
+
+    bytes_a_weight = 2
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)
@@ -133,10 +137,10 @@ class _Float16(Kernel):
 
     @override
     def fastest(self, layer: LayerShape, lacking: str) -> Choice | None:
-        if layer.weights <= COPY_PAYS_TO[layer.method.name]:
+        if layer.compact or layer.weights <= COPY_PAYS_TO[layer.method.name]:
             return None
         if layer.method.rounds:
-            return Choice("float16", lacking)
+            return Choice("float16", lacking or "faster than the int8 products of this processor")
         if self._takes_pairs(layer):
             return Choice("reference", lacking, _PAIRS_PAY_TO + 1, "float16x2")
         return None

@@ -26,6 +26,8 @@ class Float32Weights(BesideCodes):
         weight: ``q * s``, ``[out, in]`` float32.
     """
 
+    bytes_a_weight = 4
+
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)
         self.weight = dequantize(codes, scales)
@@ -40,6 +42,8 @@ class Float32Codes(BesideCodes):
 
     Sums of integers below 2²⁴ are exact, so that w8a8 gives the same bits as by any other kernel.
     """
+
+    bytes_a_weight = 4
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)
@@ -71,8 +75,12 @@ class _Float32(Kernel):
 
     @override
     def fastest(self, layer: LayerShape, lacking: str) -> Choice | None:
-        # Where there is a float16 product, the sizes at which a float copy beats it were measured.
-        if has_float16_product() and layer.weights <= COPY_PAYS_TO[layer.method.name]:
+        if layer.compact:
+            return None
+        if not has_float16_product():  # all else would rebuild the float weights on each call
+            return Choice(self.variant(layer), f"{lacking}: a float copy in memory; the file stays int8")
+        # The sizes at which a float copy beats the float16 product were measured.
+        if layer.weights <= COPY_PAYS_TO[layer.method.name]:
             reason = "a float copy in memory, the fastest for layers this small; the file stays int8"
             return Choice(self.variant(layer), reason)
         return None

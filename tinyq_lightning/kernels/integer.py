@@ -1,7 +1,7 @@
-"""The integer formula on plain codes: for graphs, where compilers fuse what is around its one product.
+"""Products of plain codes by ``torch._int_mm``: operator by operator, and as a formula that compilers can fuse.
 
-The activations are split into int8 digits as in :mod:`~tinyq_lightning.kernels.int8`, by functional operators, and
-multiplied by ``torch._int_mm``. Nothing is packed, so a graph holds the codes as they are in the layer's buffer.
+In a graph the activations are split into int8 digits as in :mod:`~tinyq_lightning.kernels.fixed_point`, by functional
+operators. Nothing is packed, so a graph holds the codes as they are in the layer's buffer.
 """
 
 from __future__ import annotations
@@ -10,29 +10,50 @@ import functools
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from tinyq_lightning.kernels.base import LONGEST_SUM
+from tinyq_lightning.kernels.base import LONGEST_SUM, BesideCodes
+from tinyq_lightning.kernels.fixed_point import digits_product
 from tinyq_lightning.kernels.probe import has_vnni, holds, is_hidden
 from tinyq_lightning.kernels.weights import quantize_rows_to_steps
 from tinyq_lightning.methods import Method
 
 __all__ = [
-    "has_plain_int8_product",
+    "PlainWeights",
+    "has_plain_product",
+    "integer_digits",
     "integer_product",
     "takes_integers",
 ]
 
 
 @functools.cache
-def has_plain_int8_product() -> bool:
+def has_plain_product() -> bool:
     """Return True if ``torch._int_mm`` is fast and exact on this processor."""
     return not is_hidden("int8") and has_vnni() and hasattr(torch, "_int_mm") and holds(_is_exact)
 
 
 def takes_integers(in_features: int) -> bool:
-    """Return True if :func:`integer_product` is exact here for so many features."""
+    """Return True if :func:`integer_product` is exact here for so many features, and so is :class:`PlainWeights`."""
     # With one feature torch._int_mm returns wrong numbers (torch 2.13).
-    return 2 <= in_features <= LONGEST_SUM and has_plain_int8_product()
+    return 2 <= in_features <= LONGEST_SUM and has_plain_product()
+
+
+class PlainWeights(BesideCodes):
+    """The codes as they are in the layer's buffer."""
+
+    bytes_a_weight = 0
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__(codes, scales)
+        self._by_columns = codes.t()
+
+    @override
+    def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        return digits_product(method, x, self._sums, scales, bias, signed=True)
+
+    def _sums(self, digits: Tensor) -> Tensor:
+        return torch._int_mm(digits, self._by_columns)
 
 
 def integer_product(x: Tensor, int8_weights: Tensor, scales: Tensor, method: Method) -> Tensor:
@@ -48,14 +69,14 @@ def integer_product(x: Tensor, int8_weights: Tensor, scales: Tensor, method: Met
         ``[..., out]`` float32. A row with NaN or infinity gives no finite value.
     """
     integers, step = quantize_rows_to_steps(x.reshape(-1, x.shape[-1]), method.steps)
-    sums = torch._int_mm(_digits(integers, method.digits), int8_weights.t()).to(x.dtype)
-    low, *higher = sums.chunk(method.digits)
+    sums = torch._int_mm(integer_digits(integers, method.digits), int8_weights.t()).to(x.dtype)
+    low, *higher = sums.view(method.digits, integers.shape[0], -1).unbind()  # dynamic shapes: no chunks
     for place, part in enumerate(higher, 1):
         low = low + part * 256.0**place
     return (low * scales * step).view(*x.shape[:-1], int8_weights.shape[0])
 
 
-def _digits(integers: Tensor, count: int) -> Tensor:
+def integer_digits(integers: Tensor, count: int) -> Tensor:
     """The digits, lowest first: ``[rows, in]`` integers as floats → ``[count * rows, in]`` int8."""
     if count == 1:
         return integers.to(torch.int8)

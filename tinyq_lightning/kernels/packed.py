@@ -33,7 +33,7 @@ def packed_linear(method: Method, form: WeightForm, input: Tensor, scales: Tenso
     Returns:
         ``[..., out]`` of the input's dtype, or autocast's; computed in float32.
     """
-    device = input.device.type
+    device = "cpu" if input.is_cpu else input.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             out = packed_linear(method, form, input.float(), scales, bias)

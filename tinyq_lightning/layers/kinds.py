@@ -15,6 +15,7 @@ from tinyq_lightning.layers.behaviour import (
     forward_takes_one_input,
     multiplies_matrices,
 )
+from tinyq_lightning.layers.conv_kind import ConvKind
 from tinyq_lightning.layers.embedding_kind import EmbeddingBagKind, EmbeddingKind
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
@@ -145,6 +146,7 @@ class AttentionKind(LinearKind):
 KINDS: tuple[Kind, ...] = (
     LinearKind(),
     AttentionKind(),
+    ConvKind(),
     EmbeddingKind(),
     EmbeddingBagKind(),
     RecurrentKind(),

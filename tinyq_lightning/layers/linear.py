@@ -22,6 +22,7 @@ from tinyq_lightning.kernels import (
     choose_kernel,
     in_jit_trace,
     in_transform,
+    is_exporting,
     packed_linear,
     quantized_linear,
     takes_integers,
@@ -125,18 +126,17 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[..., in]`` → ``[..., out]``, of the dtype that ``nn.Linear`` would give."""
-        if not is_dynamo_compiling() and (weight := self._float_copy(input)) is not None:
-            try:
-                return nn.functional.linear(input, weight, self._parameters["bias"])
-            except RuntimeError:
-                pass  # an input of another shape, or a bias of another dtype: handled below
+        if type(input) is Tensor and not is_dynamo_compiling():
+            out = self._by_form(input, self._parameters["bias"])
+            if out is not None:
+                return out
         if isinstance(input, Proxy):
             return leaf_call(self, input)
         if input.is_nested:
             return self._forward_nested(input)
         if torch.compiler.is_compiling():
             return self._in_graph(input, self.int8_weights, self.scales, self.bias)
-        return self._linear(input, self._parameters["bias"])
+        return self._formula(input, self._parameters["bias"])
 
     def forward_rows(self, input: Tensor, rows: slice) -> Tensor:
         """The part of the output that a slice of the weight's rows gives: ``[..., in]`` → ``[..., rows]``."""
@@ -145,25 +145,29 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
             return self._in_graph(input, self.int8_weights[rows], self.scales[rows], bias)
         return self._part(rows)._linear(input, bias)
 
-    def _float_copy(self, input: Tensor) -> Tensor | None:
-        """The float weight, if the layer is to multiply ``input`` by it just as ``nn.Linear`` does; else None."""
-        if (
-            (type(input) is Tensor and input.dtype is torch.float32 and input.is_cpu)
-            and not (in_jit_trace() or torch.is_autocast_enabled("cpu"))
-            and self._kernel_for(input) == "float32"
-        ):
-            form = cast("Float32Weights | None", self.form("float32"))
-            return None if form is None else form.weight
-        return None
+    def _by_form(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output by a kernel that has a form of the weights; None if none takes this input here."""
+        # Written for speed: a small layer's product takes less time than a few of these questions.
+        if in_jit_trace() or input.is_nested or not input.dim() or input.shape[-1] != self.in_features:
+            return None
+        kernel = self._kernel_for(input)
+        if kernel == "float32" and input.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
+            copied = cast("Float32Weights | None", self.form(kernel))
+            if copied is not None and (bias is None or bias.dtype is torch.float32):
+                return nn.functional.linear(input, copied.weight, bias)  # just as nn.Linear does
+        if kernel not in FORMS or input.dtype not in INPUT_DTYPES or in_transform():
+            return None
+        form = self.form(kernel)
+        if form is None:
+            return None
+        scales: Tensor = self._buffers["scales"]  # type: ignore[assignment]
+        return packed_linear(METHODS[self.method], form, input, scales, bias)
 
     def _linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        if type(input) is Tensor and input.dtype in INPUT_DTYPES and not in_transform():
-            kernel = self._kernel_for(input)
-            if kernel in FORMS and input.dim() and input.shape[-1] == self.in_features:
-                form = self.form(kernel)
-                if form is not None:
-                    scales: Tensor = self._buffers["scales"]  # type: ignore[assignment]
-                    return packed_linear(METHODS[self.method], form, input, scales, bias)
+        out = self._by_form(input, bias) if type(input) is Tensor else None
+        return self._formula(input, bias) if out is None else out
+
+    def _formula(self, input: Tensor, bias: Tensor | None) -> Tensor:
         with warnings.catch_warnings():
             if in_jit_trace():  # which warns of each comparison of shapes
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined, unused-ignore]
@@ -171,7 +175,8 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
             return quantized_linear(method, kernel, input, self.int8_weights, self.scales, bias)
 
     def _kernel_for(self, input: Tensor) -> str:
-        choice = self._choice_on(input.device.type)
+        choice = self._choices.get("cpu") if input.is_cpu else None
+        choice = choice or self._choice_on(input.device.type)
         return choice.few if input.numel() < choice.few_rows * self.in_features else choice.kernel
 
     def _formula_name(self) -> FormulaName:
@@ -193,8 +198,11 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _takes_integers(self, device: str) -> bool:
-        chosen = self._choice_on(device).kernel
-        return device == "cpu" and chosen in ("int8", "int8x1") and takes_integers(self.in_features)
+        if device != "cpu" or not takes_integers(self.in_features):
+            return False
+        # An exported program may run on a processor whose product saturates, so it takes the product if asked for.
+        asked = wanted_kernel(self.kernel) == "int8"
+        return self._choice_on(device).kernel.startswith("int8") and (asked or not is_exporting())
 
     def _part(self, rows: slice) -> QuantizedLinear:
         """A layer of some of the rows."""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tinyq_lightning.kernels import Choice
 from tinyq_lightning.plan.coverage import Coverage, HeldWeight, coverage_of
-from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Rule, RuleBy, wanted_method
+from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Rule, RuleBy, deciding_rule, wanted_method
 from tinyq_lightning.table import Table, format_bytes
 
 __all__ = [
@@ -47,6 +47,7 @@ class Decision:
             empty in a plan from a file that does not say.
         kernel: how the layer is computed on this machine's CPU, and why; None for a float layer, for a kind
             without a choice, and in a plan that was read from a file, which knows nothing of machines.
+        weights: how many the layer has, those of another left out; 0 in a plan that was read from a file.
         asked: the method that was asked for, if the layer's kind has it as another one, ``method``; else None.
         decided_by: what the decision comes from: ``spec`` (its method), ``rule``, ``exclude``, ``tie`` (another
             layer with the same weight), ``layer`` (what the layer is), ``budget`` or ``timing`` (what a run
@@ -64,7 +65,13 @@ class Decision:
     kind: str = ""
     kernel: Choice | None = field(default=None, compare=False)
     asked: str | None = field(default=None, compare=False)
+    weights: int = field(default=0, compare=False)
     decided_by: DecidedBy = field(default="file", compare=False)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the layer takes in memory on this machine, once it was called."""
+        return self.bytes + (0 if self.kernel is None else self.kernel.bytes_a_weight - 1) * self.weights
 
     @property
     def measured(self) -> bool:
@@ -144,17 +151,19 @@ class Plan:
             if decision.measured and (wanted.method, wanted.reason) != (decision.method, decision.reason):
                 pattern, by = f"re:{re.escape(decision.name)}", cast("RuleBy", decision.decided_by)
                 changed.append(Rule(pattern, decision.method, decision.reason, by))
+        if not changed:
+            return spec
         numbered = (replace(rule, reason=rule.reason or f"rule {i + 1}") for i, rule in enumerate(spec.rules))
-        taken = {decision.reason.rpartition("; ")[0] if decision.asked else decision.reason for decision in self}
-        rules = spec.rules if not changed else tuple(rule for rule in numbered if rule.reason in taken)
-        return replace(spec, rules=(*changed, *rules))
+        spec = replace(spec, rules=(*changed, *numbered))
+        deciding = {deciding_rule(spec, (decision.name, *decision.aliases)) for decision in self}
+        return replace(spec, rules=tuple(rule for i, rule in enumerate(spec.rules) if i in deciding))
 
     def to_list(self) -> list[dict[str, Any]]:
         """The decisions as plain data, without kernels, which depend on the machine, and why it was decided."""
         rows = []
         for decision in self:
             row = asdict(decision) | {"aliases": list(decision.aliases)}
-            del row["kernel"], row["decided_by"]
+            del row["kernel"], row["weights"], row["decided_by"]
             rows.append(row)
         return rows
 
@@ -180,9 +189,17 @@ class Plan:
         return f"not in a layer of the plan, and left as they are: {what} ({named}{more})"
 
     def kernel_notes(self) -> list[str]:
-        """For each kernel that was chosen: why, in words."""
+        """For each kernel that was chosen: why, in words; and what the layers take in memory."""
         chosen = dict.fromkeys((choice.kernel, choice.reason) for each in self if (choice := each.kernel))
-        return [f"kernel {kernel}: {reason}" for kernel, reason in chosen]
+        notes = [f"kernel {kernel}: {reason}" for kernel, reason in chosen]
+        return [*notes, self.memory_note()] if notes else []
+
+    def memory_note(self) -> str:
+        """What the layers of the plan take in memory on this machine, once they were called, beside their floats."""
+        held, floats = sum(each.memory_bytes for each in self), sum(each.float_bytes for each in self)
+        note = f"in memory, once called: {format_bytes(held)}; as floats {format_bytes(floats)}"
+        copies = held - sum(each.bytes for each in self)
+        return f"{note}; {format_bytes(copies)} are copies for speed, without with kernel: compact" if copies else note
 
     def as_table(self) -> Table:
         """A row for each layer, and one for their sum; with kinds if there are several, and kernels if known."""
@@ -208,12 +225,22 @@ class Plan:
 
 
 def state_bytes(state_dict: Mapping[str, Any]) -> int:
-    """Bytes of the tensors of a state dict, those that are shared counted once; of a sparse one, of its values."""
+    """Bytes of the tensors of a state dict, those that are shared counted once; of a sparse one, with its indices."""
     tensors: dict[Any, int] = {}
     for value in state_dict.values():
         if isinstance(value, Tensor):
             held = value.layout == torch.strided and not is_traceable_wrapper_subclass(value)
             place = (value.untyped_storage()._cdata, value.storage_offset()) if held else id(value)
-            count = value._nnz() if value.layout == torch.sparse_coo else value.numel()
-            tensors[place] = count * value.element_size()
+            tensors[place] = sum(part.numel() * part.element_size() for part in _parts(value))
     return sum(tensors.values())
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The dense tensors that a sparse one consists of; another tensor itself."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)

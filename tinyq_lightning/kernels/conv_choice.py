@@ -1,0 +1,170 @@
+"""Which kernel a convolution takes on this machine, and its forward pass over the form of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tinyq_lightning.kernels.base import LONGEST_SUM, Choice, with_memory
+from tinyq_lightning.kernels.choice import wanted_kernel
+from tinyq_lightning.kernels.conv_forms import (
+    ConvForm,
+    Float32ConvCodes,
+    FloatConvWeights,
+    PointwiseWeights,
+    WindowWeights,
+)
+from tinyq_lightning.kernels.conv_onednn import Int8ConvWeights, Int8GroupedWeights, has_int8_convolution
+from tinyq_lightning.kernels.convolution import StraightConvolution
+from tinyq_lightning.kernels.integer import has_plain_product
+from tinyq_lightning.kernels.onednn import has_onednn_product
+from tinyq_lightning.methods import KernelName, Method
+
+__all__ = [
+    "CONV_FORMS",
+    "ConvShape",
+    "choose_convolution",
+    "packed_convolution",
+]
+
+
+CONV_FORMS: dict[str, type[ConvForm]] = {
+    "int8": Int8ConvWeights,
+    "int8grouped": Int8GroupedWeights,
+    "int8mm": PointwiseWeights,
+    "windows": WindowWeights,
+    "float32": FloatConvWeights,
+    "float32x1": Float32ConvCodes,
+}
+"""The form of the weights that each kernel of convolutions takes; others take the plain codes."""
+
+
+# Float weights of fewer than so many weights are kept beside the codes.
+_KEPT_TO = 1_000_000
+
+
+# With fewer windows, to rebuild the float weights costs more than to convolve by them.
+_FEW_WINDOWS = 513
+
+
+# With a sum of fewer products to an output, rounding costs more than an int8 convolution wins.
+_PAYS_FROM = 32
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """What the choice among kernels depends on.
+
+    Attributes:
+        out_channels: of the layer.
+        summed: how many products are summed to an output.
+        pointwise: whether it is a matrix product of channels.
+        dims: how many it has, without samples and channels.
+        groups: of channels.
+        transposed: whether it is a transposed convolution.
+    """
+
+    out_channels: int
+    summed: int
+    pointwise: bool
+    dims: int = 2
+    groups: int = 1
+    transposed: bool = False
+
+
+def choose_convolution(kernel: KernelName, method: Method, shape: ConvShape, device: str = "cpu") -> Choice:
+    """Which kernel a float32, float16 or bfloat16 input takes on a device. Anything else takes the formula.
+
+    ``TINYQ_KERNEL`` in the environment goes before what was asked for, as for linear layers.
+
+    Args:
+        kernel: what was asked for.
+        method: of the layer.
+        shape: of the layer.
+        device: the type of device.
+
+    Raises:
+        SpecError: ``TINYQ_KERNEL`` is none of the kernels.
+    """
+    return with_memory(_choose(wanted_kernel(kernel), method, shape, device), CONV_FORMS)
+
+
+def _choose(wanted: str, method: Method, shape: ConvShape, device: str) -> Choice:
+    lacking = _why_no_int8(shape, device)
+    if wanted == "reference":
+        return Choice("reference", "as asked for")
+    if wanted == "int8":
+        if shape.transposed or lacking:
+            return Choice("exact", lacking or "transposed convolutions have no int8 kernel")
+        return Choice(_int8_variant(shape), "as asked for")
+    if device != "cpu":
+        return Choice("reference", f"no other kernel for {device}")
+    compact = wanted == "compact"
+    if not method.rounds:
+        return _without_rounding(shape, compact)
+    if not lacking and (compact or shape.summed >= _PAYS_FROM):
+        return Choice(_int8_variant(shape), "the processor has int8 products")
+    why = lacking or f"sums of {shape.summed} are too short for int8 to pay"
+    return Choice("reference" if compact else "float32x1", f"integers in floating point: {why}")
+
+
+def _without_rounding(shape: ConvShape, compact: bool) -> Choice:
+    if not compact and shape.out_channels * shape.summed < _KEPT_TO:
+        return Choice("float32", "a float copy in memory, as fast as float; the file stays int8")
+    reason = "float weights are rebuilt on each call, which costs little"
+    unfolds = shape.groups == 1 and not shape.transposed and shape.dims < 3 and shape.summed <= LONGEST_SUM
+    if unfolds and has_onednn_product():
+        return Choice("reference", reason, few_rows=_FEW_WINDOWS, few="windows")
+    return Choice("reference", reason)
+
+
+def _why_no_int8(shape: ConvShape, device: str) -> str:
+    if device != "cpu":
+        return f"it does not run on {device}"
+    if not has_int8_convolution():
+        return "no fast and exact int8 convolution here"
+    if shape.summed > LONGEST_SUM:
+        return f"sums of {shape.summed:,} products can overflow int32"
+    return ""
+
+
+def _int8_variant(shape: ConvShape) -> str:
+    if shape.pointwise and has_plain_product():
+        return "int8mm"
+    return "int8" if shape.groups == 1 else "int8grouped"
+
+
+def packed_convolution(method: Method, form: ConvForm, input: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """As :func:`~tinyq_lightning.kernels.convolution.quantized_convolution`, by the kernel that the form is made for.
+
+    Args:
+        method: how finely activations are held.
+        form: the weights.
+        input: ``[N, in, ...]`` float32, float16 or bfloat16, on the form's device.
+        scales: ``[out]`` float32.
+        bias: ``[out]`` floating, or None.
+
+    Returns:
+        ``[N, out, ...]`` of the input's dtype, or autocast's; computed in float32.
+    """
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            out = packed_convolution(method, form, input.float(), scales, bias)
+        return out.to(torch.get_autocast_dtype(device))
+    x = input.float()
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        straight = StraightConvolution.apply(  # type: ignore[no-untyped-call]
+            x, bias, form, scales, form.geometry, _product, method
+        )
+        out = cast(Tensor, straight)
+    else:
+        out = form.product(method, x, scales, bias)
+    return out.to(input.dtype)
+
+
+def _product(x: Tensor, bias: Tensor | None, form: ConvForm, scales: Tensor, _: object, method: Method) -> Tensor:
+    return form.product(method, x, scales, bias)

@@ -1,0 +1,273 @@
+"""The forms of a convolution's weights that kernels take, and the convolution of each.
+
+The int8 forms hold the activations as fixed point in int8 digits, as linear layers do: one exact convolution for each
+digit. No sum is rounded on the way, so a sample's result depends neither on its batch nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from tinyq_lightning.kernels.base import STEPS, BesideCodes, CodeHolder, WeightForm, plus_bias
+from tinyq_lightning.kernels.convolution import Geometry, convolve, output_sizes, per_channel, sample_steps
+from tinyq_lightning.kernels.integer import has_plain_product
+from tinyq_lightning.kernels.onednn import OnednnWeights
+from tinyq_lightning.kernels.weights import dequantize
+from tinyq_lightning.methods import Method
+
+__all__ = [
+    "LAYOUTS",
+    "ConvForm",
+    "Float32ConvCodes",
+    "FloatConvWeights",
+    "PointwiseWeights",
+    "WindowWeights",
+    "digits_of",
+    "is_channels_last",
+    "joined",
+    "layout_of",
+    "takes_matrix_product",
+]
+
+# Samples are convolved so many values at a time: what is made of them on the way stays in the cache.
+_VALUES_AT_ONCE = 131_072
+
+
+# With fewer places a sample, the values of all samples are put in the order of rows for one product.
+_PLACES_OF_A_SAMPLE = 256
+
+
+_BITS = torch.tensor(8, dtype=torch.int32, device="cpu")
+
+
+# Adding this to a float32 rounds it to an integer (ties to even, as `round`), which is then in the low bits.
+_ROUNDING = torch.tensor(1.5 * 2**23, dtype=torch.float32, device="cpu")
+
+
+# 128 in each digit: added to an integer, it makes its bytes the digits plus 128.
+_OFFSETS = {1: 0x80, 2: 0x8080, 3: 0x808080}
+
+
+_ROUNDING_PLUS = {count: _ROUNDING + _OFFSETS[count] for count in (1, 2)}
+
+
+_HALF = torch.tensor(0x80, dtype=torch.int32, device="cpu")
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The order in memory in which torch's convolutions return what they make of ``x`` ``[N, C, ...]``."""
+    return LAYOUTS[x.dim()] if is_channels_last(x) else torch.contiguous_format
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a place lie side by side, and not the places of a channel.
+
+    By the strides, as torch has it, also where there is one place.
+    """
+    layout = LAYOUTS.get(x.dim())
+    if layout is None or x.shape[1] == 1 or x.stride(1) != 1 or x.stride(-1) != x.shape[1]:
+        return False
+    return x.is_contiguous(memory_format=layout)
+
+
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def takes_matrix_product(codes: Tensor, geometry: Geometry) -> bool:
+    """Whether the convolution is a matrix product of channels that ``torch._int_mm`` computes exactly here."""
+    pointwise = codes[0, 0].numel() == 1 and geometry.groups == 1 and not geometry.transposed
+    plain = all(each == 1 for each in geometry.stride) and not any(geometry.padding)
+    # With one channel torch._int_mm returns wrong numbers (torch 2.13).
+    return pointwise and plain and codes.shape[1] > 1 and has_plain_product()
+
+
+class ConvForm(WeightForm):
+    """Weights of a convolution laid out for one kernel.
+
+    Args:
+        codes: ``q``, ``[out, in / groups, ...]`` int8.
+        scales: ``s``, ``[out]`` float32.
+        geometry: how the convolution moves over its input.
+        shape: of the first input ``[N, in, ...]``, for which the weights are laid out; others take them too.
+    """
+
+    _flat = False
+
+    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
+        super().__init__(codes, scales)  # type: ignore[safe-super]  # of the class beside this one
+        self.geometry = geometry
+        self.kernel_size = tuple(codes.shape[2:])
+
+    @override
+    def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of ``x`` ``[N, in, ...]`` float32 → ``[N, out, ...]`` float32, new memory."""
+        layout = layout_of(x)
+        x = x.contiguous(memory_format=layout)
+        added = None if bias is None else per_channel(bias.float(), x.dim() + self._flat)
+        sizes = output_sizes(tuple(x.shape[2:]), self.kernel_size, self.geometry)
+        out = torch.empty(len(x), len(scales), *sizes, dtype=torch.float32, memory_format=layout)
+        if not out.numel():
+            return out
+        at_once = max(1, _VALUES_AT_ONCE // x[0].numel())
+        if len(x) <= at_once:
+            self._convolve(method, x, scales, added, out)
+        else:
+            for part, into in zip(torch.split(x, at_once), torch.split(out, at_once), strict=True):
+                self._convolve(method, part, scales, added, into)
+        return out
+
+    def _convolve(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """Convolve some samples; ``bias`` is ``[out, 1, ...]``."""
+        if self._flat:  # the operator takes two dimensions or three
+            x, out = x.unsqueeze(2), out.unsqueeze(2)
+        step = _steps(x, STEPS[method.digits])
+        sums = self._of_integers(torch.div(x, step), method.digits, scales)
+        if is_channels_last(sums) and not is_channels_last(out):
+            for placed, into in zip(sums, out, strict=True):
+                # torch copies a transposed matrix much faster than it reorders more dimensions
+                into.flatten(1).copy_(placed.movedim(0, -1).flatten(0, -2).t())
+            plus_bias(out.mul_(step), bias)
+        else:
+            plus_bias(torch.mul(sums, step, out=out), bias)
+
+    @abstractmethod
+    def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
+        """The convolution of rounded ``numbers``, which is overwritten, times the scales: exact sums, rounded once."""
+
+
+class PointwiseWeights(ConvForm, BesideCodes):
+    """The plain codes, for convolutions that are matrix products of channels."""
+
+    bytes_a_weight = 0
+
+    @override
+    def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
+        codes = self.codes().flatten(1)
+        samples, channels, *sizes = numbers.shape
+        by_rows = is_channels_last(numbers)
+        places = numbers[0, 0].numel()
+        rows = numbers.flatten(2).transpose(1, 2) if by_rows or (samples > 1 and places < _PLACES_OF_A_SAMPLE) else None
+        parts = []
+        for digit in digits_of(numbers if rows is None else rows, digits, signed=True):
+            if rows is not None:
+                sums = torch._int_mm(digit.reshape(-1, channels), codes.t()).view(samples, places, -1)
+                parts.append(sums.float().mul_(scales).transpose(1, 2))
+            else:
+                sums = torch.stack([torch._int_mm(codes, each) for each in digit.flatten(2)])
+                parts.append(sums.float().mul_(scales[:, None]))
+        return torch.unflatten(joined(parts), 2, sizes)
+
+
+class Float32ConvCodes(ConvForm, BesideCodes):
+    """A float copy of the codes, for rounded activations.
+
+    Sums of integers below 2²⁴ are exact, so that w8a8 gives the same bits as by any other kernel.
+    """
+
+    bytes_a_weight = 4
+
+    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
+        super().__init__(codes, scales, geometry, shape)
+        self._float_codes = codes.float()
+
+    @override
+    def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
+        out = convolve(numbers.round_(), self._float_codes, None, self.geometry)
+        return out.mul_(per_channel(scales, out.dim()))
+
+
+class WindowWeights(ConvForm, CodeHolder):
+    """The codes as a linear layer's int8 kernel takes them, for few windows: each is a row, with a step of its own."""
+
+    bytes_a_weight = 1
+
+    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
+        super().__init__(codes, scales, geometry, shape)
+        self._rows = OnednnWeights(codes.flatten(1), scales)
+
+    @override
+    def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        sizes = output_sizes(tuple(x.shape[2:]), self.kernel_size, self.geometry)
+        flat = (1,) * (4 - x.dim())  # unfold takes two dimensions
+        zeros = (0,) * len(flat)
+        windows = nn.functional.unfold(
+            x.view(*x.shape[:2], *flat, *x.shape[2:]) if flat else x,
+            flat + self.kernel_size,
+            flat + self.geometry.dilation,
+            zeros + self.geometry.padding,
+            flat + self.geometry.stride,
+        )
+        rows = windows.transpose(1, 2).flatten(0, 1).contiguous()
+        out = self._rows.product(method, rows, scales, bias).view(len(x), *sizes, -1).movedim(-1, 1)
+        return out.contiguous(memory_format=layout_of(x))
+
+    @override
+    def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @override
+    def _unpacked(self) -> Tensor:
+        return self._rows.codes().view(self.shape)
+
+
+class FloatConvWeights(ConvForm, BesideCodes):
+    """A float copy of the weights, for activations as they are.
+
+    Attributes:
+        weight: ``q * s``, of the shape of the codes, float32.
+    """
+
+    bytes_a_weight = 4
+
+    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
+        super().__init__(codes, scales, geometry, shape)
+        self.weight = dequantize(codes, scales, groups=geometry.transposed_groups)
+
+    @override
+    def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        return convolve(x, self.weight, None if bias is None else bias.float(), self.geometry)
+
+    @override
+    def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def _steps(x: Tensor, steps: Tensor) -> Tensor:
+    """As :func:`sample_steps`, with the same bits; absolute values would have to be written before they are read."""
+    if len(x) * x[0].numel() < _FEW_VALUES:
+        return sample_steps(x, steps)
+    flat = x.permute(0, *range(2, x.dim()), 1).flatten(1) if is_channels_last(x) else x.flatten(1)
+    largest = torch.maximum(flat.amax(1), flat.amin(1).neg_()).div_(steps).clamp_min_(_SMALLEST_STEP)
+    return largest.view(-1, *[1] * (x.dim() - 1))
+
+
+_FEW_VALUES = 8192
+
+
+_SMALLEST_STEP = torch.finfo(torch.float32).tiny
+
+
+def digits_of(numbers: Tensor, count: int, signed: bool) -> Iterator[Tensor]:
+    """The digits of rounded ``numbers``, the lowest first: int8, or each plus 128 uint8. ``numbers`` is overwritten."""
+    if count < 3:
+        integers = numbers.add_(_ROUNDING if signed else _ROUNDING_PLUS[count]).view(torch.int32)
+    else:  # integers of three digits are too large for rounding by addition
+        integers = numbers.round_().int()
+        integers = integers if signed else integers.add_(_OFFSETS[count])
+    for place in range(count):
+        if place:
+            integers = (integers.add_(_HALF) if signed else integers).bitwise_right_shift_(_BITS)
+        yield integers.to(torch.int8 if signed else torch.uint8)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The sums of all digits, lowest first, as those of numbers; the first is overwritten."""
+    low, *higher = parts
+    for place, part in enumerate(higher, 1):
+        low.add_(part, alpha=256**place)
+    return low

@@ -1,0 +1,138 @@
+"""Activations as fixed point, in int8 digits, so that products with int8 codes are sums of integers.
+
+Each row is ``x = step · n`` with integers ``n``, written in balanced base 256: digits of -128…127. Then ``x @ qᵀ`` is
+one int8 product for each digit, summed exactly, and the sums are put together by powers of 256. The digits of all rows
+are stacked, so that the weights are read once. No sum is rounded on the way, so a row's result depends neither on its
+batch nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tinyq_lightning.kernels.base import STEPS, plus_bias
+from tinyq_lightning.kernels.weights import activation_steps
+from tinyq_lightning.methods import Method
+
+__all__ = [
+    "by_row_blocks",
+    "digits_product",
+]
+
+# Outputs of one block of rows: what lies between two operators stays in the cache, and memory of this size is had
+# again from the allocator, where larger pieces come from the system page by page.
+_BLOCK_OUTPUTS = 393_216
+
+
+# Fewer rows than this in a block cost more by preparing each product than they save.
+_FEWEST_ROWS = 64
+
+
+# Constants are 0-d tensors, so that torch need not convert a Python number on every call.
+_EIGHT = torch.tensor(8, dtype=torch.int32, device="cpu")
+
+
+# 128 in each of three digits: added to an integer, it makes the bytes of the sum the digits plus 128.
+_OFFSET = torch.tensor(0x808080, dtype=torch.int32, device="cpu")
+
+
+# Adding this to a float32 rounds it to an integer (ties to even, as `round`), which is then in the low bits.
+_ROUNDING = torch.tensor(1.5 * 2**23, dtype=torch.float32, device="cpu")
+
+
+_PLACES = {place: torch.tensor(256.0**place, dtype=torch.float32, device="cpu") for place in (1, 2)}
+
+
+# Below this size, call overhead costs more than memory traffic.
+_FEW_NUMBERS = 4096
+
+
+def by_row_blocks(x: Tensor, out_features: int, product: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+    """A product whose rows do not depend on one another, a block of rows at a time.
+
+    Args:
+        x: ``[rows, in]``.
+        out_features: columns of the product.
+        product: takes some rows of ``x`` and where to put theirs of the result, or None for new memory.
+
+    Returns:
+        ``[rows, out_features]`` like ``x``.
+    """
+    rows = max(_FEWEST_ROWS, _BLOCK_OUTPUTS // max(1, out_features))
+    if x.shape[0] <= rows:
+        return product(x, None)
+    out = x.new_empty(x.shape[0], out_features)
+    for block, place in zip(torch.split(x, rows), torch.split(out, rows), strict=True):
+        product(block, place)
+    return out
+
+
+def digits_product(
+    method: Method,
+    x: Tensor,
+    sums: Callable[[Tensor], Tensor],
+    scales: Tensor,
+    bias: Tensor | None,
+    signed: bool,
+) -> Tensor:
+    """``x @ (q * s)ᵀ + bias`` with the activations held in ``method.digits`` int8 digits.
+
+    Args:
+        method: how finely activations are held.
+        x: ``[rows, in]`` float32, contiguous.
+        sums: ``digits @ qᵀ``: ``[n, in]`` digits → ``[n, out]`` exact sums, int32, or float32 rounded once.
+        scales: ``s``, ``[out]`` float32.
+        bias: ``[out]`` floating, or None.
+        signed: whether ``sums`` takes digits as int8, or as uint8 with 128 added.
+
+    Returns:
+        ``[rows, out]`` float32. A row with NaN or infinity gives no finite value.
+    """
+
+    def product(rows: Tensor, out: Tensor | None) -> Tensor:
+        step = activation_steps(rows, STEPS[method.digits])
+        parts = sums(_digits(torch.div(rows, step), method.digits, signed))
+        return plus_bias(_put_together(parts, method.digits, scales, out).mul_(step), bias)
+
+    return by_row_blocks(x, scales.shape[0], product)
+
+
+def _put_together(parts: Tensor, count: int, scales: Tensor, out: Tensor | None) -> Tensor:
+    """The sums of all digits, lowest first, as numbers times scales: ``[count * rows, out]`` → ``[rows, out]``."""
+    if count == 1:
+        return torch.mul(parts, scales, out=out)
+    low, *higher = parts.chunk(count)
+    out = torch.mul(higher.pop(), _PLACES[count - 1], out=out)
+    if higher:
+        out.add_(higher[0], alpha=256)
+    return out.add_(low).mul_(scales)
+
+
+def _digits(numbers: Tensor, count: int, signed: bool) -> Tensor:
+    """The digits of rounded ``numbers``: ``[rows, in]`` float32 → ``[count * rows, in]`` int8, or uint8 plus 128.
+
+    The lowest digits of all rows come first. ``numbers`` is overwritten.
+    """
+    dtype = torch.int8 if signed else torch.uint8
+    if count == 1 and signed:
+        return numbers.round_().to(dtype)
+    by_adding = count < 3  # integers of three digits are too large for rounding by addition
+    integers = numbers.add_(_ROUNDING).view(torch.int32) if by_adding else numbers.round_().int()
+    integers.add_(_OFFSET)
+    if signed:
+        integers.bitwise_xor_(_OFFSET)  # 128 less, byte by byte
+    if count == 1:
+        return integers.to(dtype)
+    rows, columns = integers.shape
+    if rows * columns <= _FEW_NUMBERS:
+        bytes_ = integers.view(dtype).as_strided((count, rows, columns), (1, 4 * columns, 4))
+        return bytes_.contiguous().view(-1, columns)
+    digits = integers.new_empty(count * rows, columns, dtype=dtype)
+    for place, digit in enumerate(digits.chunk(count), 1):
+        digit.copy_(integers)
+        if place < count:
+            integers.bitwise_right_shift_(_EIGHT)
+    return digits

@@ -1,0 +1,96 @@
+"""Codes packed by oneDNN: exact products of uint8 digits with int8 codes, fast for few rows of large layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from tinyq_lightning.kernels.base import CodeHolder
+from tinyq_lightning.kernels.fixed_point import digits_product
+from tinyq_lightning.kernels.probe import Packed, has_operator, has_vnni, holds, is_hidden
+from tinyq_lightning.methods import Method
+
+__all__ = [
+    "OnednnWeights",
+    "has_onednn_product",
+    "onednn_sums",
+    "pack_onednn",
+    "unpack_onednn",
+]
+
+
+@functools.cache
+def has_onednn_product() -> bool:
+    """Return True if oneDNN's packed int8 product is fast and exact on this machine.
+
+    Fast: the processor has the VNNI instructions. Exact: without them torch's operator may add pairs of products in 16
+    bits, which saturate; the probe multiplies the largest digits and weights to find out.
+    """
+    names = ("qlinear_prepack", "qlinear_pointwise")
+    return not is_hidden("int8") and has_vnni() and has_operator("onednn", *names) and holds(_is_exact)
+
+
+def pack_onednn(codes: Tensor) -> Packed:
+    """Lay out codes ``[out, in]`` int8 for :func:`onednn_sums`: one byte a weight."""
+    return torch.ops.onednn.qlinear_prepack(codes, None)
+
+
+def unpack_onednn(packed: Packed) -> Tensor:
+    """Return the codes ``[out, in]`` int8 of packed weights."""
+    return packed.to_dense().t().contiguous()  # type: ignore[attr-defined, no-any-return]
+
+
+def onednn_sums(digits: Tensor, packed: Packed, ones: Tensor, zero_points: Tensor) -> Tensor:
+    """``(digits − 128) @ qᵀ``, the sums exact in int32.
+
+    Args:
+        digits: ``[rows, in]`` uint8.
+        packed: from :func:`pack_onednn`.
+        ones: ``[out]`` float32, ones.
+        zero_points: ``[out]`` int32, zeros.
+
+    Returns:
+        ``[rows, out]`` float32, rounded once from its integer sum.
+    """
+    return _operator()(digits, 1.0, 128, packed, ones, zero_points, None, 1.0, 0, torch.float32, "none", [], "")
+
+
+# Cached, because the lookup costs a microsecond.
+@functools.cache
+def _operator() -> Callable[..., Tensor]:
+    return torch.ops.onednn.qlinear_pointwise.default
+
+
+class OnednnWeights(CodeHolder):
+    """The codes in one byte each, for exact products of integers."""
+
+    bytes_a_weight = 1
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__(codes, scales)
+        self._packed = pack_onednn(codes)
+        self._ones = codes.new_ones(len(codes), dtype=torch.float32)
+        self._zero_points = codes.new_zeros(len(codes), dtype=torch.int32)
+
+    @override
+    def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        return digits_product(method, x, self._sums, scales, bias, signed=False)
+
+    def _sums(self, digits: Tensor) -> Tensor:
+        return onednn_sums(digits, self._packed, self._ones, self._zero_points)
+
+    @override
+    def _unpacked(self) -> Tensor:
+        return unpack_onednn(self._packed)
+
+
+# Device and dtype are given because the user's defaults may be others.
+def _is_exact() -> bool:
+    codes = torch.full((32, 256), 127, dtype=torch.int8, device="cpu")
+    digits = codes.new_full((2, 256), 255, dtype=torch.uint8)
+    ones, zero_points = codes.new_ones(32, dtype=torch.float32), codes.new_zeros(32, dtype=torch.int32)
+    return bool((onednn_sums(digits, pack_onednn(codes), ones, zero_points) == 256 * 127 * 127).all())

@@ -1,0 +1,339 @@
+"""Custom quantized layers that take the place of torch's convolutions, with int8 weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from typing_extensions import Self
+
+from tinyq_lightning.errors import ModelError, SpecError
+from tinyq_lightning.kernels import (
+    CONV_FORMS,
+    INPUT_DTYPES,
+    Choice,
+    ConvForm,
+    ConvFormulaName,
+    ConvShape,
+    FloatConvWeights,
+    Geometry,
+    WeightForm,
+    choose_convolution,
+    convolve,
+    in_jit_trace,
+    in_transform,
+    is_channels_last,
+    output_sizes,
+    packed_convolution,
+    quantize_per_row,
+    quantized_convolution,
+    wanted_kernel,
+    weight_form,
+)
+from tinyq_lightning.layers.int8_weight import Int8Weight
+from tinyq_lightning.layers.kind import WeightSize
+from tinyq_lightning.layers.leaf import leaf_call
+from tinyq_lightning.methods import KERNELS, METHODS, KernelName
+
+__all__ = [
+    "QuantizedConv",
+    "conv_shape",
+    "weight_size",
+]
+
+_TAKEN_OVER = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "transposed",
+    "output_padding",
+    "groups",
+    "padding_mode",
+    "_reversed_padding_repeated_twice",
+)
+
+_MOVES = {"stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice"}
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class QuantizedConv(Int8Weight):
+    """A convolution that holds its weight as int8 codes with one float32 scale per output channel.
+
+    The base of the layers below, each a subclass of the layer of torch that it stands for, as
+    :class:`~tinyq_lightning.layers.linear.QuantizedLinear` is of ``nn.Linear``. The buffers are ``int8_weights`` int8,
+    in the shape of the float weight, and ``scales`` ``[out]`` float32; ``bias`` ``[out]`` is a parameter if there is
+    one. Activations are used as they are (``w8a32``) or rounded with one step a sample. A transposed convolution takes
+    them as they are.
+
+    Args:
+        conv: the float layer, whose sizes, moves and bias are taken over.
+        method: how activations are held.
+        dtype: floating dtype of the dequantized weight.
+        device: where the codes lie.
+    """
+
+    bias: nn.Parameter | None
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: Sequence[int]
+
+    def __init__(
+        self,
+        conv: Any,
+        method: str = "w8a32",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(conv.out_channels, 0, dtype, device)
+        vars(self).update({name: vars(conv)[name] for name in _TAKEN_OVER})
+        self._buffers["int8_weights"] = torch.zeros(weight_size(self).shape, dtype=torch.int8, device=device)
+        self._transposed_groups = self.groups if self.transposed else 0
+        self._channels_last = is_channels_last(conv.weight)
+        self._choices: dict[str, Choice] = {}
+        self._moves: tuple[Geometry, list[int] | None] | None = None
+        self._first_shape = torch.Size()
+        self.method = method
+        self.kernel: KernelName = "auto"
+        self.register_parameter("bias", conv.bias)
+        self._keep_a_parameter()
+
+    def quantize(self, weight: Tensor) -> Self:
+        """Take ``weight``, of the shape of the codes and any floating dtype, as this layer's weight, as int8.
+
+        Returns the layer.
+
+        Raises:
+            ModelError: the shape is another, or the weight cannot be quantized.
+        """
+        if weight.shape != self.int8_weights.shape:
+            wanted = list(self.int8_weights.shape)
+            raise ModelError(f"{type(self).__name__} takes a weight of shape {wanted}, got {list(weight.shape)}")
+        with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
+            size = weight_size(self)
+            codes, self.scales = quantize_per_row(size.to_rows(weight))
+            self.int8_weights = size.from_rows(codes)
+        return self
+
+    def with_method(self, method: str) -> QuantizedConv:
+        """A layer that holds its activations by another method and shares this layer's tensors and hooks."""
+        if self.transposed and method != "w8a32":
+            raise NotImplementedError(f"{type(self).__name__} has no method {method}")
+        layer = object.__new__(type(self))
+        vars(layer).update(vars(self))
+        vars(layer).update(method=method, _choices={})
+        return layer
+
+    @property
+    def choice(self) -> Choice:
+        """The kernel that the layer takes for inputs on the CPU, and why."""
+        return self._choice_on("cpu")
+
+    def _choice_on(self, device: str) -> Choice:
+        choice = self._choices.get(device)
+        if choice is None:
+            choice = choose_convolution(self.kernel, METHODS[self.method], conv_shape(self), device)
+            self._choices[device] = choice
+        return choice
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """``input`` ``[N, in, ...]`` or ``[in, ...]`` → ``[N, out, ...]`` or ``[out, ...]``, as the float layer.
+
+        Args:
+            input: of any floating dtype.
+            output_size: as for the float layer; of transposed convolutions only.
+
+        Raises:
+            ValueError: the input has another shape.
+        """
+        if isinstance(input, Proxy):
+            return leaf_call(self, input) if output_size is None else leaf_call(self, input, output_size)
+        dims = len(self.kernel_size)
+        channels = input.shape[-dims - 1] if dims < input.dim() < dims + 3 else -1
+        if channels != self.in_channels:
+            spatial = ", ".join("DHW"[-dims:] if dims > 1 else "L")
+            raise ValueError(
+                f"the input must have shape [N, {self.in_channels}, {spatial}] or [{self.in_channels}, {spatial}], "
+                f"got {list(input.shape)}"
+            )
+        if not input.is_floating_point():
+            raise TypeError(f"the input of a quantized convolution must have a floating dtype, not {input.dtype}")
+        if input.dim() == dims + 1:
+            sizes = None if output_size is None else [1, self.out_channels, *output_size[-dims:]]
+            return self._forward(input.unsqueeze(0), sizes).squeeze(0)
+        return self._forward(input, output_size)
+
+    def _forward(self, x: Tensor, output_size: list[int] | None) -> Tensor:
+        geometry, pads = self._moves_of(x, output_size)
+        if self._channels_last and x.dim() > 3:
+            x = x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+        if pads is not None:
+            x = nn.functional.pad(x, pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if torch.compiler.is_compiling():
+            return self._in_graph(x, geometry)
+        bias = self._parameters["bias"]
+        method = METHODS[self.method]
+        if type(x) is Tensor and x.dtype in INPUT_DTYPES and not in_transform() and x.shape[0]:
+            form = self._form_on(x)
+            scales: Tensor = self._buffers["scales"]  # type: ignore[assignment]
+            if isinstance(form, FloatConvWeights):
+                if x.dtype is torch.float32:
+                    added = bias if bias is None or bias.dtype is torch.float32 else bias.float()
+                    return convolve(x, form.weight, added, geometry)
+            elif form is not None:
+                return packed_convolution(method, form, x, scales, bias)
+        with warnings.catch_warnings():
+            if in_jit_trace():  # which warns of each comparison of shapes
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined, unused-ignore]
+            kernel = self._formula_name()
+            return quantized_convolution(method, kernel, x, self.int8_weights, self.scales, bias, geometry)
+
+    def _form_on(self, x: Tensor) -> ConvForm | None:
+        """The weights as the kernel for ``x`` takes them; None if it takes the plain codes."""
+        choice = self._choice_on(x.device.type)
+        kernel = choice.kernel
+        if choice.few_rows:
+            sizes = output_sizes(tuple(x.shape[2:]), self.kernel_size, self._moves_of(None, None)[0])
+            kernel = choice.few if x.shape[0] * math.prod(sizes) < choice.few_rows else kernel
+        if kernel not in CONV_FORMS:
+            return None
+        if kernel not in self._forms:
+            self._first_shape = x.shape
+        return cast("ConvForm | None", self.form(kernel))
+
+    def _new_form(self, kernel: str) -> WeightForm:
+        geometry, _ = self._moves_of(None, None)
+        make = partial(CONV_FORMS[kernel], geometry=geometry, shape=self._first_shape)
+        return weight_form(f"{kernel} {geometry}", self.int8_weights, self.scales, make)
+
+    def _formula_name(self) -> ConvFormulaName:
+        return "exact" if wanted_kernel(self.kernel) == "int8" else "reference"
+
+    def _in_graph(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """A formula of torch's operators on plain codes, which compilers can fuse and exported programs can hold."""
+        method, codes, scales = METHODS[self.method], self.int8_weights, self.scales
+        if self._is_transformed():
+            kernel = self._formula_name()
+            return quantized_convolution(method, kernel, x, codes, scales, self.bias, geometry, differentiable=True)
+        integers = x.dtype in INPUT_DTYPES and self._takes_integers(x.device.type)
+        kernel = "integer" if integers else self._formula_name()
+        return quantized_convolution(method, kernel, x, codes, scales, self.bias, geometry)
+
+    # The two below run once, while a graph is traced.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _is_transformed(self) -> bool:
+        return in_transform()
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _takes_integers(self, device: str) -> bool:
+        return device == "cpu" and self._choice_on(device).kernel == "int8mm"
+
+    def _moves_of(self, x: Tensor | None, output_size: list[int] | None) -> tuple[Geometry, list[int] | None]:
+        """How the convolution moves over its input, and what is added to that before; None if nothing is."""
+        moves = self._moves
+        if moves is None:
+            moves = self._moves = self._moves_without_size()
+        if output_size is None or x is None:
+            return moves
+        dims = len(self.kernel_size)
+        output_padding = nn.modules.conv._ConvTransposeNd._output_padding(
+            self,  # type: ignore[arg-type]
+            x,
+            output_size,
+            list(self.stride),
+            list(cast("tuple[int, ...]", self.padding)),
+            list(self.kernel_size),
+            dims,
+            list(self.dilation),
+        )
+        return replace(moves[0], output_padding=tuple(output_padding)), moves[1]
+
+    def _moves_without_size(self) -> tuple[Geometry, list[int] | None]:
+        zeros = (0,) * len(self.kernel_size)
+        if self.transposed:
+            return self._geometry(cast("tuple[int, ...]", self.padding)), None
+        ends = list(self._reversed_padding_repeated_twice)
+        starts = tuple(ends[-2::-2])
+        if self.padding_mode == "zeros" and ends[::2] == ends[1::2]:
+            return self._geometry(starts), None
+        return self._geometry(zeros), ends if any(ends) else None
+
+    def _geometry(self, padding: tuple[int, ...]) -> Geometry:
+        output_padding = self.output_padding if self.transposed else ()
+        return Geometry(self.stride, padding, self.dilation, self.groups, self.transposed, output_padding)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if len(self.kernel_size) > 1:
+            self._channels_last = self._is_last_after(fn)
+        return super()._apply(fn, recurse)
+
+    def _is_last_after(self, fn: Callable[[Tensor], Tensor]) -> bool:
+        """Whether channels are to be last after ``fn``, which may be a change of the memory format."""
+        tried = torch.empty([2] * (len(self.kernel_size) + 2), dtype=self.dtype, device=self.scales.device)
+        if self._channels_last:
+            tried = tried.contiguous(memory_format=_CHANNELS_LAST[tried.dim()])
+        return is_channels_last(fn(tried))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_choices": {}}
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows in the brackets."""
+        kernel = "" if self.kernel == "auto" else f", kernel={self.kernel}"
+        shown = nn.modules.conv._ConvNd.extra_repr(self)  # type: ignore[arg-type, no-untyped-call]
+        return f"{shown}, method={self.method}, dtype={self.dtype}{kernel}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "bias" and isinstance(value, Tensor):
+            if tuple(value.shape) != (self.out_channels,):
+                raise ModelError(f"a bias must have shape [{self.out_channels}], got {list(value.shape)}")
+            if not isinstance(value, nn.Parameter):
+                value = nn.Parameter(value.detach(), requires_grad=False)
+        if name == "kernel" and value not in KERNELS:
+            raise SpecError(f"kernel {value!r}: it must be one of {', '.join(KERNELS)}")
+        super().__setattr__(name, value)
+        if name == "bias":
+            self._keep_a_parameter()
+        if name in _MOVES:
+            self.unpack()
+            self._moves = None
+        if name in _MOVES or name == "kernel":
+            self._choices = {}
+
+
+def weight_size(layer: Any) -> WeightSize:
+    """The size of the weight of a convolution, by what the layer tells of itself."""
+    if layer.transposed:
+        shape = (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size)
+    else:
+        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    return WeightSize(shape, layer.out_channels, dim=int(layer.transposed))
+
+
+def conv_shape(layer: Any) -> ConvShape:
+    """What the choice among kernels depends on, of a float or a quantized convolution."""
+    places = math.prod(layer.kernel_size)
+    unmoved = layer.padding_mode == "zeros" and layer.padding in ("valid", "same", (0,) * len(layer.kernel_size))
+    plain = unmoved and places == 1 and all(each == 1 for each in layer.stride)
+    channels = layer.in_channels // layer.groups
+    pointwise = plain and layer.groups == 1 and channels > 1 and not layer.transposed
+    dims = len(layer.kernel_size)
+    return ConvShape(layer.out_channels, channels * places, pointwise, dims, layer.groups, layer.transposed)
