@@ -68,7 +68,9 @@ def main() -> None:
     data, tinyq = Digits(), TinyQCallback(args.methods)
     callbacks = [ModelCheckpoint(monitor="val_acc", mode="max"), tinyq]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", max_epochs=args.epochs, callbacks=callbacks, default_root_dir=args.root, **quiet)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=args.epochs, callbacks=callbacks, default_root_dir=args.root, **quiet
+    )
     trainer.fit(DigitsResNet(), data)
 
     trained = DigitsResNet.load_from_checkpoint(tinyq.float_path, weights_only=True)
