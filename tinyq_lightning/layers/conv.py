@@ -62,7 +62,15 @@ _TAKEN_OVER = (
     "_reversed_padding_repeated_twice",
 )
 
-_MOVES = {"stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice"}
+_MOVES = {
+    "stride",
+    "padding",
+    "output_padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "_reversed_padding_repeated_twice",
+}
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
