@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,17 @@ def test_budget_wins_back_what_int8_costs(tmp_path):
     assert everywhere < float_ - 0.005, "int8 everywhere costs real accuracy"
     assert within > everywhere
     assert len(list(tmp_path.glob("w8a8-epoch=*.html"))) == 1
+
+
+def test_a_forecaster_of_lstm_layers_is_a_quarter_and_as_good(tmp_path):
+    shown = run(tmp_path, ROOT / "examples" / "forecasting.py", "--epochs", 4, "--root", tmp_path)
+    assert "100 % of the weight bytes in int8 (w8a32), 2 of 2 layers" in shown
+    assert "recurrent  w8a32" in shown
+    *_, before, after, _ = next(line for line in shown.splitlines() if line.startswith("val_mae ")).split()
+    assert float(after) == pytest.approx(float(before), rel=0.003)
+    reloaded, naive = map(float, re.findall(r"\d+\.\d+", shown.splitlines()[-1]))
+    assert reloaded == pytest.approx(float(after), rel=1e-4)
+    assert reloaded < 0.8 * naive
 
 
 def test_the_cli_experiment_quantizes_what_its_yaml_says(tmp_path):

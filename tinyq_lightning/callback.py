@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import takewhile
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from tinyq_lightning.errors import SpecError, TinyQError
-from tinyq_lightning.file import make_checkpoint, quantized_path, write_checkpoint
+from tinyq_lightning.file import make_checkpoint, quantized_path
 from tinyq_lightning.plan import Plan
 from tinyq_lightning.report import (
     Outcome,
@@ -31,6 +30,7 @@ from tinyq_lightning.trainer import (
     QuantizedStart,
     Results,
     TestRun,
+    WatchesValidation,
     at_test_epoch_end,
     check_before_fit,
     check_budget,
@@ -44,10 +44,10 @@ from tinyq_lightning.trainer import (
     refuse_sharding,
     registered,
     return_to_main_process,
+    save_quantized,
     step_after_run,
     tell_of_interrupt,
     tested_weights,
-    write_on_rank_zero,
 )
 
 __all__ = [
@@ -55,11 +55,11 @@ __all__ = [
 ]
 
 # Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
-_OF_A_RUN = ("_quantized_start", "_files_before", "_runs", "_earlier", "log", "log_dict")
+_OF_A_RUN = ("_quantized_start", "_files_before", "_runs", "_earlier", "_told", "validated", "log", "log_dict")
 _OUTCOME = ("quantized_paths", "float_path", "plan", "plans", "results", "search", "error")
 
 
-class TinyQCallback(Callback):
+class TinyQCallback(WatchesValidation):
     """Quantizes the model of a run, measures it with the user's own loop, and saves it beside the float checkpoint.
 
     With ``when="fit_end"`` the best checkpoint is quantized when training ends, and the validation loop
@@ -107,8 +107,7 @@ class TinyQCallback(Callback):
         plans: the plan of each method.
         results: ``{"val_acc": {"float": …, "w8a32": …, "delta": …}}``, or with several methods
             ``{"val_acc": {"float": …, "w8a32": …, "delta/w8a32": …, "w8a8": …, "delta/w8a8": …}}``. The key is
-            the plan's label (``mixed`` where it mixes methods); among several, the method asked for. Empty
-            before a run.
+            the plan's label (``mixed`` where it mixes methods); among several, the method asked for.
         search: what the budget's search measured and chose for the saved plan; None without a budget.
         error: what failed after training or testing (if several things, the first), on every rank; None if
             nothing failed. Its ``__cause__`` is the exception as it was raised.
@@ -162,6 +161,7 @@ class TinyQCallback(Callback):
         self._files_before: dict[str, object] = {}
         self._runs: list[TestRun] = []
         self._earlier: list[TinyQCallback] = []
+        self._told: list[str] = []  # entries that the file cannot hold, once a warning has told of them
 
     def _reset_results(self) -> None:
         self.quantized_paths: dict[str, str] = {}
@@ -190,9 +190,10 @@ class TinyQCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what could not be quantized, measured or saved after it."""
+        super().on_fit_start(trainer, pl_module)
         if self.spec.when == "fit_end":
             self._reset_results()
-            check_before_fit(trainer, pl_module, self.spec, self.monitor, self.save)
+            self._told = check_before_fit(trainer, pl_module, self.spec, self.monitor, self.save)
             self._files_before = files_before_fit(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,7 +216,7 @@ class TinyQCallback(Callback):
         outcomes = []
         with preserved(module, weights=source.path is not None):
             source.load_into(trainer, module)
-            run = MethodsRun(trainer, module, self.spec)
+            run = MethodsRun(trainer, module, self.spec, source, self.validated)
             for measured in run.methods:
                 layers = run.layers if measured.searched or (self.report == "full" and run.before) else {}
                 outcome = outcome_of_fit(run, measured, self._column_name(measured.plan), layers, source)
@@ -231,14 +232,13 @@ class TinyQCallback(Callback):
         """Put the quantized layers in for the Trainer to test; the float model is tested after it."""
         if self.spec.when != "test_start" or (self._quantized_start and self._quantized_start.label):
             return
-        first = next((run for callback in _tinyq_callbacks(trainer) for run in callback._runs), None)
+        before = [run for callback in _tinyq_callbacks(trainer) for run in callback._runs]
         stopwatch = Stopwatch() if self.spec.never_slower else None
         for spec in self.spec.each():
-            self._runs.append(TestRun(trainer, pl_module, spec, first, stopwatch))
-            first = first or self._runs[0]
+            self._runs.append(TestRun(trainer, pl_module, spec, next(iter(before + self._runs), None), stopwatch))
         if self.report == "full":
             self._runs[0].watch_layers()
-        at_test_epoch_end(trainer, partial(self._measure_in_test, trainer))
+        at_test_epoch_end(trainer, lambda: self._measure_in_test(trainer))
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Start the clock on the Trainer's own step; before the first batch, decide which layers stay float."""
@@ -258,8 +258,8 @@ class TinyQCallback(Callback):
         with step_after_run(self, trainer, "Testing the models to compare with"):
             for run in self._runs:
                 run.measure()
-            entries = log_entries([self._outcome_of_test(each) for each in self._runs], alone=not self._earlier)
-            self._runs[-1].log(entries)
+            outcomes = [self._outcome_of_test(each) for each in self._runs]
+            self._runs[-1].log(log_entries(outcomes, alone=not self._earlier))
 
     def _outcome_of_test(self, run: TestRun, source: FloatWeights | None = None) -> Outcome:
         return outcome_of_test(run, self._column_name(run.swap.plan), self._runs[0].layers, source)
@@ -292,8 +292,8 @@ class TinyQCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
         self._restore_module(trainer)
-        fitting = trainer.state.fn == TrainerFn.FITTING and self.spec.when == "fit_end"
-        if fitting and isinstance(exception, KeyboardInterrupt):
+        in_fit = self.spec.when == "fit_end" and trainer.state.fn == TrainerFn.FITTING
+        if in_fit and isinstance(exception, KeyboardInterrupt):
             tell_of_interrupt(trainer, self.quantized_paths.values())
 
     def _restore_module(self, trainer: Trainer) -> None:
@@ -301,7 +301,7 @@ class TinyQCallback(Callback):
         forget_test_start(trainer)
         if self._quantized_start is not None:
             self._quantized_start.close()
-        self._quantized_start = None
+            self._quantized_start = None
 
     def _close_test_runs(self) -> None:
         for run in self._runs:
@@ -332,7 +332,7 @@ class TinyQCallback(Callback):
             path = quantized_path(self.spec.save, folder, source.stem, plan.file_label, taken)
             results = outcome.results_as(plan.label)
             content = make_checkpoint(source.base, module.state_dict(), plan, results, source.sha256, loop)
-            write_on_rank_zero(trainer, partial(write_checkpoint, content, path))
+            self._told = save_quantized(trainer, content, path, self._told)
             self.quantized_paths[outcome.name] = path
             outcome = replace(outcome, quantized_path=path)
             if source.path is None:

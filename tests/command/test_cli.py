@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from models import Net, keeper, loader, trainer
@@ -233,6 +234,15 @@ MISTAKES = [
         "evaluate --model nets:Net --data nets:Data epoch=7.ckpt --data-init size=3",
         "unexpected keyword argument 'size'",
     ),
+    (
+        "evaluate --model nets:Net --data nets:Data epoch=7.ckpt --accelerator gpux",
+        r"epoch=7\.ckpt: the test loop could not be run: .*accelerator",
+    ),
+    (
+        "evaluate --model nets:Net --data nets:Data epoch=7.ckpt --limit-batches 1.5",
+        r"epoch=7\.ckpt: the test loop could not be run: .*limit_test_batches",
+    ),
+    ("quantize epoch=7.ckpt --model nets:Net --init width.deep=5 --output q.ckpt", r"no argument width\.deep"),
     ("export epoch=7.ckpt --to safetensors", "not a quantized one"),
     ("export w8a32-epoch=7.ckpt --to ckpt --output q.ckpt", "the file is damaged"),
 ]
@@ -248,12 +258,40 @@ def test_a_mistake_gives_a_message_and_exit_code_1_and_no_file(folder, capsys, c
     assert {each.name: each.read_bytes() for each in folder.iterdir() if each.is_file()} == before
 
 
+def test_a_value_inside_an_argument_is_given_by_its_dotted_name(folder, capsys):
+    Path("deep.py").write_text(
+        "from nets import Net as Base\nclass Net(Base):\n"
+        "    def __init__(self, sizes):\n        super().__init__(sizes['width'])\n        self.odd = sizes['odd']\n"
+    )
+    content = torch.load("w8a32-epoch=7.ckpt", weights_only=True)
+    content["hyper_parameters"] = {"sizes": {"width": 16}}
+    content["tinyq"]["dropped"] = ["hyper_parameters.sizes.odd"]
+    content["tinyq"]["digests"] = _digests(content)
+    torch.save(content, "deep.ckpt")
+    command = ["bench", "deep.ckpt", "--model", "deep:Net", "--runs", "1", "--json"]
+    assert main(command) == 1
+    assert "sizes.odd" in capsys.readouterr().err
+    assert main([*command, "--init", "sizes.odd=[1, 2]"]) == 0
+
+
+def test_a_file_behind_a_url_is_not_overwritten_unless_asked(folder, capsys):
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/cli/q.ckpt", Path("w8a32-epoch=7.ckpt").read_bytes())
+    command = ["quantize", "epoch=7.ckpt", "--model", "nets:Net", "--output", "memory://cli/q.ckpt"]
+    assert main(command) == 1
+    assert "memory://cli/q.ckpt: there is such a file already: give --overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+
+
 def test_errors_are_json_where_json_is_asked_for(folder, capsys):
     assert main(["verify", "nothing.ckpt", "--json"]) == 1
     assert "no such file" in json.loads(capsys.readouterr().out)["error"]
 
 
-@pytest.mark.parametrize("command", ["", "quantise x.ckpt", "bench q.ckpt --batch 0", "quantize a.ckpt --init width"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "quantise x.ckpt", "bench q.ckpt --batch 0", "quantize a.ckpt --init width", "quantize a.ckpt --init a..b=1"],
+)
 def test_a_wrong_command_line_gives_exit_code_2(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(command.split())

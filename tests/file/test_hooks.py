@@ -102,3 +102,39 @@ def test_an_error_of_a_hook_names_the_file(path):
 
     with pytest.raises(CheckpointError, match=r"\.ckpt: on_load_checkpoint of Fails failed: TypeError"):
         load_quantized(path, Fails)
+
+
+class Told(Net):
+    """Keeps an argument in an entry of its own as well, under the same name."""
+
+    def __init__(self, width=16, lr=0.02, parameters=None):
+        super().__init__(width, lr)
+        self.save_hyperparameters()
+        self.parameters_of_data = parameters
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["parameters"] = self.parameters_of_data
+
+    def on_load_checkpoint(self, checkpoint):
+        self.read = checkpoint["parameters"]
+
+
+class ToldMore(Told):
+    """As forecasting packages have it: the class itself does not name the argument."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+
+
+@pytest.mark.parametrize("kind", [Told, ToldMore])
+@pytest.mark.parametrize("wrap", [lambda each: each, lambda each: {"scaler": each, "n": 1}])
+@pytest.mark.filterwarnings("ignore:TinyQ. the quantized checkpoint holds plain data only", "ignore:Attribute")
+def test_an_argument_that_is_an_entry_too_is_given_once(tmp_path, kind, wrap):
+    callback, given = TinyQCallback("w8a32", report=False, strict=True), wrap(nn.MSELoss())
+    trainer(tmp_path, callback, max_epochs=0).fit(kind(parameters=given), loader(), loader(seed=1))
+    with pytest.raises(CheckpointError, match="parameters"):
+        load_quantized(callback.quantized_path, kind)
+    for load in (load_quantized, lambda path, kind, **more: mixed(kind).load_from_checkpoint(path, **more)):
+        module = load(callback.quantized_path, kind, parameters=given)
+        assert module.read is given
+        assert module.parameters_of_data is given

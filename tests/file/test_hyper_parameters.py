@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from enum import Enum, Flag, IntEnum
@@ -17,7 +16,7 @@ from torch import nn
 
 from tinyq_lightning import QuantizedCheckpointMixin, load_quantized, quantize
 from tinyq_lightning.errors import CheckpointError
-from tinyq_lightning.file.checkpoint import make_checkpoint, write_checkpoint
+from tinyq_lightning.file.checkpoint import make_checkpoint, warn_of_left_out, write_checkpoint
 
 
 class Act(Enum):
@@ -70,10 +69,7 @@ def saved(path, hyper_parameters, kind=Loose, top=None):
     module = kind()
     plan = quantize(module)
     base = {"epoch": 0, "global_step": 0, "hyper_parameters": hyper_parameters, **(top or {})}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the quantized checkpoint holds plain data only")
-        content = make_checkpoint(base, module.state_dict(), plan, {}, None, None)
-    write_checkpoint(content, path)
+    write_checkpoint(make_checkpoint(base, module.state_dict(), plan, {}, None, None), path)
     torch.load(path, weights_only=True)
     return path
 
@@ -167,7 +163,6 @@ UNHELD = {
 
 
 @pytest.mark.parametrize("held", UNHELD.values(), ids=UNHELD)
-@pytest.mark.filterwarnings("ignore:the quantized checkpoint holds plain data only")
 def test_only_the_entry_that_cannot_be_held_is_dropped_and_it_is_asked_for_by_its_name(tmp_path, held):
     hyper_parameters = {"value": {"deep": {"cls": held, "d_h": 300}, "depth": 3}, "width": 4, "through": held}
     path = saved(tmp_path / "q.ckpt", hyper_parameters)
@@ -195,8 +190,9 @@ def test_only_what_loading_takes_is_asked_for(tmp_path, own):
     module = Loose()
     plan = quantize(module)
     base = {"hyper_parameters": own, "datamodule_hyper_parameters": {"fn": len}}
+    content = make_checkpoint(base, module.state_dict(), plan, {}, None, None)
     with pytest.warns(UserWarning, match="left out: .*datamodule_hyper_parameters.fn") as caught:
-        content = make_checkpoint(base, module.state_dict(), plan, {}, None, None)
+        warn_of_left_out(content)
     told = str(caught[0].message)
     assert ("load_quantized(path, Net, value=...)" in told) == bool(own)
     assert ("load_quantized" in told) == bool(own)
@@ -226,7 +222,6 @@ def test_arguments_saved_as_one_object_are_asked_for_below_its_name(tmp_path, ki
     assert load_quantized(path, Config, config=5).value == 5
 
 
-@pytest.mark.filterwarnings("ignore:the quantized checkpoint holds plain data only")
 def test_what_contains_itself_or_is_too_deep_is_dropped_by_name(tmp_path):
     cycle: dict = {"a": 1}
     cycle["self"] = [cycle]

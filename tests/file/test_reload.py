@@ -169,7 +169,6 @@ def test_hyper_parameters_in_one_object_come_back(tmp_path, kind):
 
 
 @pytest.mark.filterwarnings("ignore:Attribute 'activation' is an instance")
-@pytest.mark.filterwarnings("ignore:TinyQ. the quantized checkpoint holds plain data only")  # before training
 def test_entries_of_the_users_hooks_come_over_and_what_cannot_is_named(tmp_path):
     class Keeps(Net):
         def __init__(self, width=16, lr=0.02, activation=None):
@@ -184,7 +183,7 @@ def test_entries_of_the_users_hooks_come_over_and_what_cannot_is_named(tmp_path)
 
     callback = TinyQCallback("w8a32", report=False)
     run = trainer(tmp_path, keeper(tmp_path), callback)
-    with pytest.warns(UserWarning, match=r"left out: hyper_parameters\.activation"):
+    with pytest.warns(UserWarning, match=r"will not have these hyper-parameters: Keeps\.activation"):
         run.fit(Keeps(activation=nn.GELU()), loader(), loader(seed=1))
     with pytest.raises(CheckpointError, match=r"could not hold activation.*load_quantized\(path, Keeps, activation="):
         load_quantized(callback.quantized_path, Keeps)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import LARGE, each_method, normal, random_layer, relative_error
+from kernel_cases import LARGE, each_method, normal, random_layer, relative_error, with_products
 from torch import nn
 
 from tinyq_lightning import quantize, quantized
@@ -223,3 +223,18 @@ def test_transforms_inside_a_compiled_function_have_the_straight_gradient(kernel
     x = normal(LARGE[1])
     got = torch.compile(lambda y: torch.func.grad(lambda z: layer(z).sum())(y), backend="aot_eager")(x)
     torch.testing.assert_close(got, layer.dequantize().sum(0))
+
+
+@each_method
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_export_takes_the_int8_product_where_it_is_asked_for_and_batches_of_any_size(method, monkeypatch):
+    with_products(monkeypatch, has_plain=True)
+    layer = random_layer(method, 30, 40)
+    for kernel, products in (("auto", 0), ("int8", 1)):  # the program may run on a processor whose product saturates
+        layer.kernel = kernel
+        program = torch.export.export(layer, (normal(3, 40),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        assert str(program.graph).count("aten._int_mm") == products
+        for rows in (1, 5):
+            x = normal(rows, 40, seed=rows)
+            torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-4)

@@ -78,13 +78,17 @@ def test_a_pattern_that_ends_with_its_name_names_it(match):
 def test_what_is_read_is_the_dequantized_value_and_cannot_be_assigned():
     model = Model()
     quantize(model, RULES)
-    child = model.experts._modules["up"]
+    child = model.experts.up_codes
     assert isinstance(child, Int8Matrix)
     values = child.int8_weights * child.scales.view(4, 8, 1)
     assert torch.equal(model.experts.up, values)
     assert torch.equal(model.experts.up[2], values[2])
     with pytest.raises(ReadOnlyWeightError, match="up of Experts is a read-only view"):
         model.experts.up = nn.Parameter(torch.zeros(4, 8, 16))
+    again = copy.deepcopy(model)
+    again.experts.up_codes.quantize(torch.zeros(4, 8, 16))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.experts.up, values)
     model.experts.first = nn.Parameter(torch.zeros(3))
     with pytest.raises(AttributeError, match="'Experts' object has no attribute 'missing'"):
         _ = model.experts.missing
@@ -114,7 +118,7 @@ def test_copies_pickles_casts_and_graphs():
     copied = copy.deepcopy(model)
     assert torch.equal(copied(x), wanted)
     assert type(copied.experts).__qualname__ == "Experts"
-    assert copied.experts._modules["up"] is not model.experts._modules["up"]
+    assert copied.experts.up_codes is not model.experts.up_codes
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), wanted)
     torch.compiler.reset()
     with torch.no_grad():
@@ -122,7 +126,7 @@ def test_copies_pickles_casts_and_graphs():
         assert torch.allclose(torch.export.export(model, (x,)).module()(x), wanted, atol=1e-4)
     half = copied.half()
     assert half.experts.up.dtype == torch.float16
-    assert half.experts._modules["up"].int8_weights.dtype == torch.int8
+    assert half.experts.up_codes.int8_weights.dtype == torch.int8
 
 
 def test_a_bilinear_layer_a_list_and_a_table_of_positions():

@@ -54,6 +54,23 @@ class Linear(Matrix):
         assert self.weight.dim() == 2
 
 
+class LoadsLazily(Linear):
+    """As a later torch_geometric has it."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        if torch.nn.parameter.is_lazy(self.weight):
+            self.columns = state_dict[f"{prefix}weight"].size(-1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class LoadsTurned(Matrix):
+    """Its files hold the weight ``[in, out]``."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        turned = {**state_dict, f"{prefix}weight": state_dict[f"{prefix}weight"].T}
+        super()._load_from_state_dict(turned, prefix, *args, **kwargs)
+
+
 class Turned(nn.Module):
     """Its weight is ``[in, out]``."""
 
@@ -111,7 +128,7 @@ class ByOperators(nn.Linear):
 @pytest.mark.parametrize(
     "make",
     [
-        *(Linear, Turned, Square, Einsum, Addmm, WithoutBias),
+        *(Linear, LoadsLazily, Turned, Square, Einsum, Addmm, WithoutBias),
         *(lambda: Scriptable(16, 32), lambda: ByOperators(16, 32), lambda: ByOperators(16, 32, bias=False).bfloat16()),
     ],
 )
@@ -246,6 +263,7 @@ class WithExtraState(nn.Linear):
         (lambda: OtherForLargeBatches(16, 32), "OtherForLargeBatches has a forward of its own"),
         (lambda: DrawsNumbers(16, 32), "DrawsNumbers has a forward of its own"),
         (lambda: WithExtraState(16, 32), "WithExtraState adds get_extra_state, set_extra_state to nn.Linear"),
+        (LoadsTurned, "LoadsTurned adds _load_from_state_dict to what nn.Linear has"),
         (OtherMethod, "OtherMethod adds row to what nn.Linear has"),
     ],
 )

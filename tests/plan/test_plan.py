@@ -483,6 +483,15 @@ def test_to_spec_reproduces_a_plan_whose_rule_was_overruled_by_the_search(tmp_pa
     assert reproduced(searched, model, tmp_path).decisions == searched.decisions
 
 
+def test_to_spec_reproduces_a_plan_of_rules_with_equal_reasons(tmp_path):
+    rules = [{"match": name, "method": "w8a8", "reason": "as wide as the other"} for name in ("head", "*.linear2")]
+    plan, model = resolve(spec(rules=rules), Net()), Net()
+    reverted = replace(plan.decisions[-1], method="float", reason="budget: costs 0.01", decided_by="budget")
+    searched = Plan((*plan.decisions[:-1], replace(reverted, bytes=reverted.float_bytes)), plan.spec)
+    assert reproduced(searched, model, tmp_path).decisions == searched.decisions
+    assert [rule.match for rule in searched.to_spec().rules] == ["re:head", "*.linear2"]
+
+
 def test_to_spec_reproduces_a_plan_that_a_search_left_all_float(tmp_path):
     model = Net()
     plan = resolve(spec(), model)

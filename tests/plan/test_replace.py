@@ -977,3 +977,12 @@ def test_state_bytes_counts_shared_tensors_once():
     model = Net()
     distinct = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     assert state_bytes(model.state_dict()) == sum(distinct.values())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state:UserWarning")
+def test_state_bytes_counts_indices_and_blocks_of_sparse_tensors():
+    eye, blocks = torch.eye(8), torch.ones(4, 2, 3)
+    assert state_bytes({"a": eye.to_sparse()}) == 8 * 4 + 2 * 8 * 8
+    assert state_bytes({"a": blocks.to_sparse(1)}) == blocks.numel() * 4 + 4 * 8
+    assert state_bytes({"a": eye.to_sparse_csr()}) == state_bytes({"a": eye.to_sparse_csc()}) == 8 * 4 + (9 + 8) * 8
+    assert state_bytes({"a": eye.to_sparse_bsr((2, 2))}) == 4 * 4 * 4 + (5 + 4) * 8

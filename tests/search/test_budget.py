@@ -18,7 +18,7 @@ from torch import nn
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
 from tinyq_lightning.errors import EvaluationError, SpecError
 from tinyq_lightning.plan.swap import Swap
-from tinyq_lightning.search.budget import LADDER, Candidate, evaluation_limit, search
+from tinyq_lightning.search.budget import LADDER, SearchedLayer, evaluation_limit, search
 from tinyq_lightning.spec.spec import Budget
 
 # The search alone, on layers made up
@@ -34,7 +34,7 @@ def worlds(draw):
         name, sqnr = f"layer{index}", draw(st.floats(-5, 60))
         steps = [draw(unit), draw(unit), draw(unit)] if draw(st.integers(0, 4)) == 0 else [0, 0, 0]
         layers.append(
-            Candidate(
+            SearchedLayer(
                 name,
                 draw(st.sampled_from(LADDER[:3])),
                 draw(st.integers(1, 1000)),
@@ -82,7 +82,7 @@ def test_evaluation_limit_is_the_formula_of_the_docstring():
 
 
 def test_a_layer_climbs_no_further_than_it_needs():
-    layers = [Candidate(f"l{i}", "w8a8", 100, {"w8a8": 30 - i, "w8a16": 45, "w8a32": 60}) for i in range(8)]
+    layers = [SearchedLayer(f"l{i}", "w8a8", 100, {"w8a8": 30 - i, "w8a16": 45, "w8a32": 60}) for i in range(8)]
     harm = {layer.name: dict.fromkeys(LADDER, 0.0) for layer in layers}
     harm["l7"]["w8a8"] = 0.3
     found, _ = run(layers, harm)
@@ -94,14 +94,14 @@ def test_a_layer_climbs_no_further_than_it_needs():
 
 
 def test_a_method_that_improves_nothing_is_no_rung():
-    assert Candidate("l", "w8a8", 1, {"w8a8": 3.0, "w8a16": 3.1, "w8a32": 3.1}).rungs() == [
+    assert SearchedLayer("l", "w8a8", 1, {"w8a8": 3.0, "w8a16": 3.1, "w8a32": 3.1}).rungs() == [
         ("w8a8", 3.0),
         ("float", math.inf),
     ]
 
 
 def test_bytes_are_won_back_where_the_ranking_misled():
-    layers = [Candidate(f"l{i}", "w8a32", 100, {"w8a32": float(i)}) for i in range(32)]
+    layers = [SearchedLayer(f"l{i}", "w8a32", 100, {"w8a32": float(i)}) for i in range(32)]
     harm = {layer.name: dict.fromkeys(LADDER, 0.0) for layer in layers}
     harm["l9"]["w8a32"] = 0.5
     found, _ = run(layers, harm)
@@ -110,7 +110,7 @@ def test_bytes_are_won_back_where_the_ranking_misled():
 
 @pytest.mark.parametrize("value", [math.nan, 0.2])
 def test_with_nothing_within_the_budget_the_plan_that_loses_least_wins(value):
-    layers = [Candidate(f"l{i}", "w8a8", 100, {}) for i in range(4)]
+    layers = [SearchedLayer(f"l{i}", "w8a8", 100, {}) for i in range(4)]
     budget = Budget("acc", "max", 0.01)
     found = search(layers, budget, 1.0, value, lambda changes: 0.5 if len(changes) == 2 else math.nan)
     assert not found.met
@@ -431,10 +431,20 @@ def test_attention_and_tied_layers_are_searched_and_stay_tied(tmp_path):
     assert Path(again.quantized_path).read_bytes() == Path(callback.quantized_path).read_bytes()
 
 
+@pytest.mark.parametrize("rules", [[], [{"match": "embed", "method": "w8a32"}]])
 @pytest.mark.parametrize("method", ["w8a16", "float"])
-def test_a_tied_embedding_follows_its_linear_as_the_written_spec_has_it(method):
+def test_a_tied_embedding_is_after_a_search_as_the_written_spec_has_it(method, rules):
     module = Tied()
-    switched = Swap(module, QuantizationSpec(method="w8a8")).switched({"out": (method, "budget: costs 0.1")}, "budget")
+    spec = QuantizationSpec.from_dict({"method": "w8a8", "rules": rules})
+    switched = Swap(module, spec).switched({"out": (method, "budget: costs 0.1")}, "budget")
     assert list(Swap(module, switched.plan.to_spec()).plan) == list(switched.plan)
     with switched:
         assert (type(module.out) is nn.Linear) == (type(module.embed) is nn.Embedding) == (method == "float")
+
+
+@pytest.mark.parametrize("method", ["w8a16", "float"])
+def test_an_embedding_of_two_tied_layers_is_after_a_search_as_the_written_spec_has_it(method):
+    module = nn.ModuleDict({"embed": nn.Embedding(20, 16), "first": nn.Linear(16, 20), "second": nn.Linear(16, 20)})
+    module["first"].weight = module["second"].weight = module["embed"].weight
+    switched = Swap(module, QuantizationSpec("w8a8")).switched({"second": (method, "budget: costs 0.1")}, "budget")
+    assert list(Swap(module, switched.plan.to_spec()).plan) == list(switched.plan)

@@ -194,3 +194,18 @@ def test_timing_leaves_layers_and_random_state_as_they_are(call, inference):
     now = [module.state_dict() for pair in layers for module in pair]
     assert all(torch.equal(a[name], b[name]) for a, b in zip(before, now, strict=True) for name in a)
     layers[0][1](torch.ones(1, 8, dtype=call.dtype, requires_grad=True)).sum().backward()
+
+
+def test_layers_are_timed_in_eval_mode_and_left_in_theirs_without_random_numbers():
+    model = nn.Sequential(nn.LSTM(8, 8, 2, dropout=0.5))
+    swap = swap_of(model)
+    ((_, module, layer),) = swap.pairs()
+    seen = []
+    for each in (module, layer):
+        each.forward = lambda *args, each=each: seen.append(each.training) or type(each).forward(each, *args)
+    before = torch.get_rng_state()
+    time_call([(module, layer)], Call(5 * 3 * 8, sizes=(5, 3, 8)))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert set(seen) == {False}
+    assert module.training
+    assert layer.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import fsspec
 import pytest
@@ -123,7 +124,6 @@ def test_the_trial_leaves_nothing_behind(tmp_path):
             trainer(tmp_path, TinyQCallback(dirpath=folder)).fit(Stops(), loader(), loader(seed=1))
 
 
-@pytest.mark.filterwarnings("ignore:the quantized checkpoint holds plain data only:UserWarning")
 def test_hyper_parameters_that_no_file_can_hold_are_named_before_training(tmp_path):
     class Configured(Counts):
         def __init__(self, config):
@@ -135,6 +135,26 @@ def test_hyper_parameters_that_no_file_can_hold_are_named_before_training(tmp_pa
         run = trainer(tmp_path, TinyQCallback(report=False), max_epochs=0)
         with pytest.warns(UserWarning, match=re.escape(f"will not have these hyper-parameters: {names}")):
             run.fit(Configured(config), loader(), loader(seed=1))
+
+
+@pytest.mark.parametrize(("when", "said"), [("fit_end", "will not have"), ("test_start", "were left out")])
+def test_what_no_file_can_hold_is_named_once(tmp_path, when, said):
+    class Configured(Counts):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"activation": torch.relu})
+
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["vocabulary"] = object()
+
+    run = trainer(tmp_path, TinyQCallback(["w8a32", "w8a8"], when=when, report=False), max_epochs=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(Configured(), loader(), loader(seed=1)) if when == "fit_end" else run.test(Configured(), loader())
+    told = [str(each.message) for each in caught if "activation" in str(each.message)]
+    assert len(told) == 1
+    assert said in told[0]
+    assert sum("vocabulary" in str(each.message) for each in caught) == 1
 
 
 def test_a_monitor_without_the_index_of_its_dataloader(tmp_path):

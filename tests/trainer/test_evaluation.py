@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import pytest
+import safetensors.torch
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from models import Net, keeper, loader, trainer
+from safetensors.torch import load_file
 from torch import nn
 
 from tinyq_lightning import TinyQCallback
@@ -219,3 +224,34 @@ def test_limits_and_several_loaders_hold_for_each_model(tmp_path, workers):
     for index, rows in enumerate((96, 64)):
         values = callback.results[f"test_rows/dataloader_idx_{index}"]
         assert (values["float"], values["w8a8"]) == (rows, rows)
+
+
+class SavesByHand(Net):
+    """Keeps the latest weights in files of its own, as users without a ModelCheckpoint do."""
+
+    def on_validation_epoch_end(self):
+        folder = Path(self.trainer.default_root_dir)
+        self.trainer.save_checkpoint(folder / "by_trainer.ckpt")
+        torch.save(self.state_dict(), folder / "by_torch.pt")
+        torch.save(self.state_dict(), f=str(folder / "named.pt"))
+        safetensors.torch.save_file(
+            {name: value.clone() for name, value in self.state_dict().items()}, folder / "by_name.safetensors"
+        )
+        torch.save(self.state_dict(), buffer := io.BytesIO())
+        buffer.seek(0)
+        self.log("val_entries", float(len(torch.load(buffer, weights_only=True))))
+
+
+def test_files_that_hooks_of_the_users_save_hold_what_the_fit_gave(tmp_path):
+    callback = TinyQCallback("w8a8", report=False, strict=True)
+    module = SavesByHand()
+    trainer(tmp_path, callback, max_epochs=1).fit(module, loader(), loader(seed=1))
+    state = module.state_dict()
+    for name in ("by_torch.pt", "named.pt", "by_name.safetensors", "by_trainer.ckpt"):
+        path = tmp_path / name
+        held = load_file(path) if "safetensors" in name else torch.load(path, weights_only=True)
+        held = held.get("state_dict", held)
+        assert held.keys() == state.keys()
+        assert all(torch.equal(held[each], state[each]) for each in state)
+    assert callback.results["val_entries"]["w8a8"] > callback.results["val_entries"]["float"]
+    assert torch.save.__module__ == "torch.serialization"

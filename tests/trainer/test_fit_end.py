@@ -193,16 +193,34 @@ def test_every_precision_keeps_float32_scales(tmp_path, precision):
     assert isinstance(load_quantized(callback.quantized_path, Net).head, QuantizedLinear)
 
 
-def test_current_epoch_in_the_users_hooks_is_that_of_the_fit(tmp_path):
-    class Epochs(Net):
-        def on_validation_epoch_end(self):
-            self.log("val_epoch", float(self.trainer.current_epoch))
-            self.log("val_step", float(self.global_step))
+class Epochs(Net):
+    """Logs how far the fit has come, and reads a schedule of one entry an epoch."""
 
-    callback = quiet("w8a32")
-    run, _ = fit(tmp_path, callback, module=Epochs())
-    assert callback.results["val_epoch"]["float"] == run.current_epoch
+    schedule = (0.5, 1.0, 0.25)
+
+    def on_validation_epoch_end(self):
+        self.log("val_epoch", float(self.trainer.current_epoch))
+        self.log("val_step", float(self.global_step))
+        self.log("val_scheduled", self.schedule[self.current_epoch])
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_loop_that_is_repeated_is_told_the_last_epoch(tmp_path, keeps):
+    callback = quiet("w8a32", strict=True)
+    run, _ = fit(tmp_path, callback, keep=False, module=Epochs(), max_epochs=3, enable_checkpointing=keeps)
+    assert (
+        callback.results["val_epoch"]["float"] == callback.results["val_epoch"]["w8a32"] == run.current_epoch - 1 == 2
+    )
     assert callback.results["val_step"]["float"] == run.global_step
+
+
+def test_a_loop_that_is_repeated_is_told_the_epoch_of_the_best_checkpoint(tmp_path):
+    callback = quiet("w8a32", strict=True)
+    kept = keeper(tmp_path, monitor="val_scheduled")
+    run, _ = fit(tmp_path, callback, kept, keep=False, module=Epochs(), max_epochs=3)
+    assert callback.results["val_epoch"]["float"] == 1
+    assert callback.results["val_step"]["float"] == run.global_step * 2 / 3
+    assert callback.results["val_scheduled"]["float"] == kept.best_model_score == 1
 
 
 # The loop of users who do unusual things

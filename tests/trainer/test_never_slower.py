@@ -15,7 +15,7 @@ from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized, qua
 from tinyq_lightning.command.cli import main
 from tinyq_lightning.errors import EvaluationError, SpecError
 from tinyq_lightning.plan.swap import Swap
-from tinyq_lightning.search.budget import Candidate
+from tinyq_lightning.search.budget import SearchedLayer
 
 
 class Loops(Net):
@@ -303,7 +303,7 @@ def test_layers_left_float_are_none_of_the_searchs(tmp_path, timer):
 
 def test_a_method_that_is_too_slow_is_no_rung():
     sqnr = {"w8a8": 10.0, "w8a16": 30.0, "w8a32": 50.0}
-    assert [method for method, _ in Candidate("a", "w8a8", 1, sqnr, frozenset({"w8a16"})).rungs()] == [
+    assert [method for method, _ in SearchedLayer("a", "w8a8", 1, sqnr, frozenset({"w8a16"})).rungs()] == [
         "w8a8",
         "w8a32",
         "float",

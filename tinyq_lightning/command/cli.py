@@ -192,13 +192,13 @@ def _add_init(command: argparse.ArgumentParser, flag: str, what: str) -> None:
 
 
 class _Pairs(argparse.Action):
-    """Collects ``NAME=VALUE`` words in a dict; values are YAML."""
+    """Collects ``NAME=VALUE`` words in a dict; values are YAML, and dots in a name lead into an argument."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         pairs = dict(getattr(namespace, self.dest))
         for word in values:
             name, equals, text = word.partition("=")
-            if not equals or not name.isidentifier():
+            if not equals or not name.partition(".")[0].isidentifier() or not all(name.split(".")):
                 parser.error(f"argument {option_string}: {word!r} is not NAME=VALUE")
             try:
                 pairs[name] = yaml.safe_load(text)

@@ -20,6 +20,7 @@ from tinyq_lightning.file import (
     check_format,
     digest_of,
     escaped,
+    file_exists,
     is_quantized,
     quantize_file,
     quantized_path,
@@ -181,7 +182,7 @@ def export(args: Namespace) -> Answer:
 
 
 def _refuse_overwriting(args: Namespace, path: str | None) -> None:
-    if path is not None and os.path.exists(path) and not args.overwrite:
+    if path is not None and not args.overwrite and file_exists(path):
         raise CheckpointError(f"{path}: there is such a file already: give --overwrite or another --output")
 
 

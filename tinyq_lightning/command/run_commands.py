@@ -37,16 +37,16 @@ def evaluate(args: Namespace) -> Answer:
     metrics: dict[str, dict[str, float]] = {}
     for path in args.checkpoints:
         module = _load(args, path)
-        trainer = Trainer(
-            accelerator=args.accelerator,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=sys.stderr.isatty() and not args.json,
-            limit_test_batches=args.limit_batches,
-        )
         try:
+            trainer = Trainer(
+                accelerator=args.accelerator,
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=sys.stderr.isatty() and not args.json,
+                limit_test_batches=args.limit_batches,
+            )
             logged = trainer.test(module, datamodule=data_class(**args.data_init), verbose=False)
         except Exception as error:
             message = f"{path}: the test loop could not be run: {type(error).__name__}: {error}"

@@ -5,6 +5,7 @@ from tinyq_lightning.file.checkpoint import (
     file_sha256,
     make_checkpoint,
     read_checkpoint,
+    warn_of_left_out,
     write_checkpoint,
 )
 from tinyq_lightning.file.construction import build
@@ -14,7 +15,7 @@ from tinyq_lightning.file.from_float import FloatFile, quantize_file
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.loading import load_quantized
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
-from tinyq_lightning.file.names import check_folder, quantized_path, stem_of
+from tinyq_lightning.file.names import check_folder, file_exists, quantized_path, stem_of
 from tinyq_lightning.file.plain import plain
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
 from tinyq_lightning.file.state import check_state
@@ -35,6 +36,7 @@ __all__ = [
     "check_state",
     "digest_of",
     "escaped",
+    "file_exists",
     "file_sha256",
     "import_class",
     "is_quantized",
@@ -49,6 +51,7 @@ __all__ = [
     "restore_structure",
     "stem_of",
     "typed_entries",
+    "warn_of_left_out",
     "why_not_writable",
     "without_training_entries",
     "write_checkpoint",

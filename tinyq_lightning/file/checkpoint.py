@@ -38,6 +38,7 @@ __all__ = [
     "file_sha256",
     "make_checkpoint",
     "read_checkpoint",
+    "warn_of_left_out",
     "write_checkpoint",
 ]
 
@@ -102,21 +103,27 @@ def make_checkpoint(
     content["tinyq"] = plain(tinyq)
     check_layers(content, "the quantized checkpoint")
     content["tinyq"]["digests"] = plain(_digests(content))
-    if dropped:
-        # the data module is not built when a file is loaded, so its arguments are not asked for
-        names = [name for name in dropped if not name.startswith("datamodule_hyper_parameters.")]
-        advice = (
-            ""
-            if not names
-            else (
-                ". Give them when loading it, as in " + call_with(None, names[0].removeprefix(f"{HYPER_PARAMETERS}."))
-            )
-        )
-        warnings.warn(
-            f"the quantized checkpoint holds plain data only, so these were left out: {', '.join(dropped)}{advice}",
-            stacklevel=2,
-        )
     return content
+
+
+def warn_of_left_out(content: Mapping[str, Any], told: Collection[str] = ()) -> None:
+    """Warn of the entries that a quantized checkpoint could not hold, and say how to give them when loading it.
+
+    Args:
+        content: from :func:`make_checkpoint`.
+        told: names of entries that the user was warned of before.
+    """
+    dropped = [name for name in content["tinyq"]["dropped"] if name not in told]
+    if not dropped:
+        return
+    # the data module is not built when a file is loaded, so its arguments are not asked for
+    asked = [name for name in dropped if not name.startswith("datamodule_hyper_parameters.")]
+    call = call_with(None, asked[0].removeprefix(f"{HYPER_PARAMETERS}.")) if asked else ""
+    advice = f". Give them when loading it, as in {call}" if asked else ""
+    warnings.warn(
+        f"the quantized checkpoint holds plain data only, so these were left out: {', '.join(dropped)}{advice}",
+        stacklevel=2,
+    )
 
 
 def _version_of_lightning() -> str:

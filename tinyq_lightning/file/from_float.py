@@ -11,12 +11,18 @@ from torch import Tensor, nn
 
 from tinyq_lightning.errors import CheckpointError, TinyQError
 from tinyq_lightning.file.archive import Archive
-from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint
+from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint, warn_of_left_out
 from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
 from tinyq_lightning.file.validate import is_quantized, without_training_entries
-from tinyq_lightning.file.weightless import named_tensors, put_value, without_weights
+from tinyq_lightning.file.weightless import (
+    drop_weak_references,
+    named_tensors,
+    put_value,
+    restore_weak_references,
+    without_weights,
+)
 from tinyq_lightning.plan import WithValues, find_sites, quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
 
@@ -67,7 +73,9 @@ def quantize_file(
     plan = quantize_by_layer(model.module, spec, present)
     model.fill()
     base = source.read_all(_apart_from_weights(source.content))
-    return make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)
+    content = make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)
+    warn_of_left_out(content)
+    return content
 
 
 class FloatFile:
@@ -125,6 +133,7 @@ class FloatFile:
         for tensor in self.module.state_dict(keep_vars=True).values():
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._read(tensor)
+        restore_weak_references(self.module)
 
     def _read(self, tensor: Tensor) -> None:
         put_value(tensor, self._source.read(self._entries[id(tensor)][1]))
@@ -143,6 +152,7 @@ class FloatFile:
             layers = [tensor for site in find_sites(module) for _, tensor in named_tensors(site.module)]
             if any(tensor.is_meta and id(tensor) not in self._entries for tensor in layers):
                 return None
+            drop_weak_references(module)
             for tensor, entry in self._entries.values():
                 put_value(tensor, torch.empty_like(tensor, dtype=entry.dtype, device="meta"))
             return module

@@ -15,6 +15,7 @@ from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.hooks import HookView, dropped_entries
 from tinyq_lightning.file.structure import prepare_structure
 from tinyq_lightning.file.trust import import_class
+from tinyq_lightning.file.validate import HYPER_PARAMETERS
 from tinyq_lightning.file.weightless import take_values, without_weights
 
 __all__ = [
@@ -142,7 +143,9 @@ def _built(
     """A module with the structure of the checkpoint, without its values."""
     name = module_class.__name__
     entries = {key: value for key, value in init_args.items() if key in dropped_entries(content)}
-    arguments = {key: value for key, value in init_args.items() if key not in entries or _takes(module_class, key)}
+    arguments = {
+        key: value for key, value in init_args.items() if key not in entries or _is_argument(key, module_class, content)
+    }
     try:
         module = build(module_class, content, arguments, trust, source)
     except TinyQError:
@@ -167,8 +170,11 @@ def _built(
     return module
 
 
-def _takes(module_class: type, name: str) -> bool:
-    return name in parameters_of(module_class)
+def _is_argument(name: str, module_class: type, content: Mapping[str, Any]) -> bool:
+    """Whether the class takes an argument of a name, or was made with one through its ``**kwargs``."""
+    stored = content.get(HYPER_PARAMETERS, {})
+    dropped = content["tinyq"].get("dropped", ())
+    return name in parameters_of(module_class) or name in stored or f"{HYPER_PARAMETERS}.{name}" in dropped
 
 
 def _device(map_location: Any) -> torch.device:

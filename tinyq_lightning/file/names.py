@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 
+import fsspec
+
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.spec import QuantizationSpec, Save
 
 __all__ = [
     "check_folder",
+    "file_exists",
     "quantized_path",
     "stem_of",
 ]
@@ -46,3 +49,9 @@ def quantized_path(save: Save, folder: str, stem: str, label: str, taken: Collec
 def stem_of(path: str | os.PathLike[str]) -> str:
     """The name of a checkpoint without folder and ending: ``epoch=7`` for ``runs/epoch=7.ckpt``."""
     return os.fspath(path).rpartition("/")[2].removesuffix(".ckpt")
+
+
+def file_exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file or folder at a local path or a URL that fsspec can open."""
+    fs, location = fsspec.core.url_to_fs(os.fspath(path))
+    return bool(fs.exists(location))

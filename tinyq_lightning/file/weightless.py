@@ -14,8 +14,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils import swap_tensors
 
 __all__ = [
+    "drop_weak_references",
     "named_tensors",
     "put_value",
+    "restore_weak_references",
     "take_values",
     "without_weights",
 ]
@@ -66,15 +68,43 @@ def put_value(tensor: Tensor, value: Tensor) -> None:
     swap_tensors(tensor, nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value)  # type: ignore[no-untyped-call]
 
 
+def drop_weak_references(module: nn.Module) -> None:
+    """Have the recurrent layers below ``module`` refer to their parameters no more, so that values can be put there.
+
+    They keep weak references to them, and torch swaps no tensor that has one.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.RNNBase):
+            layer._flat_weight_refs = []
+
+
+def restore_weak_references(module: nn.Module) -> None:
+    """Have the recurrent layers below ``module`` run on the parameters that they hold now."""
+    for layer in module.modules():
+        if isinstance(layer, nn.RNNBase):
+            layer._init_flat_weights()
+
+
 def take_values(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
     """Give each meta tensor of the module the value of its entry in ``state_dict``, in the module's dtype.
 
     Returns:
         False if a meta tensor has no entry of its name and shape; the module is then only partly filled.
     """
+    drop_weak_references(module)
+    try:
+        return _take_values(module, state_dict)
+    finally:
+        restore_weak_references(module)
+
+
+def _take_values(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
     taken = set()
+    saved: dict[int, str] = {}
     for name, tensor in named_tensors(module):
-        value = state_dict.get(name)
+        if tensor.is_meta and name not in state_dict and not saved:  # it may have another name there
+            saved = {id(value): key for key, value in module.state_dict(keep_vars=True).items()}
+        value = state_dict.get(name, state_dict.get(saved.get(id(tensor), name)))
         if tensor.is_meta and value is None and not tensor.numel():
             put_value(tensor, torch.empty_like(tensor, device="cpu"))  # a quantized layer's, which no file holds
         elif tensor.is_meta:

@@ -18,6 +18,7 @@ from tinyq_lightning.kernels.formula import (
 from tinyq_lightning.kernels.int8 import has_int8_product
 from tinyq_lightning.kernels.integer import takes_integers
 from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
+from tinyq_lightning.kernels.recurrent import choose_recurrent_kernel
 from tinyq_lightning.kernels.tracing import in_jit_trace, in_transform, is_exporting, outside_modes
 from tinyq_lightning.kernels.weights import count_non_finite, dequantize, quantize_per_row, quantize_per_row_with_sqnr
 
@@ -39,6 +40,7 @@ __all__ = [
     "bytes_a_weight",
     "choose_convolution",
     "choose_kernel",
+    "choose_recurrent_kernel",
     "convolve",
     "count_non_finite",
     "dequantize",

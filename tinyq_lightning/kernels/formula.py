@@ -113,9 +113,11 @@ def quantized_linear(
     autocast = available and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast and input.dtype != torch.float64 else input.dtype
     work = torch.float64 if input.dtype == torch.float64 else torch.float32
-    with torch.autocast(device, enabled=False) if available else nullcontext():
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         x = input.to(work)
-        if differentiable or is_exporting() or (not torch.compiler.is_compiling() and in_transform()):
+        if kernel == "integer" and is_exporting():  # no gradients in an exported program, and no function for them
+            out = integer_product(x, int8_weights, scales, method)
+        elif differentiable or is_exporting() or (not torch.compiler.is_compiling() and in_transform()):
             out = _product(x, int8_weights, scales, method, "reference" if kernel == "integer" else kernel, True)
         elif x.requires_grad and torch.is_grad_enabled():
             straight = StraightThrough.apply(x, int8_weights, scales, _product, method, kernel)  # type: ignore[no-untyped-call]

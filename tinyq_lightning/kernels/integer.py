@@ -70,7 +70,7 @@ def integer_product(x: Tensor, int8_weights: Tensor, scales: Tensor, method: Met
     """
     integers, step = quantize_rows_to_steps(x.reshape(-1, x.shape[-1]), method.steps)
     sums = torch._int_mm(integer_digits(integers, method.digits), int8_weights.t()).to(x.dtype)
-    low, *higher = sums.chunk(method.digits)
+    low, *higher = sums.view(method.digits, integers.shape[0], -1).unbind()  # dynamic shapes: no chunks
     for place, part in enumerate(higher, 1):
         low = low + part * 256.0**place
     return (low * scales * step).view(*x.shape[:-1], int8_weights.shape[0])

@@ -8,6 +8,15 @@ from tinyq_lightning.layers.kinds import KINDS, has_inner_layers, is_replaceable
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear, W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
 from tinyq_lightning.layers.matrix import Int8Matrix, MatrixKind, MatrixPlace, bare_matrix
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
+from tinyq_lightning.layers.recurrent import (
+    QuantizedGRU,
+    QuantizedGRUCell,
+    QuantizedLSTM,
+    QuantizedLSTMCell,
+    QuantizedRecurrent,
+    QuantizedRNN,
+    QuantizedRNNCell,
+)
 
 __all__ = [
     "KINDS",
@@ -20,9 +29,16 @@ __all__ = [
     "MatrixPlace",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
+    "QuantizedGRU",
+    "QuantizedGRUCell",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
     "QuantizedLayer",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
+    "QuantizedRNN",
+    "QuantizedRNNCell",
+    "QuantizedRecurrent",
     "ScaledQuantizedEmbedding",
     "W8A8LinearLayer",
     "W8A16LinearLayer",

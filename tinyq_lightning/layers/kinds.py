@@ -22,6 +22,7 @@ from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tenso
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
 from tinyq_lightning.layers.matrix import MatrixKind
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
+from tinyq_lightning.layers.recurrent_kind import RecurrentKind
 from tinyq_lightning.layers.why_float import (
     why_holds_more,
     why_more_than,
@@ -148,6 +149,7 @@ KINDS: tuple[Kind, ...] = (
     ConvKind(),
     EmbeddingKind(),
     EmbeddingBagKind(),
+    RecurrentKind(),
     LikeLinearKind(),
     MatrixKind(),
 )

@@ -22,6 +22,7 @@ from tinyq_lightning.kernels import (
     choose_kernel,
     in_jit_trace,
     in_transform,
+    is_exporting,
     packed_linear,
     quantized_linear,
     takes_integers,
@@ -197,8 +198,11 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _takes_integers(self, device: str) -> bool:
-        chosen = self._choice_on(device).kernel
-        return device == "cpu" and chosen.startswith("int8") and takes_integers(self.in_features)
+        if device != "cpu" or not takes_integers(self.in_features):
+            return False
+        # An exported program may run on a processor whose product saturates, so it takes the product if asked for.
+        asked = wanted_kernel(self.kernel) == "int8"
+        return self._choice_on(device).kernel.startswith("int8") and (asked or not is_exporting())
 
     def _part(self, rows: slice) -> QuantizedLinear:
         """A layer of some of the rows."""

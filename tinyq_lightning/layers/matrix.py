@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from tinyq_lightning.errors import ReadOnlyWeightError
+from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
+from tinyq_lightning.kernels import quantize_per_row
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize
 from tinyq_lightning.layers.why_float import why_weight
@@ -28,18 +29,35 @@ __all__ = [
 class Int8Matrix(Int8Weight):
     """A parameter of two dimensions or more as codes, with one scale for each row of ``[-1, last dimension]``.
 
-    It is a child of the module that had the parameter, under the parameter's name; see :class:`MatrixPlace`.
+    It is a child of the module that had the parameter, which reads its values under the parameter's name; so do
+    state dicts, as ``<parameter>.int8_weights`` and ``<parameter>.scales``. See :class:`MatrixPlace`.
 
     Args:
+        parameter: the name of the parameter.
         size: of the parameter.
         dtype: of what is read.
         device: where it lives.
     """
 
-    def __init__(self, size: WeightSize, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, parameter: str, size: WeightSize, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
         super().__init__(size.rows, size.count // size.rows, dtype, device)
         self.int8_weights = self.int8_weights.view(size.shape)
-        self.shape = size.shape
+        self.shape, self.parameter = size.shape, parameter
+
+    @override
+    def quantize(self, weight: Tensor) -> Self:
+        if weight.shape != self.shape:
+            raise ModelError(f"{self.parameter} has the shape {list(self.shape)}, got {list(weight.shape)}")
+        with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
+            codes, self.scales = quantize_per_row(weight.reshape(-1, self.shape[-1]))
+            self.int8_weights = codes.view(self.shape)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        stem = prefix.removesuffix(f"{child_name(self.parameter)}.")
+        super()._save_to_state_dict(destination, prefix if stem == prefix else f"{stem}{self.parameter}.", keep_vars)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows in the brackets."""
@@ -49,9 +67,14 @@ class Int8Matrix(Int8Weight):
 class BareMatrix(nn.Module):
     """Stands for a parameter that no layer has, as its ``weight``."""
 
-    def __init__(self, parameter: nn.Parameter) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
         super().__init__()
-        self.weight = parameter
+        self.name, self.weight = name, parameter
+
+
+def child_name(parameter: str) -> str:
+    """What the child is called that holds the codes of a parameter: torch finds modules by reading attributes."""
+    return f"{parameter}_codes"
 
 
 def bare_matrix(module: nn.Module, name: str) -> Candidate:
@@ -59,11 +82,12 @@ def bare_matrix(module: nn.Module, name: str) -> Candidate:
     parameter = module._parameters[name]
     assert parameter is not None
     why = why_weight(module, name)
-    if why is None and hasattr(type(module), name):
-        why = f"{type(module).__name__} has an attribute {name} of its own"
+    taken = [each for each, there in ((name, type(module)), (child_name(name), module)) if hasattr(there, each)]
+    if why is None and taken:
+        why = f"{type(module).__name__} has an attribute {taken[0]} of its own"
     if isinstance(module, torch.jit.ScriptModule):
         why = "it is in a module of TorchScript"
-    return Candidate(MatrixKind(), BareMatrix(parameter).train(module.training), {"weight": (module, name)}, why)
+    return Candidate(MatrixKind(), BareMatrix(name, parameter).train(module.training), {"weight": (module, name)}, why)
 
 
 class MatrixKind(Kind):
@@ -90,11 +114,11 @@ class MatrixKind(Kind):
 
     @override
     def make(self, layer: Any, codes: Mapping[str, Int8Weight], method: str, kernel: KernelName) -> Int8Matrix:
-        return Int8Matrix(self.sizes(layer)["weight"], layer.weight.dtype, "meta").share(codes["weight"])
+        return Int8Matrix(layer.name, self.sizes(layer)["weight"], layer.weight.dtype, "meta").share(codes["weight"])
 
     @override
     def make_empty(self, layer: Any, method: str, kernel: KernelName) -> Int8Matrix:
-        return Int8Matrix(self.sizes(layer)["weight"], layer.weight.dtype, layer.weight.device)
+        return Int8Matrix(layer.name, self.sizes(layer)["weight"], layer.weight.dtype, layer.weight.device)
 
 
 @dataclass(frozen=True)
@@ -117,41 +141,48 @@ class MatrixPlace:
         """Have the module read the dequantized values of an :class:`Int8Matrix`; of anything else, its parameter."""
         if isinstance(layer, Int8Matrix):
             self.module._parameters.pop(self.name, None)
-            self.module._modules[self.name] = layer
+            self.module._modules[child_name(self.name)] = layer
         else:
-            self.module._modules.pop(self.name, None)
+            self.module._modules.pop(child_name(self.name), None)
             held = {**self.module._parameters, self.name: self.parameter}
             self.module._parameters.clear()
             known = [name for name in self.order if name in held]
             self.module._parameters.update({name: held[name] for name in (*known, *(held.keys() - set(known)))})
-        read = tuple(name for name, child in self.module._modules.items() if isinstance(child, Int8Matrix))
+        read = tuple(child.parameter for child in self.module._modules.values() if isinstance(child, Int8Matrix))
         base: Any = getattr(type(self.module), "_reads_codes_of", type(self.module))
         self.module.__class__ = _reading(base, read) if read else base
 
 
 @cache
 def _reading(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass whose attributes ``names`` give the values of the children of these names."""
+    """A subclass whose attributes ``names`` give the values of the children that hold their codes."""
 
     def refuse(self: nn.Module, name: str, value: Any) -> None:
-        if isinstance(self.__dict__.get("_modules", {}).get(name), Int8Matrix):
+        if name in names and child_name(name) in vars(self).get("_modules", {}):
             raise ReadOnlyWeightError(
                 f"{name} of {base.__name__} is a read-only view of int8 codes: assign before quantizing, or call "
-                f".quantize(values) on the child of that name"
+                f".{child_name(name)}.quantize(values)"
             )
         base.__setattr__(self, name, value)
+
+    def load(self: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in names:
+            for key in [key for key in state_dict if key.startswith(f"{prefix}{name}.")]:
+                renamed = f"{prefix}{child_name(name)}.{key.removeprefix(f'{prefix}{name}.')}"
+                state_dict[renamed] = state_dict.pop(key)
+        base._load_from_state_dict(self, state_dict, prefix, *args)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _rebuilt, (base, names), vars(self)
 
     content: dict[str, Any] = {name: property(partial(_read, base, name)) for name in names}
-    content |= {"__setattr__": refuse, "__reduce_ex__": reduce, "_reads_codes_of": base}
+    content |= {"__setattr__": refuse, "__reduce_ex__": reduce, "_load_from_state_dict": load, "_reads_codes_of": base}
     content |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), content)
 
 
 def _read(base: type[nn.Module], name: str, module: nn.Module) -> Tensor:
-    child = module._modules.get(name)
+    child = module._modules.get(child_name(name))
     if isinstance(child, Int8Matrix):
         return child.weight
     return base.__getattr__(module, name)  # type: ignore[return-value]

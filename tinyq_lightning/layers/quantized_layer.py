@@ -47,6 +47,10 @@ class QuantizedLayer(nn.Module):
         """What holds the codes of each weight, by the name that the weight has in the float layer."""
         raise NotImplementedError
 
+    def code_places(self) -> Mapping[str, tuple[nn.Module, str]]:
+        """The module and the buffer that hold the codes of each weight, by the name of the weight."""
+        return {name: (holder, "int8_weights") for name, holder in self.coded_weights().items()}
+
     def with_method(self, method: str) -> QuantizedLayer:
         """A layer that holds its activations by another of its kind's methods and shares this layer's tensors."""
         if method != self.method:

@@ -86,7 +86,28 @@ def why_more_than_forward(module: nn.Module) -> str | None:
         saved: dict[str, Any] = {}
         module._save_to_state_dict(saved, "", False)
         own -= {"_save_to_state_dict"} if saved.keys() <= {"weight", "bias"} else set()
+    if "_load_from_state_dict" in own and _loads_as_it_is(module):
+        own -= {"_load_from_state_dict"}
     return f"{kind.__name__} adds {', '.join(sorted(own))} to what nn.Linear has" if own else None
+
+
+def _loads_as_it_is(module: nn.Module) -> bool:
+    """Whether a module takes weight and bias out of a state dict as they are: tried on a small one of its class."""
+    twin = object.__new__(type(module))
+    nn.Module.__init__(twin)
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+    vars(twin).update(plain)
+    shapes = {"weight": (3, 2), "bias": (3,)}
+    names = [name for name, value in module._parameters.items() if value is not None]
+    state = {name: torch.ones(shapes[name]) for name in names}
+    for name in module._parameters:
+        twin.register_parameter(name, nn.Parameter(torch.zeros(shapes[name])) if name in names else None)
+    try:
+        told = twin.load_state_dict(state, strict=False)
+    except Exception:  # whatever its own way may raise
+        return False
+    loaded = all(torch.equal(twin.get_parameter(name), state[name]) for name in names)
+    return loaded and not told.missing_keys and not told.unexpected_keys
 
 
 def why_more_than(module: nn.Module, base: Any) -> str | None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tinyq_lightning.kernels import Choice
 from tinyq_lightning.plan.coverage import Coverage, HeldWeight, coverage_of
-from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Rule, RuleBy, wanted_method
+from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Rule, RuleBy, deciding_rule, wanted_method
 from tinyq_lightning.table import Table, format_bytes
 
 __all__ = [
@@ -144,10 +144,12 @@ class Plan:
             if decision.measured and (wanted.method, wanted.reason) != (decision.method, decision.reason):
                 pattern, by = f"re:{re.escape(decision.name)}", cast("RuleBy", decision.decided_by)
                 changed.append(Rule(pattern, decision.method, decision.reason, by))
+        if not changed:
+            return spec
         numbered = (replace(rule, reason=rule.reason or f"rule {i + 1}") for i, rule in enumerate(spec.rules))
-        taken = {decision.reason.rpartition("; ")[0] if decision.asked else decision.reason for decision in self}
-        rules = spec.rules if not changed else tuple(rule for rule in numbered if rule.reason in taken)
-        return replace(spec, rules=(*changed, *rules))
+        spec = replace(spec, rules=(*changed, *numbered))
+        deciding = {deciding_rule(spec, (decision.name, *decision.aliases)) for decision in self}
+        return replace(spec, rules=tuple(rule for i, rule in enumerate(spec.rules) if i in deciding))
 
     def to_list(self) -> list[dict[str, Any]]:
         """The decisions as plain data, without kernels, which depend on the machine, and why it was decided."""
@@ -208,12 +210,22 @@ class Plan:
 
 
 def state_bytes(state_dict: Mapping[str, Any]) -> int:
-    """Bytes of the tensors of a state dict, those that are shared counted once; of a sparse one, of its values."""
+    """Bytes of the tensors of a state dict, those that are shared counted once; of a sparse one, with its indices."""
     tensors: dict[Any, int] = {}
     for value in state_dict.values():
         if isinstance(value, Tensor):
             held = value.layout == torch.strided and not is_traceable_wrapper_subclass(value)
             place = (value.untyped_storage()._cdata, value.storage_offset()) if held else id(value)
-            count = value._nnz() if value.layout == torch.sparse_coo else value.numel()
-            tensors[place] = count * value.element_size()
+            tensors[place] = sum(part.numel() * part.element_size() for part in _parts(value))
     return sum(tensors.values())
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The dense tensors that a sparse one consists of; another tensor itself."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)

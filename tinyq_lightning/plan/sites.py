@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from tinyq_lightning.layers import (
     Candidate,
+    Int8Matrix,
     Kind,
     MatrixPlace,
     QuantizedLayer,
@@ -232,8 +233,9 @@ def _sites_of(found: _Found) -> Iterator[Site]:
     fused = [each for each in layers.values() if each.activation_relu_or_gelu]
     encoder_layers = tuple((each, each.activation_relu_or_gelu) for each in fused)
     if isinstance(module, QuantizedLayer):
-        weights = {name: (holder, "int8_weights") for name, holder in module.coded_weights().items()}
-        yield Site(kind, module, module, names, places, weights)
+        if isinstance(module, Int8Matrix):  # users know it by the name of the parameter
+            names = tuple(f"{name.rpartition('.')[0]}.{module.parameter}".removeprefix(".") for name in names)
+        yield Site(kind, module, module, names, places, module.code_places())
         return
     closed = next((why for parent, _ in found.parents if (why := why_closed(parent))), None)
     candidates = list(kind.candidates(module, closed))

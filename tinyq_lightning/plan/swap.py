@@ -71,12 +71,14 @@ class Swap:
         """
         other = copy.copy(self)
         other._pairs = []
+        of_all_methods = {site.name for site, _ in self._pairs if _takes_all_methods(site)}
         decisions = {decision.name: decision for decision in self.plan}
         for site, layer in self._pairs:
             decision = decisions[site.name]
             source = next((name for name in (site.name, *site.tied) if name in changes), None)
             if source is not None:
-                decision = _switched(site, decision, source, changes[source], decided_by)
+                partner = next((name for name in site.tied if name in of_all_methods), source)
+                decision = _switched(site, decision, partner, changes[source], decided_by)
                 if decision.method != "float":
                     layer = layer.with_method(decision.method)
                     decision = replace(decision, kernel=layer.choice)
@@ -148,13 +150,17 @@ class Swap:
         self.take_out()
 
 
-def _switched(site: Site, decision: Decision, source: str, change: tuple[str, str], by: DecidedBy) -> Decision:
+def _takes_all_methods(site: Site) -> bool:
+    return set(site.methods) == set(METHODS)
+
+
+def _switched(site: Site, decision: Decision, partner: str, change: tuple[str, str], by: DecidedBy) -> Decision:
     """The decision on a layer for which another method is found better, or for one that shares its weight."""
     method, reason = change
-    if source != site.name and set(site.methods) != set(METHODS):
+    if partner != site.name and not _takes_all_methods(site):
         if method != "float":
             return decision  # it keeps the method that its kind has
-        by, reason = "tie", f"tied to {source}.weight ({reason})"
+        by, reason = "tie", f"tied to {partner}.weight ({reason})"
     changed = replace(decision, method=method, reason=reason, asked=None, decided_by=by)
     if method == "float":
         return replace(changed, weight_sqnr_db=None, bytes=decision.float_bytes, kernel=None)

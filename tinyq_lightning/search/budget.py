@@ -15,8 +15,8 @@ from tinyq_lightning.spec import Budget
 __all__ = [
     "LADDER",
     "SIGNAL_COST",
-    "Candidate",
     "Search",
+    "SearchedLayer",
     "Trial",
     "evaluation_limit",
     "loses",
@@ -40,7 +40,7 @@ Changes = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SearchedLayer:
     """A quantized layer as the search sees it.
 
     Attributes:
@@ -130,7 +130,7 @@ def evaluation_limit(layers: int) -> int:
 
 
 def search(
-    layers: Sequence[Candidate],
+    layers: Sequence[SearchedLayer],
     budget: Budget,
     float_value: float,
     value: float,
@@ -170,7 +170,7 @@ class _StopError(Exception):
 class _Searcher:
     def __init__(
         self,
-        layers: Sequence[Candidate],
+        layers: Sequence[SearchedLayer],
         budget: Budget,
         float_value: float,
         measure: Callable[[Changes], float],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tinyq_lightning.layers import QuantizedLayer, first_tensor, kind_of
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.budget import LADDER
-from tinyq_lightning.search.timer import brief, timed
+from tinyq_lightning.search.timer import brief, evaluating, timed
 
 __all__ = [
     "SIGNAL_BATCHES",
@@ -95,12 +95,12 @@ class _Watch:
         self._failure: str | None = None
 
     def look(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """A forward hook: run the float layer, and the quantized one by every method, on the inputs given."""
+        """A forward hook: run the float layer, and the quantized one by every method, in eval mode on the inputs."""
         if torch.compiler.is_compiling():
             self._failure = "it was called in a compiled graph"
             return
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self._module, *self._layers.values()):
                 self._measure(first_tensor(args, kwargs), args, kwargs)
         except Exception as error:  # of any kind: it must not reach the user's loop, which did nothing wrong
             self._failure = brief(error)

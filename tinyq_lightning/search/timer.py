@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import median, quantiles
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 __all__ = [
     "BatchTimes",
     "Run",
     "Timing",
     "brief",
+    "evaluating",
     "time_in_turns",
     "timed",
 ]
@@ -37,6 +40,24 @@ class Timing(NamedTuple):
 
     float_ms: float
     ms: float
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Context manager in which modules are in eval mode, and everything below them; then in the modes they had.
+
+    A layer that is not in the model at present may be in another mode than the model. In training mode a recurrent
+    layer drops values at random, and a spectral norm changes.
+    """
+    below = [each for module in modules for each in module.modules()]
+    modes = [each.training for each in below]
+    try:
+        for each in below:
+            each.training = False
+        yield
+    finally:
+        for each, mode in zip(below, modes, strict=True):
+            each.training = mode
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from tinyq_lightning.layers import QuantizedLayer, QuantizedLinear, kind_of, methods_of
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.layer_calls import Call, counted_calls, representative
-from tinyq_lightning.search.timer import Run, Timing, brief, time_in_turns, timed
+from tinyq_lightning.search.timer import Run, Timing, brief, evaluating, time_in_turns, timed
 
 __all__ = [
     "ROUNDS",
@@ -189,7 +190,7 @@ def _shape(layer: QuantizedLayer) -> Shape:
 
 
 def time_call(layers: Sequence[tuple[nn.Module, QuantizedLayer]], call: Call) -> Timing:
-    """Median milliseconds of one call, of the float and of the quantized layer, in inference mode.
+    """Median milliseconds of one call, of the float and of the quantized layer, in eval and inference mode.
 
     Float and int8 take turns call by call, and so do the layers. A busy machine distorts neither: the time
     to spend is processor time, a median of short calls leaves out the few that were interrupted, and what
@@ -200,6 +201,11 @@ def time_call(layers: Sequence[tuple[nn.Module, QuantizedLayer]], call: Call) ->
         layers: of one shape, float and quantized.
         call: what they are called with; ``device`` is where they are timed.
     """
+    with evaluating(*chain.from_iterable(layers)):
+        return _time_call(layers, call)
+
+
+def _time_call(layers: Sequence[tuple[nn.Module, QuantizedLayer]], call: Call) -> Timing:
     with torch.inference_mode(False), torch.no_grad():  # what a layer keeps from its first call must outlast this
         inputs = _inputs(layers[0][1], call)
         pairs = [_runs(*layers[0], inputs, call)]

@@ -15,7 +15,9 @@ from tinyq_lightning.trainer.methods_run import Measured, MethodsRun
 from tinyq_lightning.trainer.quantized_start import QuantizedStart
 from tinyq_lightning.trainer.ranks import refuse_sharding, write_on_rank_zero
 from tinyq_lightning.trainer.results import Results, compare, numbers
+from tinyq_lightning.trainer.saving import save_quantized
 from tinyq_lightning.trainer.test_run import TestRun, at_test_epoch_end, forget_test_start, note_test_start
+from tinyq_lightning.trainer.validated import WatchesValidation
 
 __all__ = [
     "FloatWeights",
@@ -24,6 +26,7 @@ __all__ = [
     "QuantizedStart",
     "Results",
     "TestRun",
+    "WatchesValidation",
     "at_test_epoch_end",
     "check_before_fit",
     "check_budget",
@@ -38,6 +41,7 @@ __all__ = [
     "refuse_sharding",
     "registered",
     "return_to_main_process",
+    "save_quantized",
     "step_after_run",
     "tell_of_interrupt",
     "tested_weights",

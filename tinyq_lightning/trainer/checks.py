@@ -40,7 +40,7 @@ _SANITY_CHECK_ADVICE = ". This was the sanity check: if the metric is logged onl
 
 def check_before_fit(
     trainer: Trainer, module: LightningModule, spec: QuantizationSpec, monitor: str | None, save: bool
-) -> None:
+) -> list[str]:
     """Refuse before training what could not be quantized, measured or saved after it.
 
     Args:
@@ -49,6 +49,9 @@ def check_before_fit(
         spec: one method or several.
         monitor: metric that selects a ModelCheckpoint, or None.
         save: whether a file is to be written.
+
+    Returns:
+        The hyper-parameters that the file cannot hold, by their names in the file; a warning has told of them.
 
     Raises:
         SpecError: a pattern or ``monitor`` names nothing, or the folder cannot be written to.
@@ -68,7 +71,8 @@ def check_before_fit(
         for each in spec.each():
             _refuse_missing_weights(each, module, state_dict)
         write_on_rank_zero(trainer, partial(_check_target, trainer, spec))
-        _check_hyper_parameters(trainer, module)
+        return _check_hyper_parameters(trainer, module)
+    return []
 
 
 def _refuse_missing_weights(spec: QuantizationSpec, module: LightningModule, state_dict: Mapping[str, Any]) -> None:
@@ -111,27 +115,32 @@ def _check_target(trainer: Trainer, spec: QuantizationSpec) -> None:
         )
 
 
-def _check_hyper_parameters(trainer: Trainer, module: LightningModule) -> None:
-    """Warn about hyper-parameters that the quantized file cannot hold.
+def _check_hyper_parameters(trainer: Trainer, module: LightningModule) -> list[str]:
+    """Warn about hyper-parameters that the quantized file cannot hold, and return their names in it.
 
     Raises:
         ModelError: they cannot be resolved.
     """
-    for owner in (module, trainer.datamodule):  # type: ignore[attr-defined]
+    told: list[str] = []
+    owners = {"hyper_parameters": module, "datamodule_hyper_parameters": trainer.datamodule}  # type: ignore[attr-defined]
+    for entry, owner in owners.items():
         name, dropped = type(owner).__name__, list[str]()
         try:
-            typed_entries(vars(owner).get("_hparams", {}) if owner is not None else {}, name, dropped, [])
+            typed_entries(vars(owner).get("_hparams", {}) if owner is not None else {}, entry, dropped, [])
         except Exception as error:  # of OmegaConf, or of a value's own class
             raise ModelError(
                 f"the hyper-parameters of {name} cannot be resolved, so no checkpoint could hold them: "
                 f"{type(error).__name__}: {error}"
             ) from error
         if dropped:
+            names = ", ".join(name + each.removeprefix(entry) for each in dropped)
             rank_zero_warn(
                 f"TinyQ: the quantized checkpoint holds plain data only, so it will not have these hyper-parameters: "
-                f"{', '.join(dropped)}. Pass them as init arguments when loading it, or keep them out of "
+                f"{names}. Pass them as init arguments when loading it, or keep them out of "
                 "save_hyperparameters(ignore=[...])"
             )
+        told += dropped
+    return told
 
 
 def why_never_validated(trainer: Trainer, module: LightningModule) -> str | None:

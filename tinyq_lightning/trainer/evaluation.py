@@ -19,7 +19,16 @@ from tinyq_lightning.plan import Swap
 from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
 from tinyq_lightning.trainer.checks import checkpoint_callbacks, why_never_validated
-from tinyq_lightning.trainer.inner_trainer import Stage, inner_trainer, quiet, shadowed, state_roots
+from tinyq_lightning.trainer.inner_trainer import (
+    Moment,
+    Stage,
+    do_nothing,
+    inner_trainer,
+    nothing_saved,
+    quiet,
+    shadowed,
+    state_roots,
+)
 from tinyq_lightning.trainer.isolation import Snapshot
 from tinyq_lightning.trainer.results import directions, numbers
 
@@ -181,6 +190,7 @@ def run_evaluation(
     batches: int | None = None,
     start: Snapshot | None = None,
     swap: Swap | None = None,
+    moment: Moment | None = None,
 ) -> Evaluation:
     """What the user's loop logs on the weights that ``module`` holds now.
 
@@ -196,6 +206,7 @@ def run_evaluation(
             None: as many as the user's Trainer takes.
         start: begin with this former state instead of the present one.
         swap: layers to put in for the loop; None: those that are in the module then.
+        moment: the epoch and step that the loop is told; None: those of the user's Trainer now.
 
     Returns:
         What was logged, and how long it took; the same on every process, for them to decide alike.
@@ -208,12 +219,12 @@ def run_evaluation(
     loaders = CombinedLoader(combined.iterables, combined._mode)
     known = dict(trainer.callback_metrics) if stage == "validate" else {}
     watch = _Watch(module, stage, known, batches is not None)
-    inner = inner_trainer(trainer, watch, stage, batches)
+    inner = inner_trainer(trainer, watch, stage, batches, moment)
     data: dict[str, Any] = {"dataloaders": loaders}
-    shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, _nothing))]
+    shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, do_nothing))]
     if (datamodule := _datamodule(trainer)) is not None:  # for its transfer hooks, and for `self.trainer.datamodule`
         data = {"datamodule": datamodule}
-        hooks = dict.fromkeys(_DATA_SETUP_HOOKS, _nothing)
+        hooks = dict.fromkeys(_DATA_SETUP_HOOKS, do_nothing)
         asked = "val_dataloader" if stage == "validate" else "test_dataloader"
         shadows.append((datamodule, {**hooks, asked: lambda: loaders, "trainer": inner}))
     # hooks that run before the first batch may put other weights in, and the loop may end before those that undo it
@@ -223,6 +234,7 @@ def run_evaluation(
         shadowed(shadows),
         swap or nullcontext(),
         quiet(),
+        nothing_saved(),
         torch.inference_mode(False),
     ):
         try:
@@ -320,7 +332,3 @@ def _combined_loader(trainer: Trainer, stage: Stage) -> CombinedLoader | None:
 
 def _flat(combined: CombinedLoader | None) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None

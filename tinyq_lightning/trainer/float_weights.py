@@ -13,8 +13,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import CheckpointError
-from tinyq_lightning.file import HookView, file_sha256, stem_of, why_not_writable, without_training_entries
+from tinyq_lightning.file import HookView, file_exists, file_sha256, stem_of, why_not_writable, without_training_entries
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
+from tinyq_lightning.trainer.inner_trainer import Moment
 
 __all__ = [
     "FloatWeights",
@@ -52,6 +53,14 @@ class FloatWeights:
     def sha256(self) -> str | None:
         """Digest of the checkpoint file; None if there is none."""
         return None if self.path is None else file_sha256(self.path)
+
+    def moment(self, trainer: Trainer) -> Moment:
+        """The epoch and step that these weights were saved in; of the current ones, the last of the fit."""
+        last = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # the fit has counted past it
+        epoch, step = (self.checkpoint.get(name) for name in ("epoch", "global_step"))
+        return Moment(
+            min(last, epoch) if isinstance(epoch, int) else last, step if isinstance(step, int) else trainer.global_step
+        )
 
     def load_into(self, trainer: Trainer, module: LightningModule) -> None:
         """Load them as Lightning would, ``on_load_checkpoint`` included; do nothing if the module holds them."""
@@ -123,7 +132,7 @@ def _best_or_last(trainer: Trainer, wanted: str, monitor: str | None) -> tuple[s
     )
     for keeper in keepers:
         path = getattr(keeper, f"{wanted}_model_path", "")
-        if path and _exists(path):
+        if path and file_exists(path):
             by = f" ({keeper.monitor})" if wanted == "best" and keeper.monitor else ""
             kind = "latest" if wanted == "best" and not by else wanted
             return path, f"{kind} checkpoint{by}"
@@ -170,8 +179,3 @@ def _version(path: str) -> object:
         return None
     info = fs.info(location)
     return (info["mtime"], info["size"], info.get("ino")) if "mtime" in info else info
-
-
-def _exists(path: str) -> bool:
-    fs, location = fsspec.core.url_to_fs(path)
-    return bool(fs.exists(location))

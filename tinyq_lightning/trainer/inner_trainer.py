@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
@@ -20,8 +23,11 @@ from tinyq_lightning.trainer.ranks import JoinedDDPStrategy
 from tinyq_lightning.trainer.state import package_of
 
 __all__ = [
+    "Moment",
     "Stage",
+    "do_nothing",
     "inner_trainer",
+    "nothing_saved",
     "quiet",
     "shadowed",
     "state_roots",
@@ -36,7 +42,21 @@ _PREFIX = {"validate": "on_validation", "test": "on_test"}
 _MISSING = object()
 
 
-def inner_trainer(trainer: Trainer, watch: Callback, stage: Stage, batches: int | None) -> Trainer:
+class Moment(NamedTuple):
+    """A moment of a fit.
+
+    Attributes:
+        epoch: what ``current_epoch`` was.
+        step: what ``global_step`` was.
+    """
+
+    epoch: int
+    step: int
+
+
+def inner_trainer(
+    trainer: Trainer, watch: Callback, stage: Stage, batches: int | None, moment: Moment | None
+) -> Trainer:
     """A Trainer that runs a loop of ``trainer`` again: same precision, limits, processes; nothing written or shown.
 
     What a module may ask its Trainer for is that of the user's: epochs, optimizers, loggers' names and folders,
@@ -48,6 +68,7 @@ def inner_trainer(trainer: Trainer, watch: Callback, stage: Stage, batches: int 
         watch: a callback of ours.
         stage: which loop.
         batches: at most so many of each dataloader; None: as many as the user's Trainer takes.
+        moment: the epoch and step that it tells; None: those of the user's Trainer.
     """
     limit_name = "limit_val_batches" if stage == "validate" else "limit_test_batches"
     limit = getattr(trainer, limit_name)
@@ -76,7 +97,7 @@ def inner_trainer(trainer: Trainer, watch: Callback, stage: Stage, batches: int 
             use_distributed_sampler=False,  # the loaders have theirs already
             default_root_dir=trainer.default_root_dir,
         )
-    inner.outer = trainer
+    inner.outer, inner.moment = trainer, moment
     for name, value in vars(trainer).items():  # settings, and what users put there
         if name not in vars(inner) or type(value) in (bool, int, float, str, type(None)):
             vars(inner)[name] = value
@@ -88,17 +109,29 @@ def inner_trainer(trainer: Trainer, watch: Callback, stage: Stage, batches: int 
 
 
 class _SilentTrainer(Trainer):
-    """Says of the files of a run what the user's Trainer says."""
+    """Says of a run's files, and of how far it has come, what the user's Trainer says, or said at a moment."""
 
     outer: Trainer
+    moment: Moment | None
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self.fit_loop = self.outer.fit_loop  # only now: attaching data to a Trainer empties its loops
         return super()._run(*args, **kwargs)
 
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is saved: the file that the user's hooks name holds what the fit gave."""
+
     @property
     def log_dir(self) -> str | None:
         return self.outer.log_dir
+
+    @property
+    def current_epoch(self) -> int:
+        return self.moment.epoch if self.moment else super().current_epoch
+
+    @property
+    def global_step(self) -> int:
+        return self.moment.step if self.moment else super().global_step
 
 
 class _SilentLogger(DummyLogger):
@@ -133,7 +166,7 @@ class _SilentLogger(DummyLogger):
         if name.startswith("_"):
             raise AttributeError(name)
         value = getattr(self._logger, name)
-        return value if isinstance(value, str | int | float | os.PathLike) or value is None else _nothing
+        return value if isinstance(value, str | int | float | os.PathLike) or value is None else do_nothing
 
 
 def state_roots(trainer: Trainer, module: LightningModule) -> list[object]:
@@ -153,7 +186,7 @@ def _callbacks(trainer: Trainer, stage: Stage, watch: Callback) -> Iterator[Call
         if index == min(ours, default=0):
             yield watch
         kept = _PREFIX[stage] if _changes_batches(callback, stage) else "no hook"
-        muted = {name: _nothing for name in _HOOKS if not name.startswith(kept)}
+        muted = {name: do_nothing for name in _HOOKS if not name.startswith(kept)}
         with suppress(TypeError):  # a class that cannot be derived from
             copied: Any = object.__new__(type(type(callback).__name__, (type(callback),), muted))
             vars(copied).update({name: value for name, value in vars(callback).items() if name not in muted})
@@ -173,8 +206,8 @@ def _changes_batches(callback: Callback, stage: Stage) -> bool:
     )
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def do_nothing(*args: Any, **kwargs: Any) -> None:
+    """What stands for a hook or a method that must not run."""
 
 
 @contextmanager
@@ -191,6 +224,7 @@ def _without_settings_of_the_environment() -> Iterator[None]:
 @contextmanager
 def shadowed(shadows: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
     """Set attributes on instances inside the block, over those of their class."""
+    shadows = list(shadows)
     before = [(owner, {name: vars(owner).get(name, _MISSING) for name in names}) for owner, names in shadows]
     for owner, names in shadows:
         vars(owner).update(names)
@@ -203,6 +237,29 @@ def shadowed(shadows: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[None]:
                     vars(owner).pop(name, None)
                 else:
                     vars(owner)[name] = value
+
+
+@contextmanager
+def nothing_saved() -> Iterator[None]:
+    """No weights are written to disk inside the block, by ``torch.save`` or safetensors.
+
+    Hooks of the user's that keep the best weights in files would put quantized ones there.
+    """
+    writers = [(torch, "save"), (sys.modules.get("safetensors.torch"), "save_file")]
+    present = [(owner, name) for owner, name in writers if owner is not None]
+    with shadowed((owner, {name: _unless_to_path(getattr(owner, name))}) for owner, name in present):
+        yield
+
+
+def _unless_to_path(save: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, except that it does nothing where the second argument is a path."""
+
+    @functools.wraps(save)
+    def saved(*args: Any, **kwargs: Any) -> Any:
+        target = args[1] if len(args) > 1 else kwargs.get("f", kwargs.get("filename"))
+        return None if isinstance(target, str | os.PathLike) else save(*args, **kwargs)
+
+    return saved
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +17,9 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from tinyq_lightning.trainer.held import is_frame
 from tinyq_lightning.trainer.state import class_state, package_of, state_of
-from tinyq_lightning.trainer.values import CONSTANTS, is_written
+from tinyq_lightning.trainer.values import CONSTANT_TYPES, is_written
 
 __all__ = [
     "Snapshot",
@@ -66,22 +68,25 @@ class Snapshot:
         with torch.inference_mode(False), torch.no_grad(), _without_garbage_collection():
             while pending:
                 value, name, is_data = pending.pop()
-                if type(value) not in CONSTANTS and id(value) not in self._seen:
+                if type(value) not in CONSTANT_TYPES and id(value) not in self._seen:
                     is_data = is_data or isinstance(value, Dataset | DataLoader)
                     self._seen[id(value)] = value, name, is_data
                     parts = self._keep(value, name, is_data, weights)
-                    pending += [(part, f"{name}{way}", is_data) for way, part in parts if type(part) not in CONSTANTS]
+                    pending += [
+                        (part, f"{name}{way}", is_data) for way, part in parts if type(part) not in CONSTANT_TYPES
+                    ]
 
     def _keep(self, value: object, name: str, is_data: bool, weights: bool) -> Iterator[tuple[str, object]]:
         """Note the state of one object, and give what hangs on it."""
-        if is_data and (isinstance(value, Tensor | np.ndarray) or _size(value) > _DATA_ITEMS):
+        if is_data and (isinstance(value, Tensor | np.ndarray) or is_frame(value) or _size(value) > _DATA_ITEMS):
             return
-        if (state := state_of(value, weights)) is None:
+        if (state := state_of(value, weights)) is not None:
+            (self._written if is_written(value) else self._restores).append((name, state.restore))
+            yield from state.parts
+        elif not isinstance(value, type):
             return
-        (self._written if is_written(value) else self._restores).append((name, state.restore))
-        yield from state.parts
-        for kind in () if is_data else type(value).__mro__:
-            if id(kind) not in self._seen and _is_users(kind):
+        for kind in () if is_data else _classes_of(value):
+            if (kind is value or id(kind) not in self._seen) and _is_users(kind):
                 self._seen[id(kind)] = kind, kind.__name__, False
                 of_class = class_state(kind)
                 self._restores.append((kind.__name__, of_class.restore))
@@ -115,6 +120,14 @@ def _without_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _classes_of(value: object) -> Iterator[type]:
+    """The classes of an object, or a class and those it inherits from, with the classes of these classes."""
+    for kind in inspect.getmro(value if isinstance(value, type) else type(value)):
+        yield kind
+        if type(kind) is not type:
+            yield from inspect.getmro(type(kind))
 
 
 def _size(value: object) -> int:

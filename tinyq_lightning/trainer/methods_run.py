@@ -20,10 +20,10 @@ from tinyq_lightning.plan import Plan, Swap, state_bytes
 from tinyq_lightning.search import (
     LADDER,
     SIGNAL_BATCHES,
-    Candidate,
     Changes,
     LayerError,
     Search,
+    SearchedLayer,
     Stopwatch,
     evaluation_limit,
     loses,
@@ -39,6 +39,8 @@ from tinyq_lightning.trainer.evaluation import (
     run_evaluation,
     why_no_validation,
 )
+from tinyq_lightning.trainer.float_weights import FloatWeights
+from tinyq_lightning.trainer.validated import ValidatedWeights
 
 __all__ = [
     "Measured",
@@ -92,6 +94,8 @@ class MethodsRun:
         trainer: the user's, at the end of a fit.
         module: the user's.
         spec: one method or several.
+        source: the weights that the module holds.
+        validated: which weights the validations of the fit ran on.
 
     Attributes:
         before: of the float model; None where there is nothing to compare.
@@ -104,18 +108,25 @@ class MethodsRun:
         SpecError: the budget's metric is not logged, or nothing tells which way it is better.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, spec: QuantizationSpec) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        spec: QuantizationSpec,
+        source: FloatWeights,
+        validated: ValidatedWeights,
+    ) -> None:
         self._trainer, self._module, self._spec = trainer, module, spec
-        self._began = time.monotonic()
+        self._began, self._moment = time.monotonic(), source.moment(trainer)
         why_not = why_no_validation(trainer, module)
         refuse_without_validation(spec, why_not)
         self.stopwatch = Stopwatch() if spec.never_slower else None
         with self._watching_float():
-            before = None if why_not else run_evaluation(trainer, module, "validate")
+            before = None if why_not else self._evaluate()
         self.why_not = why_not or (None if before and before.metrics else "validation_step logged no metric")
         self.before = before if before and before.metrics else None
         if before:
-            self._warn_of_other_weights(before)
+            self._warn_of_other_weights(before, validated)
         self.float_bytes = state_bytes(module.state_dict())
         self._float_value = math.nan
         if spec.budget and before:
@@ -167,19 +178,28 @@ class MethodsRun:
         swap = self._swaps[0]
         with measured_layers(swap) as errors, swap.opened():
             try:
-                run_evaluation(self._trainer, self._module, "validate", batches=SIGNAL_BATCHES)
+                self._evaluate(batches=SIGNAL_BATCHES)
             except EvaluationError as error:
                 rank_zero_warn(f"TinyQ: the errors of some layers could not be measured: {error}")
         shared: dict[str, LayerError] = self._trainer.strategy.broadcast(errors)
         return shared
 
-    def _warn_of_other_weights(self, before: Evaluation) -> None:
+    def _evaluate(self, batches: int | None = None) -> Evaluation:
+        return run_evaluation(self._trainer, self._module, "validate", batches=batches, moment=self._moment)
+
+    def _warn_of_other_weights(self, before: Evaluation, validated: ValidatedWeights) -> None:
         """Warn if the float metrics are not those of the weights that are quantized."""
         if before.other_weights:
             rank_zero_warn(
                 f"TinyQ: hooks of {type(self._module).__name__} put other weights in for validation, such as an "
                 "average. The float metrics are of those, but the weights of the checkpoint are quantized; load the "
                 "others into the module and quantize it to compare like with like"
+            )
+        elif validated.are_others(self._module):
+            rank_zero_warn(
+                "TinyQ: during training, other weights were put in for validation, such as an average that a callback "
+                "keeps, and none of its runs was on the weights that are quantized, so the metrics logged then are of "
+                "others. Load those into the module, or have them in the checkpoint, to quantize them"
             )
         elif self._spec.weights == "best" and (recorded := best_score(self._trainer, before.metrics)):
             monitor, score = recorded
@@ -239,7 +259,7 @@ class MethodsRun:
     def _measure(self, swap: Swap) -> Measured:
         with swap:
             runs = self.before or self.stopwatch
-            after = run_evaluation(self._trainer, self._module, "validate") if runs else None
+            after = self._evaluate() if runs else None
             if self.before and after:
                 check_comparable(self._trainer, self.before, after)
             return Measured(swap.plan.spec.method, swap, after, state_bytes(self._module.state_dict()))
@@ -278,12 +298,12 @@ class MethodsRun:
 
 def _layers(
     asked: Measured, errors: Mapping[str, LayerError], too_slow: Mapping[str, frozenset[str]]
-) -> list[Candidate]:
+) -> list[SearchedLayer]:
     """What the search decides on: each layer, those that share a weight as one, named by that of the most methods."""
     decisions = {decision.name: decision for decision in asked.plan}
     ties = asked.swap.ties()
     quantized = {name: layer for name, _, layer in asked.swap.pairs()}
-    layers: dict[str, Candidate] = {}
+    layers: dict[str, SearchedLayer] = {}
     for name in quantized:
         group = [each for each in (name, *ties[name]) if each in quantized]
         lead = max(group, key=lambda each: len(methods_of(quantized[each])))
@@ -292,7 +312,7 @@ def _layers(
         extra = sum(decisions[each].float_bytes - decisions[each].bytes for each in group)
         sqnr = errors[lead].output_sqnr_db if lead in errors else {}
         barred = too_slow.get(lead, frozenset()) | (set(LADDER[:-1]) - set(methods_of(quantized[lead])))
-        layers[lead] = Candidate(lead, quantized[lead].method, extra, sqnr, barred)
+        layers[lead] = SearchedLayer(lead, quantized[lead].method, extra, sqnr, barred)
     return list(layers.values())
 
 

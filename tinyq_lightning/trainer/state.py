@@ -18,7 +18,9 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from tinyq_lightning.trainer.held import HELD, is_frame, of_frame
 from tinyq_lightning.trainer.values import (
+    CONSTANT_TYPES,
     CONSTANTS,
     Parts,
     State,
@@ -40,8 +42,6 @@ __all__ = [
     "state_of",
 ]
 
-_CONSTANTS = frozenset(CONSTANTS)
-
 # Their objects are machinery: threads, connections, logs. To set these back would break them.
 _MACHINERY = {
     *("_thread", "asyncio", "concurrent", "contextvars", "ctypes", "importlib", "logging", "multiprocessing", "queue"),
@@ -62,9 +62,9 @@ _PLAIN_CONTAINERS = frozenset((dict, list, set, deque, tuple, frozenset, Ordered
 _MISSING = object()
 
 
-def package_of(kind: type) -> str:
-    """The name of the top-level package that a class comes from."""
-    return kind.__module__.partition(".")[0]
+def package_of(kind: Any) -> str:
+    """The name of the top-level package that a class or function comes from; empty if it says none."""
+    return (getattr(kind, "__module__", None) or "").partition(".")[0]
 
 
 def state_of(value: Any, weights: bool) -> State | None:
@@ -74,8 +74,12 @@ def state_of(value: Any, weights: bool) -> State | None:
         value: any object.
         weights: copy the values of parameters too.
     """
-    if isinstance(value, (*CONSTANTS, types.FunctionType, types.BuiltinFunctionType)):
+    if isinstance(value, (*CONSTANTS, type)):
         return None
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and package_of(value) in _MACHINERY:
+        return None
+    if is_frame(value):
+        return of_frame(value)
     if isinstance(value, Tensor):
         return of_tensor(value, weights)
     if (of_kind := _reader(cast(Hashable, type(value)))) is not None:
@@ -136,7 +140,7 @@ def _of_dict(value: dict[Any, Any]) -> State | None:
         kind.clear(value)
         kind.update(value, items)
 
-    parts = [(f"[{key!r}]", item) for key, item in items.items() if type(item) not in _CONSTANTS]
+    parts = [(f"[{key!r}]", item) for key, item in items.items() if type(item) not in CONSTANT_TYPES]
     return _of_object(value, contents, parts)
 
 
@@ -222,6 +226,7 @@ _BY_TYPE: dict[type | tuple[type, ...], Callable[[Any], State | None]] = {
     functools.partial: _of_partial,
     types.MethodType: _of_method,
     Iterator: _of_iterator,
+    **HELD,
 }
 
 

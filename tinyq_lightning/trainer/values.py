@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "CONSTANTS",
+    "CONSTANT_TYPES",
     "Parts",
     "State",
     "enumerated",
@@ -32,13 +33,17 @@ __all__ = [
 Parts = Iterable[tuple[str, object]]
 """Objects that hang on another, each with the way there, such as ``.name`` or ``[0]``."""
 
-CONSTANTS = (type(None), bool, int, float, complex, str, bytes, type, range, slice, types.ModuleType)
+CONSTANTS = (type(None), bool, int, float, complex, str, bytes, range, slice, types.ModuleType)
 """Types whose values never change, or are nobody's own state."""
 
-_CONSTANT_TYPES = frozenset(CONSTANTS)
+CONSTANT_TYPES = frozenset(CONSTANTS)
+"""The same as a set, for the type of a value itself."""
 
 # Larger arrays are not copied, only watched.
 _MAX_BYTES = 2**28
+
+# A parameter of so many values that is not trained may be a count; the values of others are weights.
+_MAX_COUNTS = 4096
 
 
 class State(NamedTuple):
@@ -55,7 +60,7 @@ class State(NamedTuple):
 
 def enumerated(items: Iterable[Any]) -> Parts:
     """Each item that may change, with its way."""
-    return [(f"[{index}]", item) for index, item in enumerate(items) if type(item) not in _CONSTANT_TYPES]
+    return [(f"[{index}]", item) for index, item in enumerate(items) if type(item) not in CONSTANT_TYPES]
 
 
 def of_array(value: np.ndarray[Any, Any]) -> State | None:
@@ -72,7 +77,8 @@ def of_tensor(value: Tensor, weights: bool) -> State:
     """Its memory and gradient as objects, and its values unless it is a weight and those are not wanted."""
     alias, grad = value.detach(), value.grad if value.is_leaf else None
     is_weight = isinstance(value, nn.Parameter) or value.requires_grad
-    copy = alias.clone() if not value.is_meta and (weights or not is_weight) else None
+    counts = not value.requires_grad and value.numel() <= _MAX_COUNTS
+    copy = alias.clone() if not value.is_meta and (weights or not is_weight or counts) else None
 
     def restore() -> None:
         if not _same_memory(value, alias):

@@ -1,0 +1,283 @@
+"""Several weights of one layer as int8 codes, under the names that the float layer has for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
+from tinyq_lightning.kernels import dequantize, in_transform, outside_modes, quantize_per_row
+from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
+from tinyq_lightning.layers.int8_weight import Int8Weight
+from tinyq_lightning.layers.quantized_layer import QuantizedLayer
+
+__all__ = [
+    "NamedCodes",
+]
+
+# Held while float copies are made, so that threads may make the first call at the same time.
+_lock = threading.RLock()
+
+
+# A parameter without values, which no state dict holds.
+_PLACEHOLDER = "no_values"
+
+
+class FloatCopies:
+    """Float weights expanded from codes and scales, kept as long as these do not change.
+
+    Args:
+        buffers: of the layer.
+        names: of the weights.
+        dtype: of the float weights.
+
+    Attributes:
+        weights: ``[rows, columns]`` of ``dtype`` by name; plain tensors that nobody writes to.
+        dtype: as above.
+    """
+
+    def __init__(self, buffers: Mapping[str, Tensor | None], names: Sequence[str], dtype: torch.dtype) -> None:
+        keys = [key for name in names for key in (_codes(name), _scales(name))]
+        sources = [cast(Tensor, buffers[key]) for key in keys]
+        self.dtype = dtype
+        # torch counts no writes to tensors that were made in inference mode
+        self._sources = [
+            (key, each, -1 if each.is_inference() else each._version) for key, each in zip(keys, sources, strict=True)
+        ]
+        with outside_modes():
+            pairs = zip(names, sources[::2], sources[1::2], strict=True)
+            self.weights = {name: dequantize(codes, scales, dtype) for name, codes, scales in pairs}
+
+    def is_current(self, buffers: Mapping[str, Tensor | None], dtype: torch.dtype) -> bool:
+        """Return True if ``buffers`` are those that the copies were made from, with nothing written to them since."""
+        if dtype is not self.dtype:
+            return False
+        # A loop, because cells ask this at each step of a sequence, and a microsecond counts.
+        for key, tensor, version in self._sources:
+            if buffers[key] is not tensor or (version >= 0 and tensor._version != version):
+                return False
+        return True
+
+
+class NamedCodes(QuantizedLayer):
+    """A layer that holds several matrices as int8 codes, each with one float32 scale per row.
+
+    A weight ``weight_ih_l0`` ``[rows, columns]`` is held in the buffers ``weight_ih_l0_int8_weights``
+    ``[rows, columns]`` int8 and ``weight_ih_l0_scales`` ``[rows]`` float32, which keep their dtypes under ``.half()``,
+    ``.to(torch.bfloat16)`` and every Lightning precision; :attr:`dtype` follows. In the state dict they are
+    ``weight_ih_l0.int8_weights`` and ``weight_ih_l0.scales``. Buffers cannot have these names: a dot leads to a
+    module, and reading ``weight_ih_l0`` gives a tensor, the dequantized weight, as from the float layer.
+
+    A layer without another parameter has one of no elements, because people ask ``next(model.parameters())`` for a
+    model's dtype and device.
+
+    Args:
+        shapes: rows and columns of each weight, by its name.
+        dtype: floating dtype of the dequantized weights.
+        device: where the layer lives.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device | str | None
+    ) -> None:
+        nn.Module.__init__(self)  # not super(): the next class may be nn.LSTM, which would make float weights
+        self.dtype = dtype
+        self.weight_names = tuple(shapes)
+        self._copies: FloatCopies | None = None
+        self._dequantized = {name: Dequantized() for name in shapes}
+        for name, (rows, columns) in shapes.items():
+            self._buffers[_codes(name)] = torch.zeros(rows, columns, dtype=torch.int8, device=device)
+            self._buffers[_scales(name)] = torch.ones(rows, dtype=torch.float32, device=device)
+        self._keep_a_parameter()
+
+    def _keep_a_parameter(self) -> None:
+        """Hold a parameter of no elements if there is no other."""
+        self._parameters.pop(_PLACEHOLDER, None)
+        if all(parameter is None for parameter in self._parameters.values()):
+            with torch.inference_mode(False):
+                values = torch.empty(0, dtype=self.dtype, device=self.device)
+                self._parameters[_PLACEHOLDER] = nn.Parameter(values, requires_grad=False)
+
+    def codes_of(self, name: str) -> tuple[Tensor, Tensor]:
+        """Codes ``[rows, columns]`` int8 and scales ``[rows]`` float32 of a weight."""
+        return cast(Tensor, self._buffers[_codes(name)]), cast(Tensor, self._buffers[_scales(name)])
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """Codes and scales of each weight, in turn."""
+        return tuple(tensor for name in self.weight_names for tensor in self.codes_of(name))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its codes are."""
+        return self.sources()[0].device
+
+    def coded_weights(self) -> dict[str, Int8Weight]:
+        """What has the codes and scales of each weight by its name: made for the caller, over the same memory."""
+        made = {name: Int8Weight(0, 0, self.dtype, "meta") for name in self.weight_names}
+        for name, each in made.items():
+            each.int8_weights, each.scales = self.codes_of(name)
+        return made
+
+    def code_places(self) -> dict[str, tuple[nn.Module, str]]:
+        """The module and the buffer that hold the codes of each weight, by its name."""
+        return {name: (self, _codes(name)) for name in self.weight_names}
+
+    def share(self, other: QuantizedLayer) -> Self:
+        """Take the codes and scales of ``other``: the same memory, not a copy. Returns the layer."""
+        held = zip(self.weight_names, other.coded_weights().values(), strict=True)
+        return self.take_codes({name: (codes.int8_weights, codes.scales) for name, codes in held})
+
+    def quantize(self, weights: Mapping[str, Tensor]) -> Self:
+        """Take these weights ``[rows, columns]``, any floating dtype, as the layer's own, quantized to int8.
+
+        The codes are made on the weights' device. Returns the layer; if one of the weights is refused, it is
+        unchanged.
+
+        Args:
+            weights: by name, all of them or some.
+
+        Raises:
+            ModelError: there is no weight of such a name or shape, or one cannot be quantized.
+        """
+        made = {}
+        for name, weight in weights.items():
+            if name not in self.weight_names:
+                raise ModelError(f"{type(self).__name__} has no weight {name!r}: it has {', '.join(self.weight_names)}")
+            wanted = self.codes_of(name)[0].shape
+            if weight.shape != wanted:
+                raise ModelError(
+                    f"{name} of {type(self).__name__} takes a weight of shape {list(wanted)}, got {list(weight.shape)}"
+                )
+            with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
+                made[name] = quantize_per_row(weight)
+        return self.take_codes(made)
+
+    def take_codes(self, made: Mapping[str, tuple[Tensor, Tensor]]) -> Self:
+        """Hold these codes and scales by name: the same memory, not a copy. Returns the layer."""
+        for name, (codes, scales) in made.items():
+            self._buffers[_codes(name)], self._buffers[_scales(name)] = codes, scales
+        self._copies = None
+        self._keep_a_parameter()
+        return self
+
+    def dequantize(self, name: str) -> Tensor:
+        """A weight as floats: ``[rows, columns]`` float32 (float64 where the layer's dtype is that)."""
+        return dequantize(*self.codes_of(name), torch.float64 if self.dtype == torch.float64 else torch.float32)
+
+    def weight(self, name: str) -> Tensor:
+        """A dequantized weight in the layer's dtype. In-place methods are errors.
+
+        Reading its shape, dtype and device costs nothing. Its values are computed when they are read.
+        """
+        codes, scales = self.codes_of(name)
+        if torch.compiler.is_compiling() or in_transform() or torch._C._len_torch_dispatch_stack():
+            return dequantize(codes, scales, self.dtype)  # a tracer would record the read-only type
+        return self._dequantized[name].weight(WeightSource(codes, scales, self.dtype), codes.shape)
+
+    def keeps_copies(self) -> bool:
+        """Whether the float weights that the layer has run on are held for its next call."""
+        return True
+
+    def expanded(self) -> dict[str, Tensor]:
+        """The float weights by name, as plain tensors that nobody writes to.
+
+        They have the layer's dtype. Inside autocast on the CPU those of a float32 layer are rounded to autocast's dtype
+        already: autocast would do it at each step of a sequence, because it remembers trainable weights only.
+        """
+        buffers, dtype = self._buffers, self.dtype
+        if dtype is torch.float32 and torch.is_autocast_enabled("cpu") and self.device.type == "cpu":
+            dtype = torch.get_autocast_dtype("cpu")
+        copies = self._copies
+        if copies is None or not copies.is_current(buffers, dtype):
+            with _lock:
+                copies = self._copies
+                if copies is None or not copies.is_current(buffers, dtype):
+                    self._copies = None  # the old ones need not be held while the new ones are made
+                    copies = FloatCopies(buffers, self.weight_names, dtype)
+                    if self.keeps_copies():
+                        self._copies = copies
+        return copies.weights
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("weight_names", ()):
+            return self.weight(name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("weight_names", ()):
+            raise ReadOnlyWeightError(
+                f"{name} of {type(self).__name__} is a read-only view of its int8 codes: call "
+                f".quantize({{{name!r}: weight}}) to replace it, or assign before quantizing"
+            )
+        super().__setattr__(name, value)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        # not super(): nn.LSTM would copy its list of weights
+        replica: Self = nn.Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
+        replica._copies = None
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_copies": None, "_dequantized": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]  # not super(), as in __init__
+        self._dequantized = {name: Dequantized() for name in self.weight_names}
+
+    def _saved_names(self) -> dict[str, str]:
+        """The name in the state dict of each buffer that has codes or scales."""
+        saved = {_codes(name): f"{name}.int8_weights" for name in self.weight_names}
+        return saved | {_scales(name): f"{name}.scales" for name in self.weight_names}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}{_PLACEHOLDER}", None)
+        for buffer, saved in self._saved_names().items():
+            destination[prefix + saved] = destination.pop(prefix + buffer)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        saved = {prefix + name: prefix + buffer for buffer, name in self._saved_names().items()}
+        renamed = {saved.get(name, name): value for name, value in state_dict.items()}
+        missing, errors = list[str](), list[str]()
+        self._parameters.pop(_PLACEHOLDER, None)
+        super()._load_from_state_dict(renamed, prefix, local_metadata, strict, missing, unexpected_keys, errors)
+        self._keep_a_parameter()
+        for name, buffer in saved.items():
+            errors = [each.replace(buffer, name) for each in errors]
+        names = {buffer: name for name, buffer in saved.items()}
+        missing_keys += [names.get(key, key) for key in missing]
+        error_msgs += errors
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Casts change the biases and the dequantized weights. Codes and scales move, but keep dtype and bits.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        self._copies = None
+        kept = {buffer: cast(Tensor, self._buffers[buffer]) for buffer in self._saved_names()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for buffer, before in kept.items():
+            after = cast(Tensor, self._buffers[buffer])
+            if after.dtype != before.dtype:
+                self._buffers[buffer] = before.to(after.device)
+        return self
+
+
+def _codes(name: str) -> str:
+    return f"{name}_int8_weights"
+
+
+def _scales(name: str) -> str:
+    return f"{name}_scales"

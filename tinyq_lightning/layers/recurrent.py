@@ -1,0 +1,260 @@
+"""Recurrent layers with int8 weights: torch's own forward runs on float weights that are expanded from the codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from tinyq_lightning.errors import ReadOnlyWeightError, SpecError
+from tinyq_lightning.kernels import Choice, choose_recurrent_kernel, in_transform
+from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.leaf import has_proxy, leaf_call
+from tinyq_lightning.layers.named_codes import NamedCodes
+from tinyq_lightning.methods import KERNELS
+
+__all__ = [
+    "RECURRENT",
+    "QuantizedGRU",
+    "QuantizedGRUCell",
+    "QuantizedLSTM",
+    "QuantizedLSTMCell",
+    "QuantizedRNN",
+    "QuantizedRNNCell",
+    "QuantizedRecurrent",
+    "bias_names",
+    "weight_shapes",
+]
+
+_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+
+
+_CELL_GATES: dict[type[nn.RNNCellBase], int] = {nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
+
+
+# What torch's classes keep of their arguments, and the names of their weights.
+_SETTINGS = {"mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"}
+_SETTINGS |= {"proj_size", "nonlinearity", "_flat_weights_names", "_all_weights"}
+
+
+class QuantizedRecurrent(NamedCodes):
+    """What quantized recurrent layers have in common; each is a subclass of torch's class as well.
+
+    A recurrent layer has several weights, each held as ``weight_ih_l0.int8_weights`` ``[rows, columns]`` int8 and
+    ``weight_ih_l0.scales`` ``[rows]`` float32 in the state dict. Activations are used as they come. Outputs are bit
+    for bit those of the float layer with the dequantized weights, in training mode too, because they are computed by
+    torch's own forward. The biases are parameters, and gradients reach them, the input and the hidden state.
+
+    ``weight_ih_l0`` and the others, ``all_weights`` and ``_flat_weights`` can be read: they are dequantized, and
+    read-only.
+
+    Args:
+        like: a float layer of the same class, whose sizes and settings are taken; on the meta device too.
+
+    Attributes:
+        kernel: ``auto`` keeps a float copy of the weights in memory once the layer has run; ``int8`` and ``reference``
+            expand them on each call.
+    """
+
+    torch_class: ClassVar[Any]
+    _choice: Choice | None
+
+    def __init__(self, like: nn.Module) -> None:
+        shapes = weight_shapes(like)
+        first = float_weight(like, next(iter(shapes)))
+        super().__init__(shapes, first.dtype, first.device)
+        vars(self).update({name: value for name, value in vars(like).items() if name in _SETTINGS})
+        self.kernel = "auto"
+        for name in bias_names(like):
+            bias = like._parameters[name]
+            zeros = None if bias is None else nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+            self.register_parameter(name, zeros)
+        self._keep_a_parameter()
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, shares: Mapping[str, Int8Weight] | None = None) -> Self:
+        """A quantized layer with the weights of ``layer``. Biases are carried over as they are, not copied.
+
+        Args:
+            layer: the float layer.
+            shares: codes and scales of each of its weights by name, to be taken; None to make them.
+
+        Raises:
+            ModelError: a weight is not finite, or on the meta device.
+        """
+        made = cls(layer)
+        if shares is None:
+            made.quantize({name: float_weight(layer, name) for name in made.weight_names})
+        else:
+            made.take_codes({name: (codes.int8_weights, codes.scales) for name, codes in shares.items()})
+        for name in bias_names(layer):
+            made._parameters[name] = layer._parameters[name]
+        return made.train(layer.training)
+
+    @property
+    def choice(self) -> Choice:
+        """Whether the layer keeps a float copy, and why."""
+        if self._choice is None:
+            self._choice = choose_recurrent_kernel(self.kernel)
+        return self._choice
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As the forward of torch's class: the output, and the last hidden state if that class returns it."""
+        if type(input) is not Tensor and has_proxy(input, hx):
+            return leaf_call(self, input, hx)
+        # Asked here, not in a function: torch.compile, which leaves this one out, would make a graph of that one alone.
+        if torch.compiler.is_compiling():
+            return self.torch_class.forward(self, input, hx)
+        return self.torch_class.forward(self._stand_in(), input, hx)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _stand_in(self) -> nn.Module:
+        """What takes the layer's place in torch's forward: an object of torch's class that has plain float weights.
+
+        The layer itself, inside a transform or a tracer, which is to see that weights are computed from the codes.
+        """
+        if in_transform() or torch._C._len_torch_dispatch_stack():
+            return self
+        layer: nn.Module = object.__new__(self.torch_class)
+        held = vars(layer)
+        held.update(vars(self))
+        held.update(self._float_weights(self.expanded()))
+        return layer
+
+    def keeps_copies(self) -> bool:
+        """Whether the float weights that the layer has run on are held for its next call."""
+        return self.choice.kernel == "float32"
+
+    def _float_weights(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        """The attributes in which torch's forward looks for weights."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Refused: the weights are codes.
+
+        Raises:
+            ReadOnlyWeightError: always.
+        """
+        raise ReadOnlyWeightError(f"{type(self).__name__} holds int8 codes: initialize the layer before quantizing it")
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows in the brackets."""
+        kernel = "" if self.kernel == "auto" else f", kernel={self.kernel}"
+        return f"{super().extra_repr()}, dtype={self.dtype}{kernel}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "kernel" and value not in KERNELS:
+            raise SpecError(f"kernel {value!r}: it must be one of {', '.join(KERNELS)}")
+        super().__setattr__(name, value)
+        if name == "kernel":
+            self._copies = self._choice = None
+
+
+class _Sequences(QuantizedRecurrent):
+    """Layers over whole sequences, whose forward takes their weights as one flat list."""
+
+    _flat_weights_names: list[str]
+
+    def _float_weights(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        parameters = self._parameters
+        flat = [weights[name] if name in weights else parameters[name] for name in self._flat_weights_names]
+        # without names and references there is nothing that torch would find changed
+        return {"_flat_weights": flat, "_flat_weights_names": [], "_flat_weight_refs": []}
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: the float weights are made anew when they are needed."""
+
+    def _init_flat_weights(self) -> None:
+        """Nothing to do: they are a property."""
+
+    def _update_flat_weights(self) -> None:
+        """Nothing to do: they are a property."""
+
+
+class QuantizedRNN(_Sequences, nn.RNN):  # type: ignore[misc]
+    """``nn.RNN`` with int8 weights and activations as they are."""
+
+    torch_class = nn.RNN
+
+
+class QuantizedLSTM(_Sequences, nn.LSTM):  # type: ignore[misc]
+    """``nn.LSTM`` with int8 weights and activations as they are."""
+
+    torch_class = nn.LSTM
+
+
+class QuantizedGRU(_Sequences, nn.GRU):  # type: ignore[misc]
+    """``nn.GRU`` with int8 weights and activations as they are."""
+
+    torch_class = nn.GRU
+
+
+class _Cell(QuantizedRecurrent):
+    """Layers over one step, whose forward reads their weights by name."""
+
+    def _float_weights(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        return weights
+
+
+class QuantizedRNNCell(_Cell, nn.RNNCell):
+    """``nn.RNNCell`` with int8 weights and activations as they are."""
+
+    torch_class = nn.RNNCell
+
+
+class QuantizedLSTMCell(_Cell, nn.LSTMCell):
+    """``nn.LSTMCell`` with int8 weights and activations as they are."""
+
+    torch_class = nn.LSTMCell
+
+
+class QuantizedGRUCell(_Cell, nn.GRUCell):
+    """``nn.GRUCell`` with int8 weights and activations as they are."""
+
+    torch_class = nn.GRUCell
+
+
+RECURRENT: dict[type[nn.Module], type[QuantizedRecurrent]] = {
+    layer.torch_class: layer
+    for layer in (QuantizedRNN, QuantizedLSTM, QuantizedGRU, QuantizedRNNCell, QuantizedLSTMCell, QuantizedGRUCell)
+}
+"""The quantized layer of each class of torch's."""
+
+
+def weight_shapes(layer: nn.Module) -> dict[str, tuple[int, int]]:
+    """Rows and columns of each weight of a recurrent layer, float or quantized, by its name and the sizes it tells."""
+    if isinstance(layer, nn.RNNCellBase):
+        gates = next(count for base, count in _CELL_GATES.items() if isinstance(layer, base))
+        rows = gates * layer.hidden_size
+        return {"weight_ih": (rows, layer.input_size), "weight_hh": (rows, layer.hidden_size)}
+    layer = cast(nn.RNNBase, layer)
+    rows, out = _GATES[layer.mode] * layer.hidden_size, layer.proj_size or layer.hidden_size
+    shapes = {}
+    for index in range(layer.num_layers):
+        columns = layer.input_size if index == 0 else out * (2 if layer.bidirectional else 1)
+        for suffix in _suffixes(layer, index):
+            shapes[f"weight_ih{suffix}"] = rows, columns
+            shapes[f"weight_hh{suffix}"] = rows, out
+            if layer.proj_size:
+                shapes[f"weight_hr{suffix}"] = layer.proj_size, layer.hidden_size
+    return shapes
+
+
+def bias_names(layer: nn.Module) -> tuple[str, ...]:
+    """The names under which a recurrent layer holds its biases; those of a cell may be None."""
+    if isinstance(layer, nn.RNNCellBase):
+        return "bias_ih", "bias_hh"
+    layer = cast(nn.RNNBase, layer)
+    indices = range(layer.num_layers) if layer.bias else ()
+    return tuple(f"bias_{part}{end}" for index in indices for end in _suffixes(layer, index) for part in ("ih", "hh"))
+
+
+def _suffixes(layer: nn.RNNBase, index: int) -> tuple[str, ...]:
+    return (f"_l{index}", f"_l{index}_reverse")[: 2 if layer.bidirectional else 1]

@@ -1,0 +1,103 @@
+"""State that hangs on functions, threads, queues and tables: closures, context variables, data frames."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+
+from tinyq_lightning.trainer.values import State, watched
+
+__all__ = [
+    "HELD",
+    "is_frame",
+    "of_frame",
+]
+
+_MISSING = object()
+
+# Larger tables are not copied.
+_MAX_FRAME_BYTES = 2**28
+
+
+def _of_function(value: types.FunctionType) -> State:
+    """What it closes over, its defaults, which may be changed, and its attributes."""
+    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+    parts: list[tuple[str, object]] = [(f" ({name})", cell) for name, cell in cells]
+    parts += [(" (defaults)", value.__defaults__), (" (defaults)", value.__kwdefaults__), ("", vars(value))]
+    return State(_nothing, [part for part in parts if part[1] is not None])
+
+
+def _of_cell(value: types.CellType) -> State:
+    content = _content(value)
+
+    def restore() -> None:
+        if content is not _MISSING and _content(value) is not content:
+            value.cell_contents = content
+
+    return State(restore, [("", content)])
+
+
+def _content(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing has been put in yet
+        return _MISSING
+
+
+def _of_builtin(value: types.BuiltinFunctionType) -> State:
+    """Of a method such as ``[].append``, the object that it belongs to."""
+    return State(_nothing, [("", value.__self__)])
+
+
+def _of_context_variable(value: ContextVar[Any]) -> State:
+    content = value.get(_MISSING)
+    if content is _MISSING:
+        return watched(lambda: value.get(_MISSING))
+    return State(lambda: value.set(content), [("", content)])
+
+
+def _of_queue(value: queue.Queue[Any]) -> State:
+    unfinished = value.unfinished_tasks
+    return State(lambda: setattr(value, "unfinished_tasks", unfinished), [(".queue", value.queue)])
+
+
+def _of_weak(value: Any) -> State:
+    return State(_nothing, [("", value.data)])
+
+
+HELD: dict[type | tuple[type, ...], Callable[[Any], State]] = {
+    types.FunctionType: _of_function,
+    types.CellType: _of_cell,
+    types.BuiltinFunctionType: _of_builtin,
+    ContextVar: _of_context_variable,
+    queue.Queue: _of_queue,
+    queue.SimpleQueue: lambda value: watched(value.qsize),
+    memoryview: lambda value: State(_nothing, [("", value.obj)]),
+    threading.local: lambda value: State(_nothing, [("", vars(value))]),
+    (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet): _of_weak,
+}
+"""What reads the state of an object, by its type."""
+
+
+def is_frame(value: object) -> bool:
+    """Whether it is a table or a column of pandas, which need not be installed."""
+    return type(value).__module__.partition(".")[0] == "pandas" and hasattr(value, "_mgr")
+
+
+def of_frame(value: Any) -> State:
+    """The content of a table of pandas; of a very large one, whether it has been exchanged."""
+    if int(np.sum(value.memory_usage(index=False))) > _MAX_FRAME_BYTES:
+        return watched(lambda: value._mgr)
+    copy = value.copy()
+    return State(lambda: value._update_inplace(copy.copy()))
+
+
+def _nothing() -> None:
+    """There is nothing to put back: what hangs on the object is."""

@@ -1,0 +1,64 @@
+"""Which weights the validations of a fit ran on: callbacks may put others in for them, such as an average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from tinyq_lightning.trainer.evaluation import weights_digest
+
+__all__ = [
+    "ValidatedWeights",
+    "WatchesValidation",
+]
+
+
+class ValidatedWeights:
+    """Digests of the weights that the validations of a fit ran on, and whether training went on with them."""
+
+    def __init__(self) -> None:
+        self._digests: set[int] = set()
+        self._last: int | None = None
+        self._exchanged = False
+
+    def in_validation(self, module: LightningModule) -> None:
+        """Note the weights of a validation, once its first batch begins."""
+        self._last = weights_digest(module)
+        self._digests.add(self._last)
+
+    def in_training(self, module: LightningModule) -> None:
+        """Compare with the weights that training goes on with; the first call after a validation does."""
+        if self._last is not None:
+            self._exchanged |= weights_digest(module) != self._last
+        self._last = None
+
+    def are_others(self, module: LightningModule) -> bool:
+        """Whether other weights were put in for validation, and no validation ran on those that ``module`` holds."""
+        return self._exchanged and weights_digest(module) not in self._digests
+
+
+class WatchesValidation(Callback):
+    """Notes in ``validated`` which weights the validations of a fit run on."""
+
+    validated: ValidatedWeights
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        self.validated = ValidatedWeights()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """At the first batch: all that puts weights in has done so."""
+        if batch_idx == dataloader_idx == 0 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.validated.in_validation(pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """After a validation within an epoch, training goes on here."""
+        self.validated.in_training(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a validation at the end of an epoch, training goes on here."""
+        self.validated.in_training(pl_module)
