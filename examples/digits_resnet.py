@@ -18,10 +18,8 @@ from tinyq_lightning import TinyQCallback, load_quantized
 class Block(nn.Module):
     def __init__(self, channels: int, out: int, stride: int):
         super().__init__()
-        self.path = nn.Sequential(
-            *(nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()),
-            *(nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)),
-        )
+        first = nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
+        self.path = nn.Sequential(*first, nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out))
         self.skip = nn.Conv2d(channels, out, 1, stride, bias=False)
 
     def forward(self, x):
@@ -39,18 +37,15 @@ class DigitsResNet(LightningModule):
         )
         self.val_acc, self.test_acc = (MulticlassAccuracy(10, average="micro") for _ in range(2))
 
-    def forward(self, x):
-        return self.net(x)
-
     def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def validation_step(self, batch, batch_idx):
-        self.val_acc(self(batch[0]), batch[1])
+        self.val_acc(self.net(batch[0]), batch[1])
         self.log("val_acc", self.val_acc)
 
     def test_step(self, batch, batch_idx):
-        self.test_acc(self(batch[0]), batch[1])
+        self.test_acc(self.net(batch[0]), batch[1])
         self.log("test_acc", self.test_acc)
 
     def configure_optimizers(self):
