@@ -51,6 +51,15 @@ def test_digits_ends_with_the_table_and_a_reloaded_model_of_the_same_score(digit
     assert len(list(root.rglob("w8a32-*.ckpt"))) == 1
 
 
+def test_a_resnet_of_digits_ends_with_int8_convolutions_of_nearly_the_same_score(tmp_path):
+    shown = run(tmp_path, ROOT / "examples" / "digits_resnet.py", "--epochs", 6, "--root", tmp_path)
+    assert "w8a32: 99.4 % of the weight bytes in int8 (w8a32), 11 of 11 layers" in shown
+    float_, int8 = (float(line.split()[-1]) for line in shown.splitlines() if " test_acc " in line)
+    assert float_ > 0.8
+    assert int8 > float_ - 0.01
+    assert len(list(tmp_path.rglob("w8a8-*.ckpt"))) == 1
+
+
 @pytest.mark.parametrize("spec", ["w8a8", "configs/mixed.yaml"])
 def test_evaluate_checkpoint_takes_a_float_file(digits, spec):
     path = next(path for path in digits[1].rglob("epoch*.ckpt"))
@@ -102,6 +111,8 @@ def test_the_cli_help_explains_the_callback(tmp_path):
 BENCHED = {  # part of examples/bench: what it cannot do without
     "layers": {"float32", "w8a32", "w8a16", "w8a8", "bfloat16", "w8a16-bfloat16"},
     "chain": {"float32", "w8a32"},
+    "recurrent": {"float32", "w8a32", "w8a32, kernel: int8", "bfloat16"},
+    "lookups": {"float32", "w8a32", "bfloat16"},
     "text_encoder": {"float32", "w8a32", "w8a16", "w8a8"},
     "memory": {"in_place", "kept", "file", "load"},
     "quantizing": {"memcpy", "quantize_per_row(weight)", "quantize(model)"},

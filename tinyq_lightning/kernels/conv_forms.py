@@ -67,10 +67,10 @@ def layout_of(x: Tensor) -> torch.memory_format:
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of a place lie side by side, and not the places of a channel.
 
-    By the strides, as torch has it, also where there is one place.
+    By the strides, as torch has it, also where there is one place, or one channel.
     """
     layout = LAYOUTS.get(x.dim())
-    if layout is None or x.shape[1] == 1 or x.stride(1) != 1 or x.stride(-1) != x.shape[1]:
+    if layout is None or x.stride(1) != 1 or x.stride(-1) != x.shape[1] or x.shape[1:].numel() == 1:
         return False
     return x.is_contiguous(memory_format=layout)
 

@@ -62,7 +62,15 @@ _TAKEN_OVER = (
     "_reversed_padding_repeated_twice",
 )
 
-_MOVES = {"stride", "padding", "dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice"}
+_MOVES = {
+    "stride",
+    "padding",
+    "output_padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "_reversed_padding_repeated_twice",
+}
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -109,7 +117,7 @@ class QuantizedConv(Int8Weight):
         self._transposed_groups = self.groups if self.transposed else 0
         self._channels_last = is_channels_last(conv.weight)
         self._choices: dict[str, Choice] = {}
-        self._moves: tuple[Geometry, list[int] | None] | None = None
+        self._moves = self._moves_without_size()
         self._first_shape = torch.Size()
         self.method = method
         self.kernel: KernelName = "auto"
@@ -166,6 +174,13 @@ class QuantizedConv(Int8Weight):
         """
         if isinstance(input, Proxy):
             return leaf_call(self, input) if output_size is None else leaf_call(self, input, output_size)
+        if not torch.compiler.is_compiling() and in_jit_trace():
+            with warnings.catch_warnings():  # the tracer warns of each comparison of shapes
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined, unused-ignore]
+                return self._checked(input, output_size)
+        return self._checked(input, output_size)
+
+    def _checked(self, input: Tensor, output_size: list[int] | None) -> Tensor:
         dims = len(self.kernel_size)
         channels = input.shape[-dims - 1] if dims < input.dim() < dims + 3 else -1
         if channels != self.in_channels:
@@ -200,11 +215,8 @@ class QuantizedConv(Int8Weight):
                     return convolve(x, form.weight, added, geometry)
             elif form is not None:
                 return packed_convolution(method, form, x, scales, bias)
-        with warnings.catch_warnings():
-            if in_jit_trace():  # which warns of each comparison of shapes
-                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined, unused-ignore]
-            kernel = self._formula_name()
-            return quantized_convolution(method, kernel, x, self.int8_weights, self.scales, bias, geometry)
+        kernel = self._formula_name()
+        return quantized_convolution(method, kernel, x, self.int8_weights, self.scales, bias, geometry)
 
     def _form_on(self, x: Tensor) -> ConvForm | None:
         """The weights as the kernel for ``x`` takes them; None if it takes the plain codes."""
@@ -249,8 +261,6 @@ class QuantizedConv(Int8Weight):
     def _moves_of(self, x: Tensor | None, output_size: list[int] | None) -> tuple[Geometry, list[int] | None]:
         """How the convolution moves over its input, and what is added to that before; None if nothing is."""
         moves = self._moves
-        if moves is None:
-            moves = self._moves = self._moves_without_size()
         if output_size is None or x is None:
             return moves
         dims = len(self.kernel_size)
@@ -270,10 +280,11 @@ class QuantizedConv(Int8Weight):
         zeros = (0,) * len(self.kernel_size)
         if self.transposed:
             return self._geometry(cast("tuple[int, ...]", self.padding)), None
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return self._geometry(self.padding), None
         ends = list(self._reversed_padding_repeated_twice)
-        starts = tuple(ends[-2::-2])
         if self.padding_mode == "zeros" and ends[::2] == ends[1::2]:
-            return self._geometry(starts), None
+            return self._geometry(tuple(ends[-2::-2])), None
         return self._geometry(zeros), ends if any(ends) else None
 
     def _geometry(self, padding: tuple[int, ...]) -> Geometry:
@@ -314,7 +325,7 @@ class QuantizedConv(Int8Weight):
             self._keep_a_parameter()
         if name in _MOVES:
             self.unpack()
-            self._moves = None
+            self._moves = self._moves_without_size()
         if name in _MOVES or name == "kernel":
             self._choices = {}
 

@@ -64,7 +64,7 @@ class WeightSize:
         if self.dim == 0:
             return rows.view(self.shape)
         groups = self.rows // self.shape[1]
-        return rows.view(groups, self.shape[1], -1, *self.shape[2:]).transpose(1, 2).reshape(self.shape)
+        return rows.view(groups, self.shape[1], -1, *self.shape[2:]).transpose(1, 2).reshape(self.shape).contiguous()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,215 @@
+"""Convolutions with int8 weights: exact sums by every kernel, the same bits for a sample in any batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import each_method, normal, relative_error
+
+from tinyq_lightning.kernels.conv_choice import CONV_FORMS, ConvShape, choose_convolution
+from tinyq_lightning.kernels.conv_forms import takes_matrix_product
+from tinyq_lightning.kernels.conv_onednn import has_int8_convolution
+from tinyq_lightning.kernels.convolution import Geometry, convolve, quantized_convolution
+from tinyq_lightning.methods import METHODS
+
+ROUNDED = {"int8", "int8grouped", "int8mm", "float32x1"}
+int8_only = pytest.mark.skipif(not has_int8_convolution(), reason="no int8 convolution on this processor")
+
+
+@st.composite
+def cases(draw):
+    """A geometry, codes and an input that it can move over."""
+    dims = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels, outputs = groups * draw(st.sampled_from([1, 2, 5])), groups * draw(st.sampled_from([1, 3, 8]))
+    each = [draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (5, 1), (2, 2), (3, 2)])) for _ in range(dims)]
+    kernel, dilation = zip(*each, strict=True)
+    stride = tuple(draw(st.sampled_from([1, 1, 2, 3])) for _ in kernel)
+    padding = tuple(draw(st.integers(0, 2)) for _ in kernel)
+    if draw(st.booleans()) and draw(st.booleans()):
+        kernel, dilation, stride, padding, groups = (1,) * dims, (1,) * dims, (1,) * dims, (0,) * dims, 1
+    sizes = [gap * (width - 1) + 1 + draw(st.sampled_from([0, 1, 6])) for gap, width in zip(dilation, kernel)]  # noqa: B905
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    codes = torch.randint(-127, 128, (outputs, channels // groups, *kernel), generator=generator).to(torch.int8)
+    x = torch.randint(-127, 128, (draw(st.integers(1, 3)), channels, *sizes), generator=generator).float()
+    x[:, 0].view(len(x), -1)[:, 0] = 127  # so that a step is 1
+    if dims > 1 and draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+    return Geometry(stride, padding, dilation, groups), codes, x
+
+
+def forms_for(codes, geometry):
+    """The kernels of rounded activations that can take such codes on this machine."""
+    for name in ROUNDED:
+        packed = name in ("int8", "int8grouped")
+        if packed and (not has_int8_convolution() or (geometry.groups == 1) != (name == "int8")):
+            continue
+        if name != "int8mm" or takes_matrix_product(codes, geometry):
+            yield name
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_sums_are_those_of_a_float64_convolution_of_the_codes_bit_by_bit(case):
+    geometry, codes, x = case
+    ones = torch.ones(codes.shape[0])
+    wanted = convolve(x.double(), codes.double(), None, geometry)
+    for name in forms_for(codes, geometry):
+        got = CONV_FORMS[name](codes, ones, geometry, x.shape).product(METHODS["w8a8"], x, ones, None)
+        assert torch.equal(got.double(), wanted), name
+        alone = CONV_FORMS[name](codes, ones, geometry, x.shape).product(METHODS["w8a8"], x[:1], ones, None)
+        assert torch.equal(alone, got[:1]), name
+    for kernel in ("exact", "reference"):
+        got = quantized_convolution(METHODS["w8a8"], kernel, x, codes, ones, None, geometry)
+        assert torch.equal(got.double(), wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_more_digits_are_as_exact_as_float32(case):
+    geometry, codes, x = case
+    x, scales = x + 0.3 * normal(*x.shape), torch.rand(codes.shape[0]) + 0.1
+    bias = normal(codes.shape[0])
+    for method in (METHODS["w8a16"], METHODS["w8a32"]):
+        wanted = quantized_convolution(method, "exact", x, codes, scales, bias, geometry)
+        for name in forms_for(codes, geometry):
+            if name != "float32x1":
+                got = CONV_FORMS[name](codes, scales, geometry, x.shape).product(method, x, scales, bias)
+                assert (got - wanted).norm() <= 1e-6 * wanted.norm().clamp_min(1), name
+
+
+def layer(outputs=24, channels=16, width=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-127, 128, (outputs, channels, width, width), generator=generator).to(torch.int8)
+    return codes, torch.rand(outputs, generator=generator) + 0.1, torch.randn(outputs, generator=generator)
+
+
+SAME = Geometry((1, 1), (1, 1), (1, 1))
+
+
+def product(name, method, x, codes, scales, bias, geometry=SAME):
+    return CONV_FORMS[name](codes, scales, geometry, x.shape).product(METHODS[method], x, scales, bias)
+
+
+@int8_only
+@each_method
+@pytest.mark.parametrize("last", [False, True])
+def test_a_sample_has_the_same_bits_in_any_batch_and_for_any_number_of_threads(method, last, threads):
+    codes, scales, bias = layer(channels=48)
+    x = normal(7, 48, 60, 61)  # more than is convolved at once
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    whole = product("int8", method, x, codes, scales, bias)
+    assert whole.is_contiguous(memory_format=torch.channels_last) == last
+    threads(2)
+    assert torch.equal(product("int8", method, x, codes, scales, bias), whole)
+    assert torch.equal(product("int8", method, x[3:5], codes, scales, bias), whole[3:5])
+
+
+@int8_only
+def test_padding_is_zero_and_not_the_zero_point():
+    codes = layer()[0]
+    x = torch.full((1, 16, 5, 5), 127.0)
+    ones = torch.ones(24)
+    got = product("int8", "w8a8", x, codes, ones, None)
+    assert torch.equal(got[0, :, 0, 0].double(), 127 * codes[:, :, 1:, 1:].double().sum((1, 2, 3)))
+    assert torch.equal(got[0, :, 2, 4].double(), 127 * codes[:, :, :, :2].double().sum((1, 2, 3)))
+
+
+@int8_only
+def test_windows_in_the_padding_and_single_windows_are_right():
+    for kernel, stride, padding, sizes in (((1, 1), (2, 2), (2, 1), (21, 1)), ((1, 5), (1, 3), (0, 1), (21, 5))):
+        codes = torch.randint(-127, 128, (8, 3, *kernel)).to(torch.int8)
+        geometry, x = Geometry(stride, padding, (1, 1)), normal(2, 3, *sizes)
+        scales = torch.ones(8)
+        wanted = quantized_convolution(METHODS["w8a8"], "exact", x, codes, scales, None, geometry)
+        assert torch.equal(product("int8", "w8a8", x, codes, scales, None, geometry), wanted)
+
+
+@each_method
+@pytest.mark.parametrize("name", [pytest.param("int8", marks=int8_only), "float32x1"])
+def test_a_sample_that_is_not_finite_gives_no_finite_value_and_leaves_the_others_alone(method, name):
+    codes, scales, bias = layer()
+    x = normal(3, 16, 9, 9)
+    wanted = product(name, method, x, codes, scales, bias)
+    for value in (torch.nan, torch.inf):
+        bad = x.clone()
+        bad[1, 2, 3, 3] = value
+        got = product(name, method, bad, codes, scales, bias)
+        assert not got[1].isfinite().any()
+        assert torch.equal(got[::2], wanted[::2])
+
+
+@each_method
+@pytest.mark.parametrize("name", [pytest.param("int8", marks=int8_only), "float32x1"])
+def test_a_sample_of_zeros_gives_the_bias(method, name):
+    codes, scales, bias = layer()
+    got = product(name, method, torch.zeros(2, 16, 5, 5), codes, scales, bias)
+    assert torch.equal(got, bias.view(1, -1, 1, 1).expand_as(got))
+
+
+def test_long_sums_are_exact_in_the_formula_too():
+    codes = torch.full((2, 700, 3), 127, dtype=torch.int8)
+    codes[1] = torch.randint(-127, 128, (700, 3))
+    x = torch.full((2, 700, 5), 127.0)
+    x[1] = torch.randint(-127, 128, (700, 5))
+    x[1, 0, 0] = 127
+    geometry, ones = Geometry((1,), (1,), (1,)), torch.ones(2)
+    got = quantized_convolution(METHODS["w8a8"], "reference", x, codes, ones, None, geometry)
+    assert torch.equal(got, convolve(x.double(), codes.double(), None, geometry).float())
+
+
+@int8_only
+def test_codes_come_back_from_their_packed_form():
+    for channels in (1, 3, 16, 67):
+        codes, scales, _ = layer(outputs=19, channels=channels)
+        form = CONV_FORMS["int8"](codes, scales, SAME, torch.Size([1, channels, 8, 8]))
+        assert torch.equal(form._unpacked(), codes)
+
+
+def test_windows_are_rows_of_a_linear_layer():
+    codes, scales, bias = layer(outputs=40, channels=30)
+    for geometry in (SAME, Geometry((2, 1), (0, 1), (1, 2))):
+        x = normal(3, 30, 7, 8)
+        got = product("windows", "w8a32", x, codes, scales, bias, geometry)
+        weight = codes.double() * scales.view(-1, 1, 1, 1)
+        assert relative_error(got, convolve(x.double(), weight, bias.double(), geometry)) < 5e-7
+
+
+SMALL, LARGE = ConvShape(64, 576, False), ConvShape(512, 4608, False)
+
+
+def test_the_choice_among_kernels_says_why():
+    for kernel in ("auto", "compact", "int8", "reference"):
+        for shape in (SMALL, LARGE, ConvShape(64, 9, False, groups=64), ConvShape(64, 64, True)):
+            for method in METHODS.values():
+                choice = choose_convolution(kernel, method, shape)
+                assert choice.reason
+                assert choice.kernel in CONV_FORMS or choice.kernel in ("reference", "exact")
+                compact = kernel == "compact" and choice.kernel in CONV_FORMS
+                assert not compact or CONV_FORMS[choice.kernel].bytes_a_weight < 4
+    assert choose_convolution("auto", METHODS["w8a32"], SMALL).kernel == "float32"
+    assert choose_convolution("auto", METHODS["w8a32"], LARGE).kernel == "reference"
+    assert choose_convolution("auto", METHODS["w8a8"], SMALL, "cuda").kernel == "reference"
+    transposed = ConvShape(64, 576, False, transposed=True)
+    assert choose_convolution("int8", METHODS["w8a32"], transposed).kernel == "exact"
+
+
+@int8_only
+def test_int8_is_taken_where_the_processor_has_it_and_hidden_by_the_environment(tmp_path):
+    assert choose_convolution("auto", METHODS["w8a8"], SMALL).kernel == "int8"
+    assert choose_convolution("auto", METHODS["w8a8"], ConvShape(64, 64, True)).kernel == "int8mm"
+    code = """
+from tinyq_lightning.kernels import ConvShape, choose_convolution
+from tinyq_lightning.methods import METHODS
+for kernel in ("auto", "int8"):
+    print(choose_convolution(kernel, METHODS["w8a8"], ConvShape(64, 576, False)).kernel)
+"""
+    environment = {**os.environ, "TINYQ_WITHOUT": "int8", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["float32x1", "exact"]

@@ -1,0 +1,134 @@
+"""Quantized convolutions in graphs: compiled, exported, traced."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_cases import each_method, normal, relative_error
+from torch import nn
+
+from tinyq_lightning import quantize
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Graphs of other tests do not count towards the compiler's limit of graphs."""
+    torch._dynamo.reset()
+
+
+def network(method):
+    model = nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 12, 1),
+        nn.Conv2d(12, 12, 3, 2, 1, groups=12, padding_mode="reflect"),
+        nn.ConvTranspose2d(12, 4, 2, 2),
+    ).eval()
+    quantize(model, method)
+    return model, normal(3, 8, 10, 12)
+
+
+def adding_to(graphs):
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return backend
+
+
+@each_method
+@pytest.mark.parametrize("first", ["packed", "fresh"])
+def test_a_graph_is_plain_torch_on_the_codes_and_hooks_run_once(method, first):
+    model, x = network(method)
+    model[2].register_forward_hook(lambda module, inputs, output: output * 2)
+    if first == "packed":
+        model(x)
+    graphs = []
+    compiled = torch.compile(model, backend=adding_to(graphs), fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            assert relative_error(compiled(x), model(x).double()) < 1e-5
+        model[4].int8_weights.zero_()
+        assert torch.equal(compiled(x), model[4].bias.view(1, -1, 1, 1).expand(3, 4, 10, 12))
+    assert len(graphs) == 1
+    assert not [node for node in graphs[0].graph.nodes if "tinyq" in str(node.target)]
+
+
+@each_method
+def test_equal_blocks_that_are_compiled_one_by_one_share_a_graph(method):
+    blocks = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(10)))
+    quantize(blocks, method)
+    x, graphs = normal(2, 16, 8, 8), []
+    backend = adding_to(graphs)
+    with torch.no_grad():
+        wanted = blocks(x)
+        for block in blocks:
+            block.compile(backend=backend, fullgraph=True)
+        assert relative_error(blocks(x), wanted.double()) < 1e-4
+    assert len(graphs) == 1
+
+
+# torch's tracer warns of its own use of an autograd function
+@each_method
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_network_gives_gradients(method):
+    model, x = network(method)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    compiled(mine).sum().backward()
+    model(theirs).sum().backward()
+    assert relative_error(mine.grad, theirs.grad.double()) < 1e-5
+
+
+@each_method
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_exported_network_holds_int8_codes_and_runs_without_this_package(method, tmp_path):
+    model, x = network(method)
+    with torch.no_grad():
+        wanted = model(x)
+        program = torch.export.export(model, (x,))
+    held = [
+        tensor.shape
+        for tensor in (*program.state_dict.values(), *program.constants.values())
+        if tensor.dtype == torch.int8
+    ]
+    assert sorted(held) == sorted(layer.int8_weights.shape for layer in model if hasattr(layer, "int8_weights"))
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save({"x": x, "wanted": wanted}, tmp_path / "case.pt")
+    code = """
+import sys, torch
+case = torch.load("case.pt")
+out = torch.export.load("program.pt2").module()(case["x"])
+torch.testing.assert_close(out.detach(), case["wanted"], rtol=1e-4, atol=1e-4)
+assert not any(name.startswith("tinyq") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+
+
+@each_method
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_traced_network_is_saved_and_gives_the_same_numbers(method, tmp_path):
+    model, x = network(method)
+    torch.jit.trace(model, (x,), check_tolerance=1e-3).save(tmp_path / "traced.pt")
+    assert relative_error(torch.jit.load(tmp_path / "traced.pt")(x), model(x).double()) < 1e-5
+
+
+@each_method
+def test_symbolic_trace_takes_quantized_convolutions_for_leaves(method):
+    model, x = network(method)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), model(x))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.slow
+@each_method
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_inductor_graph_gives_the_same_numbers(method):
+    model, x = network(method)
+    with torch.no_grad():
+        assert relative_error(torch.compile(model, fullgraph=True)(x), model(x).double()) < 1e-5
