@@ -5,6 +5,7 @@ python examples/bench [--parts layers …] [--grid medium …] [--threads 1 …]
 layers        one layer, shape by shape, for 1 to 256 rows
 chain         six layers in a row, eager and compiled
 recurrent     LSTM, GRU, RNN and a cell over sequences; ``lookups``: rows of embeddings, and bags of them
+convolutions  those of ResNet-18, alone and together
 text_encoder  a pretrained one, as ``examples/real_models`` installs it
 memory        what quantizing and a quantized model take; ``quantizing``: GB/s of float32 weights, beside memcpy
 
@@ -27,7 +28,7 @@ from contenders import BUILDS, OVER
 from layers import GRIDS
 from machine import describe
 
-PARTS = ("layers", "chain", "recurrent", "lookups", "text_encoder", "memory", "quantizing")
+PARTS = ("layers", "chain", "convolutions", "recurrent", "lookups", "text_encoder", "memory", "quantizing")
 
 
 def arguments() -> argparse.Namespace:
@@ -61,8 +62,7 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> dict:
     """Every figure, printed in tables as it is had."""
     warnings.filterwarnings("ignore")  # of peers, about their own code
-    logging.disable(logging.WARNING)
-    torch.manual_seed(0)
+    logging.disable(logging.WARNING), torch.manual_seed(0)
     torch.set_num_threads(args.threads[0])
     machine, cells = {**describe(), "threads": " and ".join(map(str, args.threads))}, []
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ", end="\n\n")
