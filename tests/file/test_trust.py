@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
 import types
@@ -23,7 +24,9 @@ from tinyq_lightning.command.cli import main
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file.checkpoint import _digests, make_checkpoint, write_checkpoint
 
-register_resolver = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
+# Before omegaconf 2.4 the function of this name was another, without `replace`.
+has_it = "replace" in inspect.signature(getattr(OmegaConf, "register_resolver", len)).parameters
+register_resolver = OmegaConf.register_resolver if has_it else OmegaConf.register_new_resolver
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning with a new jsonargparse
 CALLED: list[str] = []
 
