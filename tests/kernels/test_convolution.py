@@ -33,7 +33,7 @@ def cases(draw):
     stride = tuple(draw(st.sampled_from([1, 1, 2, 3])) for _ in kernel)
     padding = tuple(draw(st.integers(0, 2)) for _ in kernel)
     if draw(st.booleans()) and draw(st.booleans()):
-        kernel, dilation, stride, padding, groups = (1,) * dims, (1,) * dims, (1,) * dims, (0,) * dims, 1
+        kernel, dilation, padding, groups = (1,) * dims, (1,) * dims, (0,) * dims, 1
     sizes = [gap * (width - 1) + 1 + draw(st.sampled_from([0, 1, 6])) for gap, width in zip(dilation, kernel)]  # noqa: B905
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     codes = torch.randint(-127, 128, (outputs, channels // groups, *kernel), generator=generator).to(torch.int8)
@@ -61,9 +61,9 @@ def test_sums_are_those_of_a_float64_convolution_of_the_codes_bit_by_bit(case):
     ones = torch.ones(codes.shape[0])
     wanted = convolve(x.double(), codes.double(), None, geometry)
     for name in forms_for(codes, geometry):
-        got = CONV_FORMS[name](codes, ones, geometry, x.shape).product(METHODS["w8a8"], x, ones, None)
+        got = CONV_FORMS[name](codes, ones, geometry, x).product(METHODS["w8a8"], x, ones, None)
         assert torch.equal(got.double(), wanted), name
-        alone = CONV_FORMS[name](codes, ones, geometry, x.shape).product(METHODS["w8a8"], x[:1], ones, None)
+        alone = CONV_FORMS[name](codes, ones, geometry, x).product(METHODS["w8a8"], x[:1], ones, None)
         assert torch.equal(alone, got[:1]), name
     for kernel in ("exact", "reference"):
         got = quantized_convolution(METHODS["w8a8"], kernel, x, codes, ones, None, geometry)
@@ -80,7 +80,7 @@ def test_more_digits_are_as_exact_as_float32(case):
         wanted = quantized_convolution(method, "exact", x, codes, scales, bias, geometry)
         for name in forms_for(codes, geometry):
             if name != "float32x1":
-                got = CONV_FORMS[name](codes, scales, geometry, x.shape).product(method, x, scales, bias)
+                got = CONV_FORMS[name](codes, scales, geometry, x).product(method, x, scales, bias)
                 assert (got - wanted).norm() <= 1e-6 * wanted.norm().clamp_min(1), name
 
 
@@ -94,7 +94,7 @@ SAME = Geometry((1, 1), (1, 1), (1, 1))
 
 
 def product(name, method, x, codes, scales, bias, geometry=SAME):
-    return CONV_FORMS[name](codes, scales, geometry, x.shape).product(METHODS[method], x, scales, bias)
+    return CONV_FORMS[name](codes, scales, geometry, x).product(METHODS[method], x, scales, bias)
 
 
 @int8_only
@@ -168,7 +168,7 @@ def test_long_sums_are_exact_in_the_formula_too():
 def test_codes_come_back_from_their_packed_form():
     for channels in (1, 3, 16, 67):
         codes, scales, _ = layer(outputs=19, channels=channels)
-        form = CONV_FORMS["int8"](codes, scales, SAME, torch.Size([1, channels, 8, 8]))
+        form = CONV_FORMS["int8"](codes, scales, SAME, torch.empty(1, channels, 8, 8))
         assert torch.equal(form._unpacked(), codes)
 
 

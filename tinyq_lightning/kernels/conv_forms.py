@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyq_lightning.kernels.base import STEPS, BesideCodes, CodeHolder, WeightForm, plus_bias
-from tinyq_lightning.kernels.convolution import Geometry, convolve, output_sizes, per_channel, sample_steps
+from tinyq_lightning.kernels.convolution import Geometry, convolve, output_sizes, per_channel, sample_steps, strided
 from tinyq_lightning.kernels.integer import has_plain_product
 from tinyq_lightning.kernels.onednn import OnednnWeights
 from tinyq_lightning.kernels.weights import dequantize
@@ -81,9 +81,8 @@ LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 def takes_matrix_product(codes: Tensor, geometry: Geometry) -> bool:
     """Whether the convolution is a matrix product of channels that ``torch._int_mm`` computes exactly here."""
     pointwise = codes[0, 0].numel() == 1 and geometry.groups == 1 and not geometry.transposed
-    plain = all(each == 1 for each in geometry.stride) and not any(geometry.padding)
     # With one channel torch._int_mm returns wrong numbers (torch 2.13).
-    return pointwise and plain and codes.shape[1] > 1 and has_plain_product()
+    return pointwise and not any(geometry.padding) and codes.shape[1] > 1 and has_plain_product()
 
 
 class ConvForm(WeightForm):
@@ -93,12 +92,13 @@ class ConvForm(WeightForm):
         codes: ``q``, ``[out, in / groups, ...]`` int8.
         scales: ``s``, ``[out]`` float32.
         geometry: how the convolution moves over its input.
-        shape: of the first input ``[N, in, ...]``, for which the weights are laid out; others take them too.
+        first: the first input ``[N, in, ...]``, or one of its shape and layout without values, for which the weights
+            are laid out; others take them too.
     """
 
     _flat = False
 
-    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, first: Tensor) -> None:
         super().__init__(codes, scales)  # type: ignore[safe-super]  # of the class beside this one
         self.geometry = geometry
         self.kernel_size = tuple(codes.shape[2:])
@@ -126,7 +126,7 @@ class ConvForm(WeightForm):
         if self._flat:  # the operator takes two dimensions or three
             x, out = x.unsqueeze(2), out.unsqueeze(2)
         step = _steps(x, STEPS[method.digits])
-        sums = self._of_integers(torch.div(x, step), method.digits, scales)
+        sums = self._of_integers(torch.div(self._used(x), step), method.digits, scales)
         if is_channels_last(sums) and not is_channels_last(out):
             for placed, into in zip(sums, out, strict=True):
                 # torch copies a transposed matrix much faster than it reorders more dimensions
@@ -134,6 +134,10 @@ class ConvForm(WeightForm):
             plus_bias(out.mul_(step), bias)
         else:
             plus_bias(torch.mul(sums, step, out=out), bias)
+
+    def _used(self, x: Tensor) -> Tensor:
+        """What of the input is convolved; a step is that of the whole sample."""
+        return x
 
     @abstractmethod
     def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
@@ -144,6 +148,10 @@ class PointwiseWeights(ConvForm, BesideCodes):
     """The plain codes, for convolutions that are matrix products of channels."""
 
     bytes_a_weight = 0
+
+    @override
+    def _used(self, x: Tensor) -> Tensor:
+        return strided(x, self.geometry.stride)
 
     @override
     def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
@@ -171,9 +179,9 @@ class Float32ConvCodes(ConvForm, BesideCodes):
 
     bytes_a_weight = 4
 
-    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
-        super().__init__(codes, scales, geometry, shape)
-        self._float_codes = codes.float()
+    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, first: Tensor) -> None:
+        super().__init__(codes, scales, geometry, first)
+        self._float_codes = codes.float().contiguous(memory_format=layout_of(first))
 
     @override
     def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
@@ -186,8 +194,8 @@ class WindowWeights(ConvForm, CodeHolder):
 
     bytes_a_weight = 1
 
-    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
-        super().__init__(codes, scales, geometry, shape)
+    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, first: Tensor) -> None:
+        super().__init__(codes, scales, geometry, first)
         self._rows = OnednnWeights(codes.flatten(1), scales)
 
     @override
@@ -224,9 +232,10 @@ class FloatConvWeights(ConvForm, BesideCodes):
 
     bytes_a_weight = 4
 
-    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
-        super().__init__(codes, scales, geometry, shape)
-        self.weight = dequantize(codes, scales, groups=geometry.transposed_groups)
+    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, first: Tensor) -> None:
+        super().__init__(codes, scales, geometry, first)
+        weight = dequantize(codes, scales, groups=geometry.transposed_groups)
+        self.weight = weight.contiguous(memory_format=layout_of(first))
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

@@ -41,8 +41,8 @@ class _PackedConvolution(ConvForm):
 
     bytes_a_weight = 1
 
-    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, shape: torch.Size) -> None:
-        super().__init__(codes, scales, geometry, shape)
+    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, first: Tensor) -> None:
+        super().__init__(codes, scales, geometry, first)
         self._flat = codes.dim() == 3
         self._of_operator = replace(
             geometry,
@@ -52,8 +52,8 @@ class _PackedConvolution(ConvForm):
         )
         plain = codes.unsqueeze(2) if self._flat else codes
         self._places = tuple(plain.shape[2:])
-        first = [*shape[:2], *(1,) * self._flat, *shape[2:]]
-        self._packed = pack_convolution(plain.contiguous(), self._of_operator, first)
+        shape = [*first.shape[:2], *(1,) * self._flat, *first.shape[2:]]
+        self._packed = pack_convolution(plain.contiguous(), self._of_operator, shape)
         self._zero_points = codes.new_zeros(len(codes), dtype=torch.int32)
 
     @override

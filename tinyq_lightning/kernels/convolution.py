@@ -29,6 +29,7 @@ __all__ = [
     "per_channel",
     "quantized_convolution",
     "sample_steps",
+    "strided",
 ]
 
 ConvFormulaName = Literal["exact", "reference", "integer"]
@@ -97,6 +98,14 @@ def output_sizes(sizes: tuple[int, ...], kernel: tuple[int, ...], geometry: Geom
 def per_channel(values: Tensor, dims: int) -> Tensor:
     """Values ``[out]`` in a shape that broadcasts over an output of so many dimensions."""
     return values.view(-1, *[1] * (dims - 2))
+
+
+def strided(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The places of ``x`` ``[N, C, ...]`` that windows of one place see."""
+    for dim, each in enumerate(stride, 2):
+        if each > 1:
+            x = x[(slice(None),) * dim + (slice(None, None, each),)]
+    return x
 
 
 def sample_steps(x: Tensor, steps: int | Tensor) -> Tensor:
@@ -246,7 +255,7 @@ def _sums(
 ) -> Tensor:
     """The convolution of integers by codes, each channel times its scale, in float32 or float64."""
     if kernel == "integer":
-        return _pointwise_sums(integers, codes, scales, method)
+        return _pointwise_sums(strided(integers, geometry.stride), codes, scales, method)
     if kernel == "exact" and method.digits > 1:
         out = convolve(integers.double(), codes.double(), None, geometry)
         return out * per_channel(scales.double(), out.dim())
@@ -277,7 +286,7 @@ def _exact_sums(integers: Tensor, codes: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _pointwise_sums(integers: Tensor, codes: Tensor, scales: Tensor, method: Method) -> Tensor:
-    """As :func:`_sums` for a kernel of one place, stride 1, no padding and one group."""
+    """As :func:`_sums` for a kernel of one place, no padding and one group, of the input at the windows alone."""
     samples, channels, *sizes = integers.shape
     rows = integers.flatten(2).transpose(1, 2).reshape(-1, channels)
     sums = torch._int_mm(integer_digits(rows, method.digits), codes.flatten(1).t()).to(integers.dtype)

@@ -118,7 +118,7 @@ class QuantizedConv(Int8Weight):
         self._channels_last = is_channels_last(conv.weight)
         self._choices: dict[str, Choice] = {}
         self._moves = self._moves_without_size()
-        self._first_shape = torch.Size()
+        self._first: Tensor | None = None  # without values
         self.method = method
         self.kernel: KernelName = "auto"
         self.register_parameter("bias", conv.bias)
@@ -228,12 +228,12 @@ class QuantizedConv(Int8Weight):
         if kernel not in CONV_FORMS:
             return None
         if kernel not in self._forms:
-            self._first_shape = x.shape
+            self._first = torch.empty_like(x, device="meta")
         return cast("ConvForm | None", self.form(kernel))
 
     def _new_form(self, kernel: str) -> WeightForm:
         geometry, _ = self._moves_of(None, None)
-        make = partial(CONV_FORMS[kernel], geometry=geometry, shape=self._first_shape)
+        make = partial(CONV_FORMS[kernel], geometry=geometry, first=cast(Tensor, self._first))
         return weight_form(f"{kernel} {geometry}", self.int8_weights, self.scales, make)
 
     def _formula_name(self) -> ConvFormulaName:
@@ -343,8 +343,7 @@ def conv_shape(layer: Any) -> ConvShape:
     """What the choice among kernels depends on, of a float or a quantized convolution."""
     places = math.prod(layer.kernel_size)
     unmoved = layer.padding_mode == "zeros" and layer.padding in ("valid", "same", (0,) * len(layer.kernel_size))
-    plain = unmoved and places == 1 and all(each == 1 for each in layer.stride)
     channels = layer.in_channels // layer.groups
-    pointwise = plain and layer.groups == 1 and channels > 1 and not layer.transposed
+    pointwise = unmoved and places == 1 and layer.groups == 1 and channels > 1 and not layer.transposed
     dims = len(layer.kernel_size)
     return ConvShape(layer.out_channels, channels * places, pointwise, dims, layer.groups, layer.transposed)
