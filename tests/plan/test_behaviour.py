@@ -344,6 +344,23 @@ def test_an_embedding_that_does_more_keeps_its_tie_float(embedding):
     assert reasons["head"].startswith("tied to embed.weight")
 
 
+def test_a_square_matrix_whose_sizes_are_attributes_is_known_by_what_it_computes():
+    class Counted(Square):
+        """As Hugging Face has the output projection of GPT-2's attention."""
+
+        def __init__(self):
+            super().__init__()
+            self.nf, self.nx = 32, 32
+
+        def forward(self, x):
+            return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+    model, x = nn.Sequential(Counted()), torch.randn(2, 3, 32)
+    wanted = model(x)
+    assert [decision.method for decision in quantize(model)] == ["w8a32"]
+    assert torch.allclose(model(x), wanted, atol=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_matrix_that_is_held_transposed_gets_its_values_back(dtype):
     model = nn.Sequential(Turned())

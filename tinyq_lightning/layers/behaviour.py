@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
 
 _ROWS, _COLUMNS = 5, 3
 _SIZES = (1e-8, 1.0, 1e8)  # A forward that clamps or rounds differs at one of them.
+_AMBIGUOUS = 3  # attributes of a square weight that may tell either of its sizes
 _LEADS = ((4,), (2, 3), (), (1000,))
 _CHANGING = {"append", "extend", "insert", "update", "pop", "remove", "clear", "setdefault", "discard", "popleft"}
 _CHANGING |= {"print", "log", "log_dict", "info", "warn", "warning", "debug", "write", "next", "sleep"}
@@ -48,10 +50,12 @@ def computes_linear(module: nn.Module, transposed: bool = False) -> bool:
     has_bias = module._parameters.get("bias") is not None
     shape = (_COLUMNS, _ROWS) if transposed else (_ROWS, _COLUMNS)
     kind: Any = type(module)
-    sizes = tuple(_small_sizes(module, shape).items())
     dtype = cast(Tensor, module.weight).dtype
     with torch.inference_mode(False), torch.enable_grad():  # forwards are compared by their gradients too
-        return _computes_linear(kind, kind.forward, has_bias, dtype, sizes, transposed)
+        return any(
+            _computes_linear(kind, kind.forward, has_bias, dtype, tuple(sizes.items()), transposed)
+            for sizes in _small_sizes(module, shape)
+        )
 
 
 @lru_cache(maxsize=256)
@@ -171,14 +175,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta
 
 
-def _small_sizes(module: nn.Module, shape: tuple[int, int]) -> dict[str, int]:
-    """The attributes that tell the size of the weight, with the sizes of the small one."""
+def _small_sizes(module: nn.Module, shape: tuple[int, int]) -> Iterator[dict[str, int]]:
+    """The attributes that tell the size of the weight, with the sizes of the small one.
+
+    What an attribute of a square weight tells is not known: each possibility is one result, of the first attributes.
+    """
     rows, columns = cast(Tensor, module.weight).shape
-    found = {}
-    for name, value in vars(module).items():
-        if type(value) is int and value in (rows, columns) and name != "padding_idx":
-            found[name] = shape[0] if value == rows else shape[1]
-    return found
+    held = [name for name, value in vars(module).items() if type(value) is int and value in (rows, columns)]
+    told = [name for name in held if name != "padding_idx"]
+    if rows == columns:
+        for sizes in product(shape, repeat=min(len(told), _AMBIGUOUS)):
+            yield dict(zip(told, sizes, strict=False))
+    else:
+        yield {name: shape[0] if vars(module)[name] == rows else shape[1] for name in told}
 
 
 def _random(shape: tuple[int, ...]) -> Tensor:
