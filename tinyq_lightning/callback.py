@@ -14,14 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from tinyq_lightning.errors import SpecError, TinyQError
 from tinyq_lightning.file import make_checkpoint, quantized_path
 from tinyq_lightning.plan import Plan
-from tinyq_lightning.report import (
-    Outcome,
-    combined,
-    log_entries,
-    outcome_of_fit,
-    outcome_of_test,
-    report_steps,
-)
+from tinyq_lightning.report import Outcome, combined, log_entries, outcome_of_fit, outcome_of_test, report_steps
 from tinyq_lightning.search import Search, Stopwatch
 from tinyq_lightning.spec import SpecOrMethods, as_spec, with_arguments
 from tinyq_lightning.trainer import (
@@ -77,8 +70,7 @@ class TinyQCallback(WatchesValidation):
     Args:
         spec: a method (``w8a32``, ``w8a16``, ``w8a8``), several, a path to YAML, a mapping, or a QuantizationSpec.
         exclude: patterns of layers to leave float, added to those of the spec.
-        kinds: ``all``, or those kinds of layer to quantize: ``linear``, ``attention``, ``conv``, ``embedding``,
-            ``recurrent``; overrides the spec.
+        kinds: ``all``, or a list of the kinds of layer to quantize; overrides the spec.
         when: ``fit_end`` or ``test_start``; overrides the spec.
         weights: ``best``, ``last`` or ``current``; overrides the spec. Only for ``fit_end``.
         monitor: name of a metric that validation logs. It is the budget's metric and, for ``weights``, selects
@@ -86,8 +78,7 @@ class TinyQCallback(WatchesValidation):
         mode: ``max`` if more is better, ``min`` if less is. Needed with ``max_drop`` unless the metric is logged
             as a torchmetrics object that knows it.
         max_drop: how much the metric may lose, in its unit or as a share of the float value such as ``1%``.
-        keep: of several methods: ``all``, or with a budget the ``smallest`` within it (ties: least loss);
-            overrides the spec.
+        keep: of several methods ``all``, or with a budget the ``smallest`` within it; overrides the spec.
         never_slower: whether to time the layers as the evaluation calls them, and to leave float those that int8
             makes slower on this machine; overrides the spec.
         save: whether to write the quantized checkpoint.

@@ -4,10 +4,10 @@ python examples/bench [--parts layers …] [--grid medium …] [--threads 1 …]
 
 layers        one layer, shape by shape, for 1 to 256 rows
 chain         six layers in a row, eager and compiled
-convolutions  those of ResNet-18, alone and together
+recurrent     LSTM, GRU, RNN and a cell over sequences; ``convolutions``: those of ResNet-18, alone and together
+lookups       rows of embeddings, and bags of them
 text_encoder  a pretrained one, as ``examples/real_models`` installs it
-memory        what quantizing and a quantized model take
-quantizing    GB/s of float32 weights, beside memcpy
+memory        what quantizing and a quantized model take; ``quantizing``: GB/s of float32 weights, beside memcpy
 
 Speeds are float32 time / time, above 1 is faster: medians of rounds in which all take turns. The spread, half the
 distance between the rounds' quartiles, tells which figures to believe. Peers come with ``pip install '.[bench]'``.
@@ -27,7 +27,7 @@ from contenders import BUILDS, OVER
 from layers import GRIDS
 from machine import describe
 
-PARTS = ("layers", "chain", "convolutions", "text_encoder", "memory", "quantizing")
+PARTS = ("layers", "chain", "convolutions", "recurrent", "lookups", "text_encoder", "memory", "quantizing")
 
 
 def arguments() -> argparse.Namespace:

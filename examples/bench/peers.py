@@ -41,4 +41,4 @@ def bitsandbytes(network: nn.Module) -> nn.Module:
 
 
 def torch_dynamic(network: nn.Module) -> nn.Module:
-    return torch.ao.quantization.quantize_dynamic(copy.deepcopy(network), {nn.Linear}, torch.qint8)
+    return torch.ao.quantization.quantize_dynamic(copy.deepcopy(network), {nn.Linear, nn.LSTM, nn.GRU}, torch.qint8)

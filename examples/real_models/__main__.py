@@ -1,6 +1,6 @@
-"""What quantizing costs three pretrained models, with data they never saw: all of it comes inside PyPI wheels.
+"""What quantizing costs pretrained models, on data most of which they never saw: all of it comes inside PyPI wheels.
 
-python examples/real_models [--models text dna digits] [--threads 1]
+python examples/real_models [--models text dna digits phonemes] [--threads 1]
 
 text    all-MiniLM-L6-v2 (BERT, 6 layers): Spearman's rho with human similarity judgements (Lee's 50 news texts,
         SimLex-999, WordSim-353), and accuracy of a linear probe for the polarity of 200 film reviews, 10-fold
@@ -24,7 +24,7 @@ from tinyq_lightning import quantize
 from tinyq_lightning.plan.plan import state_bytes
 from tinyq_lightning.table import Table, format_bytes
 
-MODELS = ("text", "dna", "digits")
+MODELS = ("text", "dna", "digits", "phonemes")
 METHODS = ("float", "w8a32", "w8a16", "w8a8")
 
 

@@ -222,6 +222,8 @@ MISTAKES = [
     ("quantize epoch=7.ckpt --model nets:Net", "there is such a file already: give --overwrite"),
     ("quantize epoch=7.ckpt --model nets:Net --overwrite --output epoch=7.ckpt", "is not a quantized checkpoint"),
     ("quantize epoch=7.ckpt --model nets:Net --method w8a33", "'w8a33' is not a method. Did you mean 'w8a32'"),
+    ("quantize epoch=7.ckpt --model nets:Net --kinds linear convv", r"\(kinds\.1\): 'convv' is not a kind.*'conv'"),
+    ("quantize epoch=7.ckpt --model nets:Net --kinds conv", "Net has no layer of the kinds conv to quantize"),
     ("quantize epoch=7.ckpt --model nets:Net --spec no.yaml", r"no\.yaml: the spec cannot be read"),
     ("quantize epoch=7.ckpt --model nets:Net --exclude haed", "Did you mean 'head'"),
     ("quantize epoch=7.ckpt --model nets:Net --init width=5 --output q.ckpt", "does not fit Net"),

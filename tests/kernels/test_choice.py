@@ -7,7 +7,7 @@ from torch import nn
 
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.kernels.base import LONGEST_SUM
-from tinyq_lightning.kernels.choice import Choice, bytes_a_weight, choose_kernel
+from tinyq_lightning.kernels.choice import Choice, choose_kernel
 from tinyq_lightning.layers.linear import LAYERS
 from tinyq_lightning.methods import METHODS
 
@@ -63,20 +63,31 @@ def test_a_w8a32_layer_takes_a_float_copy_below_the_rows_where_int8_pays(monkeyp
     assert set(layer._forms) == {"int8", "float32"}
 
 
-@pytest.mark.parametrize("has", ["plain", "onednn", "fbgemm", "float16", None])
+def test_without_vnni_w8a8_takes_digits_in_two_parts_where_nothing_else_is_as_fast_or_as_small(monkeypatch):
+    with_products(monkeypatch, has_split=True, has_float16=True)
+    kernels = [choose_kernel(asked, METHODS["w8a8"], 768, 768).kernel for asked in ("auto", "compact", "int8")]
+    assert kernels == ["float16", "int8-split", "int8-split"]
+    with_products(monkeypatch, has_split=True)
+    kernels = {
+        size: [choose_kernel("auto", METHODS[method], size, size).kernel for method in METHODS] for size in (768, 2048)
+    }
+    assert kernels == {768: ["float32", "float32x1", "float32x1"], 2048: ["float32", "float32x1", "int8-split"]}
+
+
+@pytest.mark.parametrize("has", ["plain", "onednn", "fbgemm", "float16", "split", None])
 @each_method
 @pytest.mark.parametrize("size", [64, 384, 768, 2048])
 def test_compact_holds_one_byte_a_weight(method, size, has, monkeypatch):
     with_products(monkeypatch, **({f"has_{has}": True} if has else {}))
-    assert bytes_a_weight(choose_kernel("compact", METHODS[method], size, size)) == 1
+    assert choose_kernel("compact", METHODS[method], size, size).bytes_a_weight == 1
 
 
 def test_what_a_layer_holds_for_each_weight_is_what_its_forms_take(monkeypatch):
     with_products(monkeypatch, has_plain=True, has_onednn=True, has_float16=True)
-    held = [bytes_a_weight(choose_kernel("auto", METHODS[method], 384, 384)) for method in METHODS]
+    held = [choose_kernel("auto", METHODS[method], 384, 384).bytes_a_weight for method in METHODS]
     assert held == [5, 1, 1]  # a float copy beside the codes
     with_products(monkeypatch, has_float16=True)
-    held = [bytes_a_weight(choose_kernel("auto", METHODS[method], 2048, 2048)) for method in METHODS]
+    held = [choose_kernel("auto", METHODS[method], 2048, 2048).bytes_a_weight for method in METHODS]
     assert held == [3, 2, 2]
 
 

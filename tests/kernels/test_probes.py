@@ -106,4 +106,4 @@ def test_hiding_what_there_is_not_is_an_error():
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "TINYQ_WITHOUT": "vnni"}
     )
-    assert "TINYQ_WITHOUT hides vnni: it takes int8, float16, quantized" in done.stderr
+    assert "TINYQ_WITHOUT hides vnni: it takes int8, int8-split, float16, quantized" in done.stderr

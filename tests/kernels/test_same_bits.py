@@ -97,6 +97,7 @@ def test_w8a8_gives_the_same_bits_by_each_kernel(kernel, shape, monkeypatch):
             {"has_plain": True, "has_onednn": True},
             "int8-onednn" if shape[1] == 1 or kernel == "int8-packed" else "int8",
         ),
+        ({"has_split": True}, "exact" if shape[1] == 1 else "int8-split"),
         ({}, "exact"),
     ):
         with_products(monkeypatch, **products)
@@ -110,7 +111,7 @@ def test_w8a8_gives_the_same_bits_by_each_int8_product_for_unusual_rows_too(monk
     x = normal(8, LARGE[1]) * torch.tensor([1, 1, 1, 0, 1e-41, 1e-30, 1e15, 1e30])[:, None]
     x[1, 7], x[2, 7] = math.nan, math.inf
     outs = []
-    for products in (("plain",), ("onednn",), ("onednn", "fbgemm")):
+    for products in (("plain",), ("onednn",), ("onednn", "fbgemm"), ("split",)):
         with_products(monkeypatch, **{f"has_{name}": True for name in products})
         layer.kernel = "int8"
         outs.append(layer(x))

@@ -74,7 +74,7 @@ def test_augmented_assignment_to_the_layer_is_an_error_and_so_is_an_embeddings_w
     with pytest.raises(ReadOnlyWeightError):
         layer.weight = torch.zeros(4, 6)
     with pytest.raises(ReadOnlyWeightError):
-        QuantizedEmbedding.from_embedding(nn.Embedding(5, 3)).weight.data.uniform_()
+        QuantizedEmbedding(5, 3).weight.data.uniform_()
 
 
 def saved(weight):

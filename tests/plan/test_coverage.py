@@ -28,7 +28,7 @@ def bytes_of(module):
 
 def test_a_small_head_on_a_large_backbone_is_not_all_of_the_model():
     model = Vision()
-    found = model_coverage(Swap(model, QuantizationSpec()).plan, model)
+    found = model_coverage(Swap(model, QuantizationSpec(kinds=("linear",))).plan, model)
     linear = bytes_of(model.head)
     assert found.quantized_bytes == linear
     assert found.total_bytes == bytes_of(model)
@@ -36,6 +36,11 @@ def test_a_small_head_on_a_large_backbone_is_not_all_of_the_model():
     assert list(found.float_bytes) == ["Conv2d", "BatchNorm2d"]
     assert str(found).startswith(f"{100 * linear / bytes_of(model):.1f} % of the weight bytes in int8 (w8a32), 1 of 3 ")
     assert "; in float 99.0 % Conv2d, 0.3 % BatchNorm2d" in str(found)
+    whole = Swap(model, QuantizationSpec()).plan
+    assert (
+        str(whole.coverage) == "99.7 % of the weight bytes in int8 (w8a32), 3 of 3 layers; in float 0.3 % BatchNorm2d"
+    )
+    assert str(whole.coverage) == whole.table().splitlines()[-1]
 
 
 MODELS = {

@@ -378,7 +378,7 @@ def test_sizes_are_those_of_the_tensors():
 def test_table_has_a_line_for_each_layer_and_the_totals_and_why_the_kernels():
     model = Net()
     plan = quantize(model, {"exclude": ["head"], "kernel": "reference"})
-    *lines, note, covered = plan.table().splitlines()
+    *lines, note, memory, covered = plan.table().splitlines()
     assert lines[0].split() == ["layer", "kind", "method", "reason", "kernel", "SQNR", "dB", "float", "now"]
     assert [line.split()[0] for line in lines[2:-1]] == NAMES
     assert lines[-1].startswith("6 layers")
@@ -389,6 +389,7 @@ def test_table_has_a_line_for_each_layer_and_the_totals_and_why_the_kernels():
     total = sum(d.float_bytes for d in plan)
     assert f"{total} B" in lines[-1]
     assert note == "kernel reference: as asked for"
+    assert memory.startswith("in memory, once called: ")
     assert covered.startswith("73.6 % of the weight bytes in int8 (w8a32), 5 of 6 layers; in float 18.9 % Linear, ")
 
 

@@ -185,7 +185,7 @@ def test_the_plan_says_what_a_float_copy_takes(kernel):
         kept = model.layer._copies is not None
     assert plan.decisions[0].kernel == model_choice(kernel)
     assert kept == (kernel == "auto")
-    note = "a float copy in memory" if kernel == "auto" else "one byte a weight, expanded on each call"
+    note = "a float copy in memory" if kernel == "auto" else "one byte a weight in memory, expanded on each call"
     assert note in str(plan)
 
 

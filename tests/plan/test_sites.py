@@ -165,12 +165,6 @@ def transposed():
     return model
 
 
-def bag():
-    model = nn.ModuleDict({"bag": nn.EmbeddingBag(6, 4), "linear": nn.Linear(4, 6)})
-    model["linear"].weight = model["bag"].weight
-    return model
-
-
 def renormed():
     model = nn.ModuleDict({"embed": nn.Embedding(6, 4, max_norm=1.0), "linear": nn.Linear(4, 6)})
     model["linear"].weight = model["embed"].weight
@@ -182,13 +176,12 @@ def renormed():
     [
         (Holder(), {"linear": "tied to mine"}),
         (transposed(), {"encode": "tied to decode.weight", "decode": "tied to encode.weight"}),
-        (bag(), {"linear": "tied to bag.weight"}),
         (
             renormed(),
             {"embed": "max_norm rewrites its rows", "linear": "tied to embed.weight (max_norm rewrites its rows)"},
         ),
     ],
-    ids=["parameter", "transposed", "bag", "max_norm"],
+    ids=["parameter", "transposed", "max_norm"],
 )
 def test_what_shares_its_weight_with_something_else_stays_float_with_the_reason(model, reasons):
     size = state_bytes(model.state_dict())

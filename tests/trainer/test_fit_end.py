@@ -448,7 +448,7 @@ def test_a_pattern_that_matches_nothing_stops_the_run_before_it_trains(tmp_path)
             type(self).steps += 1
             return super().training_step(batch, batch_idx)
 
-    with pytest.raises(SpecError, match=r"'haed' matches no Linear layer\. Did you mean 'head'"):
+    with pytest.raises(SpecError, match=r"'haed' matches no layer\. Did you mean 'head'"):
         fit(tmp_path, quiet("w8a32", exclude=["haed"]), module=Counts())
     assert Counts.steps == 0
 

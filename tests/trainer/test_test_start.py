@@ -179,7 +179,7 @@ def test_a_module_that_is_quantized_already_is_not_compared_with_itself(fitted, 
 
 
 def test_a_pattern_that_matches_nothing_is_named(tmp_path):
-    with pytest.raises(SpecError, match=r"'hed' matches no Linear layer\. Did you mean 'head'"):
+    with pytest.raises(SpecError, match=r"'hed' matches no layer\. Did you mean 'head'"):
         trainer(tmp_path, quiet("w8a32", exclude=["hed"])).test(Net(), loader(), verbose=False)
 
 

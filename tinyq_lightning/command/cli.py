@@ -184,6 +184,8 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
     given.add_argument("--method", default="w8a32", help="w8a32 (default), w8a16 or w8a8")
     given.add_argument("--spec", metavar="S.yaml", help="a YAML spec instead: method, exclude, rules, …")
     exclude = "layers to leave float: names, paths, globs, or re: and a regular expression"
+    kinds = "kinds of layer to quantize: all, or some of linear, attention, conv, embedding, recurrent"
+    command.add_argument("--kinds", nargs="+", default=None, metavar="KIND", help=kinds)
     command.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help=exclude)
 
 

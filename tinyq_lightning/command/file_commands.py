@@ -188,7 +188,8 @@ def _refuse_overwriting(args: Namespace, path: str | None) -> None:
 
 def _spec(args: Namespace) -> QuantizationSpec:
     spec = as_spec(args.spec or args.method)
-    return replace(spec, exclude=(*spec.exclude, *args.exclude))
+    given: dict[str, Any] = {} if args.kinds is None else {"kinds": "all" if args.kinds == ["all"] else args.kinds}
+    return replace(spec, exclude=(*spec.exclude, *args.exclude), **given)
 
 
 def _plan(tinyq: Mapping[str, Any]) -> Plan:

@@ -1,7 +1,7 @@
 """Quantized forward pass functions: pure functions on tensors, and the choice among kernels."""
 
 from tinyq_lightning.kernels.base import Choice, CodeHolder, TensorSnapshot, WeightForm
-from tinyq_lightning.kernels.choice import FORMS, bytes_a_weight, choose_kernel, wanted_kernel, weight_form
+from tinyq_lightning.kernels.choice import FORMS, choose_kernel, wanted_kernel, weight_form
 from tinyq_lightning.kernels.conv_choice import CONV_FORMS, ConvShape, choose_convolution, packed_convolution
 from tinyq_lightning.kernels.conv_forms import ConvForm, FloatConvWeights, is_channels_last
 from tinyq_lightning.kernels.conv_onednn import has_int8_convolution
@@ -37,7 +37,6 @@ __all__ = [
     "Geometry",
     "TensorSnapshot",
     "WeightForm",
-    "bytes_a_weight",
     "choose_convolution",
     "choose_kernel",
     "choose_recurrent_kernel",

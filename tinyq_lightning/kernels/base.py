@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, cast
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "TensorSnapshot",
     "WeightForm",
     "plus_bias",
+    "with_memory",
 ]
 
 LONGEST_SUM = (2**31 - 1) // (127 * 128)
@@ -70,19 +71,24 @@ class Choice:
     Attributes:
         kernel: ``int8``, integers summed exactly by the processor's int8 instructions, on plain codes;
             ``int8-onednn`` and ``int8-fbgemm``, the same on codes packed by a library, instead of the plain ones;
+            ``int8-split``, for activations of one digit where products saturate, in two parts;
             ``float16``, codes of two bytes each, multiplied in float32; ``float16x2``, the same beside the codes,
             with activations in two parts, as exact as ``nn.Linear``; ``float32``, a float copy of the weights
             beside the codes; ``float32x1``, the same for activations that are rounded; ``exact``, integers summed
-            exactly in float64; ``reference``, the formula.
+            exactly in float64; ``reference``, the formula. Of convolutions also ``int8-grouped``, as
+            ``int8-onednn`` for several groups, beside the plain codes, and ``windows``, by the kernel of a linear
+            layer whose rows are the windows.
         reason: in words.
         few_rows: inputs of fewer rows take the kernel ``few`` instead; 0 if none do.
         few: that kernel.
+        bytes_a_weight: what the layer holds in memory for each weight, once it has seen few rows and many.
     """
 
     kernel: str
     reason: str
     few_rows: int = 0
     few: str = "float32"
+    bytes_a_weight: int = field(default=1, compare=False)
 
     @property
     def label(self) -> str:
@@ -91,6 +97,14 @@ class Choice:
             return self.kernel
         most = self.few_rows - 1
         return f"{self.few} to {most:,} row{'s' * (most > 1)}, {self.kernel}"
+
+
+def with_memory(choice: Choice, forms: Mapping[str, type[WeightForm]]) -> Choice:
+    """The choice with what its forms take; the plain codes lie beside those that do not hold them."""
+    names = {choice.kernel, choice.few} if choice.few_rows else {choice.kernel}
+    taken = [forms[name] for name in names if name in forms]
+    held = sum(form.bytes_a_weight for form in taken) + (not any(form.holds_codes for form in taken))
+    return replace(choice, bytes_a_weight=held)
 
 
 class TensorSnapshot:

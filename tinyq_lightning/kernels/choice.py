@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tinyq_lightning.errors import SpecError
-from tinyq_lightning.kernels.base import Choice, Kernel, LayerShape, WeightForm
+from tinyq_lightning.kernels.base import Choice, Kernel, LayerShape, WeightForm, with_memory
 from tinyq_lightning.kernels.float16 import FLOAT16
 from tinyq_lightning.kernels.float32 import FLOAT32
 from tinyq_lightning.kernels.formula import FORMULA
@@ -23,7 +23,6 @@ __all__ = [
     "FORMS",
     "KERNEL_LIST",
     "Choice",
-    "bytes_a_weight",
     "choose_kernel",
     "wanted_kernel",
     "weight_form",
@@ -55,7 +54,10 @@ def choose_kernel(
     Raises:
         SpecError: ``TINYQ_KERNEL`` is something else.
     """
-    wanted = wanted_kernel(kernel)
+    return with_memory(_choose(wanted_kernel(kernel), method, out_features, in_features, device), FORMS)
+
+
+def _choose(wanted: str, method: Method, out_features: int, in_features: int, device: str) -> Choice:
     layer = LayerShape(method, out_features, in_features, compact=wanted == "compact")
     if wanted != "reference" and not layer.weights:
         return Choice("reference", "no weights")
@@ -71,13 +73,6 @@ def choose_kernel(
         elif choice := each.fastest(layer, lacking):
             return choice
     raise AssertionError("the last kernel of the list runs every layer")
-
-
-def bytes_a_weight(choice: Choice) -> int:
-    """What a layer of this choice holds in memory for each weight, once it has seen few rows and many."""
-    taken = {choice.kernel, choice.few} if choice.few_rows else {choice.kernel}
-    forms = [FORMS[name] for name in taken if name in FORMS]
-    return sum(form.bytes_a_weight for form in forms) + (not any(form.holds_codes for form in forms))
 
 
 def wanted_kernel(kernel: KernelName) -> str:

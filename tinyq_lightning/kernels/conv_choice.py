@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tinyq_lightning.kernels.base import LONGEST_SUM, Choice
+from tinyq_lightning.kernels.base import LONGEST_SUM, Choice, with_memory
 from tinyq_lightning.kernels.choice import wanted_kernel
 from tinyq_lightning.kernels.conv_forms import (
     ConvForm,
@@ -32,9 +32,9 @@ __all__ = [
 
 
 CONV_FORMS: dict[str, type[ConvForm]] = {
-    "int8": Int8ConvWeights,
-    "int8grouped": Int8GroupedWeights,
-    "int8mm": PointwiseWeights,
+    "int8-onednn": Int8ConvWeights,
+    "int8-grouped": Int8GroupedWeights,
+    "int8": PointwiseWeights,
     "windows": WindowWeights,
     "float32": FloatConvWeights,
     "float32x1": Float32ConvCodes,
@@ -89,7 +89,10 @@ def choose_convolution(kernel: KernelName, method: Method, shape: ConvShape, dev
     Raises:
         SpecError: ``TINYQ_KERNEL`` is none of the kernels.
     """
-    wanted = wanted_kernel(kernel)
+    return with_memory(_choose(wanted_kernel(kernel), method, shape, device), CONV_FORMS)
+
+
+def _choose(wanted: str, method: Method, shape: ConvShape, device: str) -> Choice:
     lacking = _why_no_int8(shape, device)
     if wanted == "reference":
         return Choice("reference", "as asked for")
@@ -130,8 +133,8 @@ def _why_no_int8(shape: ConvShape, device: str) -> str:
 
 def _int8_variant(shape: ConvShape) -> str:
     if shape.pointwise and has_plain_product():
-        return "int8mm"
-    return "int8" if shape.groups == 1 else "int8grouped"
+        return "int8"
+    return "int8-onednn" if shape.groups == 1 else "int8-grouped"
 
 
 def packed_convolution(method: Method, form: ConvForm, input: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

@@ -140,7 +140,7 @@ class _Float16(Kernel):
         if layer.compact or layer.weights <= COPY_PAYS_TO[layer.method.name]:
             return None
         if layer.method.rounds:
-            return Choice("float16", lacking)
+            return Choice("float16", lacking or "faster than the int8 products of this processor")
         if self._takes_pairs(layer):
             return Choice("reference", lacking, _PAIRS_PAY_TO + 1, "float16x2")
         return None

@@ -9,8 +9,10 @@ from typing_extensions import override
 
 from tinyq_lightning.kernels.base import LONGEST_SUM, Choice, Kernel, LayerShape, WeightForm
 from tinyq_lightning.kernels.fbgemm import FbgemmWeights, has_fbgemm_product
+from tinyq_lightning.kernels.float16 import has_float16_product
 from tinyq_lightning.kernels.integer import PlainWeights, has_plain_product, takes_integers
 from tinyq_lightning.kernels.onednn import OnednnWeights, has_onednn_product
+from tinyq_lightning.kernels.split import SplitWeights, has_split_product
 
 __all__ = [
     "INT8",
@@ -34,6 +36,10 @@ _PACKED_FROM = 1_000_000
 _PAYS_FROM, _MIDDLING, _PAYS_FROM_MIDDLING = 10_000_000, 400_000, 2_500_000
 
 
+def _splits(layer: LayerShape) -> bool:
+    return layer.method.digits == 1 and has_split_product()
+
+
 class _Int8(Kernel):
     name = "int8"
     devices = frozenset({"cpu"})
@@ -41,21 +47,24 @@ class _Int8(Kernel):
         "int8": PlainWeights,
         "int8-onednn": OnednnWeights,
         "int8-fbgemm": FbgemmWeights,
+        "int8-split": SplitWeights,
     }
     instead = "exact"
 
     @override
     def lacks(self, layer: LayerShape) -> str:
-        if not has_int8_product():
+        if not has_int8_product() and not _splits(layer):
             return "no fast and exact int8 product here"
         if layer.in_features > LONGEST_SUM:
             return f"sums over {layer.in_features:,} features can overflow int32"
-        if not (has_onednn_product() or takes_integers(layer.in_features)):
+        if layer.in_features < 2 and not has_onednn_product():
             return "the int8 product here is wrong for one feature"
         return ""
 
     @override
     def variant(self, layer: LayerShape) -> str:
+        if not has_int8_product():
+            return "int8-split"
         packed = "int8-onednn" if has_onednn_product() else ""
         if layer.method.digits == 1 and has_fbgemm_product():
             packed = "int8-fbgemm"
@@ -64,6 +73,11 @@ class _Int8(Kernel):
 
     @override
     def fastest(self, layer: LayerShape, lacking: str) -> Choice | None:
+        if not has_int8_product():
+            # The float16 product is faster for few rows, and no slower for many, at two bytes a weight; a float copy is
+            # faster for small layers.
+            wins = layer.compact or (not has_float16_product() and layer.weights >= _PACKED_FROM)
+            return Choice("int8-split", "int8 products of digits in two parts") if wins else None
         variant, reason = self.variant(layer), "the processor has int8 products"
         if layer.method.rounds or layer.compact or layer.weights >= _PACKED_FROM:
             return Choice(variant, reason)

@@ -28,7 +28,7 @@ Packed = object
 _HIDDEN = "TINYQ_WITHOUT"
 
 
-_CAN_BE_HIDDEN = ("int8", "float16", "quantized")
+_CAN_BE_HIDDEN = ("int8", "int8-split", "float16", "quantized")
 
 
 def holds(check: Callable[[], bool]) -> bool:
@@ -66,8 +66,9 @@ def has_vnni() -> bool:
 def is_hidden(*names: str) -> bool:
     """Whether the environment hides one of these from the layers, to play another processor or another torch.
 
-    ``TINYQ_WITHOUT`` is a list with commas: ``int8``, the int8 instructions; ``float16``, the float16 product;
-    ``quantized``, the operators ``torch.ops.quantized``.
+    ``TINYQ_WITHOUT`` is a list with commas: ``int8``, the int8 instructions; ``int8-split``, what is done with int8
+    products where there are none; ``float16``, the float16 product; ``quantized``, the operators
+    ``torch.ops.quantized``.
     """
     listed = [name.strip() for name in os.environ.get(_HIDDEN, "").split(",") if name.strip()]
     if unknown := set(listed) - set(_CAN_BE_HIDDEN):

@@ -14,8 +14,8 @@ __all__ = [
 def choose_recurrent_kernel(kernel: KernelName) -> Choice:
     """Which kernel a recurrent layer takes: torch's own, on a float copy or on weights expanded on each call.
 
-    The environment's ``TINYQ_KERNEL`` goes before what was asked for. No int8 product pays here: each step multiplies
-    one row for each sequence, and the rows of the next step depend on its result.
+    The environment's ``TINYQ_KERNEL`` goes before what was asked for. torch has no recurrent kernel that takes int8
+    weights and means this project's methods: its dynamic ones round the activations of a whole batch by one scale.
 
     Args:
         kernel: what was asked for.
@@ -25,7 +25,10 @@ def choose_recurrent_kernel(kernel: KernelName) -> Choice:
     """
     wanted = wanted_kernel(kernel)
     if wanted in ("auto", "float32"):
-        return Choice("float32", "a float copy in memory, which torch's own kernels take; the file stays int8")
+        reason = "a float copy in memory, which torch's own kernels take; the file stays int8"
+        return Choice("float32", reason, bytes_a_weight=5)
     if wanted == "reference":
         return Choice("reference", "as asked for: the weights are expanded on each call")
-    return Choice("reference", "recurrent layers have no int8 product: one byte a weight, expanded on each call")
+    return Choice(
+        "reference", "recurrent layers have no int8 product: one byte a weight in memory, expanded on each call"
+    )

@@ -148,7 +148,8 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
         codes: ``[out, in, ...]`` int8.
         scales: ``[out]`` float32.
         dtype: of the result. The product is rounded once, in float32 (float64 for a float64 result).
-        groups: of a transposed convolution, whose codes are ``[in, out / groups, ...]``; 0 for all others.
+        groups: of a transposed convolution, whose codes are ``[in, out / groups, ...]``; 0 for all others, or
+            -1 if there is a scale for each row of the last dimension.
 
     Returns:
         Like ``codes``, of ``dtype``.
@@ -160,9 +161,9 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
 def spread_scales(codes: Tensor, scales: Tensor, groups: int = 0) -> Tensor:
     """Scales ``[out]`` in a shape that multiplies codes; arguments as for :func:`dequantize`."""
     ones = [1] * (codes.dim() - 1)
-    if not groups and len(scales) == len(codes):
+    if not groups:
         return scales.view(-1, *ones)
-    if not groups:  # a row is what the last dimension has
+    if groups < 0:
         return scales.view(*codes.shape[:-1], 1)
     inputs = codes.shape[0] // groups
     spread = scales.view(groups, 1, -1).expand(groups, inputs, -1)

@@ -39,6 +39,8 @@ class Int8Matrix(Int8Weight):
         device: where it lives.
     """
 
+    _transposed_groups = -1
+
     def __init__(
         self, parameter: str, size: WeightSize, dtype: torch.dtype, device: torch.device | str | None = None
     ) -> None:

@@ -39,7 +39,10 @@ class FloatCopies:
     Attributes:
         weights: ``[rows, columns]`` of ``dtype`` by name; plain tensors that nobody writes to.
         dtype: as above.
+        layer: what runs on them, for whoever made it; None until somebody has.
     """
+
+    layer: nn.Module | None = None
 
     def __init__(self, buffers: Mapping[str, Tensor | None], names: Sequence[str], dtype: torch.dtype) -> None:
         keys = [key for name in names for key in (_codes(name), _scales(name))]
@@ -183,8 +186,8 @@ class NamedCodes(QuantizedLayer):
         """Whether the float weights that the layer has run on are held for its next call."""
         return True
 
-    def expanded(self) -> dict[str, Tensor]:
-        """The float weights by name, as plain tensors that nobody writes to.
+    def expanded(self) -> FloatCopies:
+        """The float weights.
 
         They have the layer's dtype. Inside autocast on the CPU those of a float32 layer are rounded to autocast's dtype
         already: autocast would do it at each step of a sequence, because it remembers trainable weights only.
@@ -201,7 +204,7 @@ class NamedCodes(QuantizedLayer):
                     copies = FloatCopies(buffers, self.weight_names, dtype)
                     if self.keeps_copies():
                         self._copies = copies
-        return copies.weights
+        return copies
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("weight_names", ()):

@@ -118,10 +118,12 @@ class QuantizedRecurrent(NamedCodes):
         """
         if in_transform() or torch._C._len_torch_dispatch_stack():
             return self
-        layer: nn.Module = object.__new__(self.torch_class)
-        held = vars(layer)
-        held.update(vars(self))
-        held.update(self._float_weights(self.expanded()))
+        copies = self.expanded()
+        layer, parameters = copies.layer, self._parameters
+        if layer is None or any(parameters[name] is not bias for name, bias in vars(layer)["_biases"]):
+            layer = copies.layer = object.__new__(self.torch_class)
+            held = {name: value for name, value in vars(self).items() if name not in ("_copies", "_dequantized")}
+            vars(layer).update(held, **self._float_weights(copies.weights), _biases=[*parameters.items()])
         return layer
 
     def keeps_copies(self) -> bool:
@@ -151,6 +153,8 @@ class QuantizedRecurrent(NamedCodes):
         super().__setattr__(name, value)
         if name == "kernel":
             self._copies = self._choice = None
+        if (copies := self.__dict__.get("_copies")) is not None:
+            copies.layer = None  # which has the former value
 
 
 class _Sequences(QuantizedRecurrent):

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from tinyq_lightning.plan.plan import Decision, Plan
@@ -117,7 +119,8 @@ def file_coverage(plan: Plan, state_dict: Mapping[str, Any]) -> Coverage:
 def _held(named: Iterable[tuple[str, str, Tensor]]) -> Iterator[HeldWeight]:
     known: set[tuple[int, Any]] = set()
     for path, type_name, tensor in named:
-        place = (id(tensor), 0) if tensor.is_meta else (tensor.untyped_storage()._cdata, tensor.storage_offset())
+        has_memory = tensor.layout == torch.strided and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
+        place = (tensor.untyped_storage()._cdata, tensor.storage_offset()) if has_memory else (id(tensor), 0)
         if place not in known:
             known.add(place)
             yield HeldWeight(path, type_name, tensor.numel() * tensor.element_size(), tensor.dim() > 1)

@@ -47,6 +47,7 @@ class Decision:
             empty in a plan from a file that does not say.
         kernel: how the layer is computed on this machine's CPU, and why; None for a float layer, for a kind
             without a choice, and in a plan that was read from a file, which knows nothing of machines.
+        weights: how many the layer has, those of another left out; 0 in a plan that was read from a file.
         asked: the method that was asked for, if the layer's kind has it as another one, ``method``; else None.
         decided_by: what the decision comes from: ``spec`` (its method), ``rule``, ``exclude``, ``tie`` (another
             layer with the same weight), ``layer`` (what the layer is), ``budget`` or ``timing`` (what a run
@@ -64,7 +65,13 @@ class Decision:
     kind: str = ""
     kernel: Choice | None = field(default=None, compare=False)
     asked: str | None = field(default=None, compare=False)
+    weights: int = field(default=0, compare=False)
     decided_by: DecidedBy = field(default="file", compare=False)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the layer takes in memory on this machine, once it was called."""
+        return self.bytes + (0 if self.kernel is None else self.kernel.bytes_a_weight - 1) * self.weights
 
     @property
     def measured(self) -> bool:
@@ -156,7 +163,7 @@ class Plan:
         rows = []
         for decision in self:
             row = asdict(decision) | {"aliases": list(decision.aliases)}
-            del row["kernel"], row["decided_by"]
+            del row["kernel"], row["weights"], row["decided_by"]
             rows.append(row)
         return rows
 
@@ -182,9 +189,17 @@ class Plan:
         return f"not in a layer of the plan, and left as they are: {what} ({named}{more})"
 
     def kernel_notes(self) -> list[str]:
-        """For each kernel that was chosen: why, in words."""
+        """For each kernel that was chosen: why, in words; and what the layers take in memory."""
         chosen = dict.fromkeys((choice.kernel, choice.reason) for each in self if (choice := each.kernel))
-        return [f"kernel {kernel}: {reason}" for kernel, reason in chosen]
+        notes = [f"kernel {kernel}: {reason}" for kernel, reason in chosen]
+        return [*notes, self.memory_note()] if notes else []
+
+    def memory_note(self) -> str:
+        """What the layers of the plan take in memory on this machine, once they were called, beside their floats."""
+        held, floats = sum(each.memory_bytes for each in self), sum(each.float_bytes for each in self)
+        note = f"in memory, once called: {format_bytes(held)}; as floats {format_bytes(floats)}"
+        copies = held - sum(each.bytes for each in self)
+        return f"{note}; {format_bytes(copies)} are copies for speed, without with kernel: compact" if copies else note
 
     def as_table(self) -> Table:
         """A row for each layer, and one for their sum; with kinds if there are several, and kernels if known."""

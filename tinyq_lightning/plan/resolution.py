@@ -156,6 +156,7 @@ def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelNam
         kind=site.kind.name,
         kernel=_kernel(site, method, kernel),
         asked=asked,
+        weights=sum(size.count for size in sizes),
         decided_by=cast(DecidedBy, by),
     )
 
