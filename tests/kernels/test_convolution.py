@@ -16,6 +16,7 @@ from tinyq_lightning.kernels.conv_choice import CONV_FORMS, ConvShape, choose_co
 from tinyq_lightning.kernels.conv_forms import takes_matrix_product
 from tinyq_lightning.kernels.conv_onednn import has_int8_convolution
 from tinyq_lightning.kernels.convolution import Geometry, convolve, quantized_convolution
+from tinyq_lightning.kernels.onednn import has_onednn_product
 from tinyq_lightning.methods import METHODS
 
 ROUNDED = {"int8", "int8-onednn", "int8-grouped", "float32x1"}
@@ -172,6 +173,7 @@ def test_codes_come_back_from_their_packed_form():
         assert torch.equal(form._unpacked(), codes)
 
 
+@pytest.mark.skipif(not has_onednn_product(), reason="no packed int8 product on this processor")
 def test_windows_are_rows_of_a_linear_layer():
     codes, scales, bias = layer(outputs=40, channels=30)
     for geometry in (SAME, Geometry((2, 1), (0, 1), (1, 2))):

@@ -74,6 +74,11 @@ class ConvShape:
     groups: int = 1
     transposed: bool = False
 
+    @property
+    def weights(self) -> int:
+        """How many weights the layer has."""
+        return self.out_channels * self.summed
+
 
 def choose_convolution(kernel: KernelName, method: Method, shape: ConvShape, device: str = "cpu") -> Choice:
     """Which kernel a float32, float16 or bfloat16 input takes on a device. Anything else takes the formula.
@@ -108,11 +113,12 @@ def _choose(wanted: str, method: Method, shape: ConvShape, device: str) -> Choic
     if not lacking and (compact or shape.summed >= _PAYS_FROM):
         return Choice(_int8_variant(shape), "the processor has int8 products")
     why = lacking or f"sums of {shape.summed} are too short for int8 to pay"
-    return Choice("reference" if compact else "float32x1", f"integers in floating point: {why}")
+    keeps = not compact and shape.weights < _KEPT_TO
+    return Choice("float32x1" if keeps else "reference", f"integers in floating point: {why}")
 
 
 def _without_rounding(shape: ConvShape, compact: bool) -> Choice:
-    if not compact and shape.out_channels * shape.summed < _KEPT_TO:
+    if not compact and shape.weights < _KEPT_TO:
         return Choice("float32", "a float copy in memory, as fast as float; the file stays int8")
     reason = "float weights are rebuilt on each call, which costs little"
     unfolds = shape.groups == 1 and not shape.transposed and shape.dims < 3 and shape.summed <= LONGEST_SUM
