@@ -111,9 +111,9 @@ def test_the_cli_help_explains_the_callback(tmp_path):
 BENCHED = {  # part of examples/bench: what it cannot do without
     "layers": {"float32", "w8a32", "w8a16", "w8a8", "bfloat16", "w8a16-bfloat16"},
     "chain": {"float32", "w8a32"},
-    "convolutions": {"float32", "w8a32", "w8a16", "w8a8"},
     "recurrent": {"float32", "w8a32", "w8a32, kernel: int8", "bfloat16"},
     "lookups": {"float32", "w8a32", "bfloat16"},
+    "convolutions": {"float32", "w8a32", "w8a16", "w8a8"},
     "text_encoder": {"float32", "w8a32", "w8a16", "w8a8"},
     "memory": {"in_place", "kept", "file", "load"},
     "quantizing": {"memcpy", "quantize_per_row(weight)", "quantize(model)"},

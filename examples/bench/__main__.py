@@ -4,8 +4,8 @@ python examples/bench [--parts layers …] [--grid medium …] [--threads 1 …]
 
 layers        one layer, shape by shape, for 1 to 256 rows
 chain         six layers in a row, eager and compiled
-recurrent     LSTM, GRU, RNN and a cell over sequences; ``convolutions``: those of ResNet-18, alone and together
-lookups       rows of embeddings, and bags of them
+recurrent     LSTM, GRU, RNN and a cell over sequences; ``lookups``: rows of embeddings, and bags of them
+convolutions  those of ResNet-18, alone and together
 text_encoder  a pretrained one, as ``examples/real_models`` installs it
 memory        what quantizing and a quantized model take; ``quantizing``: GB/s of float32 weights, beside memcpy
 
@@ -22,6 +22,7 @@ import sys
 import warnings
 from collections import Counter
 
+import runtimes
 import torch
 from contenders import BUILDS, OVER
 from layers import GRIDS
@@ -34,6 +35,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--contenders", nargs="+", choices=list(BUILDS), default=list(BUILDS))
+    choices = list(runtimes.BUILDS)
+    parser.add_argument("--runtimes", nargs="*", choices=choices, default=choices, help="for the text encoder")
     parser.add_argument("--grid", nargs="+", choices=list(GRIDS), default=["medium"], help="shapes of layers")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 64, 256], help="of the batch, for layers")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="for layers; all else takes the first")

@@ -27,7 +27,7 @@ def exact_weight(name: str, network: nn.Module, linear: nn.Linear) -> Tensor:
     if name.split("-")[0] in METHODS:
         return network[0].dequantize().double()
     weight = linear.weight.double()
-    if name in ("float32", "bfloat16"):
+    if name in ("float32", "float32-onednn", "bfloat16"):
         return weight
     scale = (weight.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
     return (weight / scale).round() * scale

@@ -6,7 +6,17 @@ import platform
 
 import torch
 
-PACKAGES = ("torch", "tinyq-lightning", "torchao", "optimum-quanto", "bitsandbytes", "transformers")
+PACKAGES = (
+    "torch",
+    "tinyq-lightning",
+    "torchao",
+    "optimum-quanto",
+    "bitsandbytes",
+    "transformers",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+)
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 

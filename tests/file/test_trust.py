@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
 import types
@@ -10,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Callable, List  # noqa: UP035
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -23,7 +25,9 @@ from tinyq_lightning.command.cli import main
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file.checkpoint import _digests, make_checkpoint, write_checkpoint
 
-register_resolver = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
+# Before omegaconf 2.4 the function of this name was another, without `replace`.
+has_it = "replace" in inspect.signature(getattr(OmegaConf, "register_resolver", len)).parameters
+register_resolver = OmegaConf.register_resolver if has_it else OmegaConf.register_new_resolver
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning with a new jsonargparse
 CALLED: list[str] = []
 
@@ -85,7 +89,7 @@ class TakesMixed(QuantizedCheckpointMixin, Takes):
 def written(path: Path, module: LightningModule, hyper_parameters: dict, top: dict | None = None, **tinyq: Any) -> str:
     """A file that says what its maker wants, with right digests."""
     plan = quantize(module)
-    base = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.6"}
+    base = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning.__version__}
     content = make_checkpoint(base, module.state_dict(), plan, {}, None, None)
     content |= {"hyper_parameters": hyper_parameters, **(top or {})}
     content["tinyq"] |= tinyq

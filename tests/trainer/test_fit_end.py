@@ -194,33 +194,57 @@ def test_every_precision_keeps_float32_scales(tmp_path, precision):
 
 
 class Epochs(Net):
-    """Logs how far the fit has come, and reads a schedule of one entry an epoch."""
-
-    schedule = (0.5, 1.0, 0.25)
+    """Logs how far the fit has come."""
 
     def on_validation_epoch_end(self):
         self.log("val_epoch", float(self.trainer.current_epoch))
         self.log("val_step", float(self.global_step))
+
+
+def test_current_epoch_in_the_users_hooks_is_that_of_the_fit(tmp_path):
+    callback = quiet("w8a32")
+    run, _ = fit(tmp_path, callback, module=Epochs())
+    assert callback.results["val_epoch"]["float"] == run.current_epoch
+    assert callback.results["val_step"]["float"] == run.global_step
+
+
+class Scheduled(Epochs):
+    """Has an entry for each epoch of the fit, and none for the epoch after the last."""
+
+    schedule = (0.5, 1.0, 0.25)
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
         self.log("val_scheduled", self.schedule[self.current_epoch])
 
 
 @pytest.mark.parametrize("keeps", [False, True])
-def test_a_loop_that_is_repeated_is_told_the_last_epoch(tmp_path, keeps):
+def test_a_schedule_with_an_entry_for_each_epoch_is_asked_for_the_last(tmp_path, keeps):
     callback = quiet("w8a32", strict=True)
-    run, _ = fit(tmp_path, callback, keep=False, module=Epochs(), max_epochs=3, enable_checkpointing=keeps)
-    assert (
-        callback.results["val_epoch"]["float"] == callback.results["val_epoch"]["w8a32"] == run.current_epoch - 1 == 2
-    )
-    assert callback.results["val_step"]["float"] == run.global_step
+    fit(tmp_path, callback, keep=False, module=Scheduled(), max_epochs=3, enable_checkpointing=keeps)
+    assert callback.results["val_epoch"]["float"] == callback.results["val_epoch"]["w8a32"] == 2
+    assert callback.results["val_scheduled"]["float"] == 0.25
 
 
-def test_a_loop_that_is_repeated_is_told_the_epoch_of_the_best_checkpoint(tmp_path):
+def test_a_schedule_with_an_entry_for_each_epoch_is_asked_for_that_of_the_best_checkpoint(tmp_path):
     callback = quiet("w8a32", strict=True)
     kept = keeper(tmp_path, monitor="val_scheduled")
-    run, _ = fit(tmp_path, callback, kept, keep=False, module=Epochs(), max_epochs=3)
+    run, _ = fit(tmp_path, callback, kept, keep=False, module=Scheduled(), max_epochs=3)
     assert callback.results["val_epoch"]["float"] == 1
     assert callback.results["val_step"]["float"] == run.global_step * 2 / 3
     assert callback.results["val_scheduled"]["float"] == kept.best_model_score == 1
+
+
+def test_a_look_up_that_fails_in_any_epoch_is_told_as_it_failed_first(tmp_path):
+    class Fails(Net):
+        def validation_step(self, batch, batch_idx):
+            if self.trainer.state.fn != "fit":
+                raise KeyError(f"no entry for {self.current_epoch}")
+
+    callback = quiet("w8a32", save=False)
+    with pytest.warns(UserWarning, match="KeyError: 'no entry for 2'"):
+        fit(tmp_path, callback, keep=False, module=Fails(), max_epochs=2)
+    assert "no entry for 2" in str(callback.error)
 
 
 # The loop of users who do unusual things

@@ -29,6 +29,5 @@ def choose_recurrent_kernel(kernel: KernelName) -> Choice:
         return Choice("float32", reason, bytes_a_weight=5)
     if wanted == "reference":
         return Choice("reference", "as asked for: the weights are expanded on each call")
-    return Choice(
-        "reference", "recurrent layers have no int8 product: one byte a weight in memory, expanded on each call"
-    )
+    reason = "recurrent layers have no int8 product: one byte a weight in memory, expanded on each call, float32 sums"
+    return Choice("reference", reason)

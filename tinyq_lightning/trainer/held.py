@@ -1,4 +1,4 @@
-"""State that hangs on functions, threads, queues and tables: closures, context variables, data frames."""
+"""State that hangs on threads, contexts, queues and tables, and on what a method belongs to."""
 
 from __future__ import annotations
 
@@ -26,31 +26,6 @@ _MISSING = object()
 _MAX_FRAME_BYTES = 2**28
 
 
-def _of_function(value: types.FunctionType) -> State:
-    """What it closes over, its defaults, which may be changed, and its attributes."""
-    cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-    parts: list[tuple[str, object]] = [(f" ({name})", cell) for name, cell in cells]
-    parts += [(" (defaults)", value.__defaults__), (" (defaults)", value.__kwdefaults__), ("", vars(value))]
-    return State(_nothing, [part for part in parts if part[1] is not None])
-
-
-def _of_cell(value: types.CellType) -> State:
-    content = _content(value)
-
-    def restore() -> None:
-        if content is not _MISSING and _content(value) is not content:
-            value.cell_contents = content
-
-    return State(restore, [("", content)])
-
-
-def _content(cell: types.CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing has been put in yet
-        return _MISSING
-
-
 def _of_builtin(value: types.BuiltinFunctionType) -> State:
     """Of a method such as ``[].append``, the object that it belongs to."""
     return State(_nothing, [("", value.__self__)])
@@ -73,8 +48,6 @@ def _of_weak(value: Any) -> State:
 
 
 HELD: dict[type | tuple[type, ...], Callable[[Any], State]] = {
-    types.FunctionType: _of_function,
-    types.CellType: _of_cell,
     types.BuiltinFunctionType: _of_builtin,
     ContextVar: _of_context_variable,
     queue.Queue: _of_queue,

@@ -6,7 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -40,6 +40,7 @@ from tinyq_lightning.trainer.evaluation import (
     why_no_validation,
 )
 from tinyq_lightning.trainer.float_weights import FloatWeights
+from tinyq_lightning.trainer.inner_trainer import Moment
 from tinyq_lightning.trainer.validated import ValidatedWeights
 
 __all__ = [
@@ -117,12 +118,13 @@ class MethodsRun:
         validated: ValidatedWeights,
     ) -> None:
         self._trainer, self._module, self._spec = trainer, module, spec
-        self._began, self._moment = time.monotonic(), source.moment(trainer)
+        self._began = time.monotonic()
+        self._moment: Moment | None = None
         why_not = why_no_validation(trainer, module)
         refuse_without_validation(spec, why_not)
         self.stopwatch = Stopwatch() if spec.never_slower else None
         with self._watching_float():
-            before = None if why_not else self._evaluate()
+            before = None if why_not else self._evaluate_float(source)
         self.why_not = why_not or (None if before and before.metrics else "validation_step logged no metric")
         self.before = before if before and before.metrics else None
         if before:
@@ -183,6 +185,21 @@ class MethodsRun:
                 rank_zero_warn(f"TinyQ: the errors of some layers could not be measured: {error}")
         shared: dict[str, LayerError] = self._trainer.strategy.broadcast(errors)
         return shared
+
+    def _evaluate_float(self, source: FloatWeights) -> Evaluation:
+        """As trainer.validate would; once more as in the fit if a schedule has no entry for the epoch after the last.
+
+        One process among several that tried again would leave the others waiting.
+        """
+        try:
+            return self._evaluate()
+        except EvaluationError as error:
+            if self._trainer.world_size > 1 or not isinstance(error.__cause__, LookupError):
+                raise
+            self._moment = source.moment(self._trainer)
+            with suppress(EvaluationError):
+                return self._evaluate()
+            raise
 
     def _evaluate(self, batches: int | None = None) -> Evaluation:
         return run_evaluation(self._trainer, self._module, "validate", batches=batches, moment=self._moment)

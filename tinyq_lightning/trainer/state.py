@@ -74,9 +74,7 @@ def state_of(value: Any, weights: bool) -> State | None:
         value: any object.
         weights: copy the values of parameters too.
     """
-    if isinstance(value, (*CONSTANTS, type)):
-        return None
-    if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and package_of(value) in _MACHINERY:
+    if isinstance(value, (*CONSTANTS, type, types.FunctionType)):
         return None
     if is_frame(value):
         return of_frame(value)
