@@ -95,7 +95,7 @@ def test_a_model_of_nothing_else_is_quantized_and_a_second_time_left_alone():
     assert [(each.method, each.kind, each.reason) for each in plan] == [
         ("w8a32", "recurrent", "spec; its activations stay as they are")
     ] * 2
-    assert plan.label == "w8a8"
+    assert plan.label == "w8a32", "a plan is not called by what no layer does"
     assert plan.decisions[0].bytes == 6 * 8 * (8 + 4) + 6 * (8 + 4) + 6 * 4
     assert plan.decisions[0].float_bytes == 4 * (6 * 8 * 8 + 6 * 8 + 6)
     assert 40 < plan.decisions[0].weight_sqnr_db < 60

@@ -127,11 +127,16 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """The method that was asked for, or ``mixed`` where the plan has several; what log keys are named by."""
-        methods = {decision.asked or decision.method for decision in self} - {"float"}
-        if len(methods) > 1:
+        """The method, or ``mixed`` where the plan has several; what log keys are named by.
+
+        Layers whose kind lacks the method that was asked for do not make a plan a mixed one.
+        """
+        quantized = [decision for decision in self if decision.method != "float"]
+        methods = {decision.method for decision in quantized}
+        asked = {decision.asked or decision.method for decision in quantized}
+        if len(methods) > 1 and len(asked) > 1:
             return "mixed"
-        return methods.pop() if methods else self.spec.method
+        return (methods if len(methods) == 1 else asked or {self.spec.method}).pop()
 
     @property
     def file_label(self) -> str:
