@@ -283,3 +283,13 @@ def test_reading_changes_nothing_for_torch(fitted):
     path = fitted[0].quantized_path
     theirs = torch.load(io.BytesIO(Path(path).read_bytes()), weights_only=True)
     assert digest_of(read_checkpoint(path)["state_dict"]) == digest_of(theirs["state_dict"])
+
+
+def test_a_file_with_sparse_tensors_leaves_nothing_for_the_next_torch_load(tmp_path):
+    torch.save({"adjacency": torch.eye(4).to_sparse()}, tmp_path / "sparse.ckpt")
+    torch.save({"adjacency": torch.eye(3).to_sparse()}, tmp_path / "other.ckpt")
+    with Archive(tmp_path / "sparse.ckpt") as archive:
+        assert archive.content["adjacency"].is_meta
+        with torch.sparse.check_sparse_tensor_invariants():  # as torch 2.7 always does
+            other = torch.load(tmp_path / "other.ckpt", weights_only=True)
+    assert torch.equal(other["adjacency"].to_dense(), torch.eye(3))

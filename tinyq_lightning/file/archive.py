@@ -29,7 +29,8 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import IO, Any, cast
 
@@ -83,7 +84,8 @@ class Archive:
             raise CheckpointError(f"{self.path}: it cannot be opened: {error}") from error
         try:
             self._records = _records(self._file)
-            self.content = self._unpickle(trust)
+            with _unnoticed_by_torch_load():
+                self.content = self._unpickle(trust)
         except CheckpointError as error:
             self._close()
             raise CheckpointError(f"{self.path}: {error}") from error
@@ -210,6 +212,21 @@ class Archive:
         if record not in self._shared:
             self._shared[record] = self._read_storage(record)
         return self._shared[record]
+
+
+@contextmanager
+def _unnoticed_by_torch_load() -> Iterator[None]:
+    """Put back torch's list of the sparse tensors that were unpickled.
+
+    ``torch.load`` checks the values of all in it at its end. Those of an archive have none, so that the next
+    ``torch.load`` of anybody would fail.
+    """
+    waiting: list[Tensor] = getattr(torch._utils, "_sparse_tensors_to_validate", [])
+    before = list(waiting)
+    try:
+        yield
+    finally:
+        waiting[:] = before
 
 
 class _TrustingUnpickler(pickle.Unpickler):
