@@ -65,11 +65,9 @@ def main() -> None:
     seed_everything(0)
     series = demand()
     train, val = (windows(series, *hours) for hours in ((0, 320 * 24), (320 * 24, len(series))))
-    tinyq = TinyQCallback("w8a32")
+    tinyq, keeper = TinyQCallback("w8a32"), ModelCheckpoint(args.root, monitor="val_mae")
     settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(
-        max_epochs=args.epochs, callbacks=[ModelCheckpoint(args.root, monitor="val_mae"), tinyq], **settings
-    )
+    trainer = Trainer(max_epochs=args.epochs, callbacks=[keeper, tinyq], **settings)
     trainer.fit(Forecaster(), DataLoader(train, 64, shuffle=True), DataLoader(val, 64))
 
     net = load_quantized(tinyq.quantized_path, Forecaster)

@@ -2,11 +2,9 @@
 
 python examples/bench [--parts layers …] [--grid medium …] [--threads 1 …] [--quick] [--json FILE] [--markdown]
 
-layers        one layer, shape by shape, for 1 to 256 rows
-chain         six layers in a row, eager and compiled
+layers        one layer, shape by shape, for 1 to 256 rows; ``chain``: six in a row, eager and compiled
 recurrent     LSTM, GRU, RNN and a cell over sequences; ``lookups``: rows of embeddings, and bags of them
-convolutions  those of ResNet-18, alone and together
-text_encoder  a pretrained one, as ``examples/real_models`` installs it
+convolutions  those of ResNet-18; ``text_encoder``: a pretrained one, as ``examples/real_models`` installs it
 memory        what quantizing and a quantized model take; ``quantizing``: GB/s of float32 weights, beside memcpy
 
 Speeds are float32 time / time, above 1 is faster: medians of rounds in which all take turns. The spread, half the
@@ -68,8 +66,7 @@ def measure(args: argparse.Namespace) -> dict:
     print(*(f"{name} {value}" for name, value in machine.items()), sep=", ", end="\n\n")
     for name in args.parts:
         part = importlib.import_module(name)
-        found = part.measure(args)
-        cells += found
+        cells += (found := part.measure(args))
         if any("failed" not in cell for cell in found):
             title, table = part.table(found)
             print(title, table.markdown() if args.markdown else table.text(), sep="\n\n", end="\n\n", flush=True)

@@ -1,68 +1,23 @@
-"""The same network in a graph: compiled, as an AOTInductor package, in ONNX Runtime and in OpenVINO, by one thread.
+"""A network in ONNX Runtime and in OpenVINO, with their own int8: functions as in :mod:`graphs`."""
 
-Each function takes the float32 network, which maps token ids to hidden states, with ids ``[batch, tokens]`` as an
-example, and returns a callable that does the same. Files lie in a folder that goes with the process. What is not
-installed, or has no compiler, fails with the reason.
-"""
-
-import atexit
-import copy
-import shutil
-import tempfile
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
+import graphs
 import torch
+from graphs import any_size, folder
 from torch import Tensor, nn
-
-from tinyq_lightning import quantize
-
-Run = Callable[[Tensor], Tensor]
-Build = Callable[[nn.Module, Tensor], Run]
-
-
-@cache
-def folder() -> Path:
-    made = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return Path(made)
-
-
-def dynamic(ids: Tensor) -> dict[int, torch.export.Dim]:
-    most = (128, 256)
-    return {place: torch.export.Dim(f"size{place}", min=1, max=most[place]) for place in range(ids.dim())}
-
-
-def compiled(method: str, network: nn.Module, ids: Tensor) -> Run:
-    network = copy.deepcopy(network)
-    if method != "float32":
-        quantize(network, method)
-    return torch.compile(network)
-
-
-def packaged(method: str, network: nn.Module, ids: Tensor) -> Run:
-    """An AOTInductor package for this processor, for any batch and number of tokens."""
-    import torch._inductor
-
-    network = copy.deepcopy(network)
-    if method != "float32":
-        quantize(network, {"method": method, "kernel": "int8"})  # the processor's int8 products in the program too
-    program = torch.export.export(network, (ids,), dynamic_shapes=(dynamic(ids),))
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder() / f"{method}.pt2"))
-    return torch._inductor.aoti_load_package(path)
 
 
 @cache
 def onnx_file(network: nn.Module) -> Path:
     ids, path = torch.zeros(2, 16, dtype=torch.int64), folder() / "float32.onnx"
-    torch.onnx.export(
-        network, (ids,), path, dynamo=True, dynamic_shapes=(dynamic(ids),), opset_version=21, verbose=False
-    )
+    shapes = any_size(ids)
+    torch.onnx.export(network, (ids,), path, dynamo=True, dynamic_shapes=shapes, opset_version=21, verbose=False)
     return path
 
 
-def onnxruntime(precision: str, network: nn.Module, ids: Tensor) -> Run:
+def onnxruntime(precision: str, network: nn.Module, ids: Tensor):
     import onnxruntime as ort
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -77,7 +32,7 @@ def onnxruntime(precision: str, network: nn.Module, ids: Tensor) -> Run:
     return lambda ids: torch.from_numpy(session.run(None, {name: ids.numpy()})[0])
 
 
-def openvino(precision: str, network: nn.Module, ids: Tensor) -> Run:
+def openvino(precision: str, network: nn.Module, ids: Tensor):
     import openvino
 
     core = openvino.Core()
@@ -96,12 +51,8 @@ def openvino(precision: str, network: nn.Module, ids: Tensor) -> Run:
     return lambda ids: torch.from_numpy(ready([ids.numpy()])[0].copy())
 
 
-METHODS = ("float32", "w8a32", "w8a16", "w8a8")
-
-
-BUILDS: dict[str, Build] = {
-    **{f"{method} compiled": partial(compiled, method) for method in METHODS},
-    **{f"{method} AOTInductor": partial(packaged, method) for method in METHODS},
+BUILDS = {
+    **graphs.BUILDS,
     "ONNX Runtime float32": partial(onnxruntime, "float32"),
     "ONNX Runtime int8": partial(onnxruntime, "int8"),
     "OpenVINO float32": partial(openvino, "float32"),
@@ -110,14 +61,12 @@ BUILDS: dict[str, Build] = {
 }
 
 
-def build(network: nn.Module, ids: Tensor, names: list[str]) -> tuple[dict[str, Run], list[dict]]:
+def build(network: nn.Module, ids: Tensor, names: list[str]) -> tuple[dict, list[dict]]:
     """Each runtime's version of ``network``, and a cell for each that cannot be made, with the reason."""
-    made: dict[str, Run] = {}
-    failed = []
+    made, failed = {}, []
     for name in names:
         try:
             made[name] = BUILDS[name](network, ids)
         except Exception as failure:
-            why = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            failed.append({"contender": name, "failed": why})
+            failed.append({"contender": name, "failed": f"{type(failure).__name__}: {failure}".splitlines()[0]})
     return made, failed

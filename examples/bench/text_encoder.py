@@ -42,7 +42,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
         failed = f"{error.name} is not installed, see examples/real_models/wheels.py"
         return [{"part": "text_encoder", "contender": "text_encoder", "failed": failed}]
     networks, failed = build([name for name in CONTENDERS if name in args.contenders], encoder)
-    in_graphs, more = runtimes.build(encoder, words[: 2 * 16].view(2, 16), [] if args.quick else args.runtimes)
+    in_graphs, more = runtimes.build(encoder, words[: 32 * 64].view(32, 64), [] if args.quick else args.runtimes)
     cells = [{"part": "text_encoder", **cell} for cell in (*failed, *more)]
     for batch, tokens in SHAPES[: 1 if args.quick else None]:
         ids = words[: batch * tokens].view(batch, tokens)

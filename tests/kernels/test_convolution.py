@@ -16,9 +16,10 @@ from tinyq_lightning.kernels.conv_choice import CONV_FORMS, ConvShape, choose_co
 from tinyq_lightning.kernels.conv_forms import takes_matrix_product
 from tinyq_lightning.kernels.conv_onednn import has_int8_convolution
 from tinyq_lightning.kernels.convolution import Geometry, convolve, quantized_convolution
+from tinyq_lightning.kernels.onednn import has_onednn_product
 from tinyq_lightning.methods import METHODS
 
-ROUNDED = {"int8", "int8grouped", "int8mm", "float32x1"}
+ROUNDED = {"int8", "int8-onednn", "int8-grouped", "float32x1"}
 int8_only = pytest.mark.skipif(not has_int8_convolution(), reason="no int8 convolution on this processor")
 
 
@@ -47,10 +48,10 @@ def cases(draw):
 def forms_for(codes, geometry):
     """The kernels of rounded activations that can take such codes on this machine."""
     for name in ROUNDED:
-        packed = name in ("int8", "int8grouped")
-        if packed and (not has_int8_convolution() or (geometry.groups == 1) != (name == "int8")):
+        packed = name in ("int8-onednn", "int8-grouped")
+        if packed and (not has_int8_convolution() or (geometry.groups == 1) != (name == "int8-onednn")):
             continue
-        if name != "int8mm" or takes_matrix_product(codes, geometry):
+        if name != "int8" or takes_matrix_product(codes, geometry):
             yield name
 
 
@@ -104,11 +105,11 @@ def test_a_sample_has_the_same_bits_in_any_batch_and_for_any_number_of_threads(m
     codes, scales, bias = layer(channels=48)
     x = normal(7, 48, 60, 61)  # more than is convolved at once
     x = x.contiguous(memory_format=torch.channels_last) if last else x
-    whole = product("int8", method, x, codes, scales, bias)
+    whole = product("int8-onednn", method, x, codes, scales, bias)
     assert whole.is_contiguous(memory_format=torch.channels_last) == last
     threads(2)
-    assert torch.equal(product("int8", method, x, codes, scales, bias), whole)
-    assert torch.equal(product("int8", method, x[3:5], codes, scales, bias), whole[3:5])
+    assert torch.equal(product("int8-onednn", method, x, codes, scales, bias), whole)
+    assert torch.equal(product("int8-onednn", method, x[3:5], codes, scales, bias), whole[3:5])
 
 
 @int8_only
@@ -116,7 +117,7 @@ def test_padding_is_zero_and_not_the_zero_point():
     codes = layer()[0]
     x = torch.full((1, 16, 5, 5), 127.0)
     ones = torch.ones(24)
-    got = product("int8", "w8a8", x, codes, ones, None)
+    got = product("int8-onednn", "w8a8", x, codes, ones, None)
     assert torch.equal(got[0, :, 0, 0].double(), 127 * codes[:, :, 1:, 1:].double().sum((1, 2, 3)))
     assert torch.equal(got[0, :, 2, 4].double(), 127 * codes[:, :, :, :2].double().sum((1, 2, 3)))
 
@@ -128,11 +129,11 @@ def test_windows_in_the_padding_and_single_windows_are_right():
         geometry, x = Geometry(stride, padding, (1, 1)), normal(2, 3, *sizes)
         scales = torch.ones(8)
         wanted = quantized_convolution(METHODS["w8a8"], "exact", x, codes, scales, None, geometry)
-        assert torch.equal(product("int8", "w8a8", x, codes, scales, None, geometry), wanted)
+        assert torch.equal(product("int8-onednn", "w8a8", x, codes, scales, None, geometry), wanted)
 
 
 @each_method
-@pytest.mark.parametrize("name", [pytest.param("int8", marks=int8_only), "float32x1"])
+@pytest.mark.parametrize("name", [pytest.param("int8-onednn", marks=int8_only), "float32x1"])
 def test_a_sample_that_is_not_finite_gives_no_finite_value_and_leaves_the_others_alone(method, name):
     codes, scales, bias = layer()
     x = normal(3, 16, 9, 9)
@@ -146,7 +147,7 @@ def test_a_sample_that_is_not_finite_gives_no_finite_value_and_leaves_the_others
 
 
 @each_method
-@pytest.mark.parametrize("name", [pytest.param("int8", marks=int8_only), "float32x1"])
+@pytest.mark.parametrize("name", [pytest.param("int8-onednn", marks=int8_only), "float32x1"])
 def test_a_sample_of_zeros_gives_the_bias(method, name):
     codes, scales, bias = layer()
     got = product(name, method, torch.zeros(2, 16, 5, 5), codes, scales, bias)
@@ -168,10 +169,11 @@ def test_long_sums_are_exact_in_the_formula_too():
 def test_codes_come_back_from_their_packed_form():
     for channels in (1, 3, 16, 67):
         codes, scales, _ = layer(outputs=19, channels=channels)
-        form = CONV_FORMS["int8"](codes, scales, SAME, torch.empty(1, channels, 8, 8))
+        form = CONV_FORMS["int8-onednn"](codes, scales, SAME, torch.empty(1, channels, 8, 8))
         assert torch.equal(form._unpacked(), codes)
 
 
+@pytest.mark.skipif(not has_onednn_product(), reason="no packed int8 product on this processor")
 def test_windows_are_rows_of_a_linear_layer():
     codes, scales, bias = layer(outputs=40, channels=30)
     for geometry in (SAME, Geometry((2, 1), (0, 1), (1, 2))):
@@ -202,8 +204,8 @@ def test_the_choice_among_kernels_says_why():
 
 @int8_only
 def test_int8_is_taken_where_the_processor_has_it_and_hidden_by_the_environment(tmp_path):
-    assert choose_convolution("auto", METHODS["w8a8"], SMALL).kernel == "int8"
-    assert choose_convolution("auto", METHODS["w8a8"], ConvShape(64, 64, True)).kernel == "int8mm"
+    assert choose_convolution("auto", METHODS["w8a8"], SMALL).kernel == "int8-onednn"
+    assert choose_convolution("auto", METHODS["w8a8"], ConvShape(64, 64, True)).kernel == "int8"
     code = """
 from tinyq_lightning.kernels import ConvShape, choose_convolution
 from tinyq_lightning.methods import METHODS

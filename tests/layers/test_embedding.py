@@ -10,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from tinyq_lightning import quantize, quantized
-from tinyq_lightning.layers import QuantizedEmbedding, QuantizedEmbeddingBag, embedding
+from tinyq_lightning.kernels import lookup
+from tinyq_lightning.layers import QuantizedEmbedding, QuantizedEmbeddingBag
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -18,7 +19,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 @pytest.fixture(params=["copied", "rows"])
 def table(request, monkeypatch):
     """Both ways to look rows up: in a float copy, and in the codes."""
-    monkeypatch.setattr(embedding, "_COPIED", 2**18 if request.param == "copied" else 0)
+    monkeypatch.setattr(lookup, "_COPIED_TO", 2**18 if request.param == "copied" else 0)
 
 
 def put_beside(layer):

@@ -17,6 +17,7 @@ from tinyq_lightning.kernels.formula import (
 )
 from tinyq_lightning.kernels.int8 import has_int8_product
 from tinyq_lightning.kernels.integer import takes_integers
+from tinyq_lightning.kernels.lookup import choose_lookup_kernel
 from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
 from tinyq_lightning.kernels.recurrent import choose_recurrent_kernel
 from tinyq_lightning.kernels.tracing import in_jit_trace, in_transform, is_exporting, outside_modes
@@ -39,6 +40,7 @@ __all__ = [
     "WeightForm",
     "choose_convolution",
     "choose_kernel",
+    "choose_lookup_kernel",
     "choose_recurrent_kernel",
     "convolve",
     "count_non_finite",

@@ -32,9 +32,9 @@ __all__ = [
 
 
 CONV_FORMS: dict[str, type[ConvForm]] = {
-    "int8": Int8ConvWeights,
-    "int8grouped": Int8GroupedWeights,
-    "int8mm": PointwiseWeights,
+    "int8-onednn": Int8ConvWeights,
+    "int8-grouped": Int8GroupedWeights,
+    "int8": PointwiseWeights,
     "windows": WindowWeights,
     "float32": FloatConvWeights,
     "float32x1": Float32ConvCodes,
@@ -74,6 +74,11 @@ class ConvShape:
     groups: int = 1
     transposed: bool = False
 
+    @property
+    def weights(self) -> int:
+        """How many weights the layer has."""
+        return self.out_channels * self.summed
+
 
 def choose_convolution(kernel: KernelName, method: Method, shape: ConvShape, device: str = "cpu") -> Choice:
     """Which kernel a float32, float16 or bfloat16 input takes on a device. Anything else takes the formula.
@@ -108,11 +113,12 @@ def _choose(wanted: str, method: Method, shape: ConvShape, device: str) -> Choic
     if not lacking and (compact or shape.summed >= _PAYS_FROM):
         return Choice(_int8_variant(shape), "the processor has int8 products")
     why = lacking or f"sums of {shape.summed} are too short for int8 to pay"
-    return Choice("reference" if compact else "float32x1", f"integers in floating point: {why}")
+    keeps = not compact and shape.weights < _KEPT_TO
+    return Choice("float32x1" if keeps else "reference", f"integers in floating point: {why}")
 
 
 def _without_rounding(shape: ConvShape, compact: bool) -> Choice:
-    if not compact and shape.out_channels * shape.summed < _KEPT_TO:
+    if not compact and shape.weights < _KEPT_TO:
         return Choice("float32", "a float copy in memory, as fast as float; the file stays int8")
     reason = "float weights are rebuilt on each call, which costs little"
     unfolds = shape.groups == 1 and not shape.transposed and shape.dims < 3 and shape.summed <= LONGEST_SUM
@@ -133,8 +139,8 @@ def _why_no_int8(shape: ConvShape, device: str) -> str:
 
 def _int8_variant(shape: ConvShape) -> str:
     if shape.pointwise and has_plain_product():
-        return "int8mm"
-    return "int8" if shape.groups == 1 else "int8grouped"
+        return "int8"
+    return "int8-onednn" if shape.groups == 1 else "int8-grouped"
 
 
 def packed_convolution(method: Method, form: ConvForm, input: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

@@ -256,7 +256,7 @@ class QuantizedConv(Int8Weight):
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _takes_integers(self, device: str) -> bool:
-        return device == "cpu" and self._choice_on(device).kernel == "int8mm"
+        return device == "cpu" and self._choice_on(device).kernel == "int8"
 
     def _moves_of(self, x: Tensor | None, output_size: list[int] | None) -> tuple[Geometry, list[int] | None]:
         """How the convolution moves over its input, and what is added to that before; None if nothing is."""

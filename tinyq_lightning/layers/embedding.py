@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.kernels import Float32Weights, in_jit_trace, in_transform
+from tinyq_lightning.kernels import Choice, Float32Weights, choose_lookup_kernel, in_jit_trace, in_transform
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 
@@ -17,20 +17,29 @@ __all__ = [
     "ScaledQuantizedEmbedding",
 ]
 
-# A table of at most this many values is kept as float32 beside its codes once it was called: to call the four operators
-# of a look-up in codes takes longer than the one look-up of a few float rows. Larger tables stay at one byte a value.
-_COPIED = 2**20
-
 
 class _LookUp(Int8Weight):
     """A table whose rows are looked up: each its codes times its scale."""
 
+    num_embeddings: int
     embedding_dim: int
+    _choice: Choice | None = None
+
+    @property
+    def choice(self) -> Choice:
+        """Whether the table is looked up in a float copy, and why."""
+        if self._choice is None:
+            self._choice = choose_lookup_kernel(self.kernel, self.num_embeddings * self.embedding_dim)
+        return self._choice
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "kernel":
+            self._choice = None
 
     def _float_table(self) -> Tensor | None:
         """A float32 copy of a small table, whose rows have the bits of :meth:`_rows`; None for others."""
-        scales = self._buffers["scales"]
-        if self.dtype != torch.float32 or len(cast(Tensor, scales)) * self.embedding_dim > _COPIED:
+        if self.dtype != torch.float32 or self.choice.kernel != "float32":
             return None
         if torch.compiler.is_compiling() or in_jit_trace() or in_transform():
             return None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from tinyq_lightning.kernels import Choice, choose_lookup_kernel
 from tinyq_lightning.layers.behaviour import computes_scaled_embedding
 from tinyq_lightning.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, ScaledQuantizedEmbedding
 from tinyq_lightning.layers.int8_weight import Int8Weight
@@ -42,12 +43,19 @@ class _LookUpKind(Kind):
         return {"weight": WeightSize((layer.num_embeddings, layer.embedding_dim), layer.num_embeddings)}
 
     @override
-    def make(self, layer: Any, codes: Mapping[str, Int8Weight], method: str, kernel: KernelName) -> QuantizedLayer:
-        return self.made(layer, "meta").share(codes["weight"]).train(layer.training)
+    def choice(self, layer: Any, method: str, kernel: KernelName) -> Choice | None:
+        return choose_lookup_kernel(kernel, layer.num_embeddings * layer.embedding_dim)
 
     @override
-    def make_empty(self, layer: Any, method: str, kernel: KernelName) -> QuantizedLayer:
-        return self.made(layer, layer.weight.device)
+    def make(self, layer: Any, codes: Mapping[str, Int8Weight], method: str, kernel: KernelName) -> QuantizedLayer:
+        made = self.make_empty(layer, method, kernel, "meta")
+        return made.share(codes["weight"]).train(layer.training)
+
+    @override
+    def make_empty(self, layer: Any, method: str, kernel: KernelName, device: Any = None) -> QuantizedLayer:
+        made = self.made(layer, device or layer.weight.device)
+        made.kernel = kernel
+        return made
 
     @override
     def example(
