@@ -418,3 +418,35 @@ def test_no_float_copy_of_a_replaced_weight_is_left_alive():
     assert plan
     assert [name for name, weight in weights.items() if weight() is not None] == []
     assert [name for name, storage in storages.items() if storage() is not None] == []
+
+
+def shared(*layers):
+    for layer in layers[1:]:
+        layer.weight = layers[0].weight
+    return nn.Sequential(*layers)
+
+
+def test_convolutions_that_share_a_weight_share_codes_if_they_count_rows_alike():
+    model = shared(nn.Conv1d(8, 8, 3), nn.Conv1d(8, 8, 3, dilation=2))
+    assert decisions(model) == {"0": ("w8a32", "spec"), "1": ("w8a32", "spec")}
+    quantize(model)
+    assert model[0].int8_weights is model[1].int8_weights
+    # a scale for each output channel is one for each input channel of its transpose
+    turned = shared(nn.Conv1d(8, 8, 3), nn.ConvTranspose1d(8, 8, 3))
+    assert decisions(nn.Sequential(turned, nn.Linear(8, 8))) == {
+        "0.0": ("float", "tied to 0.1.weight"),
+        "0.1": ("float", "tied to 0.0.weight"),
+        "1": ("w8a32", "spec"),
+    }
+
+
+def test_a_recurrent_layer_that_shares_a_part_of_its_weights_stays_float():
+    model = nn.Sequential(nn.LSTM(8, 8), nn.LSTM(8, 8), nn.LSTM(8, 8, 2))
+    model[1].weight_ih_l0 = model[0].weight_ih_l0
+    model[2].weight_hh_l1 = model[2].weight_hh_l0
+    assert decisions(nn.Sequential(model, nn.Linear(8, 8))) == {
+        "0.0": ("float", "tied to 0.1.weight_ih_l0"),
+        "0.1": ("float", "tied to 0.0.weight_ih_l0"),
+        "0.2": ("float", "tied to 0.2.weight_hh_l1"),
+        "1": ("w8a32", "spec"),
+    }

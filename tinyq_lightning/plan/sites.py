@@ -281,10 +281,10 @@ def _with_ties(sites: list[Site], model: nn.Module) -> list[Site]:
     owners = {(id(module), name): site for site in sites for module, name in site.weights.values()}
     tied = []
     for site in sites:
-        partners: list[list[Site]] = []
+        partners: list[dict[str, str]] = []  # by name, for each weight
         others = []
         for weight, (holder, attribute) in site.weights.items():
-            found: list[Site] = []
+            found: dict[str, str] = {}
             for tensor, owner in weights_of(holder, attribute):
                 for module, name, path, same in memory.holders(tensor):
                     if module is owner and same and (owner is not holder or name == attribute):
@@ -293,12 +293,12 @@ def _with_ties(sites: list[Site], model: nn.Module) -> list[Site]:
                     if partner is None or not same or not _shares(site, weight, partner, (module, name)):
                         others.append(path)
                     elif partner is not site:
-                        found.append(partner)
+                        found[partner.name] = path
             partners.append(found)
-        whole = [each for each in partners[0] if all(any(each is other for other in found) for found in partners)]
-        others += [each.name for found in partners for each in found if not any(each is other for other in whole)]
+        whole = [each for each in partners[0] if all(each in found for found in partners)]
+        others += [path for found in partners for each, path in found.items() if each not in whole]
         why = site.why_float or (f"tied to {others[0]}" if others else None)
-        tied.append(replace(site, tied=tuple(each.name for each in whole), why_float=why))
+        tied.append(replace(site, tied=tuple(whole), why_float=why))
     return tied
 
 
