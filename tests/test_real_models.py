@@ -12,9 +12,9 @@ from tinyq_lightning import quantize
 from tinyq_lightning.plan.plan import state_bytes
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "real_models"
-# points of the score: a probe of 200 sentences moves by 0.005 for each
+# points of the score: a probe of 200 sentences moves by 0.005 for each, and two may move either way
 ALLOWED = {"w8a32": 0.002, "w8a16": 0.0025, "w8a8": 0.005}
-MORE_ALLOWED = {"polarity": 0.005, "median cents off": 0.2}
+MORE_ALLOWED = {"polarity": 0.01, "median cents off": 0.2}
 
 
 @pytest.mark.slow
@@ -29,9 +29,7 @@ def test_a_pretrained_model_keeps_its_scores_and_loses_its_weight(name, monkeypa
         scores, quantized_size, _ = results[method]
         for score, value in wanted.items():
             assert abs(scores[score] - value) <= MORE_ALLOWED.get(score, allowed) + 1e-9, (method, score)
-        assert (
-            quantized_size < {"text": 0.65, "dna": 0.26, "digits": 0.45, "phonemes": 0.26, "pitch": 0.26}[name] * size
-        )
+        assert quantized_size < 0.26 * size
 
 
 WORDS = 64

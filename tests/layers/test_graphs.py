@@ -1,5 +1,6 @@
 """Quantized layers in graphs: compiled, exported, traced."""
 
+import shutil
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from kernel_cases import LARGE, each_method, normal, random_layer, relative_error, with_products
 from torch import nn
+from torch._inductor import config
 
 from tinyq_lightning import quantize, quantized
 
@@ -238,3 +240,44 @@ def test_an_export_takes_the_int8_product_where_it_is_asked_for_and_batches_of_a
         for rows in (1, 5):
             x = normal(rows, 40, seed=rows)
             torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-4)
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+
+
+@each_method
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("freezing", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tuned_and_frozen_graphs_give_what_the_layers_give(method, freezing):
+    model = nn.Sequential(random_layer(method, 64, 48), nn.GELU(), random_layer(method, 8, 64))
+    compiled = torch.compile(model, mode="max-autotune", fullgraph=True, dynamic=True)
+    with torch.no_grad(), config.patch(freezing=freezing):
+        for rows in (7, 3):
+            x = normal(rows, 48, seed=rows)
+            assert relative_error(compiled(x), model(x).double()) < 1e-6
+
+
+@each_method
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kernel", ["auto", "int8"])
+def test_a_package_that_is_compiled_ahead_of_time_runs_without_this_package(method, kernel, tmp_path):
+    layer = random_layer(method, 64, 48)
+    layer.kernel = kernel
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(layer, (normal(3, 48),), dynamic_shapes=shapes)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+    x = normal(9, 48)
+    torch.save({"x": x, "wanted": layer(x).detach()}, tmp_path / "case.pt")
+    code = """
+import sys, torch
+case = torch.load("case.pt")
+out = torch._inductor.aoti_load_package("layer.pt2")(case["x"])
+torch.testing.assert_close(out, case["wanted"], rtol=1e-4, atol=1e-4)
+assert not any(name.startswith("tinyq") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
