@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from tinyq_lightning import QuantizationSpec, quantize
 from tinyq_lightning.errors import ModelError, SpecError
-from tinyq_lightning.layers.linear import QuantizedLinear
+from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.plan.checks import check_patterns
 from tinyq_lightning.plan.plan import Plan
 from tinyq_lightning.plan.resolution import resolve
@@ -378,16 +378,17 @@ def test_sizes_are_those_of_the_tensors():
 def test_table_has_a_line_for_each_layer_and_the_totals_and_why_the_kernels():
     model = Net()
     plan = quantize(model, {"exclude": ["head"], "kernel": "reference"})
-    *lines, note, memory, covered = plan.table().splitlines()
+    *lines, look_ups, note, memory, covered = plan.table().splitlines()
     assert lines[0].split() == ["layer", "kind", "method", "reason", "kernel", "SQNR", "dB", "float", "now"]
     assert [line.split()[0] for line in lines[2:-1]] == NAMES
     assert lines[-1].startswith("6 layers")
     embed, first = plan.decisions[:2]
-    assert lines[2].split()[1:5] == ["embedding", "w8a32", "spec", f"{embed.weight_sqnr_db:.1f}"]
+    assert lines[2].split()[1:6] == ["embedding", "w8a32", "spec", "reference", f"{embed.weight_sqnr_db:.1f}"]
     assert lines[3].split()[1:6] == ["linear", "w8a32", "spec", "reference", f"{first.weight_sqnr_db:.1f}"]
     assert "excluded" in lines[7]
     total = sum(d.float_bytes for d in plan)
     assert f"{total} B" in lines[-1]
+    assert look_ups.startswith("kernel reference: the rows that are needed")
     assert note == "kernel reference: as asked for"
     assert memory.startswith("in memory, once called: ")
     assert covered.startswith("73.6 % of the weight bytes in int8 (w8a32), 5 of 6 layers; in float 18.9 % Linear, ")
@@ -397,8 +398,8 @@ def test_the_plan_records_the_kernel_of_each_layer_and_why(monkeypatch):
     model = Net()
     resolved = resolve(spec(exclude=["head"]), model)
     done = quantize(model, spec(exclude=["head"]))
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    assert [d.kernel for d in resolved] == [d.kernel for d in done] == [None, *(layer.choice for layer in layers), None]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    assert [d.kernel for d in resolved] == [d.kernel for d in done] == [*(layer.choice for layer in layers), None]
     assert [d.kernel for d in resolve(spec(exclude=["head"]), model)] == [d.kernel for d in done]
     # not in files: those are the same on every machine
     assert all("kernel" not in row for row in done.to_list())

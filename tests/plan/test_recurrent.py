@@ -212,7 +212,7 @@ def test_a_weight_that_only_a_part_is_shared_of_stays_float():
     two.weight_hh_l0 = one.weight_hh_l0
     with quantized(nn.ModuleList([one, two, nn.Linear(SIZE, SIZE)]), "w8a32") as plan:
         assert [each.method for each in plan] == ["float", "float", "w8a32"]
-        assert plan.decisions[0].reason == "tied to 1"
+        assert plan.decisions[0].reason == "tied to 1.weight_hh_l0"
 
 
 def test_a_model_that_is_one_itself_and_values_that_are_not_finite_are_refused():
