@@ -12,7 +12,7 @@ from torch import nn
 
 from tinyq_lightning import quantize
 from tinyq_lightning.kernels.choice import FORMS
-from tinyq_lightning.kernels.int8 import has_int8_product
+from tinyq_lightning.kernels.integer import has_plain_product
 from tinyq_lightning.kernels.weights import dequantize
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
 from tinyq_lightning.methods import METHODS
@@ -171,7 +171,7 @@ def test_attention_runs_packed_for_itself_and_across(kernel):
     with torch.no_grad():
         for arguments in ((x, x, x), (x, memory, memory), (x, memory, memory * 2)):
             wanted, _ = float_attention(*arguments)
-            if kernel.startswith("int8") and not has_int8_product():
+            if kernel.startswith("int8") and not has_plain_product():
                 break  # codes of ±127 would saturate here
             got, _ = model[0](*arguments)
             assert relative_error(got, wanted.double()) < 0.02

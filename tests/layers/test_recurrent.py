@@ -135,6 +135,10 @@ def test_autocast_gives_the_same_bits_and_gradients(kind, training):
     layer.train(training)
     x = torch.randn(4, IN, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
+        try:
+            layer(x)
+        except RuntimeError as error:
+            pytest.skip(f"torch itself cannot: {error}")
         assert_same(quantized, layer, x)
         gradients = [torch.autograd.grad(tensors(each(x))[0].float().sum(), x)[0] for each in (quantized, layer)]
     assert torch.equal(*gradients)
