@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from tinyq_lightning import QuantizationSpec, Quantizer, TinyQCallback, quantize
+from tinyq_lightning import (
+    QuantizationSpec,
+    Quantizer,
+    TinyQCallback,
+    W8A16LinearLayer,
+    quantize,
+    replace_linear_with_target_and_quantize,
+)
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers.embedding import QuantizedEmbedding
 from tinyq_lightning.methods import KIND_NAMES
@@ -138,3 +145,13 @@ def test_quantizer_leaves_all_but_linears():
         Quantizer(nn.Sequential(nn.Embedding(3, 8))).quantize()
     with pytest.raises(ModelError, match=r"put it in an nn\.Sequential$"):
         Quantizer(nn.Embedding(3, 8)).quantize()
+
+
+def test_a_pattern_for_what_is_never_replaced_is_refused_in_the_words_of_the_tutorial():
+    said = (
+        r"pattern 'words' .*of a kind that stays float here anyway \(embedding\), such as 'words': remove the pattern$"
+    )
+    with pytest.raises(SpecError, match=r"^module_not_to_quantize \(exclude.0\): " + said):
+        Quantizer(Net()).quantize("w8a32", ["words"])
+    with pytest.raises(SpecError, match=r"^module_name_to_exclude \(exclude.1\): " + said):
+        replace_linear_with_target_and_quantize(Net(), W8A16LinearLayer, ["body", "words"])
