@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from tinyq_lightning import (
@@ -124,16 +125,22 @@ def test_a_plan_with_kinds_gives_the_same_plan_again():
     assert again.spec.kinds == ("linear", "embedding")
 
 
-def test_a_spec_that_an_earlier_version_resolved_means_what_it_meant():
+def test_a_spec_that_an_earlier_version_resolved_means_what_it_meant_with_a_warning(tmp_path):
     content = as_spec("w8a8").to_dict()
     del content["kinds"]
     model = Net(tied=True)
-    found = decided(quantize(model, content))
+    with pytest.warns(
+        UserWarning, match=r"^spec: .* layers of other kinds stay float. Write kinds: \[linear, attention\]"
+    ):
+        found = decided(quantize(model, content))
     assert found["places"] == ("float", "kind embedding is switched off")
     assert found["words"] == ("w8a32", "tied to head.weight; a look-up has no activations")
     assert isinstance(model.words, QuantizedEmbedding)
     del content["budget"]  # as in the YAML that a run leaves
-    assert as_spec(content).kinds == ("linear", "attention")
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.warns(UserWarning, match=r"spec.yaml: .*, or kinds: all$"):
+        assert as_spec(path).kinds == ("linear", "attention")
 
 
 def test_quantizer_leaves_all_but_linears():
