@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from tinyq_lightning.plan import (
     resolve,
     why_not_replaced,
 )
-from tinyq_lightning.spec import QuantizationSpec
+from tinyq_lightning.spec import Origin, QuantizationSpec
 
 __all__ = [
     "Quantizer",
@@ -72,7 +73,7 @@ class Quantizer:
             ModelError: a weight cannot be quantized.
         """
         exclude = _names(module_not_to_quantize, "module_not_to_quantize")
-        spec = QuantizationSpec.from_dict({"method": q_method, "kinds": _KINDS, "exclude": exclude})
+        spec = _spec(q_method, exclude, "module_not_to_quantize")
         if _is_linear(self.model) and spec.method in LAYERS:
             target = LAYERS[spec.method]
             self.quantized_model = replace_linear_with_target_and_quantize(self.model, target, exclude)
@@ -137,7 +138,7 @@ def replace_linear_with_target_and_quantize(
             raise ModelError(f"the module is a {type(module).__name__} that cannot be replaced: {why}")
         return container[0]
     method = target_class.method if ours else "w8a32"  # type: ignore[attr-defined]
-    spec = QuantizationSpec.from_dict({"method": method, "kinds": _KINDS, "exclude": exclude})
+    spec = _spec(method, exclude, "module_name_to_exclude")
     sites = find_sites(module)
     plan = resolve(spec, module, why_float=why_not_replaced, sites=sites)
     if target_class in LAYERS.values():
@@ -192,6 +193,12 @@ def _foreign_layer(linear: nn.Linear, target_class: Any) -> nn.Module:
     if linear.bias is not None:
         layer.bias = linear.bias
     return layer
+
+
+def _spec(method: str, exclude: list[str], argument: str) -> QuantizationSpec:
+    """What the tutorial's functions quantize; errors about a pattern name the argument that it was given in."""
+    spec = QuantizationSpec.from_dict({"method": method, "kinds": _KINDS, "exclude": exclude})
+    return replace(spec, origin=Origin({("exclude",): argument}, has_kinds=False))
 
 
 def _names(names: Sequence[str] | None, argument: str) -> list[str]:

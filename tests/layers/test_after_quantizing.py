@@ -13,15 +13,36 @@ from torch import nn
 from transformer import Adapted, Language, MixedLanguage, loader, words
 
 from tinyq_lightning import TinyQCallback, load_quantized, quantize
-from tinyq_lightning.errors import CheckpointError, ReadOnlyWeightError
+from tinyq_lightning.errors import CheckpointError, ReadOnlyWeightError, SpecError
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.linear import QuantizedLinear
+from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 
 
 def quantized_language(method="w8a32", **kwargs):
     model = Language(**kwargs).eval()
     quantize(model, method)
     return model
+
+
+class AllKinds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.bag = nn.Embedding(9, 8), nn.EmbeddingBag(9, 8)
+        self.linear, self.lstm, self.conv = nn.Linear(8, 8), nn.LSTM(8, 8), nn.Conv1d(8, 8, 3)
+        self.table = nn.Parameter(torch.randn(9, 8))
+
+
+def test_what_is_no_kernel_is_refused_by_each_layer():
+    model = AllKinds()
+    quantize(model, {"rules": [{"match": "table", "method": "w8a32"}]})
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLayer)]
+    assert len(layers) == 6
+    for layer in layers:
+        with pytest.raises(SpecError, match="kernel 'fast': it must be one of auto, "):
+            layer.kernel = "fast"
+        layer.kernel = "reference"
+        assert layer.kernel == "reference"
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")

@@ -198,6 +198,37 @@ def test_a_large_table_takes_one_byte_a_value():
     assert not model[0]._forms
 
 
+def test_a_float_copy_is_kept_of_float32_tables_and_of_large_ones_if_it_is_asked_for(monkeypatch):
+    monkeypatch.delenv("TINYQ_KERNEL", raising=False)
+    words = torch.arange(5)
+    for dtype in DTYPES:
+        model = nn.Sequential(nn.Embedding(10, 8, dtype=dtype))
+        (decision,) = quantize(model)
+        assert decision.kernel == model[0].choice
+        model(words)
+        assert model[0].choice.bytes_a_weight == (5 if dtype == torch.float32 else 1)
+        assert bool(model[0]._forms) == (dtype == torch.float32)
+    casted = nn.Sequential(nn.Embedding(10, 8))
+    quantize(casted)
+    assert (casted[0].choice.kernel, casted.half()[0].choice.kernel) == ("float32", "reference")
+    monkeypatch.setenv("TINYQ_KERNEL", "float32")
+    large = nn.Sequential(nn.Embedding(2100, 512))
+    quantize(large)
+    large(words)
+    assert large[0].choice.kernel == "float32"
+    assert large[0]._forms
+
+
+def test_a_pickle_leaves_the_choice_of_a_kernel_to_the_machine_that_reads_it(monkeypatch):
+    monkeypatch.delenv("TINYQ_KERNEL", raising=False)
+    model = nn.Sequential(nn.Embedding(10, 8), nn.EmbeddingBag(10, 8), nn.LSTM(8, 8), nn.GRUCell(8, 8))
+    quantize(model)
+    assert {layer.choice.kernel for layer in model} == {"float32"}
+    written = pickle.dumps(model)
+    monkeypatch.setenv("TINYQ_KERNEL", "reference")
+    assert {layer.choice.kernel for layer in pickle.loads(written)} == {"reference"}
+
+
 @pytest.mark.parametrize("method", ["w8a32", "w8a8"])
 def test_ties_between_the_kinds_share_codes_and_come_back(method):
     class Coder(nn.Module):

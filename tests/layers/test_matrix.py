@@ -129,6 +129,23 @@ def test_copies_pickles_casts_and_graphs():
     assert half.experts.up_codes.int8_weights.dtype == torch.int8
 
 
+class WithPositions(Net):
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(16, 32))
+
+
+def test_copies_and_pickles_leave_behind_what_the_module_itself_leaves_behind(tmp_path):
+    model = WithPositions()
+    model.trainer = trainer(tmp_path)
+    quantize(model, {"rules": [{"match": "positions", "method": "w8a32"}]})
+    assert isinstance(model.positions_codes, Int8Matrix)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied._trainer is None
+        assert torch.equal(copied.positions, model.positions)
+    assert model._trainer is not None
+
+
 def test_a_bilinear_layer_a_list_and_a_table_of_positions():
     class Some(nn.Module):
         def __init__(self):

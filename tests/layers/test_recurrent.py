@@ -255,6 +255,7 @@ def test_weights_can_be_read_as_from_the_float_layer_and_not_written():
     ):
         with pytest.raises(ReadOnlyWeightError):
             change()
+    assert not hasattr(quantized, "weight"), "torch's layer has none either"
     with pytest.raises(AttributeError, match="weight_ih_l2"):
         _ = quantized.weight_ih_l2
     with pytest.raises(ModelError, match="no weight 'weight'"):

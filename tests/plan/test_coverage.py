@@ -1,4 +1,4 @@
-"""The share of all weights that a plan quantizes: right for any model, float or quantized, and by type."""
+"""The share of all weights that a plan quantizes: right for any model and its file, and by type."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from tinyq_lightning import QuantizationSpec
-from tinyq_lightning.plan import file_coverage, model_coverage
+from tinyq_lightning.plan import file_coverage
 from tinyq_lightning.plan.swap import Swap
 
 
@@ -28,7 +28,7 @@ def bytes_of(module):
 
 def test_a_small_head_on_a_large_backbone_is_not_all_of_the_model():
     model = Vision()
-    found = model_coverage(Swap(model, QuantizationSpec(kinds=("linear",))).plan, model)
+    found = Swap(model, QuantizationSpec(kinds=("linear",))).plan.coverage
     linear = bytes_of(model.head)
     assert found.quantized_bytes == linear
     assert found.total_bytes == bytes_of(model)
@@ -54,29 +54,27 @@ MODELS = {
 
 @pytest.mark.parametrize("exclude", [(), ("re:.*out_proj|0|head",)])
 @pytest.mark.parametrize("name", MODELS)
-def test_float_and_quantized_model_and_file_tell_the_same(name, exclude):
+def test_plan_and_file_tell_the_same(name, exclude):
     torch.manual_seed(0)
     model = MODELS[name]()
     if exclude and not any("0" in path or "head" in path for path, _ in model.named_modules()):
         pytest.skip("nothing to exclude")
     swap = Swap(model, QuantizationSpec(exclude=exclude))
-    before = model_coverage(swap.plan, model)
-    assert before.total_bytes == pytest.approx(bytes_of(model), rel=0.1)
+    planned = swap.plan.coverage
+    assert planned.total_bytes == pytest.approx(bytes_of(model), rel=0.1)
     with swap:
-        after = model_coverage(swap.plan, model)
         filed = file_coverage(swap.plan, model.state_dict())
-    assert after.quantized_bytes == before.quantized_bytes == filed.quantized_bytes
-    assert sum(after.float_bytes.values()) == sum(before.float_bytes.values())
-    assert (after.quantized_layers, after.layers) == (before.quantized_layers, before.layers)
-    assert not {"ParametrizationList", "NonDynamicallyQuantizableLinear"} & set(before.float_bytes)
+    assert planned.quantized_bytes == filed.quantized_bytes
+    assert planned.quantized_layers == filed.quantized_layers
+    assert not {"ParametrizationList", "NonDynamicallyQuantizableLinear"} & set(planned.float_bytes)
 
 
 def test_all_in_int8_is_all_and_nothing_is_nothing():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    assert str(model_coverage(Swap(model, QuantizationSpec()).plan, model)) == (
+    assert str(Swap(model, QuantizationSpec()).plan.coverage) == (
         "100 % of the weight bytes in int8 (w8a32), 2 of 2 layers"
     )
     slower = dict.fromkeys(("0", "1"), ("float", "left float: slower"))
-    nothing = model_coverage(Swap(model, QuantizationSpec()).switched(slower, "timing").plan, model)
+    nothing = Swap(model, QuantizationSpec()).switched(slower, "timing").plan.coverage
     assert str(nothing).startswith("0 % of the weight bytes in int8")
     assert str(nothing).endswith("0 of 2 layers; in float 100 % Linear")

@@ -205,6 +205,8 @@ def test_layers_that_share_all_their_weights_share_their_codes():
     assert [each.tied_to for each in plan] == [None, "0"]
     assert all(a is b for a, b in zip(model[0].sources(), model[1].sources(), strict=True))
     assert torch.allclose(model[1](x)[0], wanted, atol=0.02)
+    for moved in (model.bfloat16(), model.to("meta")):
+        assert all(a is b for a, b in zip(moved[0].sources(), moved[1].sources(), strict=True))
 
 
 def test_a_weight_that_only_a_part_is_shared_of_stays_float():

@@ -2,9 +2,17 @@
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
-from tinyq_lightning import QuantizationSpec, Quantizer, TinyQCallback, quantize
+from tinyq_lightning import (
+    QuantizationSpec,
+    Quantizer,
+    TinyQCallback,
+    W8A16LinearLayer,
+    quantize,
+    replace_linear_with_target_and_quantize,
+)
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers.embedding import QuantizedEmbedding
 from tinyq_lightning.methods import KIND_NAMES
@@ -117,16 +125,22 @@ def test_a_plan_with_kinds_gives_the_same_plan_again():
     assert again.spec.kinds == ("linear", "embedding")
 
 
-def test_a_spec_that_an_earlier_version_resolved_means_what_it_meant():
+def test_a_spec_that_an_earlier_version_resolved_means_what_it_meant_with_a_warning(tmp_path):
     content = as_spec("w8a8").to_dict()
     del content["kinds"]
     model = Net(tied=True)
-    found = decided(quantize(model, content))
+    with pytest.warns(
+        UserWarning, match=r"^spec: .* layers of other kinds stay float. Write kinds: \[linear, attention\]"
+    ):
+        found = decided(quantize(model, content))
     assert found["places"] == ("float", "kind embedding is switched off")
     assert found["words"] == ("w8a32", "tied to head.weight; a look-up has no activations")
     assert isinstance(model.words, QuantizedEmbedding)
     del content["budget"]  # as in the YAML that a run leaves
-    assert as_spec(content).kinds == ("linear", "attention")
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.warns(UserWarning, match=r"spec.yaml: .*, or kinds: all$"):
+        assert as_spec(path).kinds == ("linear", "attention")
 
 
 def test_quantizer_leaves_all_but_linears():
@@ -138,3 +152,13 @@ def test_quantizer_leaves_all_but_linears():
         Quantizer(nn.Sequential(nn.Embedding(3, 8))).quantize()
     with pytest.raises(ModelError, match=r"put it in an nn\.Sequential$"):
         Quantizer(nn.Embedding(3, 8)).quantize()
+
+
+def test_a_pattern_for_what_is_never_replaced_is_refused_in_the_words_of_the_tutorial():
+    said = (
+        r"pattern 'words' .*of a kind that stays float here anyway \(embedding\), such as 'words': remove the pattern$"
+    )
+    with pytest.raises(SpecError, match=r"^module_not_to_quantize \(exclude.0\): " + said):
+        Quantizer(Net()).quantize("w8a32", ["words"])
+    with pytest.raises(SpecError, match=r"^module_name_to_exclude \(exclude.1\): " + said):
+        replace_linear_with_target_and_quantize(Net(), W8A16LinearLayer, ["body", "words"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from tinyq_lightning.kernels.base import Choice
 from tinyq_lightning.kernels.choice import wanted_kernel
 from tinyq_lightning.methods import KernelName
@@ -14,19 +16,22 @@ __all__ = [
 _COPIED_TO = 2**20
 
 
-def choose_lookup_kernel(kernel: KernelName, values: int) -> Choice:
+def choose_lookup_kernel(kernel: KernelName, values: int, dtype: torch.dtype) -> Choice:
     """Whether a table is looked up in a float copy or in its codes; both give the same bits.
 
-    The environment's ``TINYQ_KERNEL`` goes before what was asked for.
+    The environment's ``TINYQ_KERNEL`` goes before what was asked for; ``float32`` copies a table of any size.
 
     Args:
         kernel: what was asked for.
         values: of the table.
+        dtype: floating dtype of what is looked up; a float copy is float32, and of no use to others.
 
     Raises:
         SpecError: ``TINYQ_KERNEL`` names no kernel.
     """
     wanted = wanted_kernel(kernel)
-    if wanted in ("auto", "float32") and values <= _COPIED_TO:
+    if dtype == torch.float32 and wanted == "float32":
+        return Choice("float32", "a float copy in memory, as asked for", bytes_a_weight=5)
+    if dtype == torch.float32 and wanted == "auto" and values <= _COPIED_TO:
         return Choice("float32", "a float copy in memory, the fastest for tables this small", bytes_a_weight=5)
     return Choice("reference", "the rows that are needed, each its codes times its scale")

@@ -29,17 +29,20 @@ class _LookUp(Int8Weight):
     def choice(self) -> Choice:
         """Whether the table is looked up in a float copy, and why."""
         if self._choice is None:
-            self._choice = choose_lookup_kernel(self.kernel, self.num_embeddings * self.embedding_dim)
+            self._choice = choose_lookup_kernel(self.kernel, self.num_embeddings * self.embedding_dim, self.dtype)
         return self._choice
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "kernel":
+        if name in ("kernel", "dtype"):
             self._choice = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_choice": None}  # of this machine and its environment
 
     def _float_table(self) -> Tensor | None:
         """A float32 copy of a small table, whose rows have the bits of :meth:`_rows`; None for others."""
-        if self.dtype != torch.float32 or self.choice.kernel != "float32":
+        if self.choice.kernel != "float32":
             return None
         if torch.compiler.is_compiling() or in_jit_trace() or in_transform():
             return None

@@ -29,6 +29,7 @@ from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 __all__ = [
     "Int8Weight",
     "float_weight",
+    "follow",
 ]
 
 # The tensor that a buffer was moved to, by the buffer: layers that share it and are moved later take the same one.
@@ -274,11 +275,11 @@ class Int8Weight(QuantizedLayer):
         for name, before in kept.items():
             after = self._buffers[name]
             if before is not None and after is not None and after is not before:
-                self._buffers[name] = _follow(before, after)
+                self._buffers[name] = follow(before, after)
         return self
 
 
-def _follow(before: Tensor, after: Tensor) -> Tensor:
+def follow(before: Tensor, after: Tensor) -> Tensor:
     """Return ``after`` in the dtype of ``before``, or the tensor that another layer's ``before`` was moved to."""
     if after.dtype != before.dtype:
         after = before.to(after.device)

@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 from typing_extensions import Self
 
-from tinyq_lightning.errors import ModelError, SpecError
+from tinyq_lightning.errors import ModelError
 from tinyq_lightning.kernels import (
     FORMS,
     INPUT_DTYPES,
@@ -30,7 +30,7 @@ from tinyq_lightning.kernels import (
 )
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.leaf import leaf_call
-from tinyq_lightning.methods import KERNELS, METHODS, KernelName
+from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
     "LAYERS",
@@ -248,8 +248,6 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
                 raise ModelError(f"a bias must have shape [{self.out_features}], got {list(value.shape)}")
             if not isinstance(value, nn.Parameter):
                 value = nn.Parameter(value.detach(), requires_grad=False)
-        if name == "kernel" and value not in KERNELS:
-            raise SpecError(f"kernel {value!r}: it must be one of {', '.join(KERNELS)}")
         super().__setattr__(name, value)
         if name == "bias":
             self._keep_a_parameter()

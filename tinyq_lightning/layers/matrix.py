@@ -175,7 +175,8 @@ def _reading(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
         base._load_from_state_dict(self, state_dict, prefix, *args)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        return _rebuilt, (base, names), vars(self)
+        state_of = getattr(self, "__getstate__", None)  # which Python 3.10 has only where a class defines it
+        return _rebuilt, (base, names), vars(self) if state_of is None else state_of()
 
     content: dict[str, Any] = {name: property(partial(_read, base, name)) for name in names}
     content |= {"__setattr__": refuse, "__reduce_ex__": reduce, "_load_from_state_dict": load, "_reads_codes_of": base}

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.kernels import dequantize, in_transform, outside_modes, quantize_per_row
 from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
-from tinyq_lightning.layers.int8_weight import Int8Weight
+from tinyq_lightning.layers.int8_weight import Int8Weight, follow
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 
 __all__ = [
@@ -172,7 +172,7 @@ class NamedCodes(QuantizedLayer):
         """A weight as floats: ``[rows, columns]`` float32 (float64 where the layer's dtype is that)."""
         return dequantize(*self.codes_of(name), torch.float64 if self.dtype == torch.float64 else torch.float32)
 
-    def weight(self, name: str) -> Tensor:
+    def weight_of(self, name: str) -> Tensor:
         """A dequantized weight in the layer's dtype. In-place methods are errors.
 
         Reading its shape, dtype and device costs nothing. Its values are computed when they are read.
@@ -208,7 +208,7 @@ class NamedCodes(QuantizedLayer):
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("weight_names", ()):
-            return self.weight(name)
+            return self.weight_of(name)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -273,8 +273,8 @@ class NamedCodes(QuantizedLayer):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for buffer, before in kept.items():
             after = cast(Tensor, self._buffers[buffer])
-            if after.dtype != before.dtype:
-                self._buffers[buffer] = before.to(after.device)
+            if after is not before:
+                self._buffers[buffer] = follow(before, after)
         return self
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
+from tinyq_lightning.errors import SpecError
 from tinyq_lightning.kernels import Choice
-from tinyq_lightning.methods import KernelName
+from tinyq_lightning.methods import KERNELS, KernelName
 
 if TYPE_CHECKING:
     from tinyq_lightning.layers.int8_weight import Int8Weight
@@ -25,7 +26,7 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         method: how it holds its activations; ``w8a32`` takes them as they are.
-        kernel: what its spec asked for.
+        kernel: what its spec asked for; anything but a name of a kernel is refused with a SpecError.
         dtype: floating dtype of the dequantized weights.
     """
 
@@ -62,3 +63,8 @@ class QuantizedLayer(nn.Module):
         for own, theirs in zip(self.coded_weights().values(), other.coded_weights().values(), strict=True):
             own.share(theirs)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "kernel" and value not in KERNELS:
+            raise SpecError(f"kernel {value!r}: it must be one of {', '.join(KERNELS)}")
+        super().__setattr__(name, value)

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from tinyq_lightning.errors import ReadOnlyWeightError, SpecError
+from tinyq_lightning.errors import ReadOnlyWeightError
 from tinyq_lightning.kernels import Choice, choose_recurrent_kernel, in_transform
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 from tinyq_lightning.layers.named_codes import NamedCodes
-from tinyq_lightning.methods import KERNELS
 
 __all__ = [
     "RECURRENT",
@@ -55,8 +54,8 @@ class QuantizedRecurrent(NamedCodes):
         like: a float layer of the same class, whose sizes and settings are taken; on the meta device too.
 
     Attributes:
-        kernel: ``auto`` keeps a float copy of the weights in memory once the layer has run; ``int8`` and ``reference``
-            expand them on each call.
+        kernel: ``auto`` keeps a float copy of the weights in memory once the layer has run; ``compact``, ``int8`` and
+            ``reference`` expand them on each call.
     """
 
     torch_class: ClassVar[Any]
@@ -147,9 +146,10 @@ class QuantizedRecurrent(NamedCodes):
         kernel = "" if self.kernel == "auto" else f", kernel={self.kernel}"
         return f"{super().extra_repr()}, dtype={self.dtype}{kernel}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_choice": None}  # of this machine and its environment
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "kernel" and value not in KERNELS:
-            raise SpecError(f"kernel {value!r}: it must be one of {', '.join(KERNELS)}")
         super().__setattr__(name, value)
         if name == "kernel":
             self._copies = self._choice = None

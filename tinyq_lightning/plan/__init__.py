@@ -1,7 +1,7 @@
 """What happens to each layer of one model, and why: a spec resolved against it into a ``Plan``, and carried out."""
 
 from tinyq_lightning.plan.checks import check_model, check_patterns, refuse_root, sites_for
-from tinyq_lightning.plan.coverage import Coverage, file_coverage, model_coverage
+from tinyq_lightning.plan.coverage import Coverage, file_coverage
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, quantized_weights
 from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan, state_bytes
@@ -29,7 +29,6 @@ __all__ = [
     "file_coverage",
     "find_sites",
     "is_metric",
-    "model_coverage",
     "put_in",
     "quantize",
     "quantize_by_layer",

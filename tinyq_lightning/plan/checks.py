@@ -103,9 +103,12 @@ def _refuse_idle_pattern(
     covered = [site for site in matched if site.name in names]
     if not covered:
         kinds = ", ".join(sorted({site.kind.name for site in matched}))
+        off, hint = "is switched off", "add it to kinds, or remove the pattern"
+        if not spec.origin.has_kinds:
+            off, hint = "stays float here anyway", "remove the pattern"
         raise SpecError(
-            f"{where}: pattern {pattern!r} matches only layers of a kind that is switched off ({kinds}), such as "
-            f"{matched[0].name!r}: add it to kinds, or remove the pattern"
+            f"{where}: pattern {pattern!r} matches only layers of a kind that {off} ({kinds}), such as "
+            f"{matched[0].name!r}: {hint}"
         )
     return covered
 

@@ -21,7 +21,6 @@ __all__ = [
     "coverage_of",
     "file_coverage",
     "held_weights",
-    "model_coverage",
 ]
 
 _SHOWN = 3  # The types of module that a headline names.
@@ -91,18 +90,8 @@ def held_weights(model: nn.Module) -> tuple[HeldWeight, ...]:
     return tuple(_held(named))
 
 
-def model_coverage(plan: Plan, model: nn.Module) -> Coverage:
-    """How much of ``model`` is quantized by ``plan``.
-
-    Args:
-        plan: of the model.
-        model: with its quantized layers in or out, or without values on the meta device.
-    """
-    return coverage_of(plan, held_weights(model))
-
-
 def file_coverage(plan: Plan, state_dict: Mapping[str, Any]) -> Coverage:
-    """As :func:`model_coverage` from the entries of a state dict, which tell no types; floating-point buffers count.
+    """How much of a file is quantized by ``plan``: its entries tell no types, and floating-point buffers count.
 
     Args:
         plan: of the model.

@@ -1,4 +1,4 @@
-"""Model structure replacement: walk the modules, put quantized layers in the place of ``nn.Linear``.
+"""Model structure replacement: walk the modules, put quantized layers in the place of float ones.
 
 ``quantize`` and ``Quantizer`` do it for good; ``quantized`` puts the float layers back afterwards.
 """
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
-    """Quantize the Linear layers of any ``nn.Module``, in place.
+    """Quantize the layers of any ``nn.Module`` that are of the spec's kinds, in place.
 
     All is checked first: if the spec or a weight is refused, nothing is changed. Then layers are replaced one at a
     time, smallest first: peak memory is the float model plus one layer's codes. Layers that share a weight, and the
@@ -39,7 +39,7 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
     quantized; call quantize again to finish.
 
     Args:
-        model: any module with ``nn.Linear`` somewhere below it.
+        model: any module with layers of a known kind somewhere below it.
         spec: a method name, a path to YAML, a mapping, or a ``QuantizationSpec``.
 
     Returns:
@@ -47,7 +47,7 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
 
     Raises:
         SpecError: the spec is wrong or does not fit the model.
-        ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
+        ModelError: the model is itself a layer, or a weight cannot be quantized.
     """
     return quantize_by_layer(model, as_spec(spec), nullcontext)
 
@@ -56,7 +56,7 @@ def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, with_values: Wit
     """As :func:`quantize`, for a model whose weights are read one layer at a time.
 
     Args:
-        model: any module with ``nn.Linear`` somewhere below it.
+        model: any module with layers of a known kind somewhere below it.
         spec: what to quantize, and how.
         with_values: gives a block in which a layer has its real weights.
     """
@@ -150,7 +150,7 @@ def quantized(model: nn.Module, spec: SpecLike) -> Iterator[Plan]:
     """Quantized inside the block, and the very same float layers back after it, whatever was raised.
 
     Args:
-        model: any module with ``nn.Linear`` somewhere below it.
+        model: any module with layers of a known kind somewhere below it.
         spec: a method name, a path to YAML, a mapping, or a ``QuantizationSpec``.
 
     Yields:
@@ -158,7 +158,7 @@ def quantized(model: nn.Module, spec: SpecLike) -> Iterator[Plan]:
 
     Raises:
         SpecError: the spec is wrong or does not fit the model.
-        ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
+        ModelError: the model is itself a layer, or a weight cannot be quantized.
     """
     asked = as_spec(spec)
     _warn_of_budget(asked)

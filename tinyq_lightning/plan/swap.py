@@ -30,7 +30,7 @@ class Swap:
     Making it changes nothing in the model. As a context manager it is in inside the block.
 
     Args:
-        model: any module with ``nn.Linear`` somewhere below it.
+        model: any module with layers of a known kind somewhere below it.
         spec: what to quantize, and how.
 
     Attributes:
@@ -38,7 +38,7 @@ class Swap:
 
     Raises:
         SpecError: the spec does not fit the model.
-        ModelError: the model is itself an ``nn.Linear``, or a weight cannot be quantized.
+        ModelError: the model is itself a layer, or a weight cannot be quantized.
     """
 
     def __init__(self, model: nn.Module, spec: QuantizationSpec) -> None:

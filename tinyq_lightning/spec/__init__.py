@@ -11,6 +11,7 @@ from tinyq_lightning.spec.matching import (
     wanted_method,
 )
 from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Mode, Rule, RuleBy, Save
+from tinyq_lightning.spec.places import Origin
 from tinyq_lightning.spec.reader import nearest
 from tinyq_lightning.spec.spec import QuantizationSpec, SpecLike, SpecOrMethods, as_spec
 
@@ -19,6 +20,7 @@ __all__ = [
     "METHOD_NAMES",
     "Budget",
     "Mode",
+    "Origin",
     "QuantizationSpec",
     "Rule",
     "RuleBy",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,18 +26,24 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Origin:
-    """A place (``spec.yaml:3``) for every key path that has one."""
+    """A place (``spec.yaml:3``) for every key path that has one.
+
+    Attributes:
+        places: by key path.
+        has_kinds: whether whoever wrote the spec can give ``kinds``; the tutorial's functions cannot.
+    """
 
     places: Mapping[KeyPath, str] = field(default_factory=dict)
+    has_kinds: bool = True
 
     def over(self, places: Mapping[KeyPath, str]) -> Origin:
         """This one with ``places`` added; they win."""
-        return Origin({**self.places, **places})
+        return replace(self, places={**self.places, **places})
 
     def replaced(self, path: KeyPath, place: str) -> Origin:
         """This one with ``path``, and all that was below it, written at ``place``."""
         kept = {known: at for known, at in self.places.items() if known[: len(path)] != path}
-        return Origin({**kept, path: place})
+        return replace(self, places={**kept, path: place})
 
     def explain(self, error: OmegaConfBaseException) -> str:
         """OmegaConf's error in one line, with the place of the key it is about."""

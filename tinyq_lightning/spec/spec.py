@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -52,8 +53,8 @@ class QuantizationSpec:
         rules: the first one that matches decides; ``exclude`` wins over all.
         when: ``fit_end`` or ``test_start``.
         weights: which float weights: ``best``, ``last`` or ``current``.
-        kernel: ``auto`` is the fastest here, ``int8`` has the same bits for any batch and thread count,
-            ``reference`` is the textbook formula.
+        kernel: ``auto`` is the fastest here, ``compact`` the fastest of those that hold no float copy, ``int8`` has the
+            same bits for any batch and thread count, ``reference`` is the textbook formula.
         non_finite: ``error`` refuses a layer with NaN or infinite weights, ``float`` leaves it alone.
         budget: how much a metric may lose, or None.
         save: where the file goes.
@@ -232,6 +233,12 @@ def _parse(content: Any, origin: Origin) -> QuantizationSpec:
     given = dict(reader.mapping({} if content is None else content, _KEYS))
     if "kinds" not in given and given.keys() >= _FORMER_KEYS:
         given["kinds"] = _FORMER_KINDS
+        warnings.warn(
+            f"{origin.where()}: a spec with every key but kinds is read as one that a run of an earlier version wrote, "
+            f"which knew the kinds {', '.join(_FORMER_KINDS)} alone: layers of other kinds stay float. Write kinds: "
+            f"[{', '.join(_FORMER_KINDS)}] to keep that, or kinds: all",
+            stacklevel=4,
+        )
     method, methods = given.pop("method", "w8a32"), ()
     if isinstance(method, list):
         if not method:
