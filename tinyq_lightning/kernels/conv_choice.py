@@ -50,6 +50,12 @@ _KEPT_TO = 1_000_000
 _FEW_WINDOWS = 513
 
 
+# In several groups of more output channels each, oneDNN's int8 convolution returns wrong numbers (oneDNN 3.12): from one
+# input channel, and where it lays out the codes anew of channels that do not fill its blocks.
+_CHANNELS_OF_A_GROUP = 32
+_BLOCK = 16
+
+
 # With a sum of fewer products to an output, rounding costs more than an int8 convolution wins.
 _PAYS_FROM = 32
 
@@ -59,6 +65,7 @@ class ConvShape:
     """What the choice among kernels depends on.
 
     Attributes:
+        in_channels: of the layer.
         out_channels: of the layer.
         summed: how many products are summed to an output.
         pointwise: whether it is a matrix product of channels.
@@ -67,6 +74,7 @@ class ConvShape:
         transposed: whether it is a transposed convolution.
     """
 
+    in_channels: int
     out_channels: int
     summed: int
     pointwise: bool
@@ -134,6 +142,9 @@ def _why_no_int8(shape: ConvShape, device: str) -> str:
         return "no fast and exact int8 convolution here"
     if shape.summed > LONGEST_SUM:
         return f"sums of {shape.summed:,} products can overflow int32"
+    outputs = shape.out_channels // shape.groups
+    if shape.groups > 1 and outputs > _CHANNELS_OF_A_GROUP and (shape.in_channels == shape.groups or outputs % _BLOCK):
+        return f"no exact int8 convolution of groups of {shape.in_channels // shape.groups} to {outputs} channels"
     return ""
 
 

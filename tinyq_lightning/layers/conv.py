@@ -346,4 +346,6 @@ def conv_shape(layer: Any) -> ConvShape:
     channels = layer.in_channels // layer.groups
     pointwise = unmoved and places == 1 and layer.groups == 1 and channels > 1 and not layer.transposed
     dims = len(layer.kernel_size)
-    return ConvShape(layer.out_channels, channels * places, pointwise, dims, layer.groups, layer.transposed)
+    return ConvShape(
+        layer.in_channels, layer.out_channels, channels * places, pointwise, dims, layer.groups, layer.transposed
+    )
