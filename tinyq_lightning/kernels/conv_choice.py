@@ -50,10 +50,10 @@ _KEPT_TO = 1_000_000
 _FEW_WINDOWS = 513
 
 
-# In several groups of more output channels each, oneDNN's int8 convolution returns wrong numbers (oneDNN 3.12): from one
-# input channel, and where it lays out the codes anew of channels that do not fill its blocks.
-_CHANNELS_OF_A_GROUP = 32
-_BLOCK = 16
+# In several groups oneDNN's int8 convolution returns wrong numbers (oneDNN 3.12) from one input channel to more than so
+# many outputs, and where outputs are more than a block and fill none, of codes that it lays out anew for another input.
+_FROM_ONE_CHANNEL = 32
+_BLOCK = 64
 
 
 # With a sum of fewer products to an output, rounding costs more than an int8 convolution wins.
@@ -142,9 +142,10 @@ def _why_no_int8(shape: ConvShape, device: str) -> str:
         return "no fast and exact int8 convolution here"
     if shape.summed > LONGEST_SUM:
         return f"sums of {shape.summed:,} products can overflow int32"
-    outputs = shape.out_channels // shape.groups
-    if shape.groups > 1 and outputs > _CHANNELS_OF_A_GROUP and (shape.in_channels == shape.groups or outputs % _BLOCK):
-        return f"no exact int8 convolution of groups of {shape.in_channels // shape.groups} to {outputs} channels"
+    channels, outputs = shape.in_channels // shape.groups, shape.out_channels // shape.groups
+    strays = outputs > _FROM_ONE_CHANNEL if channels == 1 else outputs > _BLOCK and outputs % _BLOCK
+    if shape.groups > 1 and strays:
+        return f"no exact int8 convolution of groups of {channels} to {outputs} channels"
     return ""
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyq_lightning.kernels.base import BesideCodes, CodeHolder
-from tinyq_lightning.kernels.conv_forms import LAYOUTS, ConvForm, digits_of, joined
+from tinyq_lightning.kernels.conv_forms import RoundedConvForm, digits_of, joined
+from tinyq_lightning.kernels.conv_layout import LAYOUTS
 from tinyq_lightning.kernels.convolution import Geometry, convolve, output_sizes
 from tinyq_lightning.kernels.probe import Packed, has_operator, has_vnni, holds, is_hidden
 
@@ -36,7 +37,7 @@ def has_int8_convolution() -> bool:
     return not is_hidden("int8") and has_vnni() and has_operator("onednn", *names) and holds(_is_exact)
 
 
-class _PackedConvolution(ConvForm):
+class _PackedConvolution(RoundedConvForm):
     """The codes laid out for exact convolutions of integers by oneDNN."""
 
     bytes_a_weight = 1
