@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from kernel_cases import each_method, normal, relative_error
 
 from tinyq_lightning.kernels.conv_choice import CONV_FORMS, ConvShape, choose_convolution
-from tinyq_lightning.kernels.conv_forms import takes_matrix_product
 from tinyq_lightning.kernels.conv_onednn import has_int8_convolution
 from tinyq_lightning.kernels.convolution import Geometry, convolve, quantized_convolution
 from tinyq_lightning.kernels.onednn import has_onednn_product
 from tinyq_lightning.methods import METHODS
 
-ROUNDED = {"int8", "int8-onednn", "int8-grouped", "float32x1"}
 int8_only = pytest.mark.skipif(not has_int8_convolution(), reason="no int8 convolution on this processor")
 
 
@@ -28,14 +26,17 @@ def cases(draw):
     """A geometry, codes and an input that it can move over."""
     dims = draw(st.integers(1, 3))
     groups = draw(st.sampled_from([1, 1, 2, 3]))
-    channels, outputs = groups * draw(st.sampled_from([1, 2, 5])), groups * draw(st.sampled_from([1, 3, 8]))
+    channels = groups * draw(st.sampled_from([1, 2, 5, 17]))
+    outputs = groups * draw(st.sampled_from([1, 3, 8, 31, 48, 70]))
     each = [draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (5, 1), (2, 2), (3, 2)])) for _ in range(dims)]
     kernel, dilation = zip(*each, strict=True)
     stride = tuple(draw(st.sampled_from([1, 1, 2, 3])) for _ in kernel)
-    padding = tuple(draw(st.integers(0, 2)) for _ in kernel)
+    padding = tuple(draw(st.integers(0, 3)) for _ in kernel)
     if draw(st.booleans()) and draw(st.booleans()):
         kernel, dilation, padding, groups = (1,) * dims, (1,) * dims, (0,) * dims, 1
-    sizes = [gap * (width - 1) + 1 + draw(st.sampled_from([0, 1, 6])) for gap, width in zip(dilation, kernel)]  # noqa: B905
+    moves = zip(kernel, dilation, padding, strict=True)
+    smallest = [max(1, gap * (width - 1) + 1 - 2 * pad) for width, gap, pad in moves]
+    sizes = [size + draw(st.sampled_from([0, 1, 2, 6])) for size in smallest]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     codes = torch.randint(-127, 128, (outputs, channels // groups, *kernel), generator=generator).to(torch.int8)
     x = torch.randint(-127, 128, (draw(st.integers(1, 3)), channels, *sizes), generator=generator).float()
@@ -47,12 +48,19 @@ def cases(draw):
 
 def forms_for(codes, geometry):
     """The kernels of rounded activations that can take such codes on this machine."""
-    for name in ROUNDED:
-        packed = name in ("int8-onednn", "int8-grouped")
-        if packed and (not has_int8_convolution() or (geometry.groups == 1) != (name == "int8-onednn")):
-            continue
-        if name != "int8" or takes_matrix_product(codes, geometry):
-            yield name
+    wanted = choose_convolution("int8", METHODS["w8a8"], shape_of(codes, geometry)).kernel
+    yield "float32x1"
+    if wanted in CONV_FORMS:
+        yield wanted
+    if wanted == "int8" and has_int8_convolution():
+        yield "int8-onednn"
+
+
+def shape_of(codes, geometry):
+    outputs, channels, *kernel = codes.shape
+    places = codes[0, 0].numel()
+    pointwise = places == 1 and channels > 1 and geometry.groups == 1 and not any(geometry.padding)
+    return ConvShape(channels * geometry.groups, outputs, channels * places, pointwise, len(kernel), geometry.groups)
 
 
 @settings(max_examples=150, deadline=None)
@@ -122,14 +130,37 @@ def test_padding_is_zero_and_not_the_zero_point():
     assert torch.equal(got[0, :, 2, 4].double(), 127 * codes[:, :, :, :2].double().sum((1, 2, 3)))
 
 
+STRAY = {  # codes, geometry and input for which oneDNN alone returns wrong numbers
+    "a window in the padding": ((8, 3, 1, 1), Geometry((2, 2), (2, 1), (1, 1)), (2, 3, 21, 1)),
+    "one window of a stride": ((8, 3, 1, 5), Geometry((1, 3), (0, 1), (1, 1)), (2, 3, 21, 5)),
+    "a window on both sides": ((32, 16, 2, 2), Geometry((1, 1), (1, 1), (2, 2)), (1, 16, 7, 1)),
+    "the same in groups": ((32, 17, 2, 2), Geometry((1, 1), (1, 1), (2, 2), 2), (9, 34, 4, 1)),
+    "padded depth of one": ((8, 1, 3, 5, 5), Geometry((1, 1, 1), (1, 2, 2), (1, 1, 1)), (2, 1, 1, 16, 16)),
+    "padded places in groups": ((96, 4, 1, 1), Geometry((1, 1), (1, 0), (1, 1), 3), (2, 12, 5, 4)),
+}
+
+
 @int8_only
-def test_windows_in_the_padding_and_single_windows_are_right():
-    for kernel, stride, padding, sizes in (((1, 1), (2, 2), (2, 1), (21, 1)), ((1, 5), (1, 3), (0, 1), (21, 5))):
-        codes = torch.randint(-127, 128, (8, 3, *kernel)).to(torch.int8)
-        geometry, x = Geometry(stride, padding, (1, 1)), normal(2, 3, *sizes)
-        scales = torch.ones(8)
-        wanted = quantized_convolution(METHODS["w8a8"], "exact", x, codes, scales, None, geometry)
-        assert torch.equal(product("int8-onednn", "w8a8", x, codes, scales, None, geometry), wanted)
+@pytest.mark.parametrize("case", STRAY)
+def test_where_onednn_goes_astray_the_input_is_padded_before(case):
+    shape, geometry, sizes = STRAY[case]
+    codes = torch.randint(-127, 128, shape).to(torch.int8)
+    x, scales = normal(*sizes), torch.ones(len(codes))
+    wanted = quantized_convolution(METHODS["w8a8"], "exact", x, codes, scales, None, geometry)
+    name = choose_convolution("int8", METHODS["w8a8"], shape_of(codes, geometry)).kernel
+    assert name == ("int8-onednn" if geometry.groups == 1 else "int8-grouped")
+    assert torch.equal(product(name, "w8a8", x, codes, scales, None, geometry), wanted)
+
+
+@int8_only
+def test_groups_whose_int8_convolution_is_wrong_are_refused_with_the_reason():
+    for channels, outputs, groups in ((2, 96, 2), (16, 528, 16), (68, 140, 2), (68, 160, 2)):
+        shape = ConvShape(channels, outputs, channels // groups * 49, False, groups=groups)
+        choice = choose_convolution("int8", METHODS["w8a8"], shape)
+        assert choice.kernel == "exact"
+        assert f"groups of {channels // groups} to {outputs // groups} channels" in choice.reason
+        assert choose_convolution("auto", METHODS["w8a8"], shape).kernel == "float32x1"
+    assert choose_convolution("int8", METHODS["w8a8"], ConvShape(64, 64, 9, False, groups=64)).kernel == "int8-grouped"
 
 
 @each_method
@@ -183,12 +214,12 @@ def test_windows_are_rows_of_a_linear_layer():
         assert relative_error(got, convolve(x.double(), weight, bias.double(), geometry)) < 5e-7
 
 
-SMALL, LARGE = ConvShape(64, 576, False), ConvShape(512, 4608, False)
+SMALL, LARGE = ConvShape(64, 64, 576, False), ConvShape(512, 512, 4608, False)
 
 
 def test_the_choice_among_kernels_says_why():
     for kernel in ("auto", "compact", "int8", "reference"):
-        for shape in (SMALL, LARGE, ConvShape(64, 9, False, groups=64), ConvShape(64, 64, True)):
+        for shape in (SMALL, LARGE, ConvShape(64, 64, 9, False, groups=64), ConvShape(64, 64, 64, True)):
             for method in METHODS.values():
                 choice = choose_convolution(kernel, method, shape)
                 assert choice.reason
@@ -198,19 +229,19 @@ def test_the_choice_among_kernels_says_why():
     assert choose_convolution("auto", METHODS["w8a32"], SMALL).kernel == "float32"
     assert choose_convolution("auto", METHODS["w8a32"], LARGE).kernel == "reference"
     assert choose_convolution("auto", METHODS["w8a8"], SMALL, "cuda").kernel == "reference"
-    transposed = ConvShape(64, 576, False, transposed=True)
+    transposed = ConvShape(64, 64, 576, False, transposed=True)
     assert choose_convolution("int8", METHODS["w8a32"], transposed).kernel == "exact"
 
 
 @int8_only
 def test_int8_is_taken_where_the_processor_has_it_and_hidden_by_the_environment(tmp_path):
     assert choose_convolution("auto", METHODS["w8a8"], SMALL).kernel == "int8-onednn"
-    assert choose_convolution("auto", METHODS["w8a8"], ConvShape(64, 64, True)).kernel == "int8"
+    assert choose_convolution("auto", METHODS["w8a8"], ConvShape(64, 64, 64, True)).kernel == "int8"
     code = """
 from tinyq_lightning.kernels import ConvShape, choose_convolution
 from tinyq_lightning.methods import METHODS
 for kernel in ("auto", "int8"):
-    print(choose_convolution(kernel, METHODS["w8a8"], ConvShape(64, 576, False)).kernel)
+    print(choose_convolution(kernel, METHODS["w8a8"], ConvShape(64, 64, 576, False)).kernel)
 """
     environment = {**os.environ, "TINYQ_WITHOUT": "int8", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -3,7 +3,8 @@
 from tinyq_lightning.kernels.base import Choice, CodeHolder, TensorSnapshot, WeightForm
 from tinyq_lightning.kernels.choice import FORMS, choose_kernel, wanted_kernel, weight_form
 from tinyq_lightning.kernels.conv_choice import CONV_FORMS, ConvShape, choose_convolution, packed_convolution
-from tinyq_lightning.kernels.conv_forms import ConvForm, FloatConvWeights, is_channels_last
+from tinyq_lightning.kernels.conv_forms import ConvForm, FloatConvWeights
+from tinyq_lightning.kernels.conv_layout import LAYOUTS, is_channels_last
 from tinyq_lightning.kernels.conv_onednn import has_int8_convolution
 from tinyq_lightning.kernels.convolution import ConvFormulaName, Geometry, convolve, output_sizes, quantized_convolution
 from tinyq_lightning.kernels.float16 import has_float16_product
@@ -27,6 +28,7 @@ __all__ = [
     "CONV_FORMS",
     "FORMS",
     "INPUT_DTYPES",
+    "LAYOUTS",
     "Choice",
     "CodeHolder",
     "ConvForm",

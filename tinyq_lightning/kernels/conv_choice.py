@@ -50,6 +50,12 @@ _KEPT_TO = 1_000_000
 _FEW_WINDOWS = 513
 
 
+# In several groups oneDNN's int8 convolution returns wrong numbers (oneDNN 3.12) from one input channel to more than so
+# many outputs, and where outputs are more than a block and fill none, of codes that it lays out anew for another input.
+_FROM_ONE_CHANNEL = 32
+_BLOCK = 64
+
+
 # With a sum of fewer products to an output, rounding costs more than an int8 convolution wins.
 _PAYS_FROM = 32
 
@@ -59,6 +65,7 @@ class ConvShape:
     """What the choice among kernels depends on.
 
     Attributes:
+        in_channels: of the layer.
         out_channels: of the layer.
         summed: how many products are summed to an output.
         pointwise: whether it is a matrix product of channels.
@@ -67,6 +74,7 @@ class ConvShape:
         transposed: whether it is a transposed convolution.
     """
 
+    in_channels: int
     out_channels: int
     summed: int
     pointwise: bool
@@ -134,6 +142,10 @@ def _why_no_int8(shape: ConvShape, device: str) -> str:
         return "no fast and exact int8 convolution here"
     if shape.summed > LONGEST_SUM:
         return f"sums of {shape.summed:,} products can overflow int32"
+    channels, outputs = shape.in_channels // shape.groups, shape.out_channels // shape.groups
+    strays = outputs > _FROM_ONE_CHANNEL if channels == 1 else outputs > _BLOCK and outputs % _BLOCK
+    if shape.groups > 1 and strays:
+        return f"no exact int8 convolution of groups of {channels} to {outputs} channels"
     return ""
 
 

@@ -14,24 +14,30 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyq_lightning.kernels.base import STEPS, BesideCodes, CodeHolder, WeightForm, plus_bias
-from tinyq_lightning.kernels.convolution import Geometry, convolve, output_sizes, per_channel, sample_steps, strided
-from tinyq_lightning.kernels.integer import has_plain_product
+from tinyq_lightning.kernels.conv_layout import is_channels_last, layout_of
+from tinyq_lightning.kernels.convolution import (
+    SMALLEST_STEP,
+    Geometry,
+    convolve,
+    output_sizes,
+    per_channel,
+    sample_steps,
+    strided,
+)
+from tinyq_lightning.kernels.fixed_point import ROUNDING
 from tinyq_lightning.kernels.onednn import OnednnWeights
 from tinyq_lightning.kernels.weights import dequantize
 from tinyq_lightning.methods import Method
 
 __all__ = [
-    "LAYOUTS",
     "ConvForm",
     "Float32ConvCodes",
     "FloatConvWeights",
     "PointwiseWeights",
+    "RoundedConvForm",
     "WindowWeights",
     "digits_of",
-    "is_channels_last",
     "joined",
-    "layout_of",
-    "takes_matrix_product",
 ]
 
 # Samples are convolved so many values at a time: what is made of them on the way stays in the cache.
@@ -45,44 +51,14 @@ _PLACES_OF_A_SAMPLE = 256
 _BITS = torch.tensor(8, dtype=torch.int32, device="cpu")
 
 
-# Adding this to a float32 rounds it to an integer (ties to even, as `round`), which is then in the low bits.
-_ROUNDING = torch.tensor(1.5 * 2**23, dtype=torch.float32, device="cpu")
-
-
 # 128 in each digit: added to an integer, it makes its bytes the digits plus 128.
 _OFFSETS = {1: 0x80, 2: 0x8080, 3: 0x808080}
 
 
-_ROUNDING_PLUS = {count: _ROUNDING + _OFFSETS[count] for count in (1, 2)}
+_ROUNDING_PLUS = {count: ROUNDING + _OFFSETS[count] for count in (1, 2)}
 
 
 _HALF = torch.tensor(0x80, dtype=torch.int32, device="cpu")
-
-
-def layout_of(x: Tensor) -> torch.memory_format:
-    """The order in memory in which torch's convolutions return what they make of ``x`` ``[N, C, ...]``."""
-    return LAYOUTS[x.dim()] if is_channels_last(x) else torch.contiguous_format
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a place lie side by side, and not the places of a channel.
-
-    By the strides, as torch has it, also where there is one place, or one channel.
-    """
-    layout = LAYOUTS.get(x.dim())
-    if layout is None or x.stride(1) != 1 or x.stride(-1) != x.shape[1] or x.shape[1:].numel() == 1:
-        return False
-    return x.is_contiguous(memory_format=layout)
-
-
-LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def takes_matrix_product(codes: Tensor, geometry: Geometry) -> bool:
-    """Whether the convolution is a matrix product of channels that ``torch._int_mm`` computes exactly here."""
-    pointwise = codes[0, 0].numel() == 1 and geometry.groups == 1 and not geometry.transposed
-    # With one channel torch._int_mm returns wrong numbers (torch 2.13).
-    return pointwise and not any(geometry.padding) and codes.shape[1] > 1 and has_plain_product()
 
 
 class ConvForm(WeightForm):
@@ -92,16 +68,21 @@ class ConvForm(WeightForm):
         codes: ``q``, ``[out, in / groups, ...]`` int8.
         scales: ``s``, ``[out]`` float32.
         geometry: how the convolution moves over its input.
-        first: the first input ``[N, in, ...]``, or one of its shape and layout without values, for which the weights
-            are laid out; others take them too.
+        first: a tensor of the shape of the first input ``[N, in, ...]``, for which the weights are laid out; others
+            take them too. A float copy of the weights has its layout, which is to be that of the float weight: torch's
+            convolutions return channels last if the input has them, or the weight.
     """
-
-    _flat = False
 
     def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, first: Tensor) -> None:
         super().__init__(codes, scales)  # type: ignore[safe-super]  # of the class beside this one
         self.geometry = geometry
         self.kernel_size = tuple(codes.shape[2:])
+
+
+class RoundedConvForm(ConvForm):
+    """Weights of a convolution for one kernel of rounded activations."""
+
+    _flat = False
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,7 +91,7 @@ class ConvForm(WeightForm):
         x = x.contiguous(memory_format=layout)
         added = None if bias is None else per_channel(bias.float(), x.dim() + self._flat)
         sizes = output_sizes(tuple(x.shape[2:]), self.kernel_size, self.geometry)
-        out = torch.empty(len(x), len(scales), *sizes, dtype=torch.float32, memory_format=layout)
+        out = torch.empty(len(x), len(scales), *sizes, dtype=torch.float32, device=x.device, memory_format=layout)
         if not out.numel():
             return out
         at_once = max(1, _VALUES_AT_ONCE // x[0].numel())
@@ -144,7 +125,7 @@ class ConvForm(WeightForm):
         """The convolution of rounded ``numbers``, which is overwritten, times the scales: exact sums, rounded once."""
 
 
-class PointwiseWeights(ConvForm, BesideCodes):
+class PointwiseWeights(RoundedConvForm, BesideCodes):
     """The plain codes, for convolutions that are matrix products of channels."""
 
     bytes_a_weight = 0
@@ -171,7 +152,7 @@ class PointwiseWeights(ConvForm, BesideCodes):
         return torch.unflatten(joined(parts), 2, sizes)
 
 
-class Float32ConvCodes(ConvForm, BesideCodes):
+class Float32ConvCodes(RoundedConvForm, BesideCodes):
     """A float copy of the codes, for rounded activations.
 
     Sums of integers below 2²⁴ are exact, so that w8a8 gives the same bits as by any other kernel.
@@ -215,10 +196,6 @@ class WindowWeights(ConvForm, CodeHolder):
         return out.contiguous(memory_format=layout_of(x))
 
     @override
-    def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    @override
     def _unpacked(self) -> Tensor:
         return self._rows.codes().view(self.shape)
 
@@ -241,30 +218,23 @@ class FloatConvWeights(ConvForm, BesideCodes):
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         return convolve(x, self.weight, None if bias is None else bias.float(), self.geometry)
 
-    @override
-    def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
-        raise NotImplementedError
-
 
 def _steps(x: Tensor, steps: Tensor) -> Tensor:
     """As :func:`sample_steps`, with the same bits; absolute values would have to be written before they are read."""
     if len(x) * x[0].numel() < _FEW_VALUES:
         return sample_steps(x, steps)
     flat = x.permute(0, *range(2, x.dim()), 1).flatten(1) if is_channels_last(x) else x.flatten(1)
-    largest = torch.maximum(flat.amax(1), flat.amin(1).neg_()).div_(steps).clamp_min_(_SMALLEST_STEP)
+    largest = torch.maximum(flat.amax(1), flat.amin(1).neg_()).div_(steps).clamp_min_(SMALLEST_STEP)
     return largest.view(-1, *[1] * (x.dim() - 1))
 
 
 _FEW_VALUES = 8192
 
 
-_SMALLEST_STEP = torch.finfo(torch.float32).tiny
-
-
 def digits_of(numbers: Tensor, count: int, signed: bool) -> Iterator[Tensor]:
     """The digits of rounded ``numbers``, the lowest first: int8, or each plus 128 uint8. ``numbers`` is overwritten."""
     if count < 3:
-        integers = numbers.add_(_ROUNDING if signed else _ROUNDING_PLUS[count]).view(torch.int32)
+        integers = numbers.add_(ROUNDING if signed else _ROUNDING_PLUS[count]).view(torch.int32)
     else:  # integers of three digits are too large for rounding by addition
         integers = numbers.round_().int()
         integers = integers if signed else integers.add_(_OFFSETS[count])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyq_lightning.kernels.base import BesideCodes, CodeHolder
-from tinyq_lightning.kernels.conv_forms import LAYOUTS, ConvForm, digits_of, joined
+from tinyq_lightning.kernels.conv_forms import RoundedConvForm, digits_of, joined
+from tinyq_lightning.kernels.conv_layout import LAYOUTS
 from tinyq_lightning.kernels.convolution import Geometry, convolve, output_sizes
 from tinyq_lightning.kernels.probe import Packed, has_operator, has_vnni, holds, is_hidden
 
@@ -36,7 +37,7 @@ def has_int8_convolution() -> bool:
     return not is_hidden("int8") and has_vnni() and has_operator("onednn", *names) and holds(_is_exact)
 
 
-class _PackedConvolution(ConvForm):
+class _PackedConvolution(RoundedConvForm):
     """The codes laid out for exact convolutions of integers by oneDNN."""
 
     bytes_a_weight = 1
@@ -52,8 +53,12 @@ class _PackedConvolution(ConvForm):
         )
         plain = codes.unsqueeze(2) if self._flat else codes
         self._places = tuple(plain.shape[2:])
-        shape = [*first.shape[:2], *(1,) * self._flat, *first.shape[2:]]
-        self._packed = pack_convolution(plain.contiguous(), self._of_operator, shape)
+        sizes = (1,) * self._flat + tuple(first.shape[2:])
+        moves, pads = _moves_of_operator(sizes, self._places, self._of_operator)
+        if pads is not None:
+            ends = zip(sizes, pads[-2::-2], pads[::-2], strict=True)
+            sizes = tuple(size + before + after for size, before, after in ends)
+        self._packed = pack_convolution(plain.contiguous(), moves, [*first.shape[:2], *sizes])
         self._zero_points = codes.new_zeros(len(codes), dtype=torch.int32)
 
     @override
@@ -113,12 +118,14 @@ def _moves_of_operator(
 ) -> tuple[Geometry, list[int] | None]:
     """How the operator moves over an input of these sizes, and what is added to it, or cut off, before; None if not.
 
-    Where a window lies in the padding altogether, and where one window is all that a stride leaves, the operator
-    returns wrong numbers or breaks (oneDNN 3.12): such inputs are padded before, and cut to what is used of them.
+    Where a window may lie in the padding altogether, its places on both sides of the input included, where a dimension
+    of one place is padded, and where one window is all that a stride leaves, the operator returns wrong numbers or
+    breaks (oneDNN 3.12): such inputs are padded before, and cut to what is used of them.
     """
     spans = tuple(gap * (width - 1) + 1 for gap, width in zip(geometry.dilation, kernel, strict=True))
     counts = output_sizes(sizes, kernel, geometry)
-    inside = all(pad < span for pad, span in zip(geometry.padding, spans, strict=True))
+    places = zip(sizes, spans, geometry.padding, geometry.dilation, strict=True)
+    inside = all(not pad or (pad < span and size > 1 and size >= gap) for size, span, pad, gap in places)
     if inside and all(count > 1 or stride == 1 for count, stride in zip(counts, geometry.stride, strict=True)):
         return geometry, None
     pads: list[int] = []
@@ -141,6 +148,8 @@ def _is_exact() -> bool:
         (6, 6, 6, (3, 3), (7, 7)),
         (3, 8, 1, (1, 5), (1, 9)),
         (8, 4, 2, (2, 3, 2), (3, 4, 5)),
+        (1, 8, 1, (3, 5, 5), (2, 6, 7)),
+        (6, 96, 2, (3, 3), (5, 5)),
     ):
         shapes = (outputs, channels // groups, *kernel), (2, channels, *sizes)
         codes, digits = (torch.randint(-127, 128, each, generator=generator, device="cpu") for each in shapes)

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.kernels.base import SUM_MAX, WeightForm
+from tinyq_lightning.kernels.conv_layout import LAYOUTS
 from tinyq_lightning.kernels.integer import integer_digits
 from tinyq_lightning.kernels.tracing import in_transform, is_exporting
 from tinyq_lightning.kernels.weights import CODE_MAX, dequantize
 from tinyq_lightning.methods import Method
 
 __all__ = [
+    "SMALLEST_STEP",
     "ConvFormulaName",
     "Geometry",
     "StraightConvolution",
@@ -34,7 +36,8 @@ __all__ = [
 
 ConvFormulaName = Literal["exact", "reference", "integer"]
 
-_SMALLEST_STEP = torch.finfo(torch.float32).tiny
+SMALLEST_STEP = torch.finfo(torch.float32).tiny
+"""So that a step divides; of a sample of zeros."""
 
 _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 
@@ -118,7 +121,7 @@ def sample_steps(x: Tensor, steps: int | Tensor) -> Tensor:
     Returns:
         ``[N, 1, ...]`` like ``x``, positive; not finite where the sample is not.
     """
-    return x.abs().amax(tuple(range(1, x.dim())), True).div_(steps).clamp_min_(_SMALLEST_STEP)
+    return x.abs().amax(tuple(range(1, x.dim())), True).div_(steps).clamp_min_(SMALLEST_STEP)
 
 
 def quantized_convolution(
@@ -255,7 +258,10 @@ def _sums(
 ) -> Tensor:
     """The convolution of integers by codes, each channel times its scale, in float32 or float64."""
     if kernel == "integer":
-        return _pointwise_sums(strided(integers, geometry.stride), codes, scales, method)
+        out = _pointwise_sums(strided(integers, geometry.stride), codes, scales, method)
+        layout = LAYOUTS.get(out.dim(), torch.contiguous_format)
+        last = integers.is_contiguous(memory_format=layout) and not integers.is_contiguous()
+        return out.contiguous(memory_format=layout if last else torch.contiguous_format)
     if kernel == "exact" and method.digits > 1:
         out = convolve(integers.double(), codes.double(), None, geometry)
         return out * per_channel(scales.double(), out.dim())

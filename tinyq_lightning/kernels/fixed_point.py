@@ -40,7 +40,7 @@ _OFFSET = torch.tensor(0x808080, dtype=torch.int32, device="cpu")
 
 
 # Adding this to a float32 rounds it to an integer (ties to even, as `round`), which is then in the low bits.
-_ROUNDING = torch.tensor(1.5 * 2**23, dtype=torch.float32, device="cpu")
+ROUNDING = torch.tensor(1.5 * 2**23, dtype=torch.float32, device="cpu")
 
 
 _PLACES = {place: torch.tensor(256.0**place, dtype=torch.float32, device="cpu") for place in (1, 2)}
@@ -120,7 +120,7 @@ def _digits(numbers: Tensor, count: int, signed: bool) -> Tensor:
     if count == 1 and signed:
         return numbers.round_().to(dtype)
     by_adding = count < 3  # integers of three digits are too large for rounding by addition
-    integers = numbers.add_(_ROUNDING).view(torch.int32) if by_adding else numbers.round_().int()
+    integers = numbers.add_(ROUNDING).view(torch.int32) if by_adding else numbers.round_().int()
     integers.add_(_OFFSET)
     if signed:
         integers.bitwise_xor_(_OFFSET)  # 128 less, byte by byte

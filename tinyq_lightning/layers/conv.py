@@ -18,6 +18,7 @@ from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.kernels import (
     CONV_FORMS,
     INPUT_DTYPES,
+    LAYOUTS,
     Choice,
     ConvForm,
     ConvFormulaName,
@@ -30,6 +31,7 @@ from tinyq_lightning.kernels import (
     in_jit_trace,
     in_transform,
     is_channels_last,
+    is_exporting,
     output_sizes,
     packed_convolution,
     quantize_per_row,
@@ -71,8 +73,6 @@ _MOVES = {
     "padding_mode",
     "_reversed_padding_repeated_twice",
 }
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class QuantizedConv(Int8Weight):
@@ -199,7 +199,7 @@ class QuantizedConv(Int8Weight):
     def _forward(self, x: Tensor, output_size: list[int] | None) -> Tensor:
         geometry, pads = self._moves_of(x, output_size)
         if self._channels_last and x.dim() > 3:
-            x = x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+            x = x.contiguous(memory_format=LAYOUTS[x.dim()])
         if pads is not None:
             x = nn.functional.pad(x, pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if torch.compiler.is_compiling():
@@ -210,10 +210,9 @@ class QuantizedConv(Int8Weight):
             form = self._form_on(x)
             scales: Tensor = self._buffers["scales"]  # type: ignore[assignment]
             if isinstance(form, FloatConvWeights):
-                if x.dtype is torch.float32:
-                    added = bias if bias is None or bias.dtype is torch.float32 else bias.float()
-                    return convolve(x, form.weight, added, geometry)
-            elif form is not None:
+                added = bias if bias is None or bias.dtype is torch.float32 else bias.float()
+                return convolve(x, form.weight, added, geometry)
+            if form is not None:
                 return packed_convolution(method, form, x, scales, bias)
         kernel = self._formula_name()
         return quantized_convolution(method, kernel, x, self.int8_weights, self.scales, bias, geometry)
@@ -225,16 +224,17 @@ class QuantizedConv(Int8Weight):
         if choice.few_rows:
             sizes = output_sizes(tuple(x.shape[2:]), self.kernel_size, self._moves_of(None, None)[0])
             kernel = choice.few if x.shape[0] * math.prod(sizes) < choice.few_rows else kernel
-        if kernel not in CONV_FORMS:
+        if kernel not in CONV_FORMS or (kernel == "float32" and x.dtype is not torch.float32):
             return None
         if kernel not in self._forms:
-            self._first = torch.empty_like(x, device="meta")
+            layout = LAYOUTS[x.dim()] if self._channels_last and x.dim() > 3 else torch.contiguous_format
+            self._first = torch.empty(x.shape, device="meta", memory_format=layout)
         return cast("ConvForm | None", self.form(kernel))
 
     def _new_form(self, kernel: str) -> WeightForm:
         geometry, _ = self._moves_of(None, None)
         make = partial(CONV_FORMS[kernel], geometry=geometry, first=cast(Tensor, self._first))
-        return weight_form(f"{kernel} {geometry}", self.int8_weights, self.scales, make)
+        return weight_form(f"{kernel} {geometry} {self._channels_last}", self.int8_weights, self.scales, make)
 
     def _formula_name(self) -> ConvFormulaName:
         return "exact" if wanted_kernel(self.kernel) == "int8" else "reference"
@@ -245,7 +245,7 @@ class QuantizedConv(Int8Weight):
         if self._is_transformed():
             kernel = self._formula_name()
             return quantized_convolution(method, kernel, x, codes, scales, self.bias, geometry, differentiable=True)
-        integers = x.dtype in INPUT_DTYPES and self._takes_integers(x.device.type)
+        integers = x.dtype in INPUT_DTYPES and not is_exporting() and self._takes_integers(x.device.type)
         kernel = "integer" if integers else self._formula_name()
         return quantized_convolution(method, kernel, x, codes, scales, self.bias, geometry)
 
@@ -282,10 +282,20 @@ class QuantizedConv(Int8Weight):
             return self._geometry(cast("tuple[int, ...]", self.padding)), None
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return self._geometry(self.padding), None
-        ends = list(self._reversed_padding_repeated_twice)
+        ends = self._ends()
         if self.padding_mode == "zeros" and ends[::2] == ends[1::2]:
             return self._geometry(tuple(ends[-2::-2])), None
         return self._geometry(zeros), ends if any(ends) else None
+
+    def _ends(self) -> list[int]:
+        """What is added at both ends of each dimension, the last first; torch counts zeros by the moves of the call."""
+        if self.padding_mode != "zeros":
+            return list(self._reversed_padding_repeated_twice)
+        added = [
+            0 if self.padding == "valid" else gap * (width - 1)
+            for gap, width in zip(self.dilation, self.kernel_size, strict=True)
+        ]
+        return [end for total in reversed(added) for end in (total // 2, total - total // 2)]
 
     def _geometry(self, padding: tuple[int, ...]) -> Geometry:
         output_padding = self.output_padding if self.transposed else ()
@@ -300,7 +310,7 @@ class QuantizedConv(Int8Weight):
         """Whether channels are to be last after ``fn``, which may be a change of the memory format."""
         tried = torch.empty([2] * (len(self.kernel_size) + 2), dtype=self.dtype, device=self.scales.device)
         if self._channels_last:
-            tried = tried.contiguous(memory_format=_CHANNELS_LAST[tried.dim()])
+            tried = tried.contiguous(memory_format=LAYOUTS[tried.dim()])
         return is_channels_last(fn(tried))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -346,4 +356,6 @@ def conv_shape(layer: Any) -> ConvShape:
     channels = layer.in_channels // layer.groups
     pointwise = unmoved and places == 1 and layer.groups == 1 and channels > 1 and not layer.transposed
     dims = len(layer.kernel_size)
-    return ConvShape(layer.out_channels, channels * places, pointwise, dims, layer.groups, layer.transposed)
+    return ConvShape(
+        layer.in_channels, layer.out_channels, channels * places, pointwise, dims, layer.groups, layer.transposed
+    )
