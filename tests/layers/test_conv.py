@@ -217,6 +217,53 @@ def test_channels_stay_last(case, method):
         assert layer.to(memory_format=torch.contiguous_format)(x).is_contiguous()
 
 
+def images():
+    """Inputs ``[N, 6, H, W]`` in every order that torch tells apart."""
+    last = normal(2, 6, 9, 11).contiguous(memory_format=torch.channels_last)
+    return {
+        "contiguous": normal(1, 6, 9, 11),
+        "last": last,
+        "one image": normal(9, 11, 6).permute(2, 0, 1).unsqueeze(0),
+        "one image with channels last": last[:1],
+        "a part of the places": last[:, :, 1:8, 2:9],
+        "a part of the channels": normal(2, 12, 9, 11)[:, ::2],
+        "one place": normal(2, 6, 1, 1),
+        "one place with channels last": normal(2, 1, 1, 6).permute(0, 3, 1, 2),
+    }
+
+
+@each_method
+@pytest.mark.parametrize("width", [1, 3])
+def test_outputs_lie_in_memory_as_those_of_the_float_layer_whatever_the_first_input(method, width):
+    conv = nn.Conv2d(6, 8, width, padding=width // 2)
+    with torch.no_grad():
+        for kernel in ("auto", "compact", "int8", "reference"):
+            for first in ("contiguous", "last"):
+                layer = quantized_of(conv, method, kernel=kernel)
+                layer(images()[first])
+                for name, x in images().items():
+                    got, wanted = layer(x), conv(x)
+                    both = got.is_contiguous() and wanted.is_contiguous()  # as by the formula where there is one place
+                    assert both or got.stride() == wanted.stride(), (kernel, first, name)
+
+
+@each_method
+def test_an_image_of_a_default_device_other_than_its_own(method):
+    layer, x = quantized_of(nn.Conv2d(6, 8, 3), method), normal(2, 6, 9, 9)
+    wanted = layer(x)
+    with torch.device("meta"):
+        got = layer(x)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_no_float_copy(dtype):
+    layer = quantized_of(nn.Conv2d(6, 8, 3).to(dtype))
+    assert layer.choice.kernel == "float32"
+    layer(normal(2, 6, 9, 9).to(dtype))
+    assert not list(layer._forms.values())
+
+
 def test_output_size_of_a_transposed_convolution():
     conv = nn.ConvTranspose2d(6, 4, 3, 2, 1)
     layer, x = quantized_of(conv), normal(2, 6, 5, 5)
@@ -233,6 +280,19 @@ def test_moves_that_are_changed_later_are_those_that_count():
     before = layer(x)
     layer.stride = (2, 2)
     assert torch.equal(layer(x), before[:, :, ::2, ::2])
+
+
+@each_method
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_same_padding_is_that_of_torch_after_another_dilation(mode, method):
+    conv = nn.Conv2d(6, 8, 3, padding="same", padding_mode=mode)
+    layer, x = quantized_of(conv, method), normal(2, 6, 9, 9)
+    layer(x)
+    for each in (layer, conv):
+        each.dilation = (2, 2)
+    beside = with_its_weight(conv, layer)
+    assert layer(x).shape == beside(x).shape
+    assert relative_error(layer(x).detach(), beside(x).detach().double()) < LIMITS[method]
 
 
 @each_method

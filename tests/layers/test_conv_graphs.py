@@ -58,6 +58,32 @@ def test_a_graph_is_plain_torch_on_the_codes_and_hooks_run_once(method, first):
 
 
 @each_method
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_of_one_place_lies_in_memory_as_the_float_one(method, stride):
+    conv = nn.Conv2d(8, 12, 1, stride)
+    model = nn.Sequential(conv)
+    quantize(model, method)
+    x = normal(3, 8, 10, 12)
+    compiled = torch.compile(lambda x: model(x).view(len(x), -1), backend="eager", fullgraph=True)
+    last = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert relative_error(compiled(x), model(x).flatten(1).double()) < 1e-5
+        x = x.contiguous(memory_format=torch.channels_last)
+        assert last(x).stride() == conv(x).stride()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_exported_convolution_of_one_place_is_exact_if_asked_for_int8():
+    model = nn.Sequential(nn.Conv2d(8, 12, 1))
+    quantize(model, {"method": "w8a16", "kernel": "int8"})
+    program = torch.export.export(model, (normal(3, 8, 10, 12),))
+    graphs = [each.graph for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+    of_convolution = [node for graph in graphs for node in graph.nodes if "conv2d" in str(node.target)]
+    assert [node.meta["val"].dtype for node in of_convolution] == [torch.float64]
+
+
+@each_method
 def test_equal_blocks_that_are_compiled_one_by_one_share_a_graph(method):
     blocks = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(10)))
     quantize(blocks, method)

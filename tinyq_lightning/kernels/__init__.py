@@ -4,7 +4,7 @@ from tinyq_lightning.kernels.base import Choice, CodeHolder, TensorSnapshot, Wei
 from tinyq_lightning.kernels.choice import FORMS, choose_kernel, wanted_kernel, weight_form
 from tinyq_lightning.kernels.conv_choice import CONV_FORMS, ConvShape, choose_convolution, packed_convolution
 from tinyq_lightning.kernels.conv_forms import ConvForm, FloatConvWeights
-from tinyq_lightning.kernels.conv_layout import LAYOUTS, is_channels_last
+from tinyq_lightning.kernels.conv_layout import LAYOUTS, is_channels_last, layout_of
 from tinyq_lightning.kernels.conv_onednn import has_int8_convolution
 from tinyq_lightning.kernels.convolution import ConvFormulaName, Geometry, convolve, output_sizes, quantized_convolution
 from tinyq_lightning.kernels.float16 import has_float16_product
@@ -54,6 +54,7 @@ __all__ = [
     "in_transform",
     "is_channels_last",
     "is_exporting",
+    "layout_of",
     "output_sizes",
     "outside_modes",
     "packed_convolution",

@@ -193,7 +193,7 @@ class WindowWeights(ConvForm, CodeHolder):
         )
         rows = windows.transpose(1, 2).flatten(0, 1).contiguous()
         out = self._rows.product(method, rows, scales, bias).view(len(x), *sizes, -1).movedim(-1, 1)
-        return out.contiguous(memory_format=layout_of(x))
+        return out if is_channels_last(x) else torch.empty(out.shape, dtype=out.dtype, device=out.device).copy_(out)
 
     @override
     def _unpacked(self) -> Tensor:

@@ -22,7 +22,6 @@ from tinyq_lightning.kernels import (
     Choice,
     ConvForm,
     ConvFormulaName,
-    ConvShape,
     FloatConvWeights,
     Geometry,
     WeightForm,
@@ -32,6 +31,7 @@ from tinyq_lightning.kernels import (
     in_transform,
     is_channels_last,
     is_exporting,
+    layout_of,
     output_sizes,
     packed_convolution,
     quantize_per_row,
@@ -39,15 +39,13 @@ from tinyq_lightning.kernels import (
     wanted_kernel,
     weight_form,
 )
+from tinyq_lightning.layers.conv_sizes import conv_shape, weight_size
 from tinyq_lightning.layers.int8_weight import Int8Weight
-from tinyq_lightning.layers.kind import WeightSize
 from tinyq_lightning.layers.leaf import leaf_call
 from tinyq_lightning.methods import KERNELS, METHODS, KernelName
 
 __all__ = [
     "QuantizedConv",
-    "conv_shape",
-    "weight_size",
 ]
 
 _TAKEN_OVER = (
@@ -215,6 +213,8 @@ class QuantizedConv(Int8Weight):
             if form is not None:
                 return packed_convolution(method, form, x, scales, bias)
         kernel = self._formula_name()
+        if not in_transform():  # integers of what is not dense would lie in another order
+            x = x.contiguous(memory_format=layout_of(x))
         return quantized_convolution(method, kernel, x, self.int8_weights, self.scales, bias, geometry)
 
     def _form_on(self, x: Tensor) -> ConvForm | None:
@@ -338,24 +338,3 @@ class QuantizedConv(Int8Weight):
             self._moves = self._moves_without_size()
         if name in _MOVES or name == "kernel":
             self._choices = {}
-
-
-def weight_size(layer: Any) -> WeightSize:
-    """The size of the weight of a convolution, by what the layer tells of itself."""
-    if layer.transposed:
-        shape = (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size)
-    else:
-        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-    return WeightSize(shape, layer.out_channels, dim=int(layer.transposed))
-
-
-def conv_shape(layer: Any) -> ConvShape:
-    """What the choice among kernels depends on, of a float or a quantized convolution."""
-    places = math.prod(layer.kernel_size)
-    unmoved = layer.padding_mode == "zeros" and layer.padding in ("valid", "same", (0,) * len(layer.kernel_size))
-    channels = layer.in_channels // layer.groups
-    pointwise = unmoved and places == 1 and layer.groups == 1 and channels > 1 and not layer.transposed
-    dims = len(layer.kernel_size)
-    return ConvShape(
-        layer.in_channels, layer.out_channels, channels * places, pointwise, dims, layer.groups, layer.transposed
-    )

@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from tinyq_lightning.kernels import Choice, choose_convolution
-from tinyq_lightning.layers.conv import QuantizedConv, conv_shape, weight_size
+from tinyq_lightning.layers.conv import QuantizedConv
+from tinyq_lightning.layers.conv_sizes import conv_shape, weight_size
 from tinyq_lightning.layers.convolutions import CONVOLUTIONS
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize

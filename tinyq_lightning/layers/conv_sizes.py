@@ -1,0 +1,35 @@
+"""The sizes of convolutions, float or quantized, by what they tell of themselves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tinyq_lightning.kernels import ConvShape
+from tinyq_lightning.layers.kind import WeightSize
+
+__all__ = [
+    "conv_shape",
+    "weight_size",
+]
+
+
+def weight_size(layer: Any) -> WeightSize:
+    """The size of the weight of a convolution, by what the layer tells of itself."""
+    if layer.transposed:
+        shape = (layer.in_channels, layer.out_channels // layer.groups, *layer.kernel_size)
+    else:
+        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    return WeightSize(shape, layer.out_channels, dim=int(layer.transposed))
+
+
+def conv_shape(layer: Any) -> ConvShape:
+    """What the choice among kernels depends on, of a float or a quantized convolution."""
+    places = math.prod(layer.kernel_size)
+    unmoved = layer.padding_mode == "zeros" and layer.padding in ("valid", "same", (0,) * len(layer.kernel_size))
+    channels = layer.in_channels // layer.groups
+    pointwise = unmoved and places == 1 and layer.groups == 1 and channels > 1 and not layer.transposed
+    dims = len(layer.kernel_size)
+    return ConvShape(
+        layer.in_channels, layer.out_channels, channels * places, pointwise, dims, layer.groups, layer.transposed
+    )
