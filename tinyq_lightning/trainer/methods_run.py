@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,10 +22,8 @@ from tinyq_lightning.search import (
     Changes,
     LayerError,
     Search,
-    SearchedLayer,
     Stopwatch,
     evaluation_limit,
-    loses,
     measured_layers,
     search,
 )
@@ -41,6 +38,7 @@ from tinyq_lightning.trainer.evaluation import (
 )
 from tinyq_lightning.trainer.float_weights import FloatWeights
 from tinyq_lightning.trainer.inner_trainer import Moment
+from tinyq_lightning.trainer.searched import budget_reasons, searched_layers
 from tinyq_lightning.trainer.validated import ValidatedWeights
 
 __all__ = [
@@ -292,7 +290,7 @@ class MethodsRun:
     def _within_budget(self, budget: Budget, asked: Measured) -> Measured:
         exceeds = self._lost(budget, asked) > budget.allowed(self._float_value)
         errors = self.layers if exceeds and not self._out_of_time(budget) else {}
-        layers = _layers(asked, errors, self._too_slow(asked.swap) if exceeds else {})
+        layers = searched_layers(asked.swap, errors, self._too_slow(asked.swap) if exceeds else {})
         measured = [asked]
 
         def measure(changes: Changes) -> float:
@@ -309,46 +307,9 @@ class MethodsRun:
             found = search(
                 layers, budget, self._float_value, _value(budget, asked), measure, lambda: self._out_of_time(budget)
             )
-        reasons = _reasons(budget, asked.plan, errors, found)
+        reasons = budget_reasons(budget, asked.plan, errors, found)
         return replace(measured[found.chosen], swap=asked.swap.switched(reasons, "budget"), search=found)
-
-
-def _layers(
-    asked: Measured, errors: Mapping[str, LayerError], too_slow: Mapping[str, frozenset[str]]
-) -> list[SearchedLayer]:
-    """What the search decides on: each layer, those that share a weight as one, named by that of the most methods."""
-    decisions = {decision.name: decision for decision in asked.plan}
-    ties = asked.swap.ties()
-    quantized = {name: layer for name, _, layer in asked.swap.pairs()}
-    layers: dict[str, SearchedLayer] = {}
-    for name in quantized:
-        group = [each for each in (name, *ties[name]) if each in quantized]
-        lead = max(group, key=lambda each: len(methods_of(quantized[each])))
-        if lead in layers or any(other in layers for other in group):
-            continue
-        extra = sum(decisions[each].float_bytes - decisions[each].bytes for each in group)
-        sqnr = errors[lead].output_sqnr_db if lead in errors else {}
-        barred = too_slow.get(lead, frozenset()) | (set(LADDER[:-1]) - set(methods_of(quantized[lead])))
-        layers[lead] = SearchedLayer(lead, quantized[lead].method, extra, sqnr, barred)
-    return list(layers.values())
 
 
 def _value(budget: Budget, measured: Measured) -> float:
     return math.nan if measured.after is None else measured.after.metrics.get(budget.monitor, math.nan)
-
-
-def _reasons(
-    budget: Budget, asked: Plan, errors: Mapping[str, LayerError], found: Search
-) -> dict[str, tuple[str, str]]:
-    """For each layer that was changed, its method and why, with the numbers."""
-    methods = {decision.name: decision.method for decision in asked}
-    effect = f"{budget.monitor} lost {found.trials[0].lost:.3g}, now {loses(found.best)}"
-    reasons = {}
-    for name, method in found.best.changes.items():
-        error = errors.get(name)
-        sqnr = error.output_sqnr_db if error else {}
-        shown = [f"{sqnr[each]:.1f} dB in {each}" for each in dict.fromkeys((methods[name], method)) if each in sqnr]
-        why_not = f"not measured: {error.not_measured}" if error else "not called in the first batches"
-        signal = f"output SQNR {', '.join(shown)}" if shown else why_not
-        reasons[name] = (method, f"budget: {signal}; {effect}")
-    return reasons
