@@ -7,7 +7,6 @@ digit. No sum is rounded on the way, so a sample's result depends neither on its
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from tinyq_lightning.kernels.convolution import (
     sample_steps,
     strided,
 )
-from tinyq_lightning.kernels.fixed_point import ROUNDING
+from tinyq_lightning.kernels.fixed_point import digits_of
 from tinyq_lightning.kernels.onednn import OnednnWeights
 from tinyq_lightning.kernels.weights import dequantize
 from tinyq_lightning.methods import Method
@@ -36,7 +35,6 @@ __all__ = [
     "PointwiseWeights",
     "RoundedConvForm",
     "WindowWeights",
-    "digits_of",
     "joined",
 ]
 
@@ -48,17 +46,8 @@ _VALUES_AT_ONCE = 131_072
 _PLACES_OF_A_SAMPLE = 256
 
 
-_BITS = torch.tensor(8, dtype=torch.int32, device="cpu")
-
-
-# 128 in each digit: added to an integer, it makes its bytes the digits plus 128.
-_OFFSETS = {1: 0x80, 2: 0x8080, 3: 0x808080}
-
-
-_ROUNDING_PLUS = {count: ROUNDING + _OFFSETS[count] for count in (1, 2)}
-
-
-_HALF = torch.tensor(0x80, dtype=torch.int32, device="cpu")
+# Below this size, call overhead costs more than memory traffic.
+_FEW_VALUES = 8192
 
 
 class ConvForm(WeightForm):
@@ -226,22 +215,6 @@ def _steps(x: Tensor, steps: Tensor) -> Tensor:
     flat = x.permute(0, *range(2, x.dim()), 1).flatten(1) if is_channels_last(x) else x.flatten(1)
     largest = torch.maximum(flat.amax(1), flat.amin(1).neg_()).div_(steps).clamp_min_(SMALLEST_STEP)
     return largest.view(-1, *[1] * (x.dim() - 1))
-
-
-_FEW_VALUES = 8192
-
-
-def digits_of(numbers: Tensor, count: int, signed: bool) -> Iterator[Tensor]:
-    """The digits of rounded ``numbers``, the lowest first: int8, or each plus 128 uint8. ``numbers`` is overwritten."""
-    if count < 3:
-        integers = numbers.add_(ROUNDING if signed else _ROUNDING_PLUS[count]).view(torch.int32)
-    else:  # integers of three digits are too large for rounding by addition
-        integers = numbers.round_().int()
-        integers = integers if signed else integers.add_(_OFFSETS[count])
-    for place in range(count):
-        if place:
-            integers = (integers.add_(_HALF) if signed else integers).bitwise_right_shift_(_BITS)
-        yield integers.to(torch.int8 if signed else torch.uint8)
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyq_lightning.kernels.base import BesideCodes, CodeHolder
-from tinyq_lightning.kernels.conv_forms import RoundedConvForm, digits_of, joined
+from tinyq_lightning.kernels.conv_forms import RoundedConvForm, joined
 from tinyq_lightning.kernels.conv_layout import LAYOUTS
 from tinyq_lightning.kernels.convolution import Geometry, convolve, output_sizes
+from tinyq_lightning.kernels.fixed_point import digits_of
 from tinyq_lightning.kernels.probe import Packed, has_operator, has_vnni, holds, is_hidden
 
 __all__ = [

@@ -8,7 +8,7 @@ batch nor on the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from tinyq_lightning.methods import Method
 
 __all__ = [
     "by_row_blocks",
+    "digits_of",
     "digits_product",
 ]
 
@@ -35,12 +36,14 @@ _FEWEST_ROWS = 64
 _EIGHT = torch.tensor(8, dtype=torch.int32, device="cpu")
 
 
-# 128 in each of three digits: added to an integer, it makes the bytes of the sum the digits plus 128.
-_OFFSET = torch.tensor(0x808080, dtype=torch.int32, device="cpu")
+# 128 in each digit, by their number: added to an integer, it makes the bytes of the sum the digits plus 128.
+_OFFSETS = {count: torch.tensor(0x808080 % 256**count, dtype=torch.int32, device="cpu") for count in (1, 2, 3)}
 
 
-# Adding this to a float32 rounds it to an integer (ties to even, as `round`), which is then in the low bits.
-ROUNDING = torch.tensor(1.5 * 2**23, dtype=torch.float32, device="cpu")
+# Adding 1.5 · 2²³ to a float32 rounds it to an integer (ties to even, as `round`), which is then in the low bits.
+_ROUNDING = {
+    count: torch.tensor(1.5 * 2**23 + _OFFSETS[count].item(), dtype=torch.float32, device="cpu") for count in (1, 2)
+}
 
 
 _PLACES = {place: torch.tensor(256.0**place, dtype=torch.float32, device="cpu") for place in (1, 2)}
@@ -116,14 +119,7 @@ def _digits(numbers: Tensor, count: int, signed: bool) -> Tensor:
 
     The lowest digits of all rows come first. ``numbers`` is overwritten.
     """
-    dtype = torch.int8 if signed else torch.uint8
-    if count == 1 and signed:
-        return numbers.round_().to(dtype)
-    by_adding = count < 3  # integers of three digits are too large for rounding by addition
-    integers = numbers.add_(ROUNDING).view(torch.int32) if by_adding else numbers.round_().int()
-    integers.add_(_OFFSET)
-    if signed:
-        integers.bitwise_xor_(_OFFSET)  # 128 less, byte by byte
+    dtype, integers = torch.int8 if signed else torch.uint8, _words(numbers, count, signed)
     if count == 1:
         return integers.to(dtype)
     rows, columns = integers.shape
@@ -136,3 +132,23 @@ def _digits(numbers: Tensor, count: int, signed: bool) -> Tensor:
         if place < count:
             integers.bitwise_right_shift_(_EIGHT)
     return digits
+
+
+def digits_of(numbers: Tensor, count: int, signed: bool) -> Iterator[Tensor]:
+    """The digits of rounded ``numbers``, the lowest first: int8, or each plus 128 uint8. ``numbers`` is overwritten."""
+    dtype, integers = torch.int8 if signed else torch.uint8, _words(numbers, count, signed)
+    for place in range(count):
+        if place:
+            integers.bitwise_right_shift_(_EIGHT)
+        yield integers.to(dtype)
+
+
+def _words(numbers: Tensor, count: int, signed: bool) -> Tensor:
+    """Rounded ``numbers``, overwritten, as whole numbers whose lowest bytes are the digits, or the digits plus 128."""
+    if count == 1 and signed:
+        return numbers.round_()
+    if count < 3:  # integers of three digits are too large for rounding by addition
+        integers = numbers.add_(_ROUNDING[count]).view(torch.int32)
+    else:
+        integers = numbers.round_().int().add_(_OFFSETS[count])
+    return integers.bitwise_xor_(_OFFSETS[count]) if signed else integers  # 128 less, byte by byte

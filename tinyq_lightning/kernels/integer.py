@@ -7,6 +7,7 @@ operators. Nothing is packed, so a graph holds the codes as they are in the laye
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from tinyq_lightning.methods import Method
 __all__ = [
     "PlainWeights",
     "has_plain_product",
-    "integer_digits",
     "integer_product",
+    "integer_sums",
+    "multiplies_exactly",
     "takes_integers",
 ]
 
@@ -30,7 +32,8 @@ __all__ = [
 @functools.cache
 def has_plain_product() -> bool:
     """Return True if ``torch._int_mm`` is fast and exact on this processor."""
-    return not is_hidden("int8") and has_vnni() and hasattr(torch, "_int_mm") and holds(_is_exact)
+    able = not is_hidden("int8") and has_vnni() and hasattr(torch, "_int_mm")
+    return able and holds(lambda: multiplies_exactly(torch._int_mm))
 
 
 def takes_integers(in_features: int) -> bool:
@@ -69,14 +72,20 @@ def integer_product(x: Tensor, int8_weights: Tensor, scales: Tensor, method: Met
         ``[..., out]`` float32. A row with NaN or infinity gives no finite value.
     """
     integers, step = quantize_rows_to_steps(x.reshape(-1, x.shape[-1]), method.steps)
-    sums = torch._int_mm(integer_digits(integers, method.digits), int8_weights.t()).to(x.dtype)
+    sums = integer_sums(integers, int8_weights, method)
+    return (sums * scales * step).view(*x.shape[:-1], int8_weights.shape[0])
+
+
+def integer_sums(integers: Tensor, int8_weights: Tensor, method: Method) -> Tensor:
+    """``integers @ qᵀ``: ``[rows, in]`` integers as floats → ``[rows, out]`` likewise, each digit's sums exact."""
+    sums = torch._int_mm(_digits(integers, method.digits), int8_weights.t()).to(integers.dtype)
     low, *higher = sums.view(method.digits, integers.shape[0], -1).unbind()  # dynamic shapes: no chunks
     for place, part in enumerate(higher, 1):
         low = low + part * 256.0**place
-    return (low * scales * step).view(*x.shape[:-1], int8_weights.shape[0])
+    return low
 
 
-def integer_digits(integers: Tensor, count: int) -> Tensor:
+def _digits(integers: Tensor, count: int) -> Tensor:
     """The digits, lowest first: ``[rows, in]`` integers as floats → ``[count * rows, in]`` int8."""
     if count == 1:
         return integers.to(torch.int8)
@@ -88,13 +97,18 @@ def integer_digits(integers: Tensor, count: int) -> Tensor:
     return torch.cat([*digits, rest.to(torch.int8)])
 
 
-def _is_exact() -> bool:
-    """Whether the largest digits do not saturate, and random ones of several sizes give exact sums."""
+def multiplies_exactly(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Whether the largest digits do not saturate in a product, and random ones of several sizes give exact sums.
+
+    Args:
+        product: ``[rows, in]`` int8 digits and ``[in, out]`` int8 codes → ``[rows, out]`` sums.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     for rows, columns, outputs in ((1, 256, 32), (3, 256, 32), (5, 2, 3), (17, 33, 50)):
         codes = torch.randint(-127, 128, (outputs, columns), generator=generator, dtype=torch.int8, device="cpu")
         digits = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8, device="cpu")
-        for a, b in ((digits, codes), (torch.full_like(digits, -128), torch.full_like(codes, 127))):
-            if not torch.equal(torch._int_mm(a, b.t()).double(), a.double() @ b.double().t()):
+        most = torch.full_like(codes, 127)
+        for a, b in ((digits, codes), *((torch.full_like(digits, largest), most) for largest in (-128, 127))):
+            if not torch.equal(product(a, b.t()).double(), a.double() @ b.double().t()):
                 return False
     return True

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tinyq_lightning.kernels.base import STEPS, BesideCodes, plus_bias
+from tinyq_lightning.kernels.base import STEPS, plus_bias
 from tinyq_lightning.kernels.fixed_point import by_row_blocks
+from tinyq_lightning.kernels.integer import PlainWeights, multiplies_exactly
 from tinyq_lightning.kernels.probe import holds, is_hidden
 from tinyq_lightning.kernels.weights import quantize_rows_to_steps
 from tinyq_lightning.methods import Method
@@ -33,14 +34,8 @@ def has_split_product() -> bool:
     return vectors and not is_hidden("int8-split") and hasattr(torch, "_int_mm") and holds(_is_exact)
 
 
-class SplitWeights(BesideCodes):
+class SplitWeights(PlainWeights):
     """The codes as they are in the layer's buffer, for integers of one int8 digit."""
-
-    bytes_a_weight = 0
-
-    def __init__(self, codes: Tensor, scales: Tensor) -> None:
-        super().__init__(codes, scales)
-        self._by_columns = codes.t()
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,12 +58,4 @@ def _difference(integers: Tensor, by_columns: Tensor) -> Tensor:
 
 
 def _is_exact() -> bool:
-    generator = torch.Generator("cpu").manual_seed(0)
-    for rows, columns, outputs in ((1, 256, 32), (5, 2, 3), (17, 33, 50)):
-        codes = torch.randint(-127, 128, (outputs, columns), generator=generator, dtype=torch.int8, device="cpu")
-        digits = torch.randint(-128, 128, (rows, columns), generator=generator, device="cpu").float()
-        extreme = torch.full_like(digits, -128), torch.full_like(codes, 127)
-        for a, b in ((digits, codes), extreme, (-extreme[0] - 1, extreme[1])):
-            if not torch.equal(_difference(a, b.t()).double(), a.double() @ b.double().t()):
-                return False
-    return True
+    return multiplies_exactly(lambda digits, by_columns: _difference(digits.float(), by_columns))
