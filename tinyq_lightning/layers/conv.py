@@ -12,9 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from typing_extensions import Self
+from typing_extensions import Self, override
 
-from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.kernels import (
     CONV_FORMS,
     INPUT_DTYPES,
@@ -34,15 +33,13 @@ from tinyq_lightning.kernels import (
     layout_of,
     output_sizes,
     packed_convolution,
-    quantize_per_row,
     quantized_convolution,
-    wanted_kernel,
     weight_form,
 )
 from tinyq_lightning.layers.conv_sizes import conv_shape, weight_size
-from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import leaf_call
-from tinyq_lightning.methods import KERNELS, METHODS, KernelName
+from tinyq_lightning.layers.multiplying import MultiplyingLayer
+from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
     "QuantizedConv",
@@ -73,7 +70,7 @@ _MOVES = {
 }
 
 
-class QuantizedConv(Int8Weight):
+class QuantizedConv(MultiplyingLayer):
     """A convolution that holds its weight as int8 codes with one float32 scale per output channel.
 
     The base of the layers below, each a subclass of the layer of torch that it stands for, as
@@ -89,7 +86,6 @@ class QuantizedConv(Int8Weight):
         device: where the codes lie.
     """
 
-    bias: nn.Parameter | None
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -114,7 +110,7 @@ class QuantizedConv(Int8Weight):
         self._buffers["int8_weights"] = torch.zeros(weight_size(self).shape, dtype=torch.int8, device=device)
         self._transposed_groups = self.groups if self.transposed else 0
         self._channels_last = is_channels_last(conv.weight)
-        self._choices: dict[str, Choice] = {}
+        self._choices = {}
         self._moves = self._moves_without_size()
         self._first: Tensor | None = None  # without values
         self.method = method
@@ -122,22 +118,13 @@ class QuantizedConv(Int8Weight):
         self.register_parameter("bias", conv.bias)
         self._keep_a_parameter()
 
-    def quantize(self, weight: Tensor) -> Self:
-        """Take ``weight``, of the shape of the codes and any floating dtype, as this layer's weight, as int8.
+    @override
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        return weight_size(self).to_rows(weight)
 
-        Returns the layer.
-
-        Raises:
-            ModelError: the shape is another, or the weight cannot be quantized.
-        """
-        if weight.shape != self.int8_weights.shape:
-            wanted = list(self.int8_weights.shape)
-            raise ModelError(f"{type(self).__name__} takes a weight of shape {wanted}, got {list(weight.shape)}")
-        with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
-            size = weight_size(self)
-            codes, self.scales = quantize_per_row(size.to_rows(weight))
-            self.int8_weights = size.from_rows(codes)
-        return self
+    @override
+    def _from_rows(self, codes: Tensor) -> Tensor:
+        return weight_size(self).from_rows(codes)
 
     def with_method(self, method: str) -> QuantizedConv:
         """A layer that holds its activations by another method and shares this layer's tensors and hooks."""
@@ -148,17 +135,9 @@ class QuantizedConv(Int8Weight):
         vars(layer).update(method=method, _choices={})
         return layer
 
-    @property
-    def choice(self) -> Choice:
-        """The kernel that the layer takes for inputs on the CPU, and why."""
-        return self._choice_on("cpu")
-
-    def _choice_on(self, device: str) -> Choice:
-        choice = self._choices.get(device)
-        if choice is None:
-            choice = choose_convolution(self.kernel, METHODS[self.method], conv_shape(self), device)
-            self._choices[device] = choice
-        return choice
+    @override
+    def _choose(self, device: str) -> Choice:
+        return choose_convolution(self.kernel, METHODS[self.method], conv_shape(self), device)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``input`` ``[N, in, ...]`` or ``[in, ...]`` → ``[N, out, ...]`` or ``[out, ...]``, as the float layer.
@@ -236,26 +215,18 @@ class QuantizedConv(Int8Weight):
         make = partial(CONV_FORMS[kernel], geometry=geometry, first=cast(Tensor, self._first))
         return weight_form(f"{kernel} {geometry} {self._channels_last}", self.int8_weights, self.scales, make)
 
-    def _formula_name(self) -> ConvFormulaName:
-        return "exact" if wanted_kernel(self.kernel) == "int8" else "reference"
-
     def _in_graph(self, x: Tensor, geometry: Geometry) -> Tensor:
         """A formula of torch's operators on plain codes, which compilers can fuse and exported programs can hold."""
         method, codes, scales = METHODS[self.method], self.int8_weights, self.scales
         if self._is_transformed():
-            kernel = self._formula_name()
-            return quantized_convolution(method, kernel, x, codes, scales, self.bias, geometry, differentiable=True)
+            formula = self._formula_name()
+            return quantized_convolution(method, formula, x, codes, scales, self.bias, geometry, differentiable=True)
         integers = x.dtype in INPUT_DTYPES and not is_exporting() and self._takes_integers(x.device.type)
-        kernel = "integer" if integers else self._formula_name()
+        kernel: ConvFormulaName = "integer" if integers else self._formula_name()
         return quantized_convolution(method, kernel, x, codes, scales, self.bias, geometry)
 
-    # The two below run once, while a graph is traced.
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _is_transformed(self) -> bool:
-        return in_transform()
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _takes_integers(self, device: str) -> bool:
+    def _takes_integers(self, device: str) -> bool:  # run once, while a graph is traced
         return device == "cpu" and self._choice_on(device).kernel == "int8"
 
     def _moves_of(self, x: Tensor | None, output_size: list[int] | None) -> tuple[Geometry, list[int] | None]:
@@ -313,9 +284,6 @@ class QuantizedConv(Int8Weight):
             tried = tried.contiguous(memory_format=LAYOUTS[tried.dim()])
         return is_channels_last(fn(tried))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_choices": {}}
-
     def extra_repr(self) -> str:
         """What ``print(model)`` shows in the brackets."""
         kernel = "" if self.kernel == "auto" else f", kernel={self.kernel}"
@@ -323,18 +291,7 @@ class QuantizedConv(Int8Weight):
         return f"{shown}, method={self.method}, dtype={self.dtype}{kernel}"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "bias" and isinstance(value, Tensor):
-            if tuple(value.shape) != (self.out_channels,):
-                raise ModelError(f"a bias must have shape [{self.out_channels}], got {list(value.shape)}")
-            if not isinstance(value, nn.Parameter):
-                value = nn.Parameter(value.detach(), requires_grad=False)
-        if name == "kernel" and value not in KERNELS:
-            raise SpecError(f"kernel {value!r}: it must be one of {', '.join(KERNELS)}")
         super().__setattr__(name, value)
-        if name == "bias":
-            self._keep_a_parameter()
         if name in _MOVES:
             self.unpack()
-            self._moves = self._moves_without_size()
-        if name in _MOVES or name == "kernel":
-            self._choices = {}
+            self._moves, self._choices = self._moves_without_size(), {}

@@ -24,7 +24,7 @@ from tinyq_lightning.kernels import (
     weight_form,
 )
 from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
-from tinyq_lightning.layers.quantized_layer import QuantizedLayer
+from tinyq_lightning.layers.quantized_layer import PLACEHOLDER, QuantizedLayer
 
 __all__ = [
     "Int8Weight",
@@ -63,10 +63,6 @@ _lock = threading.RLock()
 _packed: weakref.WeakSet[Int8Weight] = weakref.WeakSet()
 
 
-# A parameter without values, which no state dict holds.
-_PLACEHOLDER = "no_values"
-
-
 class Int8Weight(QuantizedLayer):
     """A matrix held as int8 codes with one float32 scale per row; what quantized layers have in common.
 
@@ -95,14 +91,11 @@ class Int8Weight(QuantizedLayer):
         self.register_buffer("scales", torch.ones(rows, dtype=torch.float32, device=device))
         self._keep_a_parameter()
 
-    def _keep_a_parameter(self) -> None:
-        """Hold a parameter of no elements if there is no other."""
-        self._parameters.pop(_PLACEHOLDER, None)
-        if all(parameter is None for parameter in self._parameters.values()):
-            device = self.scales.device if (codes := self._buffers["int8_weights"]) is None else codes.device
-            with torch.inference_mode(False):
-                values = torch.empty(0, dtype=self.dtype, device=device)
-                self._parameters[_PLACEHOLDER] = nn.Parameter(values, requires_grad=False)
+    @property
+    def device(self) -> torch.device:
+        """Where its codes are."""
+        codes = self._buffers["int8_weights"]
+        return (self.scales if codes is None else codes).device
 
     @property
     def int8_weights(self) -> Tensor:
@@ -179,7 +172,7 @@ class Int8Weight(QuantizedLayer):
             _packed.add(self)
 
     def quantize(self, weight: Tensor) -> Self:
-        """Take ``weight`` ``[rows, columns]``, any floating dtype, as this layer's weight, quantized to int8.
+        """Take ``weight``, of the shape of the codes and any floating dtype, as this layer's weight, quantized to int8.
 
         The codes are made on the weight's device. Returns the layer.
 
@@ -190,8 +183,17 @@ class Int8Weight(QuantizedLayer):
             wanted = list(self.int8_weights.shape)
             raise ModelError(f"{type(self).__name__} takes a weight of shape {wanted}, got {list(weight.shape)}")
         with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
-            self.int8_weights, self.scales = quantize_per_row(weight)
+            codes, self.scales = quantize_per_row(self._to_rows(weight))
+            self.int8_weights = self._from_rows(codes)
         return self
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        """The weight, or codes of it, as a matrix with a row for each scale."""
+        return weight
+
+    def _from_rows(self, codes: Tensor) -> Tensor:
+        """The codes ``[rows, columns]`` in the shape of the weight."""
+        return codes
 
     def coded_weights(self) -> Mapping[str, Int8Weight]:
         """This layer, which holds its weight itself."""
@@ -235,13 +237,13 @@ class Int8Weight(QuantizedLayer):
         with _lock:
             held, codes = self._buffers["int8_weights"], self.int8_weights
             super()._save_to_state_dict(destination, prefix, keep_vars)
-            destination.pop(f"{prefix}{_PLACEHOLDER}", None)
+            destination.pop(f"{prefix}{PLACEHOLDER}", None)
             destination[f"{prefix}int8_weights"] = codes  # not an alias: layers that share them give the same tensor
             self._buffers["int8_weights"] = held
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
-        self._parameters.pop(_PLACEHOLDER, None)
+        self._parameters.pop(PLACEHOLDER, None)
         super()._load_from_state_dict(*args, **kwargs)
         self._keep_a_parameter()
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
-from typing_extensions import Self
+from typing_extensions import Self, override
 
-from tinyq_lightning.errors import ModelError
 from tinyq_lightning.kernels import (
     FORMS,
     INPUT_DTYPES,
@@ -30,6 +29,7 @@ from tinyq_lightning.kernels import (
 )
 from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
 from tinyq_lightning.layers.leaf import leaf_call
+from tinyq_lightning.layers.multiplying import MultiplyingLayer
 from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
+class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
     """A linear layer that holds its weight as int8 codes with one float32 scale per output row.
 
     The base of the layers below, which differ in their activations only. It holds
@@ -78,7 +78,7 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
         self.in_features = in_features
         self.out_features = out_features
         self.kernel: KernelName = "auto"
-        self._choices: dict[str, Choice] = {}
+        self._choices = {}
         self._parts: dict[tuple[int | None, int | None], tuple[TensorSnapshot, TensorSnapshot, QuantizedLinear]] = {}
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros, requires_grad=False))
@@ -111,18 +111,9 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
         layer._choices, layer._parts = {}, {}
         return layer
 
-    @property
-    def choice(self) -> Choice:
-        """The kernel that the layer takes for inputs on the CPU, and why."""
-        return self._choice_on("cpu")
-
-    def _choice_on(self, device: str) -> Choice:
-        choice = self._choices.get(device)
-        if choice is None:
-            method = METHODS[self.method]
-            choice = choose_kernel(self.kernel, method, self.out_features, self.in_features, device)
-            self._choices[device] = choice
-        return choice
+    @override
+    def _choose(self, device: str) -> Choice:
+        return choose_kernel(self.kernel, METHODS[self.method], self.out_features, self.in_features, device)
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[..., in]`` → ``[..., out]``, of the dtype that ``nn.Linear`` would give."""
@@ -179,9 +170,6 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
         choice = choice or self._choice_on(input.device.type)
         return choice.few if input.numel() < choice.few_rows * self.in_features else choice.kernel
 
-    def _formula_name(self) -> FormulaName:
-        return "exact" if wanted_kernel(self.kernel) == "int8" else "reference"
-
     def _in_graph(self, input: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         """A formula of torch's operators on plain codes, which compilers can fuse and exported programs can hold."""
         method = METHODS[self.method]
@@ -191,13 +179,8 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
         kernel: FormulaName = "integer" if integers else self._formula_name()
         return quantized_linear(method, kernel, input, codes, scales, bias)
 
-    # The two below run once, while a graph is traced.
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _is_transformed(self) -> bool:
-        return in_transform()
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _takes_integers(self, device: str) -> bool:
+    def _takes_integers(self, device: str) -> bool:  # run once, while a graph is traced
         if device != "cpu" or not takes_integers(self.in_features):
             return False
         # An exported program may run on a processor whose product saturates, so it takes the product if asked for.
@@ -215,7 +198,7 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
         return found[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_choices": {}, "_parts": {}}
+        return {**super().__getstate__(), "_parts": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         former = ("_choice", "_number")  # of pickles that earlier versions wrote
@@ -243,16 +226,8 @@ class QuantizedLinear(Int8Weight, nn.Linear):  # type: ignore[override]
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "bias" and isinstance(value, Tensor):
-            if tuple(value.shape) != (self.out_features,):
-                raise ModelError(f"a bias must have shape [{self.out_features}], got {list(value.shape)}")
-            if not isinstance(value, nn.Parameter):
-                value = nn.Parameter(value.detach(), requires_grad=False)
         super().__setattr__(name, value)
-        if name == "bias":
-            self._keep_a_parameter()
         if name == "kernel":
-            self._choices = {}
             self._parts = {}
 
 

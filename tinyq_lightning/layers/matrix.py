@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
-from tinyq_lightning.kernels import quantize_per_row
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize
 from tinyq_lightning.layers.why_float import why_weight
@@ -52,10 +51,15 @@ class Int8Matrix(Int8Weight):
     def quantize(self, weight: Tensor) -> Self:
         if weight.shape != self.shape:
             raise ModelError(f"{self.parameter} has the shape {list(self.shape)}, got {list(weight.shape)}")
-        with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
-            codes, self.scales = quantize_per_row(weight.reshape(-1, self.shape[-1]))
-            self.int8_weights = codes.view(self.shape)
-        return self
+        return super().quantize(weight)
+
+    @override
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        return weight.reshape(-1, self.shape[-1])
+
+    @override
+    def _from_rows(self, codes: Tensor) -> Tensor:
+        return codes.view(self.shape)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         stem = prefix.removesuffix(f"{child_name(self.parameter)}.")

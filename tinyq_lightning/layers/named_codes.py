@@ -14,7 +14,7 @@ from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.kernels import dequantize, in_transform, outside_modes, quantize_per_row
 from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
 from tinyq_lightning.layers.int8_weight import Int8Weight, follow
-from tinyq_lightning.layers.quantized_layer import QuantizedLayer
+from tinyq_lightning.layers.quantized_layer import PLACEHOLDER, QuantizedLayer
 
 __all__ = [
     "NamedCodes",
@@ -22,10 +22,6 @@ __all__ = [
 
 # Held while float copies are made, so that threads may make the first call at the same time.
 _lock = threading.RLock()
-
-
-# A parameter without values, which no state dict holds.
-_PLACEHOLDER = "no_values"
 
 
 class FloatCopies:
@@ -97,14 +93,6 @@ class NamedCodes(QuantizedLayer):
             self._buffers[_codes(name)] = torch.zeros(rows, columns, dtype=torch.int8, device=device)
             self._buffers[_scales(name)] = torch.ones(rows, dtype=torch.float32, device=device)
         self._keep_a_parameter()
-
-    def _keep_a_parameter(self) -> None:
-        """Hold a parameter of no elements if there is no other."""
-        self._parameters.pop(_PLACEHOLDER, None)
-        if all(parameter is None for parameter in self._parameters.values()):
-            with torch.inference_mode(False):
-                values = torch.empty(0, dtype=self.dtype, device=self.device)
-                self._parameters[_PLACEHOLDER] = nn.Parameter(values, requires_grad=False)
 
     def codes_of(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes ``[rows, columns]`` int8 and scales ``[rows]`` float32 of a weight."""
@@ -239,7 +227,7 @@ class NamedCodes(QuantizedLayer):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(f"{prefix}{_PLACEHOLDER}", None)
+        destination.pop(f"{prefix}{PLACEHOLDER}", None)
         for buffer, saved in self._saved_names().items():
             destination[prefix + saved] = destination.pop(prefix + buffer)
 
@@ -256,7 +244,7 @@ class NamedCodes(QuantizedLayer):
         saved = {prefix + name: prefix + buffer for buffer, name in self._saved_names().items()}
         renamed = {saved.get(name, name): value for name, value in state_dict.items()}
         missing, errors = list[str](), list[str]()
-        self._parameters.pop(_PLACEHOLDER, None)
+        self._parameters.pop(PLACEHOLDER, None)
         super()._load_from_state_dict(renamed, prefix, local_metadata, strict, missing, unexpected_keys, errors)
         self._keep_a_parameter()
         for name, buffer in saved.items():

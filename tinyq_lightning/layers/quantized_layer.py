@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from tinyq_lightning.layers.int8_weight import Int8Weight
 
 __all__ = [
+    "PLACEHOLDER",
     "QuantizedLayer",
 ]
+
+PLACEHOLDER = "no_values"
+"""The parameter of no elements that a layer without another has, and no state dict."""
 
 
 class QuantizedLayer(nn.Module):
@@ -63,6 +67,14 @@ class QuantizedLayer(nn.Module):
         for own, theirs in zip(self.coded_weights().values(), other.coded_weights().values(), strict=True):
             own.share(theirs)
         return self
+
+    def _keep_a_parameter(self) -> None:
+        """Hold a parameter of no elements if there is no other."""
+        self._parameters.pop(PLACEHOLDER, None)
+        if all(parameter is None for parameter in self._parameters.values()):
+            with torch.inference_mode(False):
+                values = torch.empty(0, dtype=self.dtype, device=self.device)
+                self._parameters[PLACEHOLDER] = nn.Parameter(values, requires_grad=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "kernel" and value not in KERNELS:
