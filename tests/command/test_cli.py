@@ -74,9 +74,10 @@ def run(command: str, folder) -> subprocess.CompletedProcess:
 
 
 def written_commands() -> list[str]:
-    """The commands that the README, the format page and the help texts show."""
+    """The commands that the README, the other pages and the help texts show."""
     pages = [
         ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
         ROOT / "tinyq_lightning" / "file" / "FORMAT.md",
         ROOT / "tinyq_lightning" / "command" / "cli.py",
     ]
