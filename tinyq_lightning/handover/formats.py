@@ -28,6 +28,7 @@ from torch import Tensor
 
 from tinyq_lightning.errors import ExportError, MissingExtraError
 from tinyq_lightning.file import read_checkpoint, read_safetensors, write_checkpoint, write_safetensors
+from tinyq_lightning.handover.aoti import open_aoti, write_aoti
 from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.programs import open_pt2, write_pt2
 from tinyq_lightning.handover.request import Request
@@ -114,6 +115,14 @@ _LIST: tuple[Format, ...] = (
         what="a program of torch.export, which runs in Python with torch alone",
         write=write_pt2,
         open=open_pt2,
+    ),
+    Program(
+        name="aoti",
+        ending=".aoti.pt2",
+        what="an AOTInductor package: machine code of this processor, which runs in C++ and Python; needs a C++ compiler",
+        by_ending=False,
+        write=write_aoti,
+        open=open_aoti,
     ),
     Tensors(
         name="safetensors",
