@@ -11,6 +11,8 @@ To add a format that runs somewhere, write one file with two functions and add a
   from an :class:`~tinyq_lightning.handover.example.Example` to the output's tensors, in the order of
   ``request.output_names``.
 
+Its name and a line on it, for the command line's help, go into ``EXPORT_FORMATS`` in :mod:`tinyq_lightning.methods`.
+
 Libraries are imported inside of these functions. ``modules`` names them, so that a missing one is an error that names
 the ``extra`` of the package; the extra goes into ``pyproject.toml``. Everything else (temporary files, comparing,
 timing, overwriting, the report, the command line) is done for all formats alike.
@@ -52,7 +54,6 @@ class Format:
     Attributes:
         name: as users write it.
         ending: of its files.
-        what: one line for the command line's help.
         modules: libraries that it imports.
         extra: of this package, which installs them.
         by_ending: whether a path with its ending means this format, if the user names none.
@@ -60,7 +61,6 @@ class Format:
 
     name: str
     ending: str
-    what: str
     modules: tuple[str, ...] = ()
     extra: str = ""
     by_ending: bool = True
@@ -112,14 +112,12 @@ _LIST: tuple[Format, ...] = (
     Program(
         name="pt2",
         ending=".pt2",
-        what="a program of torch.export, which runs in Python with torch alone",
         write=write_pt2,
         open=open_pt2,
     ),
     Program(
         name="aoti",
         ending=".aoti.pt2",
-        what="an AOTInductor package: machine code of this processor, which runs in C++ and Python; needs a C++ compiler",
         by_ending=False,
         write=write_aoti,
         open=open_aoti,
@@ -127,7 +125,6 @@ _LIST: tuple[Format, ...] = (
     Tensors(
         name="safetensors",
         ending=".safetensors",
-        what="the tensors, for other languages, and back without a loss",
         modules=("safetensors",),
         extra="safetensors",
         write=write_safetensors,
@@ -136,7 +133,6 @@ _LIST: tuple[Format, ...] = (
     Tensors(
         name="ckpt",
         ending=".ckpt",
-        what="a Lightning checkpoint",
         write=write_checkpoint,
         read=read_checkpoint,
     ),

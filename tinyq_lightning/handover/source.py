@@ -32,7 +32,7 @@ class Method(nn.Module):
     """
 
     def __new__(cls, module: nn.Module, method: str) -> Method:
-        """An instance of a subclass whose ``forward`` has the parameters of the method, by which exporters name them."""
+        """An instance of a subclass whose ``forward`` has the method's parameters, by which exporters name inputs."""
 
         def forward(self: Method, *args: Any, **kwargs: Any) -> Any:
             return getattr(self.module, method)(*args, **kwargs)
