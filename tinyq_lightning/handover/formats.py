@@ -11,6 +11,8 @@ To add a format that runs somewhere, write one file with two functions and add a
   from an :class:`~tinyq_lightning.handover.example.Example` to the output's tensors, in the order of
   ``request.output_names``.
 
+Its name and a line on it, for the command line's help, go into ``EXPORT_FORMATS`` in :mod:`tinyq_lightning.methods`.
+
 Libraries are imported inside of these functions. ``modules`` names them, so that a missing one is an error that names
 the ``extra`` of the package; the extra goes into ``pyproject.toml``, and the format's line for the help into
 ``FORMAT_NAMES`` of ``methods.py``. Everything else (temporary files, comparing,
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from tinyq_lightning.errors import ExportError, MissingExtraError
 from tinyq_lightning.file import read_checkpoint, read_safetensors, write_checkpoint, write_safetensors
+from tinyq_lightning.handover.aoti import open_aoti, write_aoti
 from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.programs import open_pt2, write_pt2
 from tinyq_lightning.handover.request import Request
@@ -118,6 +121,13 @@ _LIST: tuple[Format, ...] = (
         ending=".pt2",
         write=write_pt2,
         open=open_pt2,
+    ),
+    Program(
+        name="aoti",
+        ending=".aoti.pt2",
+        by_ending=False,
+        write=write_aoti,
+        open=open_aoti,
     ),
     Tensors(
         name="safetensors",
