@@ -234,7 +234,10 @@ def images():
 
 @pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 8, 3), lambda: nn.Conv3d(3, 8, 2), lambda: nn.Conv2d(4, 8, 1)])
 def test_the_weight_lies_in_memory_as_the_float_weight(make):
-    for layout in (torch.contiguous_format, torch.channels_last if make().weight.dim() == 4 else torch.channels_last_3d):
+    for layout in (
+        torch.contiguous_format,
+        torch.channels_last if make().weight.dim() == 4 else torch.channels_last_3d,
+    ):
         conv = make().to(memory_format=layout)
         model = nn.Sequential(conv)
         quantize(model, "w8a32")
