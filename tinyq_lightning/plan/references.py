@@ -106,9 +106,9 @@ _MOST_OBJECTS = 50_000
 def find_references(model: nn.Module, layers: Collection[nn.Module]) -> Mapping[int, list[Reference]]:
     """By the ``id`` of a layer, where ``model`` holds it outside of its registered modules.
 
-    Containers, functions with what they close over and their globals, and plain objects are followed from each attribute of each
-    module and of its class, the nearest first and at most 50,000 of them; functions alone from hooks. Nothing is
-    changed.
+    Containers, functions with what they close over and their globals, and plain objects are followed from each
+    attribute of each module and of its class, the nearest first and at most 50,000 of them; functions alone from hooks.
+    Nothing is changed.
     """
     found: dict[int, list[Reference]] = defaultdict(list)
     wanted, modules = {id(layer) for layer in layers}, {id(each) for each in model.modules()}

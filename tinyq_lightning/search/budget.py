@@ -204,7 +204,7 @@ class _Searcher:
         return steps[:fewest] if fewest <= len(steps) else None
 
     def _fewest(self, levels: Callable[[int], list[int]], passes: int) -> int:
-        """The least count whose levels are within the budget; that of none is not, that of ``passes`` is taken to be."""
+        """The least count whose levels are within the budget; none is too few, and ``passes`` is taken to be enough."""
         fails = 0
         while passes - fails > 1:
             middle = (fails + passes) // 2
