@@ -14,7 +14,7 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.plan.globals_read import globals_read
+from tinyq_lightning.plan.functions import globals_read
 
 __all__ = [
     "CompiledPlace",

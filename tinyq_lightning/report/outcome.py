@@ -38,6 +38,7 @@ class Outcome:
         quantized_path: the file, or None if none was written.
         note: where the weights come from.
         stopwatch: what the run timed for ``never_slower``, or None.
+        kept: whether it is saved; not if ``keep: smallest`` chose another method.
     """
 
     name: str
@@ -54,14 +55,19 @@ class Outcome:
     quantized_path: str | None = None
     note: str = ""
     stopwatch: Stopwatch | None = None
+    kept: bool = True
 
     def results_as(self, label: str) -> Results:
         """The results under another name than the column's."""
         return _renamed(self.results, self.name, label)
 
     def verdict(self) -> str | None:
-        """Whether the budget was met, in a sentence; None without a budget."""
+        """Whether the budget was met, or why the method was not kept, in a sentence; None without a budget."""
         budget, found = self.plan.spec.budget, self.search
+        if not self.kept:
+            return (
+                "not saved: keep: smallest keeps the smallest method within the budget, else the one that loses least"
+            )
         if budget is None or found is None:
             return None
         others = len(found.trials) - 1
@@ -119,6 +125,7 @@ def outcome_of_fit(
         float_path=source.path,
         note=source.note,
         stopwatch=run.stopwatch,
+        kept=measured.kept,
     )
 
 
