@@ -72,7 +72,7 @@ def test_evaluate_checkpoint_takes_a_float_file(digits, spec):
 def test_budget_wins_back_what_int8_costs(tmp_path):
     shown = run(tmp_path, ROOT / "examples" / "budget.py", "--epochs", 4, "--root", tmp_path)
     assert "budget met: val_acc loses " in shown
-    assert "1 of 6 layers given up" in shown
+    assert "(of 6 layers 1 float, " in shown
     float_, everywhere, within = (float(line.split()[-1]) for line in shown.splitlines() if " test_acc " in line)
     assert everywhere < float_ - 0.005, "int8 everywhere costs real accuracy"
     assert within > everywhere

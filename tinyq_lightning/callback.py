@@ -307,7 +307,7 @@ class TinyQCallback(WatchesValidation):
 
     def _label(self, plan: Plan) -> str:
         """The plan's label, or with several methods the one asked for, which differs from plan to plan."""
-        return plan.spec.method if self.spec.methods else plan.label
+        return plan.spec.method if self.spec.methods else plan.column_label
 
     def _save(
         self, trainer: Trainer, module: LightningModule, source: FloatWeights, outcome: Outcome, loop: str
@@ -321,7 +321,7 @@ class TinyQCallback(WatchesValidation):
             taken = {path for callback in _tinyq_callbacks(trainer) for path in callback.quantized_paths.values()}
             folder = self.spec.save.dirpath or folder_of(trainer, source)
             path = quantized_path(self.spec.save, folder, source.stem, plan.file_label, taken)
-            results = outcome.results_as(plan.label)
+            results = outcome.results_as(plan.column_label)
             content = make_checkpoint(source.base, module.state_dict(), plan, results, source.sha256, loop)
             self._told = save_quantized(trainer, content, path, self._told)
             self.quantized_paths[outcome.name] = path

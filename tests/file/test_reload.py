@@ -44,6 +44,25 @@ def assert_bit_equal(module, wanted):
     assert torch.equal(module.eval()(points()), output)
 
 
+class KeepsAWeight(Net):
+    """Uses the weight of its head through a list, where no state dict reaches it."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = [self.head.weight]
+
+    def forward(self, x):
+        return self.body(x) @ self.kept[0].T + self.head.bias
+
+
+def test_a_float_weight_that_the_module_keeps_beside_its_layer_is_not_a_random_one(tmp_path):
+    callback, model = TinyQCallback("w8a32", report=False), KeepsAWeight()
+    trainer(tmp_path, keeper(tmp_path), callback, max_epochs=1).fit(model, loader(), loader(seed=1))
+    again = load_quantized(callback.quantized_path, KeepsAWeight)
+    assert torch.equal(again.kept[0], again.head.weight)
+    assert (again(points()) - model.eval()(points())).abs().max() < 0.1
+
+
 def test_the_file_is_a_lightning_checkpoint_of_plain_data(fitted):
     callback, _, _ = fitted
     content = torch.load(callback.quantized_path, weights_only=True)

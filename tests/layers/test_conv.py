@@ -232,6 +232,22 @@ def images():
     }
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 8, 3), lambda: nn.Conv3d(3, 8, 2), lambda: nn.Conv2d(4, 8, 1)])
+def test_the_weight_lies_in_memory_as_the_float_weight(make):
+    for layout in (
+        torch.contiguous_format,
+        torch.channels_last if make().weight.dim() == 4 else torch.channels_last_3d,
+    ):
+        conv = make().to(memory_format=layout)
+        model = nn.Sequential(conv)
+        quantize(model, "w8a32")
+        for read in (model[0].weight, model[0].weight.clone(), model[0].weight):
+            assert read.is_contiguous(memory_format=layout)
+        assert torch.equal(model[0].weight, model[0].dequantize())
+        model.to(memory_format=torch.contiguous_format)
+        assert model[0].weight.is_contiguous()
+
+
 @each_method
 @pytest.mark.parametrize("width", [1, 3])
 def test_outputs_lie_in_memory_as_those_of_the_float_layer_whatever_the_first_input(method, width):

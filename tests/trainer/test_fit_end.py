@@ -342,7 +342,7 @@ def test_without_a_checkpoint_the_current_weights_are_written_below_the_root(tmp
     callback = TinyQCallback("w8a32")
     run, module = fit(tmp_path, callback, keep=False, enable_checkpointing=False)
     assert callback.float_path is None
-    assert callback.quantized_path == str(tmp_path / "w8a32-epoch=2-step=12.ckpt")
+    assert callback.quantized_path == str(tmp_path / "w8a32-epoch=1-step=12.ckpt")
     assert "no best checkpoint was saved" in capsys.readouterr().out
     content = torch.load(callback.quantized_path, weights_only=True)
     assert (content["epoch"], content["global_step"]) == (run.current_epoch, run.global_step)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from tinyq_lightning.errors import CheckpointError, TrainerError
@@ -14,6 +16,7 @@ from tinyq_lightning.layers import QuantizedLayer
 from tinyq_lightning.plan import Site, carry_over, find_sites
 
 __all__ = [
+    "fill_what_is_still_held",
     "prepare_structure",
     "refuse_resuming",
     "restore_structure",
@@ -97,6 +100,29 @@ def prepare_structure(
     for site, layer in made.values():
         site.put(layer)
     return list(made.values())
+
+
+def fill_what_is_still_held(made: Sequence[tuple[Site, QuantizedLayer]]) -> Callable[[], None]:
+    """A function that gives a float weight the values of its quantized layer, if anything still holds it by then.
+
+    A module may keep a weight in a list or a dict beside the layer, where no state dict reaches it.
+
+    Args:
+        made: the float layers, each with the layer that took its place.
+    """
+    floats = [
+        (weakref.ref(weight), layer, name)
+        for site, layer in made
+        for name, weight in site.kind.float_weights(site.module).items()
+    ]
+
+    def fill() -> None:
+        for reference, layer, name in floats:
+            if (weight := reference()) is not None:
+                with torch.no_grad():
+                    weight.copy_(layer.coded_weights()[name].dequantize())
+
+    return fill
 
 
 def refuse_resuming(trainer: Trainer | None, source: str) -> None:

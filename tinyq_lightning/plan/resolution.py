@@ -92,7 +92,8 @@ def resolve(
         partners = sorted(site.tied, key=lambda other: -len(by_name[other].methods))
         stays_float = next((other for other in partners if made[other].method == "float"), None)
         if wanted.method != "float" and stays_float is not None:
-            wanted = Wanted("float", f"tied to {stays_float}.weight ({made[stays_float].reason})", "tie")
+            against = f", against {wanted.reason}" if wanted.decided_by == "rule" else ""
+            wanted = Wanted("float", f"tied to {stays_float}.weight ({made[stays_float].reason}){against}", "tie")
         tied_to = next((other for other in site.tied if other in decisions), None)
         decisions[name] = _decision(site, wanted, tied_to, spec.kernel)
     return Plan(tuple(decisions.values()), spec, _others(model, found), held_weights(model))

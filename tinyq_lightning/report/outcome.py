@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -37,6 +38,7 @@ class Outcome:
         quantized_path: the file, or None if none was written.
         note: where the weights come from.
         stopwatch: what the run timed for ``never_slower``, or None.
+        kept: whether it is saved; not if ``keep: smallest`` chose another method.
     """
 
     name: str
@@ -53,26 +55,36 @@ class Outcome:
     quantized_path: str | None = None
     note: str = ""
     stopwatch: Stopwatch | None = None
+    kept: bool = True
 
     def results_as(self, label: str) -> Results:
         """The results under another name than the column's."""
         return _renamed(self.results, self.name, label)
 
     def verdict(self) -> str | None:
-        """Whether the budget was met, in a sentence; None without a budget."""
+        """Whether the budget was met, or why the method was not kept, in a sentence; None without a budget."""
         budget, found = self.plan.spec.budget, self.search
+        if not self.kept:
+            return (
+                "not saved: keep: smallest keeps the smallest method within the budget, else the one that loses least"
+            )
         if budget is None or found is None:
             return None
-        tried = f"{len(found.trials)} plan{'s' * (len(found.trials) > 1)} measured"
-        changed = len(found.best.changes)
+        others = len(found.trials) - 1
+        tried = f"{others} other plan{'s' * (others > 1)} tried" if others else "no other plan tried"
         if found.met:
-            how = f"{changed} of {len(self.plan)} layers given up" if changed else "as asked for"
-            return f"budget met: {budget.monitor} {loses(found.best)}, {found.allowed:.4g} allowed ({how}, {tried})"
+            how = f"{self._changed(found)}, {tried}" if found.best.changes else "as asked for"
+            return f"budget met: {budget.monitor} {loses(found.best)}, {found.allowed:.4g} allowed ({how})"
         stop = f", stopped by {found.stopped_by}" if found.stopped_by else ""
         return (
             f"budget NOT met: {budget.monitor} {loses(found.best)}, {found.best.lost - found.allowed:.4g} more than "
             f"the {found.allowed:.4g} allowed; this is the best plan found ({tried}{stop})"
         )
+
+    def _changed(self, found: Search) -> str:
+        """``of 19 layers 2 float, 3 w8a16``: the layers that the search changed, by their method now."""
+        counts = Counter(found.best.changes.values())
+        return f"of {len(self.plan)} layers " + ", ".join(f"{counts[method]} {method}" for method in sorted(counts))
 
     def speed_verdict(self) -> str | None:
         """How many layers ``never_slower`` left float, in a sentence; None without it."""
@@ -113,6 +125,7 @@ def outcome_of_fit(
         float_path=source.path,
         note=source.note,
         stopwatch=run.stopwatch,
+        kept=measured.kept,
     )
 
 

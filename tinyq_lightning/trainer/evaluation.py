@@ -191,6 +191,7 @@ def run_evaluation(
     start: Snapshot | None = None,
     swap: Swap | None = None,
     moment: Moment | None = None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """What the user's loop logs on the weights that ``module`` holds now.
 
@@ -207,6 +208,7 @@ def run_evaluation(
         start: begin with this former state instead of the present one.
         swap: layers to put in for the loop; None: those that are in the module then.
         moment: the epoch and step that the loop is told; None: those of the user's Trainer now.
+        attributes: of the user's Trainer, for what the user has put there; None: as they are now.
 
     Returns:
         What was logged, and how long it took; the same on every process, for them to decide alike.
@@ -219,7 +221,7 @@ def run_evaluation(
     loaders = CombinedLoader(combined.iterables, combined._mode)
     known = dict(trainer.callback_metrics) if stage == "validate" else {}
     watch = _Watch(module, stage, known, batches is not None)
-    inner = inner_trainer(trainer, watch, stage, batches, moment)
+    inner = inner_trainer(trainer, watch, stage, batches, moment, attributes)
     data: dict[str, Any] = {"dataloaders": loaders}
     shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, do_nothing))]
     if (datamodule := _datamodule(trainer)) is not None:  # for its transfer hooks, and for `self.trainer.datamodule`
@@ -262,7 +264,7 @@ def _isolated(
 ) -> Iterator[None]:
     """Begin with the state ``start``, put everything back after the block, and warn of what cannot be."""
     roots = state_roots(trainer, module)
-    snapshot = Snapshot(*roots, data=dataloaders(trainer, stage), weights=weights, also=start)
+    snapshot = Snapshot(*roots, data=dataloaders(trainer, stage), weights=weights, also=start, outside=True)
     try:
         if start is not None:
             start.put_back(files=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import CheckpointError
@@ -56,7 +57,7 @@ class FloatWeights:
 
     def moment(self, trainer: Trainer) -> Moment:
         """The epoch and step that these weights were saved in; of the current ones, the last of the fit."""
-        last = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # the fit has counted past it
+        last = _last_epoch(trainer)
         epoch, step = (self.checkpoint.get(name) for name in ("epoch", "global_step"))
         return Moment(
             min(last, epoch) if isinstance(epoch, int) else last, step if isinstance(step, int) else trainer.global_step
@@ -142,8 +143,15 @@ def _best_or_last(trainer: Trainer, wanted: str, monitor: str | None) -> tuple[s
 def current_weights(trainer: Trainer, note: str) -> FloatWeights:
     """The weights that the module holds."""
     base = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    if trainer.state.fn == TrainerFn.FITTING:
+        base["epoch"] = _last_epoch(trainer)
     stem = f"epoch={base['epoch']}-step={base['global_step']}"
     return FloatWeights(None, base, stem, trainer.default_root_dir, note)
+
+
+def _last_epoch(trainer: Trainer) -> int:
+    """The epoch that a fit ran last, as ModelCheckpoint counts it: at the end the Trainer has counted past it."""
+    return max(0, trainer.fit_loop.epoch_progress.current.ready - 1)
 
 
 def tested_weights(trainer: Trainer, restored: Mapping[str, Any] | None) -> FloatWeights:

@@ -93,6 +93,7 @@ class _TestStart:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module, self._loop = trainer, module, trainer.test_loop
         self.snapshot: Snapshot | None = None
+        self._attributes: dict[str, Any] = {}  # of the Trainer
         self.on_epoch_end: list[Callable[[], object]] = []
         self._own = {name: vars(self._loop).get(name) for name in ("reset", "_on_evaluation_epoch_end")}
         vars(self._loop)["reset"] = partial(self._reset, self._loop.reset)
@@ -101,6 +102,7 @@ class _TestStart:
     def _reset(self, own: Callable[[], None]) -> None:
         roots = state_roots(self._trainer, self._module)
         self.snapshot = Snapshot(*roots, data=dataloaders(self._trainer, "test"))
+        self._attributes = dict(vars(self._trainer))
         own()
 
     def _end_epoch(self, own: Callable[[], None]) -> None:
@@ -118,7 +120,9 @@ class _TestStart:
     def evaluation(self, swap: Swap | None) -> Evaluation:
         """Test the layers of ``swap``, or the float ones, from the state that the run began with."""
         assert self.snapshot is not None
-        return run_evaluation(self._trainer, self._module, "test", start=self.snapshot, swap=swap)
+        return run_evaluation(
+            self._trainer, self._module, "test", start=self.snapshot, swap=swap, attributes=self._attributes
+        )
 
     def close(self) -> None:
         """The loop as it was."""
