@@ -270,13 +270,18 @@ def _isolated(
             start.put_back(files=False)
         yield
     finally:
-        changed = snapshot.put_back()
+        outside, changed = snapshot.changed_outside(), snapshot.put_back()
         if start is not None:
             trainer.strategy.model_to_device()  # an inner Trainer leaves the module on the CPU
         if changed:
             rank_zero_warn(
                 f"TinyQ: the {_NAMES[stage]} loop changed what cannot be put back ({', '.join(changed)}), so a run of "
                 "it with other weights may not see what it saw"
+            )
+        if outside:
+            rank_zero_warn(
+                f"TinyQ: the {_NAMES[stage]} loop changed what lies outside of its objects and is not put back "
+                f"({', '.join(outside)}), so a run of it with other weights may see it"
             )
 
 
