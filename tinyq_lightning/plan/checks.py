@@ -79,8 +79,8 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Sit
         there = ", ".join(sorted({site.kind.name for site in sites}))
         where = f"{spec.origin.where('kinds')}: " if spec.origin.places else ""
         raise ModelError(
-            f"{where}{type(model).__name__} has no layer of the kinds {', '.join(spec.kinds)} to quantize (it has some of "
-            f"{there})"
+            f"{where}{type(model).__name__} has no layer of the kinds {', '.join(spec.kinds)} to quantize (it has some "
+            f"of {there})"
         )
     wanted = [wanted_method(spec, site.names) for site in on]
     left = f"all {len(on)} layers" if len(on) > 1 else "the only layer"
