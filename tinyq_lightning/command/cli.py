@@ -71,7 +71,8 @@ def _files_first(words: Sequence[str]) -> list[str]:
 
     Only files that are there are moved, because ``epoch=7.ckpt`` could be a NAME=VALUE.
     """
-    moved, kept = [], list(words[:1])
+    moved: list[str] = []
+    kept = list(words[:1])
     in_list = False
     for word in words[1:]:
         in_list = word in _LISTS if word.startswith("--") else in_list

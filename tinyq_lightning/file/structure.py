@@ -108,7 +108,8 @@ def _materialize(module: nn.Module, entries: Sequence[Mapping[str, Any]], state:
     """Give lazy layers the sizes that the codes have: they have seen no input yet."""
     modules, prefixes = dict(module.named_modules()), prefixes_of_codes(state)
     for entry in entries:
-        layer, found = modules.get(entry["name"]), find_codes(prefixes, [entry["name"]])
+        layer: Any = modules.get(entry["name"])
+        found = find_codes(prefixes, [entry["name"]])
         if found and isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
             shape = list(state[f"{found[0]}int8_weights"].shape)
             linear, transposed = len(shape) == 2, getattr(layer, "transposed", False)
