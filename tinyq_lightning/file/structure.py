@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from tinyq_lightning.errors import CheckpointError, TrainerError
 from tinyq_lightning.file.checkpoint import check_digests
@@ -68,6 +69,7 @@ def prepare_structure(
         CheckpointError: the module has no such layer, or one of another shape.
     """
     entries = [entry for entry in checkpoint["tinyq"]["plan"] if entry["method"] != "float"]
+    _materialize(module, entries, checkpoint["state_dict"])
     found = find_sites(module, {entry["name"] for entry in entries}.__contains__)
     sites = {name: site for site in found for name in site.names}
     made: dict[str, tuple[Site, QuantizedLayer]] = {}
@@ -100,6 +102,19 @@ def prepare_structure(
     for site, layer in made.values():
         site.put(layer)
     return list(made.values())
+
+
+def _materialize(module: nn.Module, entries: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+    """Give lazy layers the sizes that the codes have: they have seen no input yet."""
+    modules, prefixes = dict(module.named_modules()), prefixes_of_codes(state)
+    for entry in entries:
+        layer: Any = modules.get(entry["name"])
+        found = find_codes(prefixes, [entry["name"]])
+        if found and isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
+            shape = list(state[f"{found[0]}int8_weights"].shape)
+            linear, transposed = len(shape) == 2, getattr(layer, "transposed", False)
+            channels = shape[1] if linear else shape[0] if transposed else shape[1] * layer.groups
+            layer._infer_parameters(layer, (torch.empty(1, channels, *[1] * (len(shape) - 2)),))
 
 
 def fill_what_is_still_held(made: Sequence[tuple[Site, QuantizedLayer]]) -> Callable[[], None]:
