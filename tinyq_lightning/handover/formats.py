@@ -11,11 +11,10 @@ To add a format that runs somewhere, write one file with two functions and add a
   from an :class:`~tinyq_lightning.handover.example.Example` to the output's tensors, in the order of
   ``request.output_names``.
 
-Its name and a line on it, for the command line's help, go into ``EXPORT_FORMATS`` in :mod:`tinyq_lightning.methods`.
-
 Libraries are imported inside of these functions. ``modules`` names them, so that a missing one is an error that names
-the ``extra`` of the package; the extra goes into ``pyproject.toml``. Everything else (temporary files, comparing,
-timing, overwriting, the report, the command line) is done for all formats alike.
+the ``extra`` of the package; the extra goes into ``pyproject.toml``, and the format's line for the help into
+``FORMAT_NAMES`` of ``methods.py``. Everything else (temporary files, comparing, timing, overwriting, the report, the
+command line) is done for all formats alike.
 """
 
 from __future__ import annotations
