@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from tinyq_lightning.errors import SpecError, TinyQError
@@ -42,6 +40,9 @@ from tinyq_lightning.trainer import (
     tell_of_interrupt,
     tested_weights,
 )
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "TinyQCallback",
@@ -189,7 +190,7 @@ class TinyQCallback(WatchesValidation):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the budget against the metrics of each validation; the first is the sanity check before training."""
-        if self.spec.budget and self.spec.when == "fit_end" and trainer.state.fn == TrainerFn.FITTING:
+        if self.spec.budget and self.spec.when == "fit_end" and trainer.state.fn == "fit":
             check_budget(trainer, self.spec.budget)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -283,7 +284,7 @@ class TinyQCallback(WatchesValidation):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
         self._restore_module(trainer)
-        in_fit = self.spec.when == "fit_end" and trainer.state.fn == TrainerFn.FITTING
+        in_fit = self.spec.when == "fit_end" and trainer.state.fn == "fit"
         if in_fit and isinstance(exception, KeyboardInterrupt):
             tell_of_interrupt(trainer, self.quantized_paths.values())
 
@@ -334,7 +335,7 @@ class TinyQCallback(WatchesValidation):
         """Set the results, warn if a budget was not met, and log, show and write them; each step may fail alone."""
         self.results = combined(outcomes)
         self.plans = {outcome.name: outcome.plan for outcome in outcomes}
-        for name, step in report_steps(trainer.state.fn == TrainerFn.FITTING, not self._earlier, bool(self.report)):
+        for name, step in report_steps(trainer.state.fn == "fit", not self._earlier, bool(self.report)):
             with step_after_run(self, trainer, name):
                 step(trainer, outcomes)
 

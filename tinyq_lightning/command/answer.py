@@ -6,16 +6,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule
 from torch import nn
 from tqdm import tqdm
 
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.file import Archive, import_class
+from tinyq_lightning.file import Archive, import_lightning_class
 from tinyq_lightning.plan import WithValues
 from tinyq_lightning.table import format_bytes
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 __all__ = [
     "Answer",
@@ -55,7 +57,8 @@ def model_class(path: str | None, source: Archive, trust: bool) -> type[Lightnin
     path = path or noted
     if not isinstance(path, str):
         raise ModelError(f"{source.path} does not say which class it was made from: give --model package.module:Class")
-    return import_class(path, LightningModule)
+    found: type[LightningModule] = import_lightning_class(path, "LightningModule")
+    return found
 
 
 def file_size(path: str) -> str:

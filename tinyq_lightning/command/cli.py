@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from tinyq_lightning.errors import TinyQError
+from tinyq_lightning.namespaces import NAMESPACES
 from tinyq_lightning.version import __version__
 
 __all__ = [
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for training
+            warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning(_fabric)?\.")  # advice for training
             answer = _command(args.command)(args)
     except TinyQError as error:
         if args.json:
@@ -65,7 +66,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], Any]:
     module = "run_commands" if name in ("evaluate", "bench") else "file_commands"
     found = importlib.import_module(f"tinyq_lightning.command.{module}")
     command: Callable[[argparse.Namespace], Any] = getattr(found, name)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for package in NAMESPACES:
+        logging.getLogger(package.name).setLevel(logging.ERROR)
     return command
 
 

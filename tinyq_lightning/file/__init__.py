@@ -20,7 +20,7 @@ from tinyq_lightning.file.plain import plain
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
 from tinyq_lightning.file.state import check_state
 from tinyq_lightning.file.structure import restore_structure
-from tinyq_lightning.file.trust import import_class
+from tinyq_lightning.file.trust import import_class, import_lightning_class
 from tinyq_lightning.file.typed import escaped, typed_entries
 from tinyq_lightning.file.validate import check_format, is_quantized, without_training_entries
 from tinyq_lightning.file.writable import why_not_writable
@@ -39,6 +39,7 @@ __all__ = [
     "file_exists",
     "file_sha256",
     "import_class",
+    "import_lightning_class",
     "is_quantized",
     "load_quantized",
     "make_checkpoint",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tinyq_lightning.errors import CheckpointError, ModelError
 from tinyq_lightning.file.arguments import Arguments
 from tinyq_lightning.file.trust import from_config, import_class, refuse_other_class
+from tinyq_lightning.namespaces import is_overridden, namespace_of
 
 __all__ = [
     "build",
@@ -45,8 +46,6 @@ def build(
         CheckpointError: the file names another class or something to import and is not trusted, or it could not
             hold an argument that is not given.
     """
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
     stored = Arguments(module_class, content, init_args, trust, source)
     arguments = stored.for_call()
     if stored.from_cli and trust:
@@ -63,15 +62,14 @@ def build(
 
 
 def _by_lightning_cli(module_class: type[Module], arguments: Mapping[str, Any], source: str) -> Module:
-    from lightning.pytorch.cli import instantiate_module
-
     class_path = arguments.get("_class_path")
     if class_path is not None:
         try:
             import_class(str(class_path), module_class)
         except ModelError as error:
             raise CheckpointError(f"{source}: {error}") from error
-    return instantiate_module(module_class, dict(arguments))
+    made: Module = namespace_of(module_class).module("cli").instantiate_module(module_class, dict(arguments))
+    return made
 
 
 def _annotations(module_class: type) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tinyq_lightning.file.weightless import (
     restore_weak_references,
     without_weights,
 )
+from tinyq_lightning.namespaces import namespace_of
 from tinyq_lightning.plan import WithValues, find_sites, quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
 
@@ -182,14 +183,13 @@ def _apart_from_weights(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _loads_as_it_stands(module: LightningModule, state_dict: Mapping[str, Any]) -> bool:
     """True if ``load_state_dict`` copies each entry into the tensor of its name and does nothing else."""
-    from lightning.pytorch import LightningModule
-
     own = module.state_dict(keep_vars=True)
     same = own.keys() == state_dict.keys() and all(
         isinstance(tensor, Tensor) and type(state_dict[name]) is Tensor and tensor.shape == state_dict[name].shape
         for name, tensor in own.items()
     )
-    known_hooks = (LightningModule.on_load_checkpoint, QuantizedCheckpointMixin.on_load_checkpoint)
+    lightnings = namespace_of(module).pytorch.LightningModule.on_load_checkpoint
+    known_hooks = (lightnings, QuantizedCheckpointMixin.on_load_checkpoint)
     return (
         same
         and type(module).on_load_checkpoint in known_hooks

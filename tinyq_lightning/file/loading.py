@@ -14,9 +14,10 @@ from tinyq_lightning.file.checkpoint import read_checkpoint
 from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.hooks import HookView, dropped_entries
 from tinyq_lightning.file.structure import prepare_structure
-from tinyq_lightning.file.trust import import_class
+from tinyq_lightning.file.trust import import_lightning_class
 from tinyq_lightning.file.validate import HYPER_PARAMETERS
 from tinyq_lightning.file.weightless import take_values, without_weights
+from tinyq_lightning.namespaces import derives_from
 
 __all__ = [
     "load_content",
@@ -86,11 +87,9 @@ def load_quantized(
             argument that is not given, or needs ``trust``.
         ModelError: there is no such class.
     """
-    from lightning.pytorch import LightningModule
-
     if isinstance(module_class, str):
-        module_class = import_class(module_class, LightningModule)
-    if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
+        module_class = import_lightning_class(module_class, "LightningModule")
+    if not (isinstance(module_class, type) and derives_from(module_class, "LightningModule")):
         raise ModelError(f"load_quantized takes a LightningModule class, not {module_class!r:.80}")
     content = read_checkpoint(path)
     return load_content(content, module_class, init_args, str(path), map_location, strict, trust).eval()

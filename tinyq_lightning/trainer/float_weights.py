@@ -6,16 +6,18 @@ import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import HookView, file_exists, file_sha256, stem_of, why_not_writable, without_training_entries
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
 from tinyq_lightning.trainer.inner_trainer import Moment
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "FloatWeights",

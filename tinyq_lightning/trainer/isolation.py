@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from tinyq_lightning.namespaces import derives_from
 from tinyq_lightning.trainer.held import is_frame
 from tinyq_lightning.trainer.state import class_state, package_of, state_of
 from tinyq_lightning.trainer.values import CONSTANT_TYPES, is_written
@@ -29,7 +29,7 @@ __all__ = [
 # Containers of more items are not copied where they belong to datasets: those are the data, not its state.
 _DATA_ITEMS = 1000
 
-_NO_USERS_CLASSES = {"builtins", "torch", "torchmetrics", "lightning", "pytorch_lightning", "tinyq_lightning"}
+_NO_USERS_CLASSES = {"builtins", "torch", "torchmetrics", *("lightning", "pytorch_lightning"), "tinyq_lightning"}
 
 
 class Snapshot:
@@ -140,7 +140,7 @@ def _is_users(kind: type) -> bool:
     if package_of(kind) in _NO_USERS_CLASSES or package_of(kind) in sys.stdlib_module_names - {"__main__"}:
         return False
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    return issubclass(kind, LightningModule | LightningDataModule) or "-packages" not in file
+    return derives_from(kind, "LightningModule", "LightningDataModule") or "-packages" not in file
 
 
 def _global_random_state() -> list[tuple[Callable[[Any], object], Any]]:

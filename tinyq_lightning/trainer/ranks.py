@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
 from torch.distributed import distributed_c10d
 
 from tinyq_lightning.errors import CheckpointError, TinyQError, TrainerError
+from tinyq_lightning.namespaces import namespace_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = [
     "JoinedDDPStrategy",
@@ -124,20 +125,15 @@ class _ClosableGroup:
             self._group = None
 
 
-def refuse_sharding(trainer: Any) -> None:
+def refuse_sharding(trainer: Trainer) -> None:
     """Refuse strategies under which no process holds the whole model.
 
     Raises:
-        TrainerError: the strategy is neither single-device nor DDP, or the Trainer is of ``pytorch_lightning``.
+        TrainerError: the strategy is neither single-device nor DDP.
     """
-    if not isinstance(trainer, Trainer):
-        raise TrainerError(
-            f"TinyQCallback works with lightning.pytorch, and this is the Trainer of {type(trainer).__module__}: "
-            "import Trainer and LightningModule from lightning.pytorch"
-        )
-    strategy = trainer.strategy
-    unsharded = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-    if not unsharded:
+    strategy, known = trainer.strategy, namespace_of(trainer).pytorch.strategies
+    unsharded = isinstance(strategy, known.SingleDeviceStrategy | known.DDPStrategy)
+    if not unsharded or isinstance(strategy, known.DeepSpeedStrategy):
         raise TrainerError(
             f"TinyQCallback does not work with {type(strategy).__name__}: it may shard the model, and quantizing needs "
             "each layer whole. Train without the callback, then quantize the consolidated checkpoint: "
@@ -145,8 +141,10 @@ def refuse_sharding(trainer: Any) -> None:
         )
 
 
-class JoinedDDPStrategy(DDPStrategy):
+class JoinedDDPStrategy:
     """DDP that uses the existing processes and process group instead of launching new ones."""
+
+    derives = "strategies.DDPStrategy"
 
     def _configure_launcher(self) -> None:
         self._launcher = None

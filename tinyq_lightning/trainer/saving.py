@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import partial
-from typing import Any, cast
-
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING, Any, cast
 
 from tinyq_lightning.file import warn_of_left_out, write_checkpoint
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = [
     "save_quantized",
