@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import sys
 from collections.abc import Hashable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 from tinyq_lightning.errors import TrainerError
@@ -23,6 +26,7 @@ __all__ = [
     "namespace_of",
     "of_both",
     "refuse_other_namespace",
+    "take_imported",
 ]
 
 
@@ -44,9 +48,9 @@ class Namespace:
         return importlib.import_module(self.name)
 
     @property
-    def fabric(self) -> Any:
-        """Its Fabric, imported."""
-        return importlib.import_module(self.fabric_name)
+    def is_imported(self) -> bool:
+        """Whether it is imported already, to its end."""
+        return hasattr(sys.modules.get(self.name), "Trainer")
 
     def module(self, name: str) -> Any:
         """The module ``name`` of the package, such as ``trainer.call``, imported."""
@@ -66,9 +70,7 @@ NAMESPACES = (Namespace("lightning.pytorch", "lightning.fabric"), Namespace("pyt
 
 @functools.cache
 def _derived(namespace: Namespace, mixin: Any) -> type:
-    base: Any = namespace.pytorch
-    for name in mixin.derives.split("."):
-        base = getattr(base, name)
+    base = attrgetter(mixin.derives)(namespace.pytorch)
     return type(mixin.__name__, (mixin, base), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
 
 
@@ -140,28 +142,53 @@ def _place(found: Namespace, wanted: Namespace, base: type) -> str:
 
 
 def of_both(name: str) -> Any:
-    """A class that derives from the class ``name`` of each package that is installed.
+    """A new class that derives from Lightning's class ``name``, of each package that is imported, now or later.
 
-    Each imports in less than half a second once torch and the other are there.
+    A package that is imported later is added when an instance is made, or by :func:`take_imported`. The other one is
+    not imported for this: each would take over the log of both.
 
     Args:
         name: such as ``Callback`` or ``callbacks.ModelSummary``.
 
     Raises:
-        ImportError: neither is installed, or neither can be imported.
+        ImportError: neither is installed.
     """
-    found: list[type] = []
-    failures: list[str] = []
-    for namespace in NAMESPACES:
-        try:
-            value = namespace.pytorch
-            for part in name.split("."):
-                value = getattr(value, part)
-            found.append(value)
-        except Exception as error:  # one that does not fit the other packages may raise anything
-            failures.append(f"{namespace.name}: {type(error).__name__}: {error}")
-    if not found:
-        raise ImportError(
-            f"TinyQ needs Lightning for this: pip install lightning, or pytorch-lightning ({'; '.join(failures)})"
-        )
-    return type(found[0].__name__, tuple(found), {"__module__": __name__, "__doc__": found[0].__doc__})
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        take_imported()
+        return object.__new__(cls)
+
+    told = f"Lightning's ``{name}``, of each package that is imported."
+    names = {"__module__": __name__, "__doc__": told, "__new__": new}
+    kind = type(f"{name.rpartition('.')[2]}OfBoth", (_NoBase,), names)
+    _OF_BOTH[kind] = name
+    take_imported()
+    return kind
+
+
+class _NoBase:
+    """Stands for a base until there is one: Python exchanges the bases of a class only if these are not ``object``."""
+
+
+_OF_BOTH: dict[type, str] = {}
+
+
+def take_imported() -> None:
+    """Have the classes made by :func:`of_both` derive from all packages that are imported by now.
+
+    Raises:
+        ImportError: neither is installed.
+    """
+    imported = [each for each in NAMESPACES if each.is_imported] or [_installed()]
+    for kind, name in _OF_BOTH.items():
+        bases = tuple(attrgetter(name)(each.pytorch) for each in imported)
+        if kind.__bases__ != bases:
+            kind.__bases__ = bases
+
+
+def _installed() -> Namespace:
+    """The first package that is installed."""
+    for each in NAMESPACES:
+        if importlib.util.find_spec(each.name.partition(".")[0]) is not None:
+            return each
+    raise ImportError("this needs Lightning: pip install lightning, or pip install pytorch-lightning")

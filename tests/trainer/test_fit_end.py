@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
-from lightning.pytorch.loggers import CSVLogger
+from lightnings import CSVLogger, EMAWeightAveraging, LightningModule, WeightAveraging, seed_everything
 from models import CLASSES, FEATURES, Blobs, Net, NetOfHooks, keeper, loader, trainer
 from torch import nn
 
@@ -284,7 +282,7 @@ def test_hooks_may_use_the_logger_and_the_datamodule(tmp_path):
             assert os.path.isdir(self.trainer.default_root_dir)
             assert self.trainer.datamodule.setups == 1
 
-    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightnings import TensorBoardLogger
 
     callback = quiet("w8a32")
     fit(tmp_path, callback, module=Uses(), data=Blobs(), logger=TensorBoardLogger(tmp_path))
@@ -613,7 +611,7 @@ def test_an_interrupted_fit_says_how_to_quantize_what_there_is(tmp_path, capsys)
 
 
 def test_sharding_strategies_are_refused_with_a_way_out(tmp_path):
-    from lightning.pytorch.strategies import ModelParallelStrategy
+    from lightnings import ModelParallelStrategy
 
     run = trainer(tmp_path, strategy=ModelParallelStrategy())
     with pytest.raises(TrainerError, match=r"ModelParallelStrategy.*when='test_start'"):

@@ -197,7 +197,7 @@ def _callbacks(trainer: Trainer, stage: Stage, watch: Callback) -> Iterator[Call
         with suppress(TypeError):  # a class that cannot be derived from
             copied: Any = object.__new__(type(type(callback).__name__, (type(callback),), muted))
             vars(copied).update({name: value for name, value in vars(callback).items() if name not in muted})
-            yield cast(Callback, copied)
+            yield cast("Callback", copied)
 
 
 def _is_ours(callback: Callback) -> bool:
