@@ -32,6 +32,7 @@ from tinyq_lightning.trainer import (
     note_test_start,
     numbers,
     preserved,
+    refuse_mixed_packages,
     refuse_sharding,
     registered,
     return_to_main_process,
@@ -171,6 +172,7 @@ class TinyQCallback(WatchesValidation):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that cannot work, and let ``ckpt_path`` be a quantized checkpoint."""
+        refuse_mixed_packages(trainer)
         refuse_sharding(trainer)
         earlier = takewhile(lambda each: each is not self, _tinyq_callbacks(trainer))
         self._earlier = [each for each in earlier if each.spec.when == self.spec.when]
@@ -284,6 +286,7 @@ class TinyQCallback(WatchesValidation):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
         self._restore_module(trainer)
+        refuse_mixed_packages(trainer)  # of a data module Lightning says only that it expected a parent
         in_fit = self.spec.when == "fit_end" and trainer.state.fn == "fit"
         if in_fit and isinstance(exception, KeyboardInterrupt):
             tell_of_interrupt(trainer, self.quantized_paths.values())

@@ -36,6 +36,21 @@ def import_class(path: str, base: type[Kind]) -> type[Kind]:
     Raises:
         ModelError: there is none, or it is not a ``base``.
     """
+    found = _imported(path)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ModelError(f"{path!r} is not a {base.__name__}")
+    return found
+
+
+def import_lightning_class(path: str, name: str) -> Any:
+    """As :func:`import_class`, of a class that derives from Lightning's class ``name``, of either package."""
+    found = _imported(path)
+    if not (isinstance(found, type) and derives_from(found, name)):
+        raise ModelError(f"{path!r} is not a {name}")
+    return found
+
+
+def _imported(path: str) -> Any:
     module_name, colon, name = path.partition(":")
     tries = [(module_name, name)] if colon else list(_splits(path))
     failure: Exception = ImportError("it names no module")
@@ -47,18 +62,8 @@ def import_class(path: str, base: type[Kind]) -> type[Kind]:
         except (ImportError, AttributeError, ValueError) as error:
             failure = error
             continue
-        if not (isinstance(found, type) and issubclass(found, base)):
-            raise ModelError(f"{path!r} is not a {base.__name__}")
         return found
     raise ModelError(f"{path!r} cannot be imported: {failure}. Write it as package.module:Class") from failure
-
-
-def import_lightning_class(path: str, name: str) -> Any:
-    """As :func:`import_class`, of a class that derives from Lightning's class ``name``, of either package."""
-    found = import_class(path, object)
-    if not derives_from(found, name):
-        raise ModelError(f"{path!r} is not a {name}")
-    return found
 
 
 def _splits(path: str) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """All that needs a Trainer: the user's loop run on other weights, which float weights, checks before training."""
 
-from tinyq_lightning.trainer.checks import check_before_fit, check_budget
+from tinyq_lightning.trainer.checks import check_before_fit, check_budget, refuse_mixed_packages
 from tinyq_lightning.trainer.failures import step_after_run, tell_of_interrupt
 from tinyq_lightning.trainer.float_weights import (
     FloatWeights,
@@ -38,6 +38,7 @@ __all__ = [
     "note_test_start",
     "numbers",
     "preserved",
+    "refuse_mixed_packages",
     "refuse_sharding",
     "registered",
     "return_to_main_process",

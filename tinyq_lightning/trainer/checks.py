@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
 from tinyq_lightning.file import check_folder, check_state, typed_entries, why_not_writable
-from tinyq_lightning.namespaces import is_overridden, namespace_of
+from tinyq_lightning.namespaces import derives_from, is_overridden, namespace_of, refuse_other_namespace
 from tinyq_lightning.plan import check_model, sites_for, weights_of, why_stays_float
 from tinyq_lightning.spec import Budget, Mode, QuantizationSpec, nearest, wanted_method
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
@@ -32,6 +32,7 @@ __all__ = [
     "checkpoint_callbacks",
     "known_mode",
     "logged_per_dataloader",
+    "refuse_mixed_packages",
     "refuse_without_validation",
     "why_never_validated",
 ]
@@ -143,6 +144,19 @@ def _check_hyper_parameters(trainer: Trainer, module: LightningModule) -> list[s
             )
         told += dropped
     return told
+
+
+def refuse_mixed_packages(trainer: Trainer) -> None:
+    """Refuse a data module and callbacks of the other package, which the Trainer would not know for what they are.
+
+    Callbacks of the user's own and loggers may be of either: the Trainer only calls their methods.
+
+    Raises:
+        TrainerError: there is one; the error says what to import instead.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    known = [each for each in callbacks if derives_from(type(each), "Checkpoint", "ModelSummary", "ProgressBar")]
+    refuse_other_namespace(trainer, trainer.datamodule, *known)  # type: ignore[attr-defined]
 
 
 def why_never_validated(trainer: Trainer, module: LightningModule) -> str | None:
