@@ -12,6 +12,8 @@ from models import Net, keeper, loader, trainer
 from tinyq_lightning import TinyQCallback
 
 collect_ignore = ["scripts"]  # run by tests, in processes of their own
+if NAMESPACE != "lightning.pytorch":  # these run the examples, which import that
+    collect_ignore += ["test_configs.py", "test_docs.py", "test_examples.py", "trainer/test_recurrent_run.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.file import Archive, import_lightning_class
+from tinyq_lightning.file import Archive, Folder, import_lightning_class
 from tinyq_lightning.plan import WithValues
 from tinyq_lightning.table import format_bytes
 
@@ -42,7 +42,7 @@ class Answer:
     good: bool = True
 
 
-def model_class(path: str | None, source: Archive, trust: bool) -> type[LightningModule]:
+def model_class(path: str | None, source: Archive | Folder, trust: bool) -> type[LightningModule]:
     """The class at ``path``; if that is None and the file is trusted, the one that LightningCLI noted in the file.
 
     Raises:
@@ -62,7 +62,9 @@ def model_class(path: str | None, source: Archive, trust: bool) -> type[Lightnin
 
 
 def file_size(path: str) -> str:
-    """The size of a local file for people; empty for any other."""
+    """The size of a local file or folder for people; empty for any other."""
+    if os.path.isdir(path):
+        return format_bytes(sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file()))
     return format_bytes(os.path.getsize(path)) if os.path.isfile(path) else ""
 
 

@@ -19,6 +19,7 @@ from tinyq_lightning.file import (
     import_lightning_class,
     is_quantized,
     load_quantized,
+    open_checkpoint,
     read_checkpoint,
 )
 from tinyq_lightning.namespaces import namespace_of, refuse_other_namespace
@@ -110,7 +111,7 @@ def bench(args: Namespace) -> Answer:
 
 def _load(args: Namespace, path: str) -> LightningModule:
     """A module from a float or a quantized file."""
-    with Archive(path, args.trust) as source:
+    with open_checkpoint(path, args.trust) as source:
         module_class = model_class(args.model, source, args.trust)
         if is_quantized(source.content):
             return load_quantized(path, module_class, trust=args.trust, **args.init)

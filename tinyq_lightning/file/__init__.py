@@ -11,6 +11,7 @@ from tinyq_lightning.file.checkpoint import (
 from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.digest import digest_of
 from tinyq_lightning.file.durable import replace_file
+from tinyq_lightning.file.folder import Folder, open_checkpoint
 from tinyq_lightning.file.from_float import FloatFile, quantize_file
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.loading import load_quantized
@@ -28,6 +29,7 @@ from tinyq_lightning.file.writable import why_not_writable
 __all__ = [
     "Archive",
     "FloatFile",
+    "Folder",
     "HookView",
     "QuantizedCheckpointMixin",
     "build",
@@ -43,6 +45,7 @@ __all__ = [
     "is_quantized",
     "load_quantized",
     "make_checkpoint",
+    "open_checkpoint",
     "plain",
     "quantize_file",
     "quantized_path",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import typing
 from collections.abc import Mapping
 from contextlib import suppress
@@ -57,8 +58,21 @@ def build(
             arguments = from_config(arguments, init_args, _annotations(module_class), module_class, source)
         module = module_class(**arguments)
     if is_overridden("configure_model", module):
-        module.configure_model()
+        _configure(module)
     return module
+
+
+def _configure(module: LightningModule) -> None:
+    """Call ``configure_model``, which may only end where it asks for the mesh of processes that a strategy makes.
+
+    Layers that it has not made by then are missed later on: in the plan, or when the weights are loaded.
+    """
+    try:
+        module.configure_model()
+    except Exception:
+        function = inspect.unwrap(type(module).configure_model)
+        if module.device_mesh is not None or "device_mesh" not in function.__code__.co_names:
+            raise
 
 
 def _by_lightning_cli(module_class: type[Module], arguments: Mapping[str, Any], source: str) -> Module:

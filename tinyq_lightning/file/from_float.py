@@ -13,6 +13,7 @@ from tinyq_lightning.errors import CheckpointError, TinyQError
 from tinyq_lightning.file.archive import Archive
 from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint, warn_of_left_out
 from tinyq_lightning.file.construction import build
+from tinyq_lightning.file.folder import Folder
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
 from tinyq_lightning.file.validate import is_quantized, without_training_entries
@@ -37,7 +38,7 @@ __all__ = [
 
 
 def quantize_file(
-    source: Archive,
+    source: Archive | Folder,
     module_class: type[LightningModule],
     spec: QuantizationSpec,
     init_args: Mapping[str, Any],
@@ -101,7 +102,7 @@ class FloatFile:
 
     def __init__(
         self,
-        source: Archive,
+        source: Archive | Folder,
         module_class: type[LightningModule],
         init_args: Mapping[str, Any],
         trust: bool = False,
