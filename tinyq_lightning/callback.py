@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from tinyq_lightning.errors import SpecError, TinyQError
-from tinyq_lightning.file import make_checkpoint, quantized_path
+from tinyq_lightning.file import quantized_path
 from tinyq_lightning.plan import Plan
-from tinyq_lightning.report import Outcome, combined, log_entries, outcome_of_fit, outcome_of_test, report_steps
+from tinyq_lightning.report import (
+    Outcome,
+    combined,
+    log_entries,
+    outcome_of_fit,
+    outcome_of_shards,
+    outcome_of_test,
+    quantized_content,
+    report_steps,
+)
 from tinyq_lightning.search import Search, Stopwatch
 from tinyq_lightning.spec import SpecOrMethods, as_spec, with_arguments
 from tinyq_lightning.trainer import (
@@ -29,9 +38,11 @@ from tinyq_lightning.trainer import (
     files_before_fit,
     folder_of,
     forget_test_start,
+    is_sharded,
     note_test_start,
     numbers,
     preserved,
+    quantize_sharded,
     refuse_mixed_packages,
     refuse_sharding,
     registered,
@@ -173,7 +184,7 @@ class TinyQCallback(WatchesValidation):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that cannot work, and let ``ckpt_path`` be a quantized checkpoint."""
         refuse_mixed_packages(trainer)
-        refuse_sharding(trainer)
+        refuse_sharding(trainer, self.spec.when)
         earlier = takewhile(lambda each: each is not self, _tinyq_callbacks(trainer))
         self._earlier = [each for each in earlier if each.spec.when == self.spec.when]
         self._quantized_start = QuantizedStart(trainer, pl_module)
@@ -207,6 +218,8 @@ class TinyQCallback(WatchesValidation):
     def _quantize_after_fit(self, trainer: Trainer, module: LightningModule) -> list[Outcome]:
         source = choose_float_weights(trainer, self.spec.weights, self.monitor, self._files_before)
         self.float_path = source.path
+        if is_sharded(trainer):
+            return self._quantize_sharded(trainer, module, source)
         outcomes = []
         with preserved(module, weights=source.path is not None):
             source.load_into(trainer, module)
@@ -216,10 +229,18 @@ class TinyQCallback(WatchesValidation):
                 outcome = outcome_of_fit(run, measured, self._column_name(measured.plan), layers, source)
                 if measured.kept:
                     with measured.swap:
-                        outcome = self._save(trainer, module, source, outcome, "validate")
+                        content = quantized_content(module, source, outcome, "validate")
+                        outcome = self._save(trainer, source, outcome, content)
                 outcomes.append(outcome)
         if run.why_not:
             rank_zero_warn(f"TinyQ: quantized without a comparison: {run.why_not}")
+        return outcomes
+
+    def _quantize_sharded(self, trainer: Trainer, module: LightningModule, source: FloatWeights) -> list[Outcome]:
+        outcomes = []
+        for made in quantize_sharded(trainer, module, self.spec, source):
+            outcome = outcome_of_shards(made, self._column_name(made.plan), source)
+            outcomes.append(self._save(trainer, source, outcome, made.take_content))
         return outcomes
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -274,7 +295,9 @@ class TinyQCallback(WatchesValidation):
             self.float_path = source.path
             for run in self._runs:
                 with run.swap:
-                    outcomes.append(self._save(trainer, module, source, self._outcome_of_test(run, source), "test"))
+                    outcome = self._outcome_of_test(run, source)
+                    content = quantized_content(module, source, outcome, "test")
+                    outcomes.append(self._save(trainer, source, outcome, content))
         self._close_test_runs()
         if outcomes:
             self._report(trainer, outcomes)
@@ -314,20 +337,17 @@ class TinyQCallback(WatchesValidation):
         return plan.spec.method if self.spec.methods else plan.label
 
     def _save(
-        self, trainer: Trainer, module: LightningModule, source: FloatWeights, outcome: Outcome, loop: str
+        self, trainer: Trainer, source: FloatWeights, outcome: Outcome, content: Callable[[], dict[str, Any]]
     ) -> Outcome:
-        """Write the quantized checkpoint if one is wanted; the quantized layers must be in the module."""
+        """Write the quantized checkpoint if one is wanted."""
         self.plan, self.search = self.plan or outcome.plan, self.search or outcome.search
         if not self.save or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return outcome
         with step_after_run(self, trainer, "Saving the quantized checkpoint"):
-            plan = outcome.plan
             taken = {path for callback in _tinyq_callbacks(trainer) for path in callback.quantized_paths.values()}
             folder = self.spec.save.dirpath or folder_of(trainer, source)
-            path = quantized_path(self.spec.save, folder, source.stem, plan.file_label, taken)
-            results = outcome.results_as(plan.label)
-            content = make_checkpoint(source.base, module.state_dict(), plan, results, source.sha256, loop)
-            self._told = save_quantized(trainer, content, path, self._told)
+            path = quantized_path(self.spec.save, folder, source.stem, outcome.plan.file_label, taken)
+            self._told = save_quantized(trainer, content(), path, self._told)
             self.quantized_paths[outcome.name] = path
             outcome = replace(outcome, quantized_path=path)
             if source.path is None:

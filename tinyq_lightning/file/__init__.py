@@ -1,6 +1,7 @@
 """Files: quantized checkpoints are written, checked, loaded, made from a float file and exported here."""
 
 from tinyq_lightning.file.archive import Archive
+from tinyq_lightning.file.by_layer import ByLayer
 from tinyq_lightning.file.checkpoint import (
     file_sha256,
     make_checkpoint,
@@ -24,10 +25,12 @@ from tinyq_lightning.file.structure import restore_structure
 from tinyq_lightning.file.trust import import_class, import_lightning_class
 from tinyq_lightning.file.typed import escaped, typed_entries
 from tinyq_lightning.file.validate import check_format, is_quantized, without_training_entries
+from tinyq_lightning.file.weightless import drop_weak_references
 from tinyq_lightning.file.writable import why_not_writable
 
 __all__ = [
     "Archive",
+    "ByLayer",
     "FloatFile",
     "Folder",
     "HookView",
@@ -37,6 +40,7 @@ __all__ = [
     "check_format",
     "check_state",
     "digest_of",
+    "drop_weak_references",
     "escaped",
     "file_exists",
     "file_sha256",

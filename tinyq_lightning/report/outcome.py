@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from tinyq_lightning.file import make_checkpoint
 from tinyq_lightning.plan import Coverage, Plan
 from tinyq_lightning.search import BatchTimes, LayerError, Search, Stopwatch, loses
-from tinyq_lightning.trainer import FloatWeights, Measured, MethodsRun, Results, TestRun, compare
+from tinyq_lightning.trainer import FloatWeights, Measured, MethodsRun, QuantizedShards, Results, TestRun, compare
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 __all__ = [
     "Outcome",
     "combined",
     "log_entries",
     "outcome_of_fit",
+    "outcome_of_shards",
     "outcome_of_test",
+    "quantized_content",
 ]
 
 
@@ -94,6 +101,25 @@ class Outcome:
             yield "int8 is slower than float here in every layer, so never_slower has left all of them float"
 
 
+def quantized_content(
+    module: LightningModule, source: FloatWeights, outcome: Outcome, loop: str
+) -> Callable[[], dict[str, Any]]:
+    """What makes the content of a quantized checkpoint while the quantized layers are in the module.
+
+    Args:
+        module: the user's.
+        source: the weights that were quantized.
+        outcome: of the method.
+        loop: that the metrics are from, ``validate`` or ``test``.
+    """
+
+    def content() -> dict[str, Any]:
+        results = outcome.results_as(outcome.plan.label)
+        return make_checkpoint(source.base, module.state_dict(), outcome.plan, results, source.sha256, loop)
+
+    return content
+
+
 def outcome_of_fit(
     run: MethodsRun, measured: Measured, name: str, layers: Mapping[str, LayerError], source: FloatWeights
 ) -> Outcome:
@@ -113,6 +139,22 @@ def outcome_of_fit(
         float_path=source.path,
         note=source.note,
         stopwatch=run.stopwatch,
+    )
+
+
+def outcome_of_shards(made: QuantizedShards, name: str, source: FloatWeights) -> Outcome:
+    """One method on a sharded model, which has no metrics; not saved yet."""
+    return Outcome(
+        name=name,
+        plan=made.plan,
+        coverage=made.plan.coverage,
+        results={},
+        float_bytes=made.float_bytes,
+        bytes=made.bytes,
+        float_seconds=BatchTimes(),
+        seconds=BatchTimes(),
+        float_path=source.path,
+        note=source.note,
     )
 
 
