@@ -7,13 +7,13 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import SpecError, TinyQError
-from tinyq_lightning.file import quantized_path
 from tinyq_lightning.plan import Plan
 from tinyq_lightning.report import (
     Outcome,
+    column_name,
     combined,
     log_entries,
     outcome_of_fit,
@@ -36,7 +36,6 @@ from tinyq_lightning.trainer import (
     check_budget,
     choose_float_weights,
     files_before_fit,
-    folder_of,
     forget_test_start,
     is_sharded,
     note_test_start,
@@ -56,9 +55,7 @@ from tinyq_lightning.trainer import (
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = [
-    "TinyQCallback",
-]
+__all__ = ["TinyQCallback"]
 
 # Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
 _OF_A_RUN = ("_quantized_start", "_files_before", "_runs", "_earlier", "_told", "validated", "log", "log_dict")
@@ -218,9 +215,12 @@ class TinyQCallback(WatchesValidation):
     def _quantize_after_fit(self, trainer: Trainer, module: LightningModule) -> list[Outcome]:
         source = choose_float_weights(trainer, self.spec.weights, self.monitor, self._files_before)
         self.float_path = source.path
-        if is_sharded(trainer):
-            return self._quantize_sharded(trainer, module, source)
         outcomes = []
+        if is_sharded(trainer):
+            for made in quantize_sharded(trainer, module, self.spec, source):
+                outcome = outcome_of_shards(made, self._column_name(made.plan), source)
+                outcomes.append(self._save(trainer, source, outcome, made.take_content))
+            return outcomes
         with preserved(module, weights=source.path is not None):
             source.load_into(trainer, module)
             run = MethodsRun(trainer, module, self.spec, source, self.validated)
@@ -234,13 +234,6 @@ class TinyQCallback(WatchesValidation):
                 outcomes.append(outcome)
         if run.why_not:
             rank_zero_warn(f"TinyQ: quantized without a comparison: {run.why_not}")
-        return outcomes
-
-    def _quantize_sharded(self, trainer: Trainer, module: LightningModule, source: FloatWeights) -> list[Outcome]:
-        outcomes = []
-        for made in quantize_sharded(trainer, module, self.spec, source):
-            outcome = outcome_of_shards(made, self._column_name(made.plan), source)
-            outcomes.append(self._save(trainer, source, outcome, made.take_content))
         return outcomes
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -310,8 +303,7 @@ class TinyQCallback(WatchesValidation):
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
         self._restore_module(trainer)
         refuse_mixed_packages(trainer)  # of a data module Lightning says only that it expected a parent
-        in_fit = self.spec.when == "fit_end" and trainer.state.fn == "fit"
-        if in_fit and isinstance(exception, KeyboardInterrupt):
+        if isinstance(exception, KeyboardInterrupt) and (self.spec.when, trainer.state.fn) == ("fit_end", "fit"):
             tell_of_interrupt(trainer, self.quantized_paths.values())
 
     def _restore_module(self, trainer: Trainer) -> None:
@@ -327,14 +319,8 @@ class TinyQCallback(WatchesValidation):
         self._runs = []
 
     def _column_name(self, plan: Plan) -> str:
-        """The name of a plan's column: its label, with a version if an earlier callback of the run uses the label."""
-        plans = [(each, [*each.plans.values(), *(run.swap.plan for run in each._runs)]) for each in self._earlier]
-        version = [each._label(other) for each, others in plans for other in others].count(self._label(plan))
-        return f"{self._label(plan)}-v{version}" if version else self._label(plan)
-
-    def _label(self, plan: Plan) -> str:
-        """The plan's label, or with several methods the one asked for, which differs from plan to plan."""
-        return plan.spec.method if self.spec.methods else plan.label
+        plans = [(each.spec, [*each.plans.values(), *(run.swap.plan for run in each._runs)]) for each in self._earlier]
+        return column_name(self.spec, plan, plans)
 
     def _save(
         self, trainer: Trainer, source: FloatWeights, outcome: Outcome, content: Callable[[], dict[str, Any]]
@@ -345,13 +331,9 @@ class TinyQCallback(WatchesValidation):
             return outcome
         with step_after_run(self, trainer, "Saving the quantized checkpoint"):
             taken = {path for callback in _tinyq_callbacks(trainer) for path in callback.quantized_paths.values()}
-            folder = self.spec.save.dirpath or folder_of(trainer, source)
-            path = quantized_path(self.spec.save, folder, source.stem, outcome.plan.file_label, taken)
-            self._told = save_quantized(trainer, content(), path, self._told)
+            path, self._told = save_quantized(trainer, source, outcome.plan, content, taken, self._told)
             self.quantized_paths[outcome.name] = path
-            outcome = replace(outcome, quantized_path=path)
-            if source.path is None:
-                rank_zero_info(f"TinyQ: {source.note}; the quantized checkpoint is {path}")
+            return replace(outcome, quantized_path=path)
         return outcome
 
     def _report(self, trainer: Trainer, outcomes: list[Outcome]) -> None:

@@ -2,6 +2,7 @@
 
 from tinyq_lightning.report.outcome import (
     Outcome,
+    column_name,
     combined,
     log_entries,
     outcome_of_fit,
@@ -15,6 +16,7 @@ from tinyq_lightning.report.summary import QuantizedModelSummary, summarize
 __all__ = [
     "Outcome",
     "QuantizedModelSummary",
+    "column_name",
     "combined",
     "log_entries",
     "outcome_of_fit",

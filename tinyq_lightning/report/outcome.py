@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tinyq_lightning.file import make_checkpoint
 from tinyq_lightning.plan import Coverage, Plan
 from tinyq_lightning.search import BatchTimes, LayerError, Search, Stopwatch, loses
+from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.trainer import FloatWeights, Measured, MethodsRun, QuantizedShards, Results, TestRun, compare
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Outcome",
+    "column_name",
     "combined",
     "log_entries",
     "outcome_of_fit",
@@ -183,6 +185,24 @@ def _renamed(results: Results, label: str, name: str) -> Results:
         metric: {name if key == label else key: value for key, value in values.items()}
         for metric, values in results.items()
     }
+
+
+def column_name(spec: QuantizationSpec, plan: Plan, earlier: Sequence[tuple[QuantizationSpec, Sequence[Plan]]]) -> str:
+    """The name of a plan's column: its label, with a version if an earlier callback of the run uses the label.
+
+    Args:
+        spec: one method, or several, whose columns have the names of the methods.
+        plan: of one method.
+        earlier: specs and plans of the callbacks before this one.
+    """
+    label = _column_label(spec, plan)
+    version = [_column_label(each, other) for each, others in earlier for other in others].count(label)
+    return f"{label}-v{version}" if version else label
+
+
+def _column_label(spec: QuantizationSpec, plan: Plan) -> str:
+    """The plan's label, or with several methods the one asked for, which differs from plan to plan."""
+    return plan.spec.method if spec.methods else plan.label
 
 
 def combined(outcomes: Sequence[Outcome]) -> Results:

@@ -7,7 +7,6 @@ from tinyq_lightning.trainer.float_weights import (
     FloatWeights,
     choose_float_weights,
     files_before_fit,
-    folder_of,
     tested_weights,
 )
 from tinyq_lightning.trainer.isolation import preserved
@@ -36,7 +35,6 @@ __all__ = [
     "choose_float_weights",
     "compare",
     "files_before_fit",
-    "folder_of",
     "forget_test_start",
     "is_sharded",
     "note_test_start",
