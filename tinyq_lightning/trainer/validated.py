@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-
+from tinyq_lightning.trainer.callback_base import CallbackOfBoth
 from tinyq_lightning.trainer.evaluation import weights_digest
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "ValidatedWeights",
@@ -39,7 +40,7 @@ class ValidatedWeights:
         return self._exchanged and weights_digest(module) not in self._digests
 
 
-class WatchesValidation(Callback):
+class WatchesValidation(CallbackOfBoth):
     """Notes in ``validated`` which weights the validations of a fit run on."""
 
     validated: ValidatedWeights
@@ -52,7 +53,7 @@ class WatchesValidation(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """At the first batch: all that puts weights in has done so."""
-        if batch_idx == dataloader_idx == 0 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if batch_idx == dataloader_idx == 0 and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.validated.in_validation(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
