@@ -110,7 +110,7 @@ def _materialize(module: nn.Module, entries: Sequence[Mapping[str, Any]], state:
     for entry in entries:
         layer: Any = modules.get(entry["name"])
         found = find_codes(prefixes, [entry["name"]])
-        if found and isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
+        if found and issubclass(type(layer), LazyModuleMixin) and layer.has_uninitialized_params():
             shape = list(state[f"{found[0]}int8_weights"].shape)
             linear, transposed = len(shape) == 2, getattr(layer, "transposed", False)
             channels = shape[1] if linear else shape[0] if transposed else shape[1] * layer.groups

@@ -270,6 +270,7 @@ def _isolated(
             start.put_back(files=False)
         yield
     finally:
+        outside = snapshot.changed_outside()
         changed = snapshot.put_back()
         if start is not None:
             trainer.strategy.model_to_device()  # an inner Trainer leaves the module on the CPU
@@ -277,6 +278,11 @@ def _isolated(
             rank_zero_warn(
                 f"TinyQ: the {_NAMES[stage]} loop changed what cannot be put back ({', '.join(changed)}), so a run of "
                 "it with other weights may not see what it saw"
+            )
+        if outside:
+            rank_zero_warn(
+                f"TinyQ: the {_NAMES[stage]} loop changed what is not put back ({', '.join(outside)}). If a metric "
+                "depends on it, float and quantized metrics mix: keep it on the module, where each model has its own"
             )
 
 

@@ -109,15 +109,18 @@ class Snapshot:
                 they are now.
 
         Returns:
-            Where something was changed that cannot be put back, such as a generator, or is not, such as a global.
+            Where something was changed that cannot be put back, such as a generator.
         """
-        outside = self._outside.changed()
         with torch.inference_mode(False), torch.no_grad():
             states = [*self._restores, *(self._written if files else ())]
             changed = [name for name, restore in states if restore() is False]
         for restore_random, state in self._random:
             restore_random(state)
-        return [*changed, *outside]
+        return changed
+
+    def changed_outside(self) -> list[str]:
+        """Where the user's functions changed what belongs to no object and is not put back, such as a global."""
+        return self._outside.changed()
 
 
 @contextmanager
