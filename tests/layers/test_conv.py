@@ -332,6 +332,13 @@ def test_a_large_layer_holds_one_byte_a_weight():
         held = sum(form.bytes_a_weight for form in forms)
         assert held + (layer._buffers["int8_weights"] is not None) == 1
         assert layer.state_dict()["int8_weights"].shape == (300, 400, 3, 3)
+    layer = quantized_of(nn.Conv2d(400, 300, 3, padding=1), "w8a32")
+    few, many = normal(1, 400, 5, 5), normal(30, 400, 5, 5)
+    first = layer(few), layer(many), layer(few), layer(many)
+    assert torch.equal(first[0], first[2])
+    assert torch.equal(first[1], first[3])
+    forms = [form for form in layer._forms.values() if form.holds_codes]
+    assert len(forms) + (layer._buffers["int8_weights"] is not None) == 1, "few windows and many in turn"
 
 
 def test_layers_with_the_same_codes_share_the_form_made_of_them():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import functools
 import io
 import itertools
 import random
@@ -352,39 +351,3 @@ def test_data_that_can_be_read_again_is_not_complained_of(tmp_path):
         callback = TinyQCallback("w8a32", report=False, save=False)
         trainer(tmp_path, keeper(tmp_path), callback).fit(Net(), loader(shuffle=True), loader(seed=1))
     assert not [str(each.message) for each in caught if "TinyQ" in str(each.message)]
-
-
-SEEN = []
-
-
-@functools.lru_cache
-def cached(epoch):
-    return epoch
-
-
-class Gathers(Net):
-    """Keeps what it sees in a global, in a cache and in what a function closes over."""
-
-    def __init__(self):
-        super().__init__()
-        count = 0
-
-        def counting():
-            nonlocal count
-            count += 1
-
-        self.counting = counting
-
-    def on_validation_epoch_end(self):
-        SEEN.append(self.global_step)
-        cached(len(SEEN))
-        self.counting()
-
-
-@pytest.mark.filterwarnings("default:TinyQ. the .* loop changed what lies outside")
-def test_what_a_loop_changes_outside_of_objects_is_named(tmp_path):
-    with pytest.warns(UserWarning, match="changed what lies outside of its objects") as told:
-        trainer(tmp_path, TinyQCallback("w8a32")).fit(Gathers(), loader(), loader(seed=1))
-    message = next(str(each.message) for each in told if "lies outside" in str(each.message))
-    for name in ("the global SEEN", "the cache of cached", "count, which"):
-        assert name in message

@@ -108,9 +108,9 @@ def _materialize(model: nn.Module, entries: Sequence[Mapping[str, Any]], state: 
     """Give lazy layers the sizes that the codes have: they have seen no input yet."""
     modules, prefixes = dict(model.named_modules()), prefixes_of_codes(state)
     for entry in entries:
-        found, module = find_codes(prefixes, [entry["name"]]), modules.get(entry["name"])
-        layer: Any = module if isinstance(module, LazyModuleMixin) else None
-        if found and layer is not None and layer.has_uninitialized_params():
+        layer: Any = modules.get(entry["name"])
+        found = find_codes(prefixes, [entry["name"]])
+        if found and issubclass(type(layer), LazyModuleMixin) and layer.has_uninitialized_params():
             shape = list(state[f"{found[0]}int8_weights"].shape)
             linear, transposed = len(shape) == 2, getattr(layer, "transposed", False)
             channels = shape[1] if linear else shape[0] if transposed else shape[1] * layer.groups

@@ -258,7 +258,7 @@ def check_layers(content: Mapping[str, Any], path: str | os.PathLike[str]) -> No
 def _check_codes(state: Mapping[str, Any], prefix: str, path: str | os.PathLike[str]) -> None:
     codes, scales = state[f"{prefix}{_CODES}"], state.get(f"{prefix}scales")
     wrong = ""
-    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.dim() < 2:
+    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.dim() < 2 or codes.layout != torch.strided:
         wrong = f"{_CODES} holds no codes of {torch.int8}"
     elif not isinstance(scales, Tensor) or scales.dtype != torch.float32 or not _is_one_a_row(scales, codes):
         wrong = "scales is not one float32 for each row of codes"

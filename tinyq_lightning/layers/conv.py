@@ -198,7 +198,8 @@ class QuantizedConv(MultiplyingLayer):
         kernel = self._formula_name()
         if not in_transform():  # integers of what is not dense would lie in another order
             x = x.contiguous(memory_format=layout_of(x))
-        return quantized_convolution(method, kernel, x, self.int8_weights, self.scales, bias, geometry)
+        codes = self.int8_weights if in_transform() else self._codes_for_a_call()
+        return quantized_convolution(method, kernel, x, codes, self.scales, bias, geometry)
 
     def _form_on(self, x: Tensor) -> ConvForm | None:
         """The weights as the kernel for ``x`` takes them; None if it takes the plain codes."""

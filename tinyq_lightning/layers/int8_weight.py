@@ -111,6 +111,12 @@ class Int8Weight(QuantizedLayer):
                     codes = self._buffers["int8_weights"] = cast(CodeHolder, self._forms.holder()).codes()
         return codes
 
+    def _codes_for_a_call(self) -> Tensor:
+        """The codes, as :attr:`int8_weights`, but not kept beside a form that holds them."""
+        with _lock:
+            codes, holder = self._buffers["int8_weights"], self._forms.holder()
+            return holder.codes() if codes is None and holder is not None else self.int8_weights
+
     @int8_weights.setter
     def int8_weights(self, codes: Tensor) -> None:
         with _lock:

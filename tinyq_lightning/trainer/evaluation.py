@@ -273,7 +273,8 @@ def _isolated(
             start.put_back(files=False)
         yield
     finally:
-        outside, changed = snapshot.changed_outside(), snapshot.put_back()
+        outside = snapshot.changed_outside()
+        changed = snapshot.put_back()
         if start is not None:
             trainer.strategy.model_to_device()  # an inner Trainer leaves the module on the CPU
         if changed:
@@ -283,8 +284,8 @@ def _isolated(
             )
         if outside:
             rank_zero_warn(
-                f"TinyQ: the {_NAMES[stage]} loop changed what lies outside of its objects and is not put back "
-                f"({', '.join(outside)}), so a run of it with other weights may see it"
+                f"TinyQ: the {_NAMES[stage]} loop changed what is not put back ({', '.join(outside)}). If a metric "
+                "depends on it, float and quantized metrics mix: keep it on the module, where each model has its own"
             )
 
 

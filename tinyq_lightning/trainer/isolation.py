@@ -119,7 +119,7 @@ class Snapshot:
         return changed
 
     def changed_outside(self) -> list[str]:
-        """Where something was changed that is not put back, since it is outside of objects, such as a global."""
+        """Where the user's functions changed what belongs to no object and is not put back, such as a global."""
         return self._outside.changed()
 
 
