@@ -11,6 +11,7 @@ from tinyq_lightning.version import __version__
 if TYPE_CHECKING:
     from tinyq_lightning.callback import TinyQCallback
     from tinyq_lightning.file import QuantizedCheckpointMixin, load_quantized
+    from tinyq_lightning.handover import ExportReport, export
     from tinyq_lightning.kernels import w8_a8_forward, w8_a16_forward, w8_a32_forward
     from tinyq_lightning.layers import W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
     from tinyq_lightning.plan import Decision, Plan, quantize, quantized
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # torch and Lightning take seconds to import, so names are looked up when they are first touched.
 _MODULES = {
     "Decision": "plan",
+    "ExportReport": "handover",
     "Plan": "plan",
     "QuantizationSpec": "spec",
     "QuantizedCheckpointMixin": "file",
@@ -30,6 +32,7 @@ _MODULES = {
     "W8A8LinearLayer": "layers",
     "W8A16LinearLayer": "layers",
     "W8A32LinearLayer": "layers",
+    "export": "handover",
     "load_quantized": "file",
     "quantize": "plan",
     "quantized": "plan",
@@ -45,6 +48,7 @@ _OF_BOTH = {"QuantizedModelSummary", "TinyQCallback"}
 
 __all__ = [
     "Decision",
+    "ExportReport",
     "Plan",
     "QuantizationSpec",
     "QuantizedCheckpointMixin",
@@ -56,6 +60,7 @@ __all__ = [
     "W8A16LinearLayer",
     "W8A32LinearLayer",
     "__version__",
+    "export",
     "load_quantized",
     "quantize",
     "quantized",
