@@ -70,8 +70,10 @@ class QuantizedCheckpointMixin:
                 )
             content = read_checkpoint(checkpoint_path)
             return load_content(content, cls, kwargs, source, map_location, strict, trust)  # type: ignore[type-var]
+        if weights_only is not None:  # Lightning before 2.6 takes no such argument
+            kwargs["weights_only"] = weights_only
         return super().load_from_checkpoint(  # type: ignore[misc]
-            checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+            checkpoint_path, map_location, hparams_file, strict, **kwargs
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 from collections.abc import Mapping
@@ -12,7 +13,15 @@ import fsspec
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import CheckpointError
-from tinyq_lightning.file import HookView, file_exists, file_sha256, stem_of, why_not_writable, without_training_entries
+from tinyq_lightning.file import (
+    HookView,
+    file_exists,
+    file_sha256,
+    open_checkpoint,
+    stem_of,
+    why_not_writable,
+    without_training_entries,
+)
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
 from tinyq_lightning.trainer.inner_trainer import Moment, shadowed
 from tinyq_lightning.trainer.ranks import is_sharded
@@ -120,7 +129,7 @@ def choose_float_weights(
     if is_sharded(trainer):  # the strategy would load the checkpoint into the module
         return FloatWeights(path, {}, stem_of(path), os.path.dirname(path), note, own)
     try:  # a file that this run wrote may hold objects of the user's classes
-        checkpoint = dict(trainer.strategy.load_checkpoint(path, weights_only=not own))
+        checkpoint = _read(trainer, path, own)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: this run did not write the file, but only resumed from a checkpoint that names it, so it is read "
@@ -128,6 +137,16 @@ def choose_float_weights(
             "Trainer.test(model, ckpt_path=..., weights_only=False) with TinyQCallback(..., when='test_start')"
         ) from error
     return FloatWeights(path, checkpoint, stem_of(path), os.path.dirname(path), note)
+
+
+def _read(trainer: Trainer, path: str, trust: bool) -> dict[str, Any]:
+    load = trainer.strategy.load_checkpoint
+    if "weights_only" in inspect.signature(load).parameters:
+        return dict(load(path, weights_only=not trust))
+    if trust:
+        return dict(load(path))
+    with open_checkpoint(path) as source:  # before 2.6 Lightning cannot be told that a file is not trusted
+        return dict(source.read_all(source.content))
 
 
 def _note_on_current(wanted: str) -> str:
