@@ -19,6 +19,7 @@ __all__ = [
     "example_for",
     "flat_names",
     "import_example",
+    "parameters_of_call",
     "resized",
 ]
 
@@ -128,6 +129,11 @@ def example_for(model: nn.Module, given: Any, method: str) -> Example:
     if not example.tensors():
         raise ModelError(f"the example inputs of {name}.{method} hold no tensor")
     return example
+
+
+def parameters_of_call(model: nn.Module, method: str) -> list[str]:
+    """The names of the parameters of a method."""
+    return list(inspect.signature(getattr(model, method)).parameters)
 
 
 def _as_arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tinyq_lightning.file import make_checkpoint
+from tinyq_lightning.handover import ExportReport
 from tinyq_lightning.plan import Coverage, Plan
 from tinyq_lightning.search import BatchTimes, LayerError, Search, Stopwatch, loses
 from tinyq_lightning.spec import QuantizationSpec
@@ -46,6 +47,7 @@ class Outcome:
         float_path: the float checkpoint, or None.
         quantized_path: the file, or None if none was written.
         note: where the weights come from.
+        exports: what the model was exported in, on rank 0.
         stopwatch: what the run timed for ``never_slower``, or None.
         kept: whether it is saved; not if ``keep: smallest`` chose another method.
     """
@@ -65,6 +67,7 @@ class Outcome:
     note: str = ""
     stopwatch: Stopwatch | None = None
     kept: bool = True
+    exports: tuple[ExportReport, ...] = ()
 
     def results_as(self, label: str) -> Results:
         """The results under another name than the column's."""
