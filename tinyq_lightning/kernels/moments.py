@@ -1,0 +1,107 @@
+"""Second moments of a layer's inputs: what the error of its outputs under other weights can be told from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BLOCK_COLUMNS",
+    "Moments",
+    "moments_bytes",
+]
+
+BLOCK_COLUMNS = 4096
+"""Inputs of more features are taken in blocks of this many: moments of features in different blocks are not kept."""
+
+
+class Moments:
+    """Sums over the inputs that some rows of weights are multiplied with; the inputs themselves are not kept.
+
+    Args:
+        parts: the rows of the weight are so many equal parts, each with inputs of its own, as the groups of a
+            convolution are.
+        columns: features of an input, as many as the weight has columns.
+        device: where the sums are kept.
+
+    Attributes:
+        count: how many inputs each part has had.
+        sums: ``[parts, columns]`` float64.
+        blocks: ``[parts, k, k]`` float32 each: sums of products of two features, of each block of columns.
+    """
+
+    def __init__(self, parts: int, columns: int, device: torch.device | str = "cpu") -> None:
+        sizes = [min(BLOCK_COLUMNS, columns - start) for start in range(0, columns, BLOCK_COLUMNS)]
+        self.count = 0
+        self.sums = torch.zeros(parts, columns, dtype=torch.float64, device=device)
+        self.blocks = [torch.zeros(parts, size, size, dtype=torch.float32, device=device) for size in sizes]
+
+    @property
+    def parts(self) -> int:
+        """How many parts the rows have."""
+        return self.sums.shape[0]
+
+    def add(self, inputs: Tensor) -> None:
+        """Add inputs ``[parts, n, columns]`` of any floating dtype."""
+        inputs = inputs.detach().to(self.sums.device, torch.float32)
+        self.count += inputs.shape[1]
+        self.sums += inputs.sum(1, dtype=torch.float64)
+        for block, part in zip(self.blocks, inputs.split(BLOCK_COLUMNS, -1), strict=True):
+            block.baddbmm_(part.transpose(1, 2), part)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is summed up, to be added to the sums of other processes in place; ``count`` is beside them."""
+        yield self.sums
+        yield from self.blocks
+
+    @property
+    def means(self) -> Tensor:
+        """``[parts, columns]`` float64; zeros without any input."""
+        return self.sums / max(1, self.count)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all sums are: not so if an input was NaN or infinite, or its square beyond float32."""
+        return all(bool(torch.isfinite(each).all()) for each in (self.sums, *self.blocks))
+
+    def matrices(self, centred: bool) -> Iterator[tuple[slice, Tensor]]:
+        """The columns of each block, and its moments for each input: ``[parts, k, k]`` float64, new on each call.
+
+        Args:
+            centred: about the means, not about zero.
+        """
+        start, means = 0, self.means
+        for block in self.blocks:
+            columns = slice(start, start + block.shape[-1])
+            matrix = block.double().div_(max(1, self.count))
+            if centred:
+                matrix.baddbmm_(means[:, columns, None], means[:, None, columns], alpha=-1)
+            yield columns, matrix
+            start = columns.stop
+
+    def output_error(self, change: Tensor, bias_change: Tensor | None = None) -> float:
+        """Mean over the inputs of the squared change of the outputs, summed over the outputs.
+
+        Of features in different blocks only the means count.
+
+        Args:
+            change: of the weight, ``[rows, columns]``.
+            bias_change: ``[rows]``.
+        """
+        change = change.detach().to(self.sums.device, torch.float64).unflatten(0, (self.parts, -1))
+        shift = (change @ self.means[:, :, None]).flatten()
+        if bias_change is not None:
+            shift = shift + bias_change.detach().to(shift)
+        error = shift.square().sum()
+        for columns, matrix in self.matrices(centred=True):
+            part = change[..., columns]
+            error += (part @ matrix).mul_(part).sum()
+        return max(0.0, error.item())
+
+
+def moments_bytes(parts: int, columns: int) -> int:
+    """What :class:`Moments` of these sizes take, in bytes."""
+    sizes = [min(BLOCK_COLUMNS, columns - start) for start in range(0, columns, BLOCK_COLUMNS)]
+    return parts * (8 * columns + sum(4 * size * size for size in sizes))
