@@ -17,7 +17,8 @@ from tinyq_lightning.layers.behaviour import (
 )
 from tinyq_lightning.layers.conv_kind import ConvKind
 from tinyq_lightning.layers.embedding_kind import EmbeddingBagKind, EmbeddingKind
-from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.float_weight import float_weight
+from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
 from tinyq_lightning.layers.matrix import MatrixKind
