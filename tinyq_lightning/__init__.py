@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.file import QuantizedCheckpointMixin, load_quantized
 from tinyq_lightning.kernels import w8_a8_forward, w8_a16_forward, w8_a32_forward
-from tinyq_lightning.layers import W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer, attention
+from tinyq_lightning.layers import (
+    W4A8LinearLayer,
+    W4A16LinearLayer,
+    W4A32LinearLayer,
+    W8A8LinearLayer,
+    W8A16LinearLayer,
+    W8A32LinearLayer,
+    attention,
+)
 from tinyq_lightning.plan import Decision, Plan, quantize, quantized
 from tinyq_lightning.quantizer import Quantizer, replace_linear_with_target_and_quantize
 from tinyq_lightning.spec import QuantizationSpec
@@ -38,6 +46,9 @@ __all__ = [
     "Quantizer",
     "TinyQCallback",
     "TinyQError",
+    "W4A8LinearLayer",
+    "W4A16LinearLayer",
+    "W4A32LinearLayer",
     "W8A8LinearLayer",
     "W8A16LinearLayer",
     "W8A32LinearLayer",

@@ -16,9 +16,12 @@ from tinyq_lightning.kernels.formula import (
     w8_a16_forward,
     w8_a32_forward,
 )
+from tinyq_lightning.kernels.four_bits import quantize_groups_expanded, quantize_groups_with_sqnr
+from tinyq_lightning.kernels.int4 import NibbleWeights
 from tinyq_lightning.kernels.int8 import has_int8_product
 from tinyq_lightning.kernels.integer import takes_integers
 from tinyq_lightning.kernels.lookup import choose_lookup_kernel
+from tinyq_lightning.kernels.nibbles import collapse, expand, four_bit_bytes, multipliers_of, packed_shapes
 from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
 from tinyq_lightning.kernels.recurrent import choose_recurrent_kernel
 from tinyq_lightning.kernels.tracing import in_jit_trace, in_transform, is_exporting, outside_modes
@@ -38,15 +41,19 @@ __all__ = [
     "FloatConvWeights",
     "FormulaName",
     "Geometry",
+    "NibbleWeights",
     "TensorSnapshot",
     "WeightForm",
     "choose_convolution",
     "choose_kernel",
     "choose_lookup_kernel",
     "choose_recurrent_kernel",
+    "collapse",
     "convolve",
     "count_non_finite",
     "dequantize",
+    "expand",
+    "four_bit_bytes",
     "has_float16_product",
     "has_int8_convolution",
     "has_int8_product",
@@ -55,10 +62,14 @@ __all__ = [
     "is_channels_last",
     "is_exporting",
     "layout_of",
+    "multipliers_of",
     "output_sizes",
     "outside_modes",
     "packed_convolution",
     "packed_linear",
+    "packed_shapes",
+    "quantize_groups_expanded",
+    "quantize_groups_with_sqnr",
     "quantize_per_row",
     "quantize_per_row_with_sqnr",
     "quantized_convolution",

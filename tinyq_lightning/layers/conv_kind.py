@@ -13,8 +13,9 @@ from tinyq_lightning.kernels import Choice, choose_convolution
 from tinyq_lightning.layers.conv import QuantizedConv
 from tinyq_lightning.layers.conv_sizes import conv_shape, weight_size
 from tinyq_lightning.layers.convolutions import CONVOLUTIONS
-from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize
+from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.layers.why_float import why_holds_more, why_more_than, why_weight
 from tinyq_lightning.methods import METHODS, KernelName
 

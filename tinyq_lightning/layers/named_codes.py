@@ -13,7 +13,8 @@ from typing_extensions import Self
 from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.kernels import dequantize, in_transform, outside_modes, quantize_per_row
 from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
-from tinyq_lightning.layers.int8_weight import Int8Weight, follow
+from tinyq_lightning.layers.int8_weight import Int8Weight
+from tinyq_lightning.layers.moved import follow
 from tinyq_lightning.layers.quantized_layer import PLACEHOLDER, QuantizedLayer
 
 __all__ = [

@@ -11,9 +11,10 @@ from typing_extensions import Self
 
 from tinyq_lightning.errors import ReadOnlyWeightError
 from tinyq_lightning.kernels import Choice, choose_recurrent_kernel, in_transform
-from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 from tinyq_lightning.layers.named_codes import NamedCodes
+from tinyq_lightning.layers.parametrized import float_weight
 
 __all__ = [
     "RECURRENT",

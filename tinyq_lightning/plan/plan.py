@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tinyq_lightning.kernels import Choice
+from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan.coverage import Coverage, HeldWeight, coverage_of
 from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Rule, RuleBy, deciding_rule, wanted_method
 from tinyq_lightning.table import Table, format_bytes
@@ -71,7 +72,10 @@ class Decision:
     @property
     def memory_bytes(self) -> int:
         """What the layer takes in memory on this machine, once it was called."""
-        return self.bytes + (0 if self.kernel is None else self.kernel.bytes_a_weight - 1) * self.weights
+        if self.kernel is None:
+            return self.bytes
+        expanded = self.kernel.bytes_a_weight - METHODS[self.method].bits / 8
+        return self.bytes + max(0, int(expanded * self.weights))
 
     @property
     def measured(self) -> bool:
