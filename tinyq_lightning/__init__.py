@@ -18,8 +18,9 @@ from tinyq_lightning.layers import (
     W8A32LinearLayer,
     attention,
 )
-from tinyq_lightning.plan import Decision, Plan, quantize, quantized
+from tinyq_lightning.plan import Decision, Plan, quantized
 from tinyq_lightning.quantizer import Quantizer, replace_linear_with_target_and_quantize
+from tinyq_lightning.search import quantize
 from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.version import __version__
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any, Literal
@@ -81,6 +81,8 @@ class TinyQCallback(WatchesValidation):
         keep: of several methods ``all``, or with a budget the ``smallest`` within it; overrides the spec.
         never_slower: whether to time the layers as the evaluation calls them, and to leave float those that int8
             makes slower on this machine; overrides the spec.
+        calibrate: choose codes by what they do to the outputs of layers on so many validation batches, a number or
+            ``{"batches": 8}``; overrides the spec. With ``test_start`` too it is validation data, never what is tested.
         save: whether to write the quantized checkpoint.
         dirpath: the folder of the quantized checkpoint; by default that of the float one, or ``default_root_dir``.
         filename: the name of the quantized checkpoint; by default ``<method>-<float stem>.ckpt``.
@@ -120,6 +122,7 @@ class TinyQCallback(WatchesValidation):
         max_drop: float | str | None = None,
         keep: Literal["all", "smallest"] | None = None,
         never_slower: bool | None = None,
+        calibrate: int | Mapping[str, int] | None = None,
         save: bool = True,
         dirpath: str | None = None,
         filename: str | None = None,
@@ -128,7 +131,8 @@ class TinyQCallback(WatchesValidation):
     ) -> None:
         if report not in (True, False, "full"):
             raise SpecError(f"report must be True, False or 'full', not {report!r}")
-        given = {"kinds": kinds, "when": when, "weights": weights, "keep": keep, "never_slower": never_slower}
+        given: dict[str, Any] = {"kinds": kinds, "when": when, "weights": weights, "keep": keep}
+        given |= {"never_slower": never_slower, "calibrate": calibrate}
         budget = {"monitor": monitor, "mode": mode, "max_drop": max_drop}
         self.spec = with_arguments(as_spec(spec), exclude, given, budget, {"dirpath": dirpath, "filename": filename})
         self.monitor = self.spec.budget.monitor if self.spec.budget else monitor

@@ -53,6 +53,10 @@ class Decision:
         decided_by: what the decision comes from: ``spec`` (its method), ``rule``, ``exclude``, ``tie`` (another
             layer with the same weight), ``layer`` (what the layer is), ``budget`` or ``timing`` (what a run
             measured); ``file`` in a plan that was read from one, which does not say.
+        output_error: with codes that were chosen with data, the mean squared error of the outputs on batches that
+            were held out, as a share of that with the codes chosen without; 1 where these stayed. None if no data was
+            there, or :attr:`uncalibrated` tells why it was not used.
+        uncalibrated: why the codes were chosen without the data that was there; else None.
     """
 
     name: str
@@ -68,6 +72,8 @@ class Decision:
     asked: str | None = field(default=None, compare=False)
     weights: int = field(default=0, compare=False)
     decided_by: DecidedBy = field(default="file", compare=False)
+    output_error: float | None = None
+    uncalibrated: str | None = field(default=None, compare=False)
 
     @property
     def memory_bytes(self) -> int:
@@ -173,6 +179,9 @@ class Plan:
         for decision in self:
             row = asdict(decision) | {"aliases": list(decision.aliases)}
             del row["kernel"], row["weights"], row["decided_by"]
+            for key in ("output_error", "uncalibrated"):  # where no data was there, as in files of earlier versions
+                if row[key] is None:
+                    del row[key]
             rows.append(row)
         return rows
 
@@ -214,6 +223,7 @@ class Plan:
         """A row for each layer, and one for their sum; with kinds if there are several, and kernels if known."""
         kernels = any(decision.kernel for decision in self)
         kinds = len({decision.kind for decision in self}) > 1
+        calibrated = any(decision.output_error is not None or decision.uncalibrated for decision in self)
         rows = [
             [
                 decision.name,
@@ -222,6 +232,7 @@ class Plan:
                 decision.reason,
                 *([decision.kernel.label if decision.kernel else ""] if kernels else []),
                 "" if decision.weight_sqnr_db is None else f"{decision.weight_sqnr_db:.1f}",
+                *([_change(decision)] if calibrated else []),
                 format_bytes(decision.float_bytes),
                 format_bytes(decision.bytes),
             ]
@@ -229,8 +240,17 @@ class Plan:
         ]
         before, after = sum(d.float_bytes for d in self), sum(d.bytes for d in self)
         head = ["layer", *(["kind"] if kinds else []), "method", "reason", *(["kernel"] if kernels else [])]
-        total = [f"{len(self)} layers", *[""] * len(head), format_bytes(before), format_bytes(after)]
-        return Table([*head, "SQNR dB", "float", "now"], [*rows, total], left=len(head))
+        figures = ["SQNR dB", *(["output error"] if calibrated else [])]
+        blank = [""] * (len(head) + len(figures) - 1)
+        total = [f"{len(self)} layers", *blank, format_bytes(before), format_bytes(after)]
+        return Table([*head, *figures, "float", "now"], [*rows, total], left=len(head))
+
+
+def _change(decision: Decision) -> str:
+    """How calibration changed the error of a layer's outputs: ``-62 %``, ``as it was``, or why it did not."""
+    if decision.output_error is None:
+        return decision.uncalibrated or ""
+    return f"{100 * (decision.output_error - 1):+.0f} %" if decision.output_error < 1 else "as it was"
 
 
 def state_bytes(state_dict: Mapping[str, Any]) -> int:

@@ -15,6 +15,7 @@ from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan.checks import refuse_root, sites_for
 from tinyq_lightning.plan.make_layers import QuantizedLayers
 from tinyq_lightning.plan.plan import DecidedBy, Decision
+from tinyq_lightning.plan.recoded import Recoded
 from tinyq_lightning.plan.resolution import resolve
 from tinyq_lightning.plan.sites import Site
 from tinyq_lightning.spec import QuantizationSpec
@@ -88,6 +89,21 @@ class Swap:
         other.plan = replace(self.plan, decisions=tuple(decisions.values()))
         return other
 
+    def recoded(self, found: Mapping[str, Recoded]) -> Swap:
+        """A swap whose layers have other codes and biases of the same weights.
+
+        Args:
+            found: by the name of a layer that this swap quantizes; every other layer is as in this swap.
+        """
+        other, kernel = copy.copy(self), self.plan.spec.kernel
+        other._pairs = [
+            (site, found[site.name].layer(site, layer, kernel) if site.name in found else layer)
+            for site, layer in self._pairs
+        ]
+        decisions = (found[each.name].decision(each) if each.name in found else each for each in self.plan)
+        other.plan = replace(self.plan, decisions=tuple(decisions))
+        return other
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Float inside the block, with each layer called as a module: no fused kernels that go past them."""
@@ -117,6 +133,12 @@ class Swap:
         for site, layer in self._pairs:
             if site.kind.is_called:
                 yield site.name, site.module, layer
+
+    def joint_projections(self) -> Iterator[tuple[str, nn.Module]]:
+        """The names of attention's joint projections, each with the module that may multiply its rows one by one."""
+        for site, _ in self._pairs:
+            if site.attention and site.name.rpartition(".")[2] == "in_proj":
+                yield site.name, site.attention.opened
 
     def put_in(self) -> None:
         """Quantized layers in the model, in the mode (train or eval) of those they stand for."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from tinyq_lightning.methods import KERNELS, KIND_NAMES, METHODS
-from tinyq_lightning.spec.parts import Budget, Rule, RuleBy, Save
+from tinyq_lightning.spec.parts import Budget, Calibrate, Rule, RuleBy, Save
 from tinyq_lightning.spec.reader import Reader, nearest, shown
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Weights",
     "When",
     "check_budget",
+    "check_calibrate",
     "check_choices",
     "check_kinds",
     "check_methods",
@@ -119,7 +120,7 @@ def check_budget(budget: Budget, reader: Reader) -> Budget:
     share = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", drop) if isinstance(drop, str) else None
     if not share and not _is_number(drop):
         reader.fail(f"max_drop must be a number of at least 0 or a share such as '1%', not {shown(drop)}", "max_drop")
-    if evals is not None and not (isinstance(evals, int) and not isinstance(evals, bool) and evals >= 1):
+    if evals is not None and not _is_count(evals):
         reader.fail(f"max_evals must be a whole number of at least 1, not {shown(evals)}", "max_evals")
     if seconds is not None and not (_is_number(seconds) and seconds > 0):
         reader.fail(f"max_seconds must be a number above 0, not {shown(seconds)}", "max_seconds")
@@ -128,6 +129,19 @@ def check_budget(budget: Budget, reader: Reader) -> Budget:
     if budget.monitor is None or reader.text(budget.monitor, "monitor") is None:
         reader.fail("the key 'monitor' is missing")
     return replace(budget, max_drop=drop.strip()) if isinstance(drop, str) else budget
+
+
+def check_calibrate(calibrate: Any, reader: Reader) -> None:
+    """Refuse what is no number of batches."""
+    if not isinstance(calibrate, Calibrate):
+        reader.fail(f"calibrate must be a Calibrate, not {shown(calibrate)}: QuantizationSpec.from_dict takes mappings")
+    if not _is_count(calibrate.batches):
+        given = shown(calibrate.batches)
+        reader.fail(f"batches must be a whole number of at least 1, not {given}", "batches")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_number(value: Any) -> bool:

@@ -19,13 +19,14 @@ from tinyq_lightning.spec.checks import (
     Weights,
     When,
     check_budget,
+    check_calibrate,
     check_choices,
     check_kinds,
     check_methods,
     check_rule,
     check_save,
 )
-from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Rule, RuleBy, Save
+from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Calibrate, Rule, RuleBy, Save
 from tinyq_lightning.spec.places import Origin, apply_override, key_path, read_yaml
 from tinyq_lightning.spec.reader import Reader, shown
 
@@ -38,6 +39,7 @@ __all__ = [
     "SpecOrMethods",
     "as_spec",
     "parse_budget",
+    "parse_calibrate",
 ]
 
 
@@ -61,6 +63,7 @@ class QuantizationSpec:
         methods: where a run is to compare several methods, all of them, ``method`` the first; else empty.
         keep: which of several methods' files are written: ``all``, or with a budget the ``smallest``.
         never_slower: whether a run is to time the layers, and to leave float those that int8 makes slower.
+        calibrate: on how many batches codes are to be chosen, or None.
         origin: where each key was written, for errors.
     """
 
@@ -77,6 +80,7 @@ class QuantizationSpec:
     keep: Keep = "all"
     never_slower: bool = False
     kinds: tuple[str, ...] = KIND_NAMES
+    calibrate: Calibrate | None = None
     origin: Origin = field(default_factory=Origin, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +98,8 @@ class QuantizationSpec:
         if self.methods:
             object.__setattr__(self, "method", self.methods[0])
         object.__setattr__(self, "methods", tuple(self.methods) if len(self.methods) > 1 else ())
+        if self.calibrate is not None:
+            check_calibrate(self.calibrate, reader.below("calibrate"))
         if self.budget is not None:
             object.__setattr__(self, "budget", check_budget(self.budget, reader.below("budget")))
 
@@ -164,7 +170,8 @@ class QuantizationSpec:
             "keep": self.keep,
         }
         # only where it is asked for, which a file's spec never does: what was timed is among its rules
-        return content | ({"never_slower": True} if self.never_slower else {})
+        content |= {"never_slower": True} if self.never_slower else {}
+        return content | ({"calibrate": asdict(self.calibrate)} if self.calibrate else {})
 
     def each(self) -> tuple[QuantizationSpec, ...]:
         """One spec for each method asked for, without what is a run's to decide among them and from timings."""
@@ -219,6 +226,7 @@ _KEYS = (
     "save",
     "keep",
     "never_slower",
+    "calibrate",
 )
 
 
@@ -249,6 +257,7 @@ def _parse(content: Any, origin: Origin) -> QuantizationSpec:
         method,
         rules=tuple(_parse_rule(rule, reader.below("rules", i)) for i, rule in enumerate(rules)),
         budget=parse_budget(given.pop("budget", None), reader.below("budget")),
+        calibrate=parse_calibrate(given.pop("calibrate", None), reader),
         save=_parse_save(given.pop("save", None), reader.below("save")),
         methods=methods,
         origin=origin,
@@ -285,3 +294,19 @@ def parse_budget(value: Any, reader: Reader) -> Budget | None:
     given = reader.mapping(value, known, required=("monitor", "max_drop"))
     values: Any = [given.get(key) for key in known]
     return Budget(*values)
+
+
+def parse_calibrate(value: Any, reader: Reader) -> Calibrate | None:
+    """On how much data codes are chosen, from a number of batches or a mapping; None for none.
+
+    Args:
+        value: at the key ``calibrate``.
+        reader: of the spec.
+    """
+    if value is None:
+        return None
+    if isinstance(value, int):
+        value = {"batches": value}
+    below = reader.below("calibrate")
+    given = below.mapping(value, ("batches",), required=("batches",))
+    return Calibrate(given["batches"])
