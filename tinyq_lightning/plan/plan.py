@@ -229,7 +229,7 @@ class Plan:
                 decision.name,
                 *([decision.kind] if kinds else []),
                 decision.method,
-                decision.reason,
+                decision.reason + (f"; not calibrated: {decision.uncalibrated}" if decision.uncalibrated else ""),
                 *([decision.kernel.label if decision.kernel else ""] if kernels else []),
                 "" if decision.weight_sqnr_db is None else f"{decision.weight_sqnr_db:.1f}",
                 *([_change(decision)] if calibrated else []),
@@ -247,9 +247,9 @@ class Plan:
 
 
 def _change(decision: Decision) -> str:
-    """How calibration changed the error of a layer's outputs: ``-62 %``, ``as it was``, or why it did not."""
+    """How calibration changed the error of a layer's outputs: ``-62 %``, or ``as it was``; empty if it was left."""
     if decision.output_error is None:
-        return decision.uncalibrated or ""
+        return ""
     return f"{100 * (decision.output_error - 1):+.0f} %" if decision.output_error < 1 else "as it was"
 
 

@@ -13,7 +13,7 @@ from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan import Recoded, Swap
 from tinyq_lightning.search import calibrate
 from tinyq_lightning.trainer.checks import why_never_validated
-from tinyq_lightning.trainer.evaluation import run_evaluation
+from tinyq_lightning.trainer.evaluation import dataloaders, run_evaluation
 from tinyq_lightning.trainer.inner_trainer import Moment, quiet, state_roots
 from tinyq_lightning.trainer.isolation import Snapshot
 
@@ -118,5 +118,5 @@ def _set_up_validation_data(trainer: Trainer) -> None:
         raise EvaluationError(
             f"the validation dataloader could not be had in this test run ({type(error).__name__}: {error}): {advice}"
         ) from error
-    if not loop._combined_loader or not loop._combined_loader.flattened:
+    if not dataloaders(trainer, "validate"):
         raise EvaluationError(f"the validation dataloader of this test run is empty: {advice}")
