@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import Any
@@ -136,9 +136,8 @@ def verify(args: Namespace) -> Answer:
         return Answer(text, data)
     plan = _plan(tinyq)
     with Archive(args.float, args.trust) as source, progress("quantizing again") as around:
-        again = quantize_file(
-            source, model_class(args.model, source, args.trust), plan.to_spec(), args.init, around, args.trust
-        )
+        spec = replace(plan.to_spec(), calibrate=None)  # the data is not here
+        again = quantize_file(source, model_class(args.model, source, args.trust), spec, args.init, around, args.trust)
     if tinyq["float_sha256"] not in (None, again["tinyq"]["float_sha256"]):
         text += f"\n{args.float}: this is not the float file it was made from, by SHA-256"
         return Answer(text, data | {"same": False, "differs": ["float_sha256"]}, good=False)
@@ -147,21 +146,50 @@ def verify(args: Namespace) -> Answer:
         text += f"\n{args.float}: quantized again it differs in {', '.join(differs)}"
     else:
         text += f"\n{args.float}: quantized again it gives the same tensors, plan and content, bit by bit"
+        if by_data := _chosen_by_data(tinyq):
+            text += f"; but for codes and biases of {len(by_data)} layers, which were chosen by data that is not here"
     return Answer(text, data | {"same": not differs, "differs": differs}, good=not differs)
 
 
 def _differences(content: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
-    """Names of tensors and entries that differ. Metrics and versions depend on the run, and are not compared."""
-    pairs = [("state_dict.", content["state_dict"], again["state_dict"])]
-    pairs.append(("tinyq.", {"plan": content["tinyq"]["plan"]}, {"plan": again["tinyq"]["plan"]}))
+    """Names of tensors and entries that differ.
+
+    Metrics and versions depend on the run, codes and biases of calibrated layers on its data. They are not compared.
+    """
+    by_data = _chosen_by_data(content["tinyq"])
+    states = [_without_codes(each["state_dict"], by_data) for each in (content, again)]
+    plans = [{"plan": _comparable(each["tinyq"]["plan"], by_data)} for each in (content, again)]
     apart = ("state_dict", "tinyq", "pytorch-lightning_version")
     rest = [{key: value for key, value in each.items() if key not in apart} for each in (content, again)]
-    pairs.append(("", rest[0], rest[1]))
     return [
         prefix + name
-        for prefix, one, other in pairs
+        for prefix, (one, other) in (("state_dict.", states), ("tinyq.", plans), ("", rest))
         for name in {**one, **other}
         if name not in one or name not in other or digest_of(one[name]) != digest_of(other[name])
+    ]
+
+
+def _chosen_by_data(tinyq: Mapping[str, Any]) -> set[str]:
+    """The names of the layers whose codes or biases calibration has chosen."""
+    share = {entry["name"]: entry.get("output_error") for entry in tinyq["plan"]}
+    return {name for name, each in share.items() if each is not None and each < 1}
+
+
+def _without_codes(state_dict: Mapping[str, Any], layers: Collection[str]) -> dict[str, Any]:
+    chosen = {f".{name}.{part}" for name in layers for part in ("int8_weights", "int4_weights", "bias")}
+    return {key: value for key, value in state_dict.items() if not any(f".{key}".endswith(each) for each in chosen)}
+
+
+def _comparable(plan: Sequence[Mapping[str, Any]], by_data: Collection[str]) -> list[dict[str, Any]]:
+    """The entries without what only data tells."""
+    left = {"output_error", "uncalibrated"}
+    return [
+        {
+            key: value
+            for key, value in entry.items()
+            if key not in left | ({"weight_sqnr_db"} if entry["name"] in by_data else set())
+        }
+        for entry in plan
     ]
 
 

@@ -187,6 +187,8 @@ def _is_decision(value: Any) -> bool:
         and _is_text_or_none(value.get("tied_to"))
         and _is_text(value.get("kind", ""))
         and _is_text_or_none(value.get("asked"))
+        and _is_text_or_none(value.get("uncalibrated"))
+        and (value.get("output_error") is None or _is_number(value["output_error"]))
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -55,7 +55,7 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32", calibration: Iterable[A
     warn_of_unkept(asked, 3, calibrated=True)
     swap = Swap(model, asked)
     passes = passes_over_data(swap)
-    if passes > 1 and iter(calibration) is calibration:
+    if passes > 1 and isinstance(calibration, Iterator):
         raise ModelError(
             f"calibration: the moments of this model's inputs take {passes} passes over the data, and an iterator can "
             "be read once: give a list, a DataLoader, or something else that begins anew"
