@@ -16,6 +16,7 @@ from torch import nn
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.file import replace_file
 from tinyq_lightning.layers import LAYERS, QuantizedLinear, float_weight, is_replaceable, kind_of
+from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan import (
     Plan,
     Site,
@@ -62,7 +63,7 @@ class Quantizer:
         """Quantize the model in place and return it.
 
         Args:
-            q_method: ``w8a32``, ``w8a16`` or ``w8a8``.
+            q_method: ``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16`` or ``w4a8``.
             module_not_to_quantize: patterns of layers to leave float; names as in the tutorial do.
 
         Returns:
@@ -162,8 +163,9 @@ def _target_layer(site: Site, target_class: Any, shares: Any) -> nn.Module | Non
         if isinstance(site.module, nn.Linear):
             layer = target_class.from_linear(site.module, shares)
         else:  # tied to one, whose codes it shares
-            codes = quantized_weights(site)[0] if shares is None else shares.coded_weights()
-            layer = site.kind.make(site.module, codes, target_class.method, "auto")
+            method = target_class.method
+            codes = quantized_weights(site, METHODS[method].bits)[0] if shares is None else shares.coded_weights()
+            layer = site.kind.make(site.module, codes, method, "auto")
     elif isinstance(site.module, nn.Linear) and _is_plain(site):
         layer = _foreign_layer(site.module, target_class)
     else:

@@ -2,7 +2,13 @@
 
 from tinyq_lightning.kernels.base import Choice, CodeHolder, TensorSnapshot, WeightForm
 from tinyq_lightning.kernels.choice import FORMS, choose_kernel, wanted_kernel, weight_form
-from tinyq_lightning.kernels.conv_choice import CONV_FORMS, ConvShape, choose_convolution, packed_convolution
+from tinyq_lightning.kernels.conv_choice import (
+    CONV_FORMS,
+    ConvShape,
+    choose_convolution,
+    convolve_once,
+    packed_convolution,
+)
 from tinyq_lightning.kernels.conv_forms import ConvForm, FloatConvWeights
 from tinyq_lightning.kernels.conv_layout import LAYOUTS, is_channels_last, layout_of
 from tinyq_lightning.kernels.conv_onednn import has_int8_convolution
@@ -59,6 +65,7 @@ __all__ = [
     "choose_recurrent_kernel",
     "collapse",
     "convolve",
+    "convolve_once",
     "count_non_finite",
     "dequantize",
     "expand",

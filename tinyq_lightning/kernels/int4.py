@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -25,13 +25,19 @@ __all__ = [
 _BLOCK_WEIGHTS = 262_144
 
 
+def _as_it_is(codes: Tensor) -> Tensor:
+    return codes
+
+
 class NibbleWeights(CodeHolder):
     """Codes of four bits, two a byte, with the multipliers of their groups: the only copy of the codes in memory.
 
     Args:
-        codes: ``multiplier * code``, ``[out, in]`` int8.
+        codes: ``multiplier * code``, int8 in the shape of the weight.
         scales: ``[out]`` float32.
         multipliers: ``[out, ceil(groups / 2)]`` uint8, packed.
+        to_rows: brings codes into ``[out, in]``.
+        from_rows: its inverse.
 
     Attributes:
         int4_weights: ``[out, ceil(in / 2)]`` uint8, packed.
@@ -39,9 +45,18 @@ class NibbleWeights(CodeHolder):
 
     bytes_a_weight = 0.52
 
-    def __init__(self, codes: Tensor, scales: Tensor, multipliers: Tensor) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        multipliers: Tensor,
+        to_rows: Callable[[Tensor], Tensor] = _as_it_is,
+        from_rows: Callable[[Tensor], Tensor] = _as_it_is,
+    ) -> None:
         super().__init__(codes, scales)
-        self.int4_weights, self._multipliers = collapse(codes, multipliers), multipliers
+        rows = to_rows(codes)
+        self.int4_weights, self._multipliers = collapse(rows, multipliers), multipliers
+        self._columns, self._from_rows = rows.shape[1], from_rows
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,7 +90,7 @@ class NibbleWeights(CodeHolder):
 
     @override
     def _unpacked(self) -> Tensor:
-        return expand(self.int4_weights, self._multipliers, self.shape[1])
+        return self._from_rows(expand(self.int4_weights, self._multipliers, self._columns))
 
 
 class _Int4(Kernel):

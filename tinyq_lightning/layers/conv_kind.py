@@ -48,7 +48,7 @@ class ConvKind(Kind):
 
     @override
     def methods_of(self, layer: Any) -> tuple[str, ...]:
-        return ("w8a32",) if layer.transposed else self.methods
+        return ("w8a32", "w4a32") if layer.transposed else self.methods
 
     @override
     def choice(self, layer: Any, method: str, kernel: KernelName) -> Choice | None:

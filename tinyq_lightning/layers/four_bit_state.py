@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tinyq_lightning.kernels import collapse, expand, multipliers_of, packed_shapes
 
 __all__ = [
+    "expanded_codes",
     "load_four_bits",
     "packed_codes",
     "why_malformed",
@@ -69,22 +70,34 @@ def load_four_bits(
         error_msgs: is added to.
     """
     own, packed = f"{prefix}int8_weights", f"{prefix}int4_weights"
-    codes, wrong = _expanded(state_dict.get(packed), state_dict.get(f"{prefix}multipliers"), shape)
+    codes, wrong = expanded_codes(state_dict, prefix, shape)
     state = {key: value for key, value in state_dict.items() if key not in (own, packed)}
     state |= {} if codes is None else {own: from_rows(codes)}
     missing = list[str]()
     load(state, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
     missing_keys += [packed if key == own else key for key in missing if key != own or packed not in state_dict]
     unexpected_keys += [own] if strict and own in state_dict else []
-    error_msgs += [prefix + wrong] if wrong else []
+    error_msgs += [wrong] if wrong else []
 
 
-def _expanded(packed: Any, multipliers: Any, shape: Sequence[int]) -> tuple[Tensor | None, str]:
-    """Codes ``[rows, columns]`` int8, None without any; and what is malformed, empty if nothing is."""
+def expanded_codes(state_dict: Mapping[str, Any], prefix: str, shape: Sequence[int]) -> tuple[Tensor | None, str]:
+    """The int8 codes of a weight whose packed codes are in a state dict.
+
+    Args:
+        state_dict: with ``int4_weights`` and ``multipliers`` below the prefix, or without.
+        prefix: of the weight, with its dot.
+        shape: rows and columns of the weight.
+
+    Returns:
+        codes: ``[rows, columns]`` int8; None if there are none, or malformed ones.
+        wrong: what is malformed, in words; empty if nothing is.
+    """
+    packed, multipliers = state_dict.get(f"{prefix}int4_weights"), state_dict.get(f"{prefix}multipliers")
     if packed is None or multipliers is None:
         return None, ""
-    wrong = why_malformed(packed, multipliers, shape)
-    return (None, wrong) if wrong else (expand(packed, multipliers.to(packed.device), shape[1]), "")
+    if wrong := why_malformed(packed, multipliers, shape):
+        return None, prefix + wrong
+    return expand(packed, multipliers.to(packed.device), shape[1]), ""
 
 
 def why_malformed(packed: Any, multipliers: Any, shape: Sequence[int]) -> str:

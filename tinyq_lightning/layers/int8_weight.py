@@ -210,6 +210,10 @@ class Int8Weight(QuantizedLayer):
             self.int8_weights = codes
         return self
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scales and multipliers, as :meth:`take_codes` has them."""
+        return self.int8_weights, self.scales, self._buffers.get("multipliers")
+
     def _hold_four_bits(self) -> None:
         """Be a layer whose weight has four bits, with multipliers of 1."""
         codes = self._to_rows(self.int8_weights)
@@ -231,7 +235,7 @@ class Int8Weight(QuantizedLayer):
     def share(self, other: QuantizedLayer) -> Self:
         """Take the codes and scales of ``other``: the same memory, not a copy. Returns the layer."""
         (holder,) = other.coded_weights().values()
-        return self.take_codes(holder.int8_weights, holder.scales, holder._buffers.get("multipliers"))
+        return self.take_codes(*holder.tensors())
 
     def dequantize(self) -> Tensor:
         """The weight as floats: ``[rows, columns]`` float32 (float64 where the layer's dtype is that)."""

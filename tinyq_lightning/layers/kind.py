@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tinyq_lightning.kernels import Choice, dequantize
+from tinyq_lightning.kernels import Choice, dequantize, four_bit_bytes
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
-from tinyq_lightning.methods import METHODS, KernelName
+from tinyq_lightning.methods import METHODS, KernelName, with_bits
 
 __all__ = [
     "Candidate",
@@ -49,9 +49,14 @@ class WeightSize:
         return math.prod(self.shape)
 
     @property
-    def bytes(self) -> int:
-        """Of codes and scales."""
-        return self.count + _SCALE_BYTES * self.rows
+    def columns(self) -> int:
+        """The number of values that share a scale."""
+        return self.count // self.rows
+
+    def bytes(self, bits: int) -> int:
+        """Of codes of so many bits and of scales; of four bits with the multipliers."""
+        codes = self.count if bits == 8 else four_bit_bytes(self.rows, self.columns)
+        return codes + _SCALE_BYTES * self.rows
 
     def to_rows(self, weight: Tensor) -> Tensor:
         """A weight or codes of :attr:`shape` → ``[rows, columns]``, one row for each scale."""
@@ -94,7 +99,8 @@ class Kind(ABC):
 
     Attributes:
         name: as specs, plans and errors call it; one of ``methods.KIND_NAMES``.
-        methods: those that its quantized layers have. Another that is asked for becomes ``w8a32``.
+        methods: those that its quantized layers have. Another that is asked for becomes ``w4a32``, if it has four bits
+            and the kind has them, or else ``w8a32``.
         why_w8a32: why it becomes that, for the plan.
         is_called: whether its quantized layers are called, so that there are inputs, outputs and times of them.
         why_uncalibrated: why its codes are not chosen with data; None if they are, by :meth:`row_inputs`.
@@ -137,7 +143,10 @@ class Kind(ABC):
         """The method of a float layer for which ``wanted`` is asked, and why it is another; None if it is the same."""
         if wanted in self.methods_of(layer):
             return wanted, None
-        return "w8a32", self.why_w8a32
+        plain = with_bits("w8a32", METHODS[wanted].bits)
+        if plain in self.methods_of(layer):
+            return plain, self.why_w8a32
+        return "w8a32", "its codes have eight bits" if wanted == plain else self.why_w8a32
 
     def choice(self, layer: Any, method: str, kernel: KernelName) -> Choice | None:
         """The kernel that the quantized layer of a float one would take on this CPU; None if there is no choice."""
