@@ -375,3 +375,22 @@ def test_calibrate_without_data_is_carried_out_without_and_told():
         quantize(model, {"calibrate": 8})
     with pytest.raises(SpecError):
         quantize(nn.Sequential(nn.Linear(8, 8)), {"calibrate": {"batches": 0}}, calibration=[torch.randn(4, 8)])
+
+
+def test_sums_of_several_processes_are_combined():
+    model, data = made("words")
+    batches = [data(16, seed) for seed in range(4)]
+    swap = Swap(model, QuantizationSpec())
+    combined = []
+
+    def twice(sums):
+        combined.append(sums.shape)
+        sums += sums.clone()
+
+    alone, doubled = (calibration.calibrate(swap, reader(model, batches), each) for each in (None, twice))
+
+    assert combined
+    for name, found in alone.items():
+        assert doubled[name].output_error == pytest.approx(found.output_error)
+        assert (found.codes is None) == (doubled[name].codes is None)
+        assert found.codes is None or torch.equal(found.codes.int8_weights, doubled[name].codes.int8_weights)

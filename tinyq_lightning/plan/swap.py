@@ -185,5 +185,6 @@ def _switched(site: Site, decision: Decision, partner: str, change: tuple[str, s
         by, reason = "tie", f"tied to {partner}.weight ({reason})"
     changed = replace(decision, method=method, reason=reason, asked=None, decided_by=by)
     if method == "float":
-        return replace(changed, weight_sqnr_db=None, bytes=decision.float_bytes, kernel=None)
+        changed = replace(changed, weight_sqnr_db=None, output_error=None, uncalibrated=None)
+        return replace(changed, bytes=decision.float_bytes, kernel=None)
     return changed
