@@ -1,11 +1,11 @@
-"""The commands on files: ``quantize``, ``inspect``, ``verify`` and ``export``."""
+"""The commands on files: ``quantize``, ``inspect`` and ``verify``."""
 
 from __future__ import annotations
 
 import copy
 import os
 from argparse import Namespace
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import Any
@@ -13,29 +13,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinyq_lightning.command.answer import Answer, file_size, model_class, progress
+from tinyq_lightning.command.differences import chosen_by_data, differences
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import (
     Archive,
     FloatFile,
     check_format,
-    digest_of,
     escaped,
     file_exists,
     is_quantized,
     quantize_file,
     quantized_path,
     read_checkpoint,
-    read_safetensors,
     stem_of,
     write_checkpoint,
-    write_safetensors,
 )
-from tinyq_lightning.plan import Decision, Plan, file_coverage, resolve
+from tinyq_lightning.plan import MANY_LAYERS, Decision, Plan, file_coverage, resolve
 from tinyq_lightning.spec import QuantizationSpec, as_spec
-from tinyq_lightning.table import Table, format_bytes
+from tinyq_lightning.table import Table, format_bytes, screen_width
 
 __all__ = [
-    "export",
     "inspect",
     "quantize",
     "verify",
@@ -57,7 +54,7 @@ def quantize(args: Namespace) -> Answer:
     write_checkpoint(content, path)
     before, after = sum(d.float_bytes for d in plan), sum(d.bytes for d in plan)
     text = (
-        f"{plan.table()}\n\n"
+        f"{_on_screen(plan)}\n\n"
         f"{file_coverage(plan, content['state_dict'])}\n"
         f"float      {args.checkpoint}  {file_size(args.checkpoint)}\n"
         f"quantized  {path}  {file_size(path)}"
@@ -79,7 +76,7 @@ def inspect(args: Namespace) -> Answer:
         f"format {tinyq['format_version']}, epoch {content.get('epoch')}, step {content.get('global_step')}",
         str(file_coverage(plan, content["state_dict"])),
         "",
-        plan.table(),
+        _on_screen(plan),
         "",
         *_metrics_lines(tinyq, plan.label),
         f"made from   float file with SHA-256 {tinyq['float_sha256'] or 'unknown: weights that were not in a file'}",
@@ -121,7 +118,7 @@ def _inspect_float(args: Namespace, source: Archive) -> Answer:
             return stack
 
         plan = resolve(_spec(args), model.module, present)
-    text = f"{head}\nWhat would be quantized:\n\n{plan.table()}"
+    text = f"{head}\nWhat would be quantized:\n\n{_on_screen(plan)}"
     return Answer(text, data | {"plan": plan.to_list()})
 
 
@@ -141,72 +138,14 @@ def verify(args: Namespace) -> Answer:
     if tinyq["float_sha256"] not in (None, again["tinyq"]["float_sha256"]):
         text += f"\n{args.float}: this is not the float file it was made from, by SHA-256"
         return Answer(text, data | {"same": False, "differs": ["float_sha256"]}, good=False)
-    differs = _differences(content, again)
+    differs = differences(content, again)
     if differs:
         text += f"\n{args.float}: quantized again it differs in {', '.join(differs)}"
     else:
         text += f"\n{args.float}: quantized again it gives the same tensors, plan and content, bit by bit"
-        if by_data := _chosen_by_data(tinyq):
+        if by_data := chosen_by_data(tinyq):
             text += f"; but for codes and biases of {len(by_data)} layers, which were chosen by data that is not here"
     return Answer(text, data | {"same": not differs, "differs": differs}, good=not differs)
-
-
-def _differences(content: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
-    """Names of tensors and entries that differ.
-
-    Metrics and versions depend on the run, codes and biases of calibrated layers on its data. They are not compared.
-    """
-    by_data = _chosen_by_data(content["tinyq"])
-    states = [_without_codes(each["state_dict"], by_data) for each in (content, again)]
-    plans = [{"plan": _comparable(each["tinyq"]["plan"], by_data)} for each in (content, again)]
-    apart = ("state_dict", "tinyq", "pytorch-lightning_version")
-    rest = [{key: value for key, value in each.items() if key not in apart} for each in (content, again)]
-    return [
-        prefix + name
-        for prefix, (one, other) in (("state_dict.", states), ("tinyq.", plans), ("", rest))
-        for name in {**one, **other}
-        if name not in one or name not in other or digest_of(one[name]) != digest_of(other[name])
-    ]
-
-
-def _chosen_by_data(tinyq: Mapping[str, Any]) -> set[str]:
-    """The names of the layers whose codes or biases calibration has chosen."""
-    share = {entry["name"]: entry.get("output_error") for entry in tinyq["plan"]}
-    return {name for name, each in share.items() if each is not None and each < 1}
-
-
-def _without_codes(state_dict: Mapping[str, Any], layers: Collection[str]) -> dict[str, Any]:
-    chosen = {f".{name}.{part}" for name in layers for part in ("int8_weights", "int4_weights", "bias")}
-    return {key: value for key, value in state_dict.items() if not any(f".{key}".endswith(each) for each in chosen)}
-
-
-def _comparable(plan: Sequence[Mapping[str, Any]], by_data: Collection[str]) -> list[dict[str, Any]]:
-    """The entries without what only data tells."""
-    left = {"output_error", "uncalibrated"}
-    return [
-        {
-            key: value
-            for key, value in entry.items()
-            if key not in left | ({"weight_sqnr_db"} if entry["name"] in by_data else set())
-        }
-        for entry in plan
-    ]
-
-
-EXPORTS: dict[str, tuple[str, Callable[[str], dict[str, Any]], Callable[[Mapping[str, Any], str], None]]] = {
-    "safetensors": (".safetensors", read_checkpoint, write_safetensors),
-    "ckpt": (".ckpt", read_safetensors, write_checkpoint),
-}
-"""For each format of ``--to``: the ending of its files, what reads the file given, and what writes the one wanted."""
-
-
-def export(args: Namespace) -> Answer:
-    """Convert a quantized checkpoint to safetensors, or back."""
-    ending, read, write = EXPORTS[args.to]
-    path = args.output or os.path.splitext(args.checkpoint)[0] + ending
-    _refuse_overwriting(args, path)
-    write(read(args.checkpoint), path)
-    return Answer(f"{path}  {file_size(path)}", {"path": path})
 
 
 def _refuse_overwriting(args: Namespace, path: str | None) -> None:
@@ -229,6 +168,11 @@ def _plan(tinyq: Mapping[str, Any]) -> Plan:
         return Plan(decisions, QuantizationSpec.from_dict(_as_text(tinyq["spec"])))
     except Exception as error:  # SpecError, or another for values that no YAML has
         raise CheckpointError(f"the file is damaged: tinyq.spec is no spec: {error}") from error
+
+
+def _on_screen(plan: Plan) -> str:
+    """The plan as a table that fits the terminal, in groups of layers if it has many."""
+    return plan.table(screen_width(), group=len(plan) > MANY_LAYERS)
 
 
 def _as_text(value: Any) -> Any:

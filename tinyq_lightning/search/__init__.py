@@ -4,7 +4,7 @@ from tinyq_lightning.search.budget import LADDER, Changes, Search, SearchedLayer
 from tinyq_lightning.search.calibration import calibrate
 from tinyq_lightning.search.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
 from tinyq_lightning.search.quantizing import quantize
-from tinyq_lightning.search.timer import BatchTimes, Timing, time_in_turns
+from tinyq_lightning.search.timer import BatchTimes, Timing, evaluating, time_in_turns
 from tinyq_lightning.search.timing import Stopwatch
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Stopwatch",
     "Timing",
     "calibrate",
+    "evaluating",
     "evaluation_limit",
     "loses",
     "measured_layers",
