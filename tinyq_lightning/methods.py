@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
+    "FORMAT_NAMES",
     "KERNELS",
     "KIND_NAMES",
     "METHODS",
@@ -64,3 +65,12 @@ number of threads; the textbook formula."""
 
 KIND_NAMES = ("linear", "attention", "conv", "embedding", "recurrent")
 """The kinds of layer that are quantized unless a spec names fewer."""
+
+
+FORMAT_NAMES = {
+    "pt2": "a program of torch.export, which runs in Python with torch alone",
+    "safetensors": "the tensors, for other languages, and back without a loss",
+    "ckpt": "a Lightning checkpoint",
+}
+"""The formats that a model is exported in, each in a line. They are here, since the command line's help tells them
+without importing torch; :data:`tinyq_lightning.handover.FORMATS` has what writes and runs each."""
