@@ -64,7 +64,7 @@ class Int8Matrix(Int8Weight):
 
     @property
     def weight(self) -> Tensor:
-        """As of every quantized layer; with ``kernel: compact`` four bits are expanded each time that values are read."""
+        """As of every quantized layer; with ``kernel: compact`` four bits are expanded whenever values are read."""
         if self.bits == 4 and wanted_kernel(self.kernel) in ("compact", "int4") and not torch.compiler.is_compiling():
             self.form("int4")
         return super().weight

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from tinyq_lightning.methods import KERNELS, KIND_NAMES, METHODS
+from tinyq_lightning.methods import KERNELS, KIND_NAMES, LADDER, METHODS
 from tinyq_lightning.spec.parts import Budget, Rule, RuleBy, Save
 from tinyq_lightning.spec.reader import Reader, nearest, shown
 
@@ -22,6 +22,7 @@ __all__ = [
     "check_choices",
     "check_kinds",
     "check_methods",
+    "check_on_ladder",
     "check_rule",
     "check_save",
 ]
@@ -127,7 +128,30 @@ def check_budget(budget: Budget, reader: Reader) -> Budget:
         reader.choice(budget.mode, ("min", "max"), "mode")
     if budget.monitor is None or reader.text(budget.monitor, "monitor") is None:
         reader.fail("the key 'monitor' is missing")
+    if budget.ladder is not None:
+        _check_ladder(budget.ladder, reader)
     return replace(budget, max_drop=drop.strip()) if isinstance(drop, str) else budget
+
+
+def _check_ladder(ladder: Sequence[Any], reader: Reader) -> None:
+    """Refuse a ladder of unknown methods, of none but ``float``, or whose methods do not grow."""
+    below = reader.below("ladder")
+    for index, each in enumerate(ladder):
+        below.choice(each, LADDER, "method", index)
+        if index and LADDER.index(each) <= LADDER.index(ladder[index - 1]):
+            below.fail(
+                f"{each} stands after {ladder[index - 1]}: a ladder goes up, as {' → '.join(LADDER)} does", index
+            )
+    if not ladder or ladder[0] == "float":
+        reader.fail("a ladder begins with a method that is not float", "ladder")
+
+
+def check_on_ladder(budget: Budget, methods: Sequence[str], reader: Reader) -> None:
+    """Refuse a method that is asked for and is not on the budget's ladder."""
+    ladder = budget.ladder or methods
+    for method in methods:
+        if method not in ladder:
+            reader.fail(f"the ladder {', '.join(ladder)} lacks {method}, the method that is asked for", "ladder")
 
 
 def _is_number(value: Any) -> bool:

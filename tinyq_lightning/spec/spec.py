@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from tinyq_lightning.spec.checks import (
     check_choices,
     check_kinds,
     check_methods,
+    check_on_ladder,
     check_rule,
     check_save,
 )
@@ -46,7 +47,8 @@ class QuantizationSpec:
     """A method for every layer of the kinds that it names, exclusions, rules, and what happens when.
 
     Attributes:
-        method: for every layer that nothing below names: ``w8a32``, ``w8a16``, ``w8a8`` or ``float``.
+        method: for every layer that nothing below names: ``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16``, ``w4a8``
+            or ``float``.
         kinds: the kinds of layer to quantize, of ``methods.KIND_NAMES``. A layer of another kind that shares its
             weight with one of these is quantized along with it; all others stay float.
         exclude: patterns of layers that are never quantized.
@@ -95,7 +97,9 @@ class QuantizationSpec:
             object.__setattr__(self, "method", self.methods[0])
         object.__setattr__(self, "methods", tuple(self.methods) if len(self.methods) > 1 else ())
         if self.budget is not None:
-            object.__setattr__(self, "budget", check_budget(self.budget, reader.below("budget")))
+            below = reader.below("budget")
+            object.__setattr__(self, "budget", check_budget(self.budget, below))
+            check_on_ladder(self.budget, self.methods or (self.method,), below)
 
     @classmethod
     def from_yaml(cls, path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> QuantizationSpec:
@@ -159,7 +163,7 @@ class QuantizationSpec:
             "weights": self.weights,
             "kernel": self.kernel,
             "non_finite": self.non_finite,
-            "budget": self.budget and asdict(self.budget),
+            "budget": self.budget and self.budget.to_dict(),
             "save": {"dirpath": self.save.dirpath, "filename": self.save.filename},
             "keep": self.keep,
         }
@@ -239,7 +243,9 @@ def _parse(content: Any, origin: Origin) -> QuantizationSpec:
             f"[{', '.join(_FORMER_KINDS)}] to keep that, or kinds: all",
             stacklevel=4,
         )
-    method, methods = given.pop("method", "w8a32"), ()
+    budget = parse_budget(given.pop("budget", None), reader.below("budget"))
+    lowest = budget.ladder[0] if budget and budget.ladder and budget.ladder[0] in METHODS else "w8a32"
+    method, methods = given.pop("method", lowest), ()
     if isinstance(method, list):
         if not method:
             reader.below("method").fail(f"the list of methods is empty. Choose from: {', '.join(METHODS)}")
@@ -248,7 +254,7 @@ def _parse(content: Any, origin: Origin) -> QuantizationSpec:
     return QuantizationSpec(
         method,
         rules=tuple(_parse_rule(rule, reader.below("rules", i)) for i, rule in enumerate(rules)),
-        budget=parse_budget(given.pop("budget", None), reader.below("budget")),
+        budget=budget,
         save=_parse_save(given.pop("save", None), reader.below("save")),
         methods=methods,
         origin=origin,
@@ -281,7 +287,9 @@ def parse_budget(value: Any, reader: Reader) -> Budget | None:
     """A budget from plain data; None for none."""
     if value is None:
         return None
-    known = ("monitor", "mode", "max_drop", "max_evals", "max_seconds")
+    known = ("monitor", "mode", "max_drop", "max_evals", "max_seconds", "ladder")
     given = reader.mapping(value, known, required=("monitor", "max_drop"))
-    values: Any = [given.get(key) for key in known]
-    return Budget(*values)
+    values: dict[str, Any] = {key: given.get(key) for key in known}
+    if values["ladder"] is not None:
+        values["ladder"] = tuple(reader.items(values["ladder"], "ladder"))
+    return Budget(**values)
