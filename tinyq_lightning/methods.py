@@ -9,6 +9,7 @@ __all__ = [
     "FORMAT_NAMES",
     "KERNELS",
     "KIND_NAMES",
+    "LADDER",
     "METHODS",
     "KernelName",
     "Method",
@@ -48,6 +49,10 @@ METHODS = {
         Method("w4a8", 127, digits=1, bits=4),
     )
 }
+
+
+LADDER = ("w4a8", "w4a16", "w4a32", "w8a8", "w8a16", "w8a32", "float")
+"""The methods by the bytes of a weight, then by how finely they hold activations: the way up of a budget's search."""
 
 
 def with_bits(method: str, bits: int) -> str:

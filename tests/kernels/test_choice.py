@@ -109,7 +109,7 @@ def test_without_either_layers_hold_a_float_copy_or_the_formula_runs(method, sha
     with_products(monkeypatch)
     lacking = "no fast and exact int8 product here"
     copied = Choice(
-        "float32" if method == "w8a32" else "float32x1", f"{lacking}: a float copy in memory; the file stays int8"
+        "float32" if method == "w8a32" else "float32x1", f"{lacking}: a float copy in memory; the file stays small"
     )
     assert choose_kernel("auto", METHODS[method], *shape) == copied
     assert choose_kernel("compact", METHODS[method], *shape) == Choice("reference", lacking)

@@ -39,7 +39,7 @@ def main() -> None:
     seed_everything(1, verbose=False)
     torch.set_num_threads(1)
     calibrating.calibrate = both
-    spec = {"method": "w8a32", "weights": "current", "calibrate": {"batches": 2}}
+    spec = {"method": "w4a32", "weights": "current", "calibrate": {"batches": 2}}
     callback = TinyQCallback(spec, report=False, save=False, strict=True)
     run = trainer(root, callback, max_epochs=1, strategy="ddp", devices=2, use_distributed_sampler=True)
     run.fit(Net(32), loader(), loader(seed=1))

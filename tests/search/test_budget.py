@@ -17,8 +17,9 @@ from torch import nn
 
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
 from tinyq_lightning.errors import EvaluationError, SpecError
+from tinyq_lightning.methods import LADDER
 from tinyq_lightning.plan.swap import Swap
-from tinyq_lightning.search.budget import LADDER, SearchedLayer, evaluation_limit, search
+from tinyq_lightning.search.budget import SearchedLayer, evaluation_limit, search
 from tinyq_lightning.spec.spec import Budget
 
 # The search alone, on layers made up

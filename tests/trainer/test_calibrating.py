@@ -19,9 +19,6 @@ from tinyq_lightning import TinyQCallback, load_quantized, quantize
 from tinyq_lightning.command.cli import main
 from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
 
-METHOD = "w8a32"
-
-
 read: list[tuple[int, int]] = []
 """Seed and index of each sample that was read; what a dataset holds is put back after an evaluation."""
 
@@ -45,7 +42,7 @@ def net(width=32):
     return Net(width)
 
 
-def fitted(root, spec=METHOD, module=None, data=None, callback=None, **kwargs):
+def fitted(root, spec="w4a32", module=None, data=None, callback=None, **kwargs):
     """The callback and the module after a run."""
     module = module or net()
     callback = callback or TinyQCallback(spec, **kwargs)
@@ -78,7 +75,7 @@ def test_the_metrics_are_those_of_the_file_that_was_saved(tmp_path):
     callback, _ = fitted(tmp_path, calibrate=4)
     loaded = load_quantized(callback.quantized_path, Net)
     (found,) = trainer(tmp_path).validate(loaded, loader(seed=1), verbose=False)
-    assert found["val_loss"] == callback.results["val_loss"][METHOD]
+    assert found["val_loss"] == callback.results["val_loss"]["w4a32"]
 
 
 def test_the_same_run_gives_the_same_bytes_and_the_spec_it_wrote_does_with_the_same_data(tmp_path):
@@ -116,11 +113,11 @@ def read_for_calibration(root, spec):
 
 
 def test_as_many_validation_batches_as_asked_are_read(tmp_path):
-    assert read_for_calibration(tmp_path, METHOD)[1] == Counter((1, index) for index in range(32))
+    assert read_for_calibration(tmp_path, "w4a32")[1] == Counter((1, index) for index in range(32))
 
 
 def test_methods_with_the_same_codes_are_calibrated_once(tmp_path):
-    callback, more = read_for_calibration(tmp_path, ["w8a16", "w8a8"])
+    callback, more = read_for_calibration(tmp_path, ["w4a16", "w4a8"])
     assert more == Counter((1, index) for index in range(32))
     files = [torch.load(path, weights_only=True)["state_dict"] for path in callback.quantized_paths.values()]
     assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
@@ -129,16 +126,16 @@ def test_methods_with_the_same_codes_are_calibrated_once(tmp_path):
 @pytest.mark.filterwarnings("ignore:TinyQ")
 def test_what_is_timed_and_searched_has_the_calibrated_codes(tmp_path):
     callback, _ = fitted(
-        tmp_path, "w8a8", calibrate=4, never_slower=True, monitor="val_loss", mode="min", max_drop=1e-6, report="full"
+        tmp_path, "w4a8", calibrate=4, never_slower=True, monitor="val_loss", mode="min", max_drop=1e-6, report="full"
     )
     assert callback.error is None
     for decision in callback.plan:
-        assert (decision.output_error is None) == (decision.method == "float")
+        assert (decision.output_error is None) == (not decision.method.startswith("w4"))
 
 
 def test_mixed_precision_is_calibrated_in_float32(tmp_path):
     torch.manual_seed(0)
-    callback = TinyQCallback(METHOD, calibrate=4, report=False)
+    callback = TinyQCallback("w4a32", calibrate=4, report=False)
     run = trainer(tmp_path, callback, precision="bf16-mixed")
     run.fit(net(), loader(), loader(seed=1))
     assert callback.error is None
@@ -154,7 +151,7 @@ def test_without_a_validation_loop_calibration_is_refused_before_training(tmp_pa
     with pytest.raises(
         EvaluationError, match="calibrate chooses codes by the batches of the validation loop, but Blind"
     ):
-        trainer(tmp_path, TinyQCallback(METHOD, calibrate=8)).fit(module, loader())
+        trainer(tmp_path, TinyQCallback("w4a32", calibrate=8)).fit(module, loader())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
@@ -180,12 +177,12 @@ def test_a_test_run_is_calibrated_by_validation_data_and_tests_what_it_would(tmp
             return DataLoader(Recorded(seed=2), batch_size=16)
 
     read.clear()
-    plain, module = TinyQCallback(METHOD, when="test_start", report=False), net()
+    plain, module = TinyQCallback("w4a32", when="test_start", report=False), net()
     trainer(tmp_path / "a", plain).test(module, datamodule=Data(), verbose=False)
     tested, before = list(read), copy.deepcopy(module.state_dict())
     read.clear()
 
-    callback = TinyQCallback(METHOD, when="test_start", calibrate=4, report=False)
+    callback = TinyQCallback("w4a32", when="test_start", calibrate=4, report=False)
     trainer(tmp_path / "b", callback).test(module, datamodule=Data(), verbose=False)
 
     assert callback.error is None
@@ -194,13 +191,13 @@ def test_a_test_run_is_calibrated_by_validation_data_and_tests_what_it_would(tmp
     assert callback.results["test_acc"]["float"] == plain.results["test_acc"]["float"]
     loaded = load_quantized(callback.quantized_path, Net, width=32)
     (found,) = trainer(tmp_path).test(loaded, datamodule=Data(), verbose=False)
-    assert found["test_loss"] == callback.results["test_loss"][METHOD]
+    assert found["test_loss"] == callback.results["test_loss"]["w4a32"]
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 def test_a_data_module_is_left_as_a_test_run_without_calibration_leaves_it(tmp_path):
     data = Blobs()
-    callback = TinyQCallback(METHOD, when="test_start", calibrate=4, report=False)
+    callback = TinyQCallback("w4a32", when="test_start", calibrate=4, report=False)
     run = trainer(tmp_path, callback)
     run.test(net(), datamodule=data, verbose=False)
     assert callback.error is None
@@ -239,7 +236,7 @@ def set_up_for_fit_alone():
 def test_a_test_run_without_validation_data_is_refused(tmp_path, given, text):
     module = net()
     with pytest.raises(EvaluationError, match=f"{text}.*never by what is tested"):
-        trainer(tmp_path, TinyQCallback(METHOD, when="test_start", calibrate=8)).test(module, **given())
+        trainer(tmp_path, TinyQCallback("w4a32", when="test_start", calibrate=8)).test(module, **given())
     assert type(module.head) is torch.nn.Linear
 
 
@@ -277,6 +274,6 @@ def test_two_processes_have_the_codes_of_the_data_of_both(tmp_path):
 )
 def test_what_is_no_number_of_batches_is_refused(value, text):
     with pytest.raises(SpecError, match=text):
-        TinyQCallback(METHOD, calibrate=value)
+        TinyQCallback("w4a32", calibrate=value)
     with pytest.raises(SpecError, match=text):
-        quantize(net(), {"method": METHOD, "calibrate": value}, calibration=[torch.randn(4, 8)])
+        quantize(net(), {"method": "w4a32", "calibrate": value}, calibration=[torch.randn(4, 8)])

@@ -165,7 +165,7 @@ def convolve_once(
 
 def _without_rounding(shape: ConvShape, compact: bool) -> Choice:
     if not compact and shape.weights < _KEPT_TO:
-        return Choice("float32", "a float copy in memory, as fast as float; the file stays int8")
+        return Choice("float32", "a float copy in memory, as fast as float; the file stays small")
     reason = "float weights are rebuilt on each call, which costs little"
     unfolds = shape.groups == 1 and not shape.transposed and shape.dims < 3 and shape.summed <= LONGEST_SUM
     if unfolds and has_onednn_product():

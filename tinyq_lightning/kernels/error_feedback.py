@@ -13,8 +13,7 @@ from torch import Tensor
 
 from tinyq_lightning.kernels.four_bits import code_steps
 from tinyq_lightning.kernels.moments import Moments
-from tinyq_lightning.kernels.nibbles import LEAST_CODE, MOST_CODE, multipliers_of
-from tinyq_lightning.kernels.weights import CODE_MAX
+from tinyq_lightning.kernels.nibbles import LEAST_CODE, MOST_CODE
 
 __all__ = [
     "DAMPING",
@@ -31,55 +30,35 @@ _LAZY_COLUMNS = 128
 
 
 def feedback_codes(
-    weight: Tensor,
-    scales: Tensor,
-    multipliers: Tensor | None,
-    moments: Moments,
-    centred: bool,
-    damping: float = DAMPING,
+    weight: Tensor, multipliers: Tensor, scales: Tensor, moments: Moments, centred: bool, damping: float = DAMPING
 ) -> Tensor:
-    """Codes for given scales under which the outputs change little, on inputs with these moments.
+    """Codes of four bits for given scales under which the outputs change little, on inputs with these moments.
 
     Args:
         weight: ``[rows, columns]``, any floating dtype.
+        multipliers: ``[rows, groups]`` uint8 in 1…15.
         scales: ``[rows]`` float32.
-        multipliers: ``[rows, ceil(groups / 2)]`` uint8, packed, of a weight of four bits; else None.
         moments: of the inputs.
         centred: ignore the mean of the outputs' error, which the bias is to make up for.
         damping: see :data:`DAMPING`.
 
     Returns:
-        ``[rows, columns]`` int8, on the weight's device; of a weight of four bits ``multiplier * code``.
+        ``multiplier * code``, ``[rows, columns]`` int8 in -120…105, on the weight's device.
     """
-    spread, limits = None, (-CODE_MAX, CODE_MAX)
-    steps = scales[:, None]
-    if multipliers is not None:
-        columns, limits = weight.shape[1], (LEAST_CODE, MOST_CODE)
-        spread = code_steps(multipliers_of(multipliers, columns), torch.ones_like(scales), columns)
-        steps = spread * steps
-    codes = _codes(weight.detach(), steps, moments, limits, centred, damping).to(weight.device)
-    return codes if spread is None else codes.mul_(spread.to(torch.int8))
-
-
-def _codes(
-    weight: Tensor, steps: Tensor, moments: Moments, limits: tuple[int, int], centred: bool, damping: float
-) -> Tensor:
-    """Codes within ``limits``, each worth its step, which broadcasts to the weight ``[rows, columns]``."""
-    device, parts = moments.sums.device, moments.parts
-    held = torch.unflatten(weight.to(device, torch.float32), 0, (parts, -1))
-    worth = torch.unflatten(steps.to(device).expand(weight.shape), 0, (parts, -1))
+    device = moments.sums.device
+    factors = code_steps(multipliers, torch.ones_like(scales), weight.shape[1]).to(device)
+    held, spread, steps = (
+        torch.unflatten(each.detach().to(device, torch.float32), 0, (moments.parts, -1))
+        for each in (weight, factors, factors * scales.to(device)[:, None])
+    )
     codes = torch.empty(held.shape, dtype=torch.int8, device=device)
     for columns, matrix in moments.matrices(centred):
         order = matrix.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
         along = order[:, None, :].expand(-1, held.shape[1], -1)
-        chosen = _in_order(
-            held[..., columns].gather(2, along),
-            worth[..., columns].gather(2, along),
-            _passed_on(_ordered(matrix, order), damping),
-            limits,
-        )
+        values, worth = (each[..., columns].gather(2, along) for each in (held, steps))
+        chosen = _in_order(values, worth, _passed_on(_ordered(matrix, order), damping))
         codes[..., columns] = torch.empty_like(chosen).scatter_(2, along, chosen)
-    return codes.flatten(0, 1)
+    return codes.mul_(spread.to(torch.int8)).flatten(0, 1).to(weight.device)
 
 
 def _ordered(matrix: Tensor, order: Tensor) -> Tensor:
@@ -113,7 +92,7 @@ def _passed_on(matrix: Tensor, damping: float) -> Tensor:
     return inverse.div_(inverse.diagonal(dim1=1, dim2=2).clone()[:, :, None]).float()
 
 
-def _in_order(weight: Tensor, steps: Tensor, passed_on: Tensor, limits: tuple[int, int]) -> Tensor:
+def _in_order(weight: Tensor, steps: Tensor, passed_on: Tensor) -> Tensor:
     """Round the columns of ``weight`` ``[parts, rows, k]`` from the first to the last; it is overwritten."""
     codes = torch.empty_like(weight, dtype=torch.int8)
     for start in range(0, weight.shape[2], _LAZY_COLUMNS):
@@ -121,7 +100,7 @@ def _in_order(weight: Tensor, steps: Tensor, passed_on: Tensor, limits: tuple[in
         block, errors = weight[..., start:stop].contiguous(), torch.empty_like(weight[..., start:stop])
         for column in range(stop - start):
             value, step = block[..., column], steps[..., start + column]
-            code = (value / step).round_().clamp_(*limits)
+            code = (value / step).round_().clamp_(LEAST_CODE, MOST_CODE)
             codes[..., start + column] = code
             error = errors[..., column] = value - code * step
             shares = passed_on[:, start + column, start + column + 1 : stop]

@@ -25,10 +25,6 @@ __all__ = [
 _BLOCK_WEIGHTS = 262_144
 
 
-def _as_it_is(codes: Tensor) -> Tensor:
-    return codes
-
-
 class NibbleWeights(CodeHolder):
     """Codes of four bits, two a byte, with the multipliers of their groups: the only copy of the codes in memory.
 
@@ -36,7 +32,7 @@ class NibbleWeights(CodeHolder):
         codes: ``multiplier * code``, int8 in the shape of the weight.
         scales: ``[out]`` float32.
         multipliers: ``[out, ceil(groups / 2)]`` uint8, packed.
-        to_rows: brings codes into ``[out, in]``.
+        to_rows: brings codes into ``[out, in]``; None if the last dimension is a row.
         from_rows: its inverse.
 
     Attributes:
@@ -50,11 +46,11 @@ class NibbleWeights(CodeHolder):
         codes: Tensor,
         scales: Tensor,
         multipliers: Tensor,
-        to_rows: Callable[[Tensor], Tensor] = _as_it_is,
-        from_rows: Callable[[Tensor], Tensor] = _as_it_is,
+        to_rows: Callable[[Tensor], Tensor] | None = None,
+        from_rows: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(codes, scales)
-        rows = to_rows(codes)
+        rows = codes.flatten(0, -2) if to_rows is None else to_rows(codes)
         self.int4_weights, self._multipliers = collapse(rows, multipliers), multipliers
         self._columns, self._from_rows = rows.shape[1], from_rows
 
@@ -90,7 +86,8 @@ class NibbleWeights(CodeHolder):
 
     @override
     def _unpacked(self) -> Tensor:
-        return self._from_rows(expand(self.int4_weights, self._multipliers, self._columns))
+        rows = expand(self.int4_weights, self._multipliers, self._columns)
+        return rows.view(self.shape) if self._from_rows is None else self._from_rows(rows)
 
 
 class _Int4(Kernel):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
+from tinyq_lightning.kernels import wanted_kernel
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize
 from tinyq_lightning.layers.why_float import why_weight
@@ -60,6 +61,13 @@ class Int8Matrix(Int8Weight):
         if weight.shape != self.shape:
             raise ModelError(f"{self.parameter} has the shape {list(self.shape)}, got {list(weight.shape)}")
         return super().quantize(weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """As of every quantized layer; with ``kernel: compact`` four bits are expanded whenever values are read."""
+        if self.bits == 4 and wanted_kernel(self.kernel) in ("compact", "int4") and not torch.compiler.is_compiling():
+            self.form("int4")
+        return super().weight
 
     @override
     def _to_rows(self, weight: Tensor) -> Tensor:

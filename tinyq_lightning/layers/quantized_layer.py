@@ -44,6 +44,11 @@ class QuantizedLayer(nn.Module):
         return None
 
     @property
+    def bits(self) -> int:
+        """Of a weight's code: 8 or 4."""
+        return METHODS[self.method].bits
+
+    @property
     def device(self) -> torch.device:
         """Where its codes are."""
         return next(iter(self.coded_weights().values())).scales.device

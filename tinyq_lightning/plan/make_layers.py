@@ -75,7 +75,7 @@ class QuantizedLayers:
         return layer
 
 
-def quantized_weights(site: Site, bits: int) -> tuple[dict[str, Int8Weight], float]:
+def quantized_weights(site: Site, bits: int = 8) -> tuple[dict[str, Int8Weight], float]:
     """Codes and scales of each weight for a layer to share, and the SQNR in dB of all of them together.
 
     Args:

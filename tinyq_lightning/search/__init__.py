@@ -1,6 +1,6 @@
 """What is decided from measurements: the budget's search, layer errors, timings, calibration; without Lightning."""
 
-from tinyq_lightning.search.budget import LADDER, Changes, Search, SearchedLayer, evaluation_limit, loses, search
+from tinyq_lightning.search.budget import Changes, Search, SearchedLayer, evaluation_limit, loses, search
 from tinyq_lightning.search.calibration import calibrate
 from tinyq_lightning.search.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
 from tinyq_lightning.search.quantizing import quantize
@@ -8,7 +8,6 @@ from tinyq_lightning.search.timer import BatchTimes, Timing, evaluating, time_in
 from tinyq_lightning.search.timing import Stopwatch
 
 __all__ = [
-    "LADDER",
     "SIGNAL_BATCHES",
     "BatchTimes",
     "Changes",

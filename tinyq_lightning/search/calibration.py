@@ -1,6 +1,7 @@
-"""Calibration: codes and biases chosen with data, and kept only where they make the error of a layer's outputs smaller.
+"""Calibration: codes of four bits chosen with data, and kept only where the outputs of a layer have less error by them.
 
-The layers of the float model are watched while it runs over some batches, and the codes of each are chosen with the
+Codes of eight bits have a hundredth of their error, below what the rounding of activations adds, and are left. The
+layers of the float model are watched while it runs over some batches, and the codes of each are chosen with the
 second moments of its inputs (:mod:`~tinyq_lightning.kernels.error_feedback`). Scales and multipliers stay. Where a
 layer has a bias, the mean of its outputs' error is taken off that (Nagel et al., "Data-Free Quantization Through
 Weight Equalization and Bias Correction", 2019). Both are judged by batches that were held out.
@@ -89,7 +90,7 @@ _NOT_CALLED = "the data did not reach it"
 
 def _groups(swap: Swap, found: dict[str, Recoded]) -> list[list[str]]:
     """The names of the layers to calibrate, those that share a weight together; why the others are not is noted."""
-    layers = {name: layer for name, _, layer in swap.pairs()}
+    layers = {name: layer for name, _, layer in swap.pairs() if layer.bits == 4}
     ties, groups, seen = swap.ties(), list[list[str]](), set[str]()
     for name in layers:
         if name in seen:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.errors import ModelError
+from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.plan import Plan, Swap, quantize_by_layer, return_freed_memory, warn_of_unkept
 from tinyq_lightning.search.calibration import calibrate, passes_over_data
 from tinyq_lightning.search.timer import evaluating
@@ -28,7 +28,7 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32", calibration: Iterable[A
     projections of one attention, are replaced together. After an interruption each layer is either float or
     quantized; call quantize again to finish.
 
-    With ``calibration``, codes are chosen by what they do to the outputs of layers on that data, see
+    With ``calibration``, codes of four bits are chosen by what they do to the outputs of layers on that data, see
     :mod:`tinyq_lightning.search.calibration`. The float model runs on it in eval mode; the data is not kept. Layers
     are replaced when all codes are chosen: peak memory is the float model, all codes, and the moments of the inputs,
     :data:`~tinyq_lightning.search.calibration.MOMENTS_BYTES` or those of the largest layer.
@@ -44,7 +44,7 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32", calibration: Iterable[A
         The plan that was carried out.
 
     Raises:
-        SpecError: the spec is wrong or does not fit the model.
+        SpecError: the spec is wrong or does not fit the model, or has no method of four bits for the data.
         ModelError: the model is itself a layer, a weight cannot be quantized, or the data cannot be used: it is empty,
             the model refuses it, it reaches no layer, or makes values that are not finite.
     """
@@ -52,6 +52,11 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32", calibration: Iterable[A
     if calibration is None:
         return quantize_by_layer(model, asked)
     _refuse_one_input(calibration)
+    if not asked.has_four_bits:
+        raise SpecError(
+            f"{asked.origin.where()}: calibration chooses codes of four bits, and no method here has four: ask for "
+            "w4a32, w4a16 or w4a8, or leave calibration out"
+        )
     warn_of_unkept(asked, 3, calibrated=True)
     swap = Swap(model, asked)
     passes = passes_over_data(swap)

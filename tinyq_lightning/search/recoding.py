@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.kernels import Moments, dequantize, feedback_codes, weight_sqnr_db
+from tinyq_lightning.kernels import Moments, dequantize, feedback_codes, multipliers_of, weight_sqnr_db
 from tinyq_lightning.layers import Int8Weight, QuantizedLayer, kind_of
 from tinyq_lightning.plan import Recoded
 
@@ -83,14 +83,15 @@ def _recode(members: Sequence[Member]) -> dict[str, Recoded]:
     assert kind is not None
     size = kind.sizes(first.layer)["weight"]
     weight = size.to_rows(next(iter(kind.float_weights(first.module).values()))).detach()
-    codes, scales, multipliers = size.to_rows(held.int8_weights), held.scales, held._buffers.get("multipliers")
+    codes, scales, multipliers = size.to_rows(held.int8_weights), held.scales, held.multipliers
 
     def change(codes: Tensor) -> Tensor:
         return dequantize(codes, scales, torch.float32) - weight.float()
 
     before = _Tried(codes, [None] * len(members), [each.error(change(codes)) for each in members])
     centred = all(each.bias is not None for each in members)
-    chosen = feedback_codes(weight, scales, multipliers, _together(members), centred)
+    each_group = multipliers_of(multipliers, weight.shape[1])
+    chosen = feedback_codes(weight, each_group, scales, _together(members), centred)
     best = before
     for tried in (_judged(members, codes, change(codes)), _judged(members, chosen, change(chosen))):
         no_worse = all(now <= then for now, then in zip(tried.errors, before.errors, strict=True))

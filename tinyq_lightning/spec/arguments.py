@@ -90,6 +90,6 @@ def _refuse_contradictions(spec: QuantizationSpec) -> None:
         )
     if spec.keep == "smallest" and not spec.budget:
         raise SpecError(
-            f"{where('keep')}: keep: smallest needs a budget (monitor and max_drop), since the int8 methods differ in "
-            "accuracy and speed but hardly in size"
+            f"{where('keep')}: keep: smallest needs a budget (monitor and max_drop): without one, the fewest bits "
+            "would always be kept"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from tinyq_lightning.spec.checks import (
     check_choices,
     check_kinds,
     check_methods,
+    check_on_ladder,
     check_rule,
     check_save,
 )
@@ -48,7 +49,8 @@ class QuantizationSpec:
     """A method for every layer of the kinds that it names, exclusions, rules, and what happens when.
 
     Attributes:
-        method: for every layer that nothing below names: ``w8a32``, ``w8a16``, ``w8a8`` or ``float``.
+        method: for every layer that nothing below names: ``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16``, ``w4a8``
+            or ``float``.
         kinds: the kinds of layer to quantize, of ``methods.KIND_NAMES``. A layer of another kind that shares its
             weight with one of these is quantized along with it; all others stay float.
         exclude: patterns of layers that are never quantized.
@@ -63,7 +65,7 @@ class QuantizationSpec:
         methods: where a run is to compare several methods, all of them, ``method`` the first; else empty.
         keep: which of several methods' files are written: ``all``, or with a budget the ``smallest``.
         never_slower: whether a run is to time the layers, and to leave float those that int8 makes slower.
-        calibrate: on how many batches codes are to be chosen, or None.
+        calibrate: on how many batches codes of four bits are to be chosen, or None.
         origin: where each key was written, for errors.
     """
 
@@ -99,9 +101,17 @@ class QuantizationSpec:
             object.__setattr__(self, "method", self.methods[0])
         object.__setattr__(self, "methods", tuple(self.methods) if len(self.methods) > 1 else ())
         if self.calibrate is not None:
-            check_calibrate(self.calibrate, reader.below("calibrate"))
+            check_calibrate(self.calibrate, self.has_four_bits, reader.below("calibrate"))
         if self.budget is not None:
-            object.__setattr__(self, "budget", check_budget(self.budget, reader.below("budget")))
+            below = reader.below("budget")
+            object.__setattr__(self, "budget", check_budget(self.budget, below))
+            check_on_ladder(self.budget, self.methods or (self.method,), below)
+
+    @property
+    def has_four_bits(self) -> bool:
+        """Whether a method that it names has codes of four bits."""
+        named = {self.method, *self.methods, *(rule.method for rule in self.rules)}
+        return any(method in METHODS and METHODS[method].bits == 4 for method in named)
 
     @classmethod
     def from_yaml(cls, path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> QuantizationSpec:
@@ -165,18 +175,21 @@ class QuantizationSpec:
             "weights": self.weights,
             "kernel": self.kernel,
             "non_finite": self.non_finite,
-            "budget": self.budget and asdict(self.budget),
+            "budget": self.budget and self.budget.to_dict(),
             "save": {"dirpath": self.save.dirpath, "filename": self.save.filename},
             "keep": self.keep,
         }
         # only where it is asked for, which a file's spec never does: what was timed is among its rules
         content |= {"never_slower": True} if self.never_slower else {}
-        return content | ({"calibrate": asdict(self.calibrate)} if self.calibrate else {})
+        return content | ({"calibrate": {"batches": self.calibrate.batches}} if self.calibrate else {})
 
     def each(self) -> tuple[QuantizationSpec, ...]:
         """One spec for each method asked for, without what is a run's to decide among them and from timings."""
-        one = replace(self, methods=(), keep="all", never_slower=False)
-        return tuple(replace(one, method=method) for method in self.methods or (self.method,))
+        one = replace(self, methods=(), keep="all", never_slower=False, calibrate=None)
+        specs = [replace(one, method=method) for method in self.methods or (self.method,)]
+        return tuple(
+            replace(each, calibrate=self.calibrate) if self.calibrate and each.has_four_bits else each for each in specs
+        )
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The spec as YAML text, also written to ``path`` where one is given."""
@@ -247,7 +260,9 @@ def _parse(content: Any, origin: Origin) -> QuantizationSpec:
             f"[{', '.join(_FORMER_KINDS)}] to keep that, or kinds: all",
             stacklevel=4,
         )
-    method, methods = given.pop("method", "w8a32"), ()
+    budget = parse_budget(given.pop("budget", None), reader.below("budget"))
+    lowest = budget.ladder[0] if budget and budget.ladder and budget.ladder[0] in METHODS else "w8a32"
+    method, methods = given.pop("method", lowest), ()
     if isinstance(method, list):
         if not method:
             reader.below("method").fail(f"the list of methods is empty. Choose from: {', '.join(METHODS)}")
@@ -256,7 +271,7 @@ def _parse(content: Any, origin: Origin) -> QuantizationSpec:
     return QuantizationSpec(
         method,
         rules=tuple(_parse_rule(rule, reader.below("rules", i)) for i, rule in enumerate(rules)),
-        budget=parse_budget(given.pop("budget", None), reader.below("budget")),
+        budget=budget,
         calibrate=parse_calibrate(given.pop("calibrate", None), reader),
         save=_parse_save(given.pop("save", None), reader.below("save")),
         methods=methods,
@@ -290,10 +305,12 @@ def parse_budget(value: Any, reader: Reader) -> Budget | None:
     """A budget from plain data; None for none."""
     if value is None:
         return None
-    known = ("monitor", "mode", "max_drop", "max_evals", "max_seconds")
+    known = ("monitor", "mode", "max_drop", "max_evals", "max_seconds", "ladder")
     given = reader.mapping(value, known, required=("monitor", "max_drop"))
-    values: Any = [given.get(key) for key in known]
-    return Budget(*values)
+    values: dict[str, Any] = {key: given.get(key) for key in known}
+    if values["ladder"] is not None:
+        values["ladder"] = tuple(reader.items(values["ladder"], "ladder"))
+    return Budget(**values)
 
 
 def parse_calibrate(value: Any, reader: Reader) -> Calibrate | None:

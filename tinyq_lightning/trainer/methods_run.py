@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.layers import methods_of
+from tinyq_lightning.methods import LADDER
 from tinyq_lightning.plan import Plan, Swap, state_bytes
 from tinyq_lightning.search import (
-    LADDER,
     SIGNAL_BATCHES,
     Changes,
     LayerError,
@@ -298,7 +298,8 @@ class MethodsRun:
     def _within_budget(self, budget: Budget, asked: Measured) -> Measured:
         exceeds = self._lost(budget, asked) > budget.allowed(self._float_value)
         errors = self.layers if exceeds and not self._out_of_time(budget) else {}
-        layers = searched_layers(asked.swap, errors, self._too_slow(asked.swap) if exceeds else {})
+        too_slow = self._too_slow(asked.swap) if exceeds else {}
+        layers = searched_layers(asked.swap, errors, too_slow, budget)
         measured = [asked]
 
         def measure(changes: Changes) -> float:
