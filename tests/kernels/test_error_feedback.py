@@ -41,8 +41,8 @@ def test_outputs_on_other_inputs_have_less_error_than_with_the_nearest_codes(col
     chosen = feedback_codes(weight, multipliers, scales, moments_of(correlated(2000, columns)), centred=False)
 
     others = moments_of(correlated(500, columns, seed=1))
-    before = others.output_error(dequantize(codes, scales) - weight)
-    after = others.output_error(dequantize(chosen, scales) - weight)
+    before = others.output_errors(dequantize(codes, scales) - weight)[0]
+    after = others.output_errors(dequantize(chosen, scales) - weight)[0]
     assert after < 0.7 * before
 
 
@@ -56,7 +56,7 @@ def test_with_a_bias_that_takes_off_the_mean_centred_moments_leave_less_error():
     def error(centred):
         codes = feedback_codes(weight, multipliers, scales, found, centred=centred)
         change = dequantize(codes, scales) - weight
-        return found.output_error(change, -found.mean_change(change))
+        return found.output_errors(change, [-found.mean_change(change)])[0]
 
     assert error(centred=True) < error(centred=False)
 
@@ -102,7 +102,7 @@ def test_any_inputs_give_codes_that_are_no_worse_on_these_inputs(x, centred):
 
     def error(codes):
         change = dequantize(codes, scales) - weight
-        return found.output_error(change, -found.mean_change(change) if centred else None)
+        return found.output_errors(change, [-found.mean_change(change) if centred else None])[0]
 
     assert error(chosen) <= error(codes) * 1.05 + 1e-12
 

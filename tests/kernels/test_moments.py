@@ -28,29 +28,29 @@ def test_the_error_of_outputs_is_what_the_inputs_themselves_give(parts):
     x, change, bias = inputs(parts), torch.randn(6, 12), torch.randn(6)
     found = filled(x)
 
-    assert found.output_error(change, bias) == pytest.approx(error(x, change, bias), rel=1e-5)
-    assert found.output_error(change) == pytest.approx(error(x, change, torch.zeros(6)), rel=1e-5)
+    assert found.output_errors(change, [bias])[0] == pytest.approx(error(x, change, bias), rel=1e-5)
+    assert found.output_errors(change)[0] == pytest.approx(error(x, change, torch.zeros(6)), rel=1e-5)
 
 
 def test_a_bias_that_takes_the_mean_change_off_leaves_the_least_error():
     found, change = filled(inputs(2)), torch.randn(4, 12)
     best = -found.mean_change(change)
 
-    least = found.output_error(change, best)
+    least = found.output_errors(change, [best])[0]
 
-    assert all(found.output_error(change, best + step) > least for step in (0.1, -0.1))
+    assert all(found.output_errors(change, [best + step])[0] > least for step in (0.1, -0.1))
 
 
 def test_wide_inputs_are_taken_in_blocks_and_their_means_count_in_full(monkeypatch):
     x, change = inputs(places=4000), torch.randn(5, 12)
-    whole = filled(x).output_error(change)
+    whole = filled(x).output_errors(change)[0]
 
     monkeypatch.setattr(moments, "BLOCK_COLUMNS", 5)
     found = filled(x)
 
     assert [each.shape[-1] for each in found.blocks] == [5, 5, 2]
     assert sum(each.numel() * each.element_size() for each in found.tensors()) <= moments_bytes(1, 12) + 8
-    assert found.output_error(change) == pytest.approx(whole, rel=0.1)  # the features are independent
+    assert found.output_errors(change)[0] == pytest.approx(whole, rel=0.1)  # the features are independent
 
 
 def test_moments_of_several_calls_and_processes_are_summed():
@@ -60,7 +60,7 @@ def test_moments_of_several_calls_and_processes_are_summed():
     one.add_all(other)
 
     change = torch.randn(3, 12)
-    assert one.output_error(change) == pytest.approx(filled(x).output_error(change), rel=1e-6)
+    assert one.output_errors(change)[0] == pytest.approx(filled(x).output_errors(change)[0], rel=1e-6)
     assert one.counts.tolist() == [50]
 
 
@@ -76,7 +76,7 @@ def test_parts_may_have_different_numbers_of_inputs():
     expected = error(inputs(places=10), change[:2], torch.zeros(2)) + error(
         inputs(places=30, seed=1), change[2:], torch.zeros(2)
     )
-    assert made.output_error(change) == pytest.approx(expected, rel=1e-5)
+    assert made.output_errors(change)[0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])

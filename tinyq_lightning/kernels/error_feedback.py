@@ -86,10 +86,10 @@ def _passed_on(matrix: Tensor, damping: float) -> Tensor:
         if not bool(failed.any()):
             break
         added = 2 * added  # sums in float32 may leave less than the damping makes up for
-    upper = factor.flip(1, 2)
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    upper = factor.flip(1, 2).float()  # damped as it is, float32 is enough from here on
+    identity = torch.eye(matrix.shape[-1], dtype=torch.float32, device=matrix.device).expand_as(upper)
     inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return inverse.div_(inverse.diagonal(dim1=1, dim2=2).clone()[:, :, None]).float()
+    return inverse.div_(inverse.diagonal(dim1=1, dim2=2).clone()[:, :, None])
 
 
 def _in_order(weight: Tensor, steps: Tensor, passed_on: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -110,24 +110,23 @@ class Moments:
             yield columns, matrix
             start = columns.stop
 
-    def output_error(self, change: Tensor, bias_change: Tensor | None = None) -> float:
+    def output_errors(self, change: Tensor, bias_changes: Sequence[Tensor | None] = (None,)) -> list[float]:
         """Mean over the inputs of the squared change of the outputs, summed over the outputs.
 
         Of features in different blocks only the means count.
 
         Args:
             change: of the weight, ``[rows, columns]``.
-            bias_change: ``[rows]``.
+            bias_changes: the changes of the bias to tell this for, ``[rows]`` each; None for none.
         """
         shift = self.mean_change(change)
-        change = torch.unflatten(change.detach().to(shift), 0, (self.parts, -1))
-        if bias_change is not None:
-            shift = shift + bias_change.detach().to(shift)
-        error = shift.square().sum()
+        change = torch.unflatten(change.detach().to(shift.device, torch.float32), 0, (self.parts, -1))
+        about_mean = torch.zeros((), dtype=torch.float64, device=shift.device)
         for columns, matrix in self.matrices(centred=True):
             part = change[..., columns]
-            error += (part @ matrix).mul_(part).sum()
-        return max(0.0, error.item())
+            about_mean += (part @ matrix.float()).mul_(part).sum(dtype=torch.float64)
+        shifts = (shift if each is None else shift + each.detach().to(shift) for each in bias_changes)
+        return [max(0.0, (about_mean + each.square().sum()).item()) for each in shifts]
 
 
 def moments_bytes(parts: int, columns: int) -> int:

@@ -49,10 +49,12 @@ class Member:
             self.bias.dtype
         )
 
-    def error(self, change: Tensor, bias: Tensor | None = None) -> float:
-        """Of the outputs on the inputs that were held out."""
-        moved = None if bias is None or self.bias is None else bias.double() - self.bias.detach().double()
-        return self.held_out.output_error(change, moved)
+    def errors(self, change: Tensor, bias: Tensor | None) -> list[float]:
+        """Of the outputs on the inputs that were held out: with the layer's own bias, and with another."""
+        if bias is None or self.bias is None:
+            return 2 * self.held_out.output_errors(change)
+        moved = bias.double() - self.bias.detach().double()
+        return self.held_out.output_errors(change, [None, moved])
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,15 @@ def _recode(members: Sequence[Member]) -> dict[str, Recoded]:
     weight = size.to_rows(next(iter(kind.float_weights(first.module).values()))).detach()
     codes, scales, multipliers = size.to_rows(held.int8_weights), held.scales, held.multipliers
 
-    def change(codes: Tensor) -> Tensor:
-        return dequantize(codes, scales, torch.float32) - weight.float()
+    def judged(codes: Tensor) -> tuple[_Tried, _Tried]:
+        return _judged(members, codes, dequantize(codes, scales, torch.float32) - weight.float())
 
-    before = _Tried(codes, [None] * len(members), [each.error(change(codes)) for each in members])
+    before, corrected = judged(codes)
     centred = all(each.bias is not None for each in members)
     each_group = multipliers_of(multipliers, weight.shape[1])
     chosen = feedback_codes(weight, each_group, scales, _together(members), centred)
     best = before
-    for tried in (_judged(members, codes, change(codes)), _judged(members, chosen, change(chosen))):
+    for tried in (corrected, judged(chosen)[1]):
         no_worse = all(now <= then for now, then in zip(tried.errors, before.errors, strict=True))
         best = tried if no_worse and _total(members, tried) < _total(members, best) else best
     if best is before:
@@ -109,15 +111,15 @@ def _recode(members: Sequence[Member]) -> dict[str, Recoded]:
     }
 
 
-def _judged(members: Sequence[Member], codes: Tensor, change: Tensor) -> _Tried:
-    """Codes with the bias of each member corrected where that makes its error smaller."""
-    biases, errors = list[Tensor | None](), list[float]()
-    for member in members:
-        bias, error = member.corrected(change), member.error(change)
-        corrected = error if bias is None else member.error(change, bias)
-        biases.append(bias if corrected < error else None)
-        errors.append(min(corrected, error))
-    return _Tried(codes, biases, errors)
+def _judged(members: Sequence[Member], codes: Tensor, change: Tensor) -> tuple[_Tried, _Tried]:
+    """Codes with the biases as they are, and with those of members corrected whose error gets smaller by that."""
+    biases = [each.corrected(change) for each in members]
+    errors = [each.errors(change, bias) for each, bias in zip(members, biases, strict=True)]
+    kept = [bias if after < before else None for bias, (before, after) in zip(biases, errors, strict=True)]
+    return (
+        _Tried(codes, [None] * len(members), [before for before, _ in errors]),
+        _Tried(codes, kept, [min(pair) for pair in errors]),
+    )
 
 
 def _together(members: Sequence[Member]) -> Moments:
