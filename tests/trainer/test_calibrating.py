@@ -133,6 +133,27 @@ def test_what_is_timed_and_searched_has_the_calibrated_codes(tmp_path):
         assert (decision.output_error is None) == (not decision.method.startswith("w4"))
 
 
+@pytest.mark.filterwarnings("ignore:TinyQ")
+def test_a_layer_that_a_budget_gives_eight_bits_has_the_codes_that_it_has_without_data(tmp_path):
+    settings = {"monitor": "val_loss", "mode": "min", "max_drop": 1e-3}
+    callback, _ = fitted(tmp_path / "a", calibrate=4, **settings)
+    methods = {decision.name: decision.method for decision in callback.plan}
+    assert {"w8a32", "w4a32"} & set(methods.values())
+    assert any(method != "w4a32" for method in methods.values()), "there was something to search"
+    plain, _ = fitted(tmp_path / "b", {"method": "w4a32", "rules": [*callback.plan.to_spec().to_dict()["rules"]]})
+    again, _ = fitted(tmp_path / "c", str(Path(callback.quantized_path).with_suffix(".yaml")))
+
+    files = [torch.load(each.quantized_path, weights_only=True)["state_dict"] for each in (callback, plain, again)]
+
+    for decision in callback.plan:
+        assert (decision.output_error is None) == (not decision.method.startswith("w4"))
+        if decision.method == "w8a32":
+            codes = f"{decision.name}.int8_weights"
+            assert torch.equal(files[0][codes], files[1][codes])
+    assert files[0].keys() == files[2].keys()
+    assert all(torch.equal(value, files[2][name]) for name, value in files[0].items())
+
+
 def test_mixed_precision_is_calibrated_in_float32(tmp_path):
     torch.manual_seed(0)
     callback = TinyQCallback("w4a32", calibrate=4, report=False)
