@@ -68,7 +68,8 @@ class TinyQCallback(WatchesValidation):
     In both cases ``ckpt_path`` of ``test``, ``validate`` and ``predict`` may be a quantized checkpoint.
 
     Args:
-        spec: a method (``w8a32``, ``w8a16``, ``w8a8``), several, a path to YAML, a mapping, or a QuantizationSpec.
+        spec: a method (``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16``, ``w4a8``), several, a path to YAML, a
+            mapping, or a QuantizationSpec.
         exclude: patterns of layers to leave float, added to those of the spec.
         kinds: ``all``, or a list of the kinds of layer to quantize; overrides the spec.
         when: ``fit_end`` or ``test_start``; overrides the spec.

@@ -38,7 +38,7 @@ class Decision:
 
     Attributes:
         name: dotted path of the layer; the first, where it has several.
-        method: ``w8a32``, ``w8a16``, ``w8a8`` or ``float``.
+        method: ``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16``, ``w4a8`` or ``float``.
         reason: why: ``spec``, ``rule 2``, ``excluded``, ``tied to embed.weight``, …
         weight_sqnr_db: signal to quantization noise ratio of the weight in dB; None for a float layer,
             and until the layer has been quantized.
@@ -52,7 +52,8 @@ class Decision:
         kernel: how the layer is computed on this machine's CPU, and why; None for a float layer, for a kind
             without a choice, and in a plan that was read from a file, which knows nothing of machines.
         weights: how many the layer has, those of another left out; 0 in a plan that was read from a file.
-        asked: the method that was asked for, if the layer's kind has it as another one, ``method``; else None.
+        asked: the method that was asked for, if the layer has another one, ``method``, because of its kind or because
+            four bits would not make it smaller; else None.
         decided_by: what the decision comes from: ``spec`` (its method), ``rule``, ``exclude``, ``tie`` (another
             layer with the same weight), ``layer`` (what the layer is), ``budget`` or ``timing`` (what a run
             measured); ``file`` in a plan that was read from one, which does not say.
