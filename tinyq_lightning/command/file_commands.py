@@ -144,7 +144,7 @@ def verify(args: Namespace) -> Answer:
     else:
         text += f"\n{args.float}: quantized again it gives the same tensors, plan and content, bit by bit"
         if by_data := chosen_by_data(tinyq):
-            text += f"; but for codes and biases of {len(by_data)} layers, which were chosen by data that is not here"
+            text += f", but for codes and biases of {len(by_data)} layers, which were chosen by data that is not here"
     return Answer(text, data | {"same": not differs, "differs": differs}, good=not differs)
 
 

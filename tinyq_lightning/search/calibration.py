@@ -18,7 +18,7 @@ from tinyq_lightning.errors import ModelError
 from tinyq_lightning.kernels import Moments, moments_bytes
 from tinyq_lightning.layers import QuantizedLayer, kind_of
 from tinyq_lightning.plan import Recoded, Swap
-from tinyq_lightning.search.input_moments import InputMoments, InputWatch
+from tinyq_lightning.search.input_moments import APART, InputMoments, InputWatch
 from tinyq_lightning.search.recoding import Member, recode
 
 __all__ = [
@@ -114,7 +114,8 @@ def _why_not(layer: QuantizedLayer) -> str | None:
 
 def _passes(swap: Swap, groups: Sequence[Sequence[str]]) -> list[list[Sequence[str]]]:
     """The groups in the order of the model, as many together as the memory for their moments allows."""
-    sizes = {name: _moments_of(layer) for name, _, layer in swap.pairs()}
+    apart = dict(swap.joint_projections())
+    sizes = {name: (APART if name in apart else 1) * _moments_of(layer) for name, _, layer in swap.pairs()}
     passes: list[list[Sequence[str]]] = []
     held = 0
     for group in groups:
@@ -140,14 +141,17 @@ def _combine(watch: InputWatch, combine: Combine) -> None:
     """Have the sums of all processes in each; a layer may have been called in some of them only."""
     layers = list(watch.layers.values())
     state = torch.tensor(
-        [[each.chosen_by is not None, each.parts == 3, bool(each.failure)] for each in layers]
+        [[each.chosen_by is not None, each.taken_apart, bool(each.failure)] for each in layers]
     ).double()
     combine(state)
     for (called, apart, failed), each in zip(state.tolist(), layers, strict=True):
         if failed:
             each.failure = each.failure or "a call in another process could not be summed up"
         if called:
-            each.in_parts(3 if apart else each.parts)
+            if apart:
+                each.take_apart()
+            else:
+                each.in_parts(each.parts)
             for moments in (each.chosen_by, each.held_out):
                 assert moments is not None
                 for tensor in moments.tensors():

@@ -15,9 +15,14 @@ from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.timer import brief
 
 __all__ = [
+    "APART",
     "InputMoments",
     "InputWatch",
 ]
+
+APART = 3
+"""Parts of the rows of attention's joint projection: queries, keys and values."""
+
 
 # Of each of so many batches, one is held out.
 _HELD_OUT = 4
@@ -89,6 +94,7 @@ class InputMoments:
         chosen_by: of the inputs that codes are chosen by; None until there were some.
         held_out: of those that codes are judged by; likewise.
         parts: of the rows, see :meth:`~tinyq_lightning.layers.kind.Kind.row_parts`.
+        taken_apart: whether it is a joint projection of attention whose rows had inputs of their own.
         failure: why a call could not be summed up, or None.
     """
 
@@ -101,6 +107,7 @@ class InputMoments:
         self.parts = kind.row_parts(layer)
         self.chosen_by: Moments | None = None
         self.held_out: Moments | None = None
+        self.taken_apart = False
         self.failure: str | None = None
 
     def add_call(self, args: Any, kwargs: Any, batch: int) -> None:
@@ -113,9 +120,14 @@ class InputMoments:
         inputs = [given[name] for name in ("query", "key", "value")]
         if inputs[0] is inputs[1] is inputs[2]:
             return  # it calls the projection
-        self.in_parts(len(inputs))
+        self.take_apart()
         for part, x in enumerate(inputs):
             self._add(x, batch, part)
+
+    def take_apart(self) -> None:
+        """Have moments for the rows of queries, of keys and of values."""
+        self.taken_apart = True
+        self.in_parts(APART)
 
     def in_parts(self, parts: int, device: torch.device | str = "cpu") -> None:
         """Have moments for so many parts of the rows, empty ones if there are none yet."""
