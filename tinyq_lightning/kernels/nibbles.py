@@ -69,7 +69,7 @@ def pack_nibbles(values: Tensor) -> Tensor:
 
 def unpack_nibbles(packed: Tensor, count: int) -> Tensor:
     """The inverse of :func:`pack_nibbles`: ``[rows, ceil(count / 2)]`` uint8 → ``[rows, count]`` uint8 in 0…15."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)[:, :count].contiguous()
+    return _pairs(packed)[:, :count].contiguous()
 
 
 def pack_codes(codes: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def pack_codes(codes: Tensor) -> Tensor:
 
 def unpack_codes(packed: Tensor, columns: int) -> Tensor:
     """The inverse of :func:`pack_codes`: → ``[rows, columns]`` int8 in -8…7."""
-    return _signed(packed).flatten(1)[:, :columns].contiguous()
+    return _signed(packed)[:, :columns].contiguous()
 
 
 def expand(int4_weights: Tensor, multipliers: Tensor, columns: int) -> Tensor:
@@ -121,7 +121,13 @@ def multipliers_of(packed: Tensor, columns: int) -> Tensor:
     return unpack_nibbles(packed, group_count(columns))
 
 
+def _pairs(packed: Tensor) -> Tensor:
+    """``[rows, n]`` uint8 → ``[rows, 2n]`` uint8 in 0…15, new memory: the low bits of each byte, then the high ones."""
+    # As words of two bytes, which are little-endian here as in a file, the halves lie side by side after one shift.
+    words = packed.to(torch.int16)
+    return words.bitwise_or_(words << 4).bitwise_and_(0x0F0F).view(torch.uint8)
+
+
 def _signed(packed: Tensor) -> Tensor:
-    """``[rows, n]`` uint8 → ``[rows, n, 2]`` int8 in -8…7, new memory."""
-    # The shift to the right keeps the sign of an int8.
-    return torch.stack(((packed << 4).view(torch.int8) >> 4, packed.view(torch.int8) >> 4), -1)
+    """``[rows, n]`` uint8 → ``[rows, 2n]`` int8 in -8…7, new memory."""
+    return _pairs(packed).view(torch.int8).bitwise_xor_(8).sub_(8)
