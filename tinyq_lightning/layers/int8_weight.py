@@ -111,18 +111,18 @@ class Int8Weight(QuantizedLayer):
                     codes = self._buffers["int8_weights"] = cast(CodeHolder, self._forms.holder()).codes()
         return codes
 
-    def _codes_for_a_call(self) -> Tensor:
-        """The codes, as :attr:`int8_weights`, but not kept beside a form that holds them."""
-        with _lock:
-            codes, holder = self._buffers["int8_weights"], self._forms.holder()
-            return holder.codes() if codes is None and holder is not None else self.int8_weights
-
     @int8_weights.setter
     def int8_weights(self, codes: Tensor) -> None:
         with _lock:
             self._buffers["int8_weights"] = codes
             self._forms.clear()
             self._keep_a_parameter()
+
+    def _codes_for_a_call(self) -> Tensor:
+        """The codes, as :attr:`int8_weights`, but not kept beside a form that holds them."""
+        with _lock:
+            codes, holder = self._buffers["int8_weights"], self._forms.holder()
+            return holder.codes() if codes is None and holder is not None else self.int8_weights
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _unpack_for_graph(self) -> bool:
