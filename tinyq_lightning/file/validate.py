@@ -264,6 +264,8 @@ def _check_codes(state: Mapping[str, Any], prefix: str, path: str | os.PathLike[
         wrong = "scales is not one float32 for each row of codes"
     elif not bool((scales.isfinite() & (scales > 0)).all()):
         wrong = "scales holds what is no positive number"
+    elif codes.numel() and int(codes.min()) < -127:
+        wrong = f"{_CODES} holds -128, which no code is"
     if wrong:
         raise CheckpointError(f"{path}: the file is damaged: state_dict.{prefix}{wrong}")
 
