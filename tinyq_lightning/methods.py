@@ -58,6 +58,7 @@ KIND_NAMES = ("linear", "attention", "conv", "embedding", "recurrent")
 
 FORMAT_NAMES = {
     "pt2": "a program of torch.export, which runs in Python with torch alone",
+    "aoti": "an AOTInductor package: machine code of this processor, for C++ and Python; needs a C++ compiler",
     "safetensors": "the tensors, for other languages, and back without a loss",
     "ckpt": "a Lightning checkpoint",
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightnings import LightningModule
 from models import FEATURES, Net, keeper, loader, trainer
 from omegaconf import OmegaConf
 from torch import nn

@@ -171,10 +171,9 @@ def test_weights_without_values_are_refused(tmp_path):
         export(mlp().to("meta"), tmp_path / "net.pt2", example())
 
 
-def test_the_name_is_public():
+def test_the_names_are_public():
     assert tinyq_lightning.export is export
 
 
 def test_every_format_that_the_command_line_offers_can_be_written():
     assert list(FORMATS) == list(FORMAT_NAMES)
-    assert all(each.what for each in FORMATS.values())

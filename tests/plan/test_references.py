@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache, partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightnings import LightningModule
 from models import Net, keeper, loader, trainer
 from torch import nn
 

@@ -16,6 +16,7 @@ import yaml
 
 from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.methods import FORMAT_NAMES
+from tinyq_lightning.namespaces import NAMESPACES
 from tinyq_lightning.version import __version__
 
 __all__ = [
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for training
+            warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning(_fabric)?\.")  # advice for training
             answer = _command(args.command)(args)
     except TinyQError as error:
         if args.json:
@@ -86,7 +87,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], Any]:
     modules = {"evaluate": "run_commands", "bench": "run_commands", "export": "export_command"}
     found = importlib.import_module(f"tinyq_lightning.command.{modules.get(name, 'file_commands')}")
     command: Callable[[argparse.Namespace], Any] = getattr(found, name)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for package in NAMESPACES:
+        logging.getLogger(package.name).setLevel(logging.ERROR)
     return command
 
 

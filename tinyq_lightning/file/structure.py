@@ -81,7 +81,7 @@ def prepare_structure(
         if site is None:
             raise CheckpointError(
                 f"{source} has the quantized layer {name!r}, {type(module).__name__} has no layer of that name. "
-                f"It has: {', '.join(sorted(sites)) or 'none'}"
+                f"It has: {', '.join(sorted(sites)) or 'none'}{_hint(name, sites)}"
             )
         if site.is_quantized:
             continue
@@ -104,9 +104,9 @@ def prepare_structure(
     return list(made.values())
 
 
-def _materialize(module: nn.Module, entries: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+def _materialize(model: nn.Module, entries: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
     """Give lazy layers the sizes that the codes have: they have seen no input yet."""
-    modules, prefixes = dict(module.named_modules()), prefixes_of_codes(state)
+    modules, prefixes = dict(model.named_modules()), prefixes_of_codes(state)
     for entry in entries:
         layer: Any = modules.get(entry["name"])
         found = find_codes(prefixes, [entry["name"]])
@@ -138,6 +138,17 @@ def fill_what_is_still_held(made: Sequence[tuple[Site, QuantizedLayer]]) -> Call
                     weight.copy_(layer.coded_weights()[name].dequantize())
 
     return fill
+
+
+def _hint(name: str, sites: Mapping[str, Site]) -> str:
+    """What to do if the module is a part of the model in the file."""
+    part, _, below = name.partition(".")
+    while below:
+        if below in sites:
+            return f". If the file's model has this one as its part {part!r}, give load_quantized part={part!r}"
+        step, _, below = below.partition(".")
+        part = f"{part}.{step}"
+    return ""
 
 
 def refuse_resuming(trainer: Trainer | None, source: str) -> None:

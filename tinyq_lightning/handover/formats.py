@@ -13,8 +13,8 @@ To add a format that runs somewhere, write one file with two functions and add a
 
 Libraries are imported inside of these functions. ``modules`` names them, so that a missing one is an error that names
 the ``extra`` of the package; the extra goes into ``pyproject.toml``, and the format's line for the help into
-``FORMAT_NAMES`` of ``methods.py``. Everything else (temporary files, comparing,
-timing, overwriting, the report, the command line) is done for all formats alike.
+``FORMAT_NAMES`` of ``methods.py``. Everything else (temporary files, comparing, timing, overwriting, the report, the
+command line) is done for all formats alike.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from torch import Tensor
 
 from tinyq_lightning.errors import ExportError, MissingExtraError
 from tinyq_lightning.file import read_checkpoint, read_safetensors, write_checkpoint, write_safetensors
+from tinyq_lightning.handover.aoti import open_aoti, write_aoti
 from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.programs import open_pt2, write_pt2
 from tinyq_lightning.handover.request import Request
-from tinyq_lightning.methods import FORMAT_NAMES
 
 __all__ = [
     "FORMATS",
@@ -63,11 +63,6 @@ class Format:
     modules: tuple[str, ...] = ()
     extra: str = ""
     by_ending: bool = True
-
-    @property
-    def what(self) -> str:
-        """The format in one line."""
-        return FORMAT_NAMES[self.name]
 
     def check_installed(self) -> None:
         """Check that its libraries are there.
@@ -118,6 +113,13 @@ _LIST: tuple[Format, ...] = (
         ending=".pt2",
         write=write_pt2,
         open=open_pt2,
+    ),
+    Program(
+        name="aoti",
+        ending=".aoti.pt2",
+        by_ending=False,
+        write=write_aoti,
+        open=open_aoti,
     ),
     Tensors(
         name="safetensors",

@@ -6,18 +6,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.namespaces import is_overridden, namespace_of
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
+from tinyq_lightning.trainer.callback_base import CallbackOfBoth
 from tinyq_lightning.trainer.checks import checkpoint_callbacks, why_never_validated
 from tinyq_lightning.trainer.inner_trainer import (
     Moment,
@@ -31,6 +30,10 @@ from tinyq_lightning.trainer.inner_trainer import (
 )
 from tinyq_lightning.trainer.isolation import Snapshot
 from tinyq_lightning.trainer.results import directions, numbers
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.utilities import CombinedLoader
 
 __all__ = [
     "Evaluation",
@@ -92,7 +95,7 @@ class LoopWatch:
             )
 
 
-class _Watch(Callback):
+class _Watch(CallbackOfBoth):
     """The callback of an inner Trainer: times the loop, and keeps an eye on batches and weights."""
 
     def __init__(self, module: LightningModule, stage: Stage, known: Mapping[str, Any], cut_short: bool) -> None:
@@ -218,7 +221,7 @@ def run_evaluation(
     """
     combined = _combined_loader(trainer, stage)
     assert combined is not None
-    loaders = CombinedLoader(combined.iterables, combined._mode)
+    loaders = namespace_of(trainer).pytorch.utilities.CombinedLoader(combined.iterables, combined._mode)
     known = dict(trainer.callback_metrics) if stage == "validate" else {}
     watch = _Watch(module, stage, known, batches is not None)
     inner = inner_trainer(trainer, watch, stage, batches, moment, attributes)

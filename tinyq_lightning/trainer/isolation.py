@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from tinyq_lightning.namespaces import derives_from
 from tinyq_lightning.trainer.held import is_frame
 from tinyq_lightning.trainer.outside import Outside
 from tinyq_lightning.trainer.state import class_state, package_of, state_of
@@ -31,7 +31,7 @@ __all__ = [
 # Containers of more items are not copied where they belong to datasets: those are the data, not its state.
 _DATA_ITEMS = 1000
 
-_NO_USERS_CLASSES = {"builtins", "torch", "torchmetrics", "lightning", "pytorch_lightning", "tinyq_lightning"}
+_NO_USERS_CLASSES = {"builtins", "torch", "torchmetrics", *("lightning", "pytorch_lightning"), "tinyq_lightning"}
 
 
 class Snapshot:
@@ -152,7 +152,7 @@ def _is_users(kind: type) -> bool:
     """Whether the attributes of a class are the user's state, since the class is the user's own."""
     if package_of(kind) in _NO_USERS_CLASSES:
         return False
-    return issubclass(kind, LightningModule | LightningDataModule) or _is_from_users_file(kind.__module__)
+    return derives_from(kind, "LightningModule", "LightningDataModule") or _is_from_users_file(kind.__module__)
 
 
 def _is_of_the_user(value: Any) -> bool:
