@@ -19,6 +19,7 @@ from tinyq_lightning.file.safetensors import read_safetensors
 from tinyq_lightning.file.structure import prepare_structure
 from tinyq_lightning.file.validate import HYPER_PARAMETERS
 from tinyq_lightning.file.weightless import take_values, without_weights
+from tinyq_lightning.plan import refuse_save_pretrained
 
 __all__ = [
     "load_content",
@@ -131,6 +132,7 @@ def load_content(
         module.load_state_dict(content["state_dict"], strict=strict)
     except Exception as error:  # load_state_dict raises RuntimeError, hooks of the class anything
         raise CheckpointError(f"{source}: the file does not fit {name_of(module_class)}: {error}") from error
+    refuse_save_pretrained(module)
     return module.to(_device(map_location))
 
 
