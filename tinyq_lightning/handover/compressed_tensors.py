@@ -8,6 +8,7 @@ several layers share, are written as floats, since the layout knows linear layer
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
@@ -190,18 +191,18 @@ def _floats(name: str, layer: QuantizedLayer, original: nn.Module) -> dict[str, 
 
 def open_compressed_tensors(path: str, request: Request) -> Callable[[Example], Sequence[Tensor]]:
     """Load the folder by ``from_pretrained``; the module then runs with that model in the place of its own."""
-    from transformers.utils import logging
+    from transformers.utils import logging as messages
 
     name, model = _pretrained(request.module)
-    level = logging.get_verbosity()
+    level = messages.get_verbosity()
     try:
-        logging.set_verbosity(logging.ERROR)
+        messages.set_verbosity(logging.ERROR)
         with redirect_stderr(StringIO()):  # bars of the two libraries
             loaded = type(model).from_pretrained(path).eval()
             run = _running(request.module, name, model, loaded)
             run(request.example)  # the first call decompresses
     finally:
-        logging.set_verbosity(level)
+        messages.set_verbosity(level)
     return run
 
 
