@@ -30,6 +30,7 @@ from torch import Tensor
 from tinyq_lightning.errors import ExportError, MissingExtraError
 from tinyq_lightning.file import read_checkpoint, read_safetensors, write_checkpoint, write_safetensors
 from tinyq_lightning.handover.aoti import open_aoti, write_aoti
+from tinyq_lightning.handover.compressed_tensors import open_compressed_tensors, write_compressed_tensors
 from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.programs import open_pt2, write_pt2
 from tinyq_lightning.handover.request import Request
@@ -128,6 +129,16 @@ _LIST: tuple[Format, ...] = (
         extra="safetensors",
         write=write_safetensors,
         read=read_safetensors,
+    ),
+    Program(
+        name="compressed-tensors",
+        ending="-compressed",
+        modules=("transformers", "compressed_tensors", "safetensors"),
+        extra="compressed-tensors",
+        by_ending=False,
+        write=write_compressed_tensors,
+        open=open_compressed_tensors,
+        max_error=0.05,
     ),
     Tensors(
         name="ckpt",

@@ -6,6 +6,7 @@ from tinyq_lightning.plan.functions import globals_read
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, quantized_weights
 from tinyq_lightning.plan.plan import MANY_LAYERS, DecidedBy, Decision, OtherWeight, Plan, state_bytes
+from tinyq_lightning.plan.pretrained import refuse_save_pretrained
 from tinyq_lightning.plan.recoded import Recoded
 from tinyq_lightning.plan.replace import carry_out, put_in, quantize_by_layer, quantized, warn_of_unkept
 from tinyq_lightning.plan.resolution import WithValues, resolve
@@ -39,6 +40,7 @@ __all__ = [
     "quantized",
     "quantized_weights",
     "refuse_root",
+    "refuse_save_pretrained",
     "resolve",
     "return_freed_memory",
     "sites_for",
