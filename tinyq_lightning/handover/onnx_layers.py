@@ -1,0 +1,143 @@
+"""Quantized layers in the forms that ONNX has for them, while torch exports the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tinyq_lightning.handover.onnx_operators import dequantize_linear, onnx_operator, round_samples, rounded_product
+from tinyq_lightning.handover.onnx_recurrent import CellForm, SequenceForm
+from tinyq_lightning.kernels import LONGEST_SUM, Geometry, convolve, is_exporting
+from tinyq_lightning.layers import (
+    Int8Matrix,
+    Int8Weight,
+    QuantizedConv,
+    QuantizedEmbedding,
+    QuantizedEmbeddingBag,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedRecurrent,
+)
+from tinyq_lightning.methods import METHODS
+
+__all__ = [
+    "onnx_forms",
+]
+
+
+class _WeightForm(Int8Weight):
+    """A layer whose weight, where the model reads it, is a DequantizeLinear of its codes.
+
+    Attributes:
+        rounds: whether activations are rounded as the layer's method says; if not, that is left to the runtime.
+    """
+
+    rounds: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight in the layer's dtype."""
+        if not is_exporting() or self.dtype == torch.float64:
+            return super().weight
+        codes, scales, groups = self.int8_weights, self.scales, self._transposed_groups
+        if groups > 0:
+            parts = zip(codes.chunk(groups), scales.chunk(groups), strict=True)
+            weight = torch.cat([dequantize_linear(*part, axis=1) for part in parts])
+        elif len(codes) == len(scales):
+            weight = dequantize_linear(codes, scales, axis=0)
+        else:
+            weight = dequantize_linear(codes.reshape(len(scales), -1), scales, axis=0).reshape(codes.shape)
+        return weight.to(self.dtype)
+
+
+class _LinearForm(_WeightForm, QuantizedLinear):  # type: ignore[misc]
+    """MatMul and Add of a DequantizeLinear, or MatMulInteger of digits; never Gemm, whose int8 is slower than float."""
+
+    def _in_graph(self, input: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        if not is_exporting() or input.dtype == torch.float64 or not self.in_features:
+            return super()._in_graph(input, codes, scales, bias)
+        if input.dim() == 1:
+            return self._in_graph(input[None], codes, scales, bias)[0]
+        x, columns, method = input.float(), codes.t(), METHODS[self.method]
+        if self.rounds and method.rounds and self.in_features <= LONGEST_SUM:
+            out = rounded_product(x, columns, scales, method)
+        else:
+            weight = dequantize_linear(columns, scales, axis=1)
+            out = onnx_operator("MatMul", (x, weight), torch.float32, (*x.shape[:-1], len(scales)))
+        return (out if bias is None else out + bias.float()).to(input.dtype)
+
+
+class _ConvForm(_WeightForm, QuantizedConv):  # type: ignore[misc]
+    """A convolution by a DequantizeLinear, of activations that are rounded before it."""
+
+    def _in_graph(self, x: Tensor, geometry: Geometry) -> Tensor:
+        if not is_exporting() or x.dtype == torch.float64:
+            return super()._in_graph(x, geometry)
+        method, work = METHODS[self.method], x.float()
+        if self.rounds and method.rounds:
+            work = round_samples(work, method)
+        bias = None if self.bias is None else self.bias.float()
+        return convolve(work, self.weight.float(), bias, geometry).to(x.dtype)
+
+
+class _EmbeddingForm(_WeightForm, QuantizedEmbedding):  # type: ignore[misc]
+    """A Gather of codes and one of scales, as the layer has it; its weight may be read as well."""
+
+
+class _EmbeddingBagForm(_WeightForm, QuantizedEmbeddingBag):  # type: ignore[misc]
+    """As an embedding."""
+
+
+class _MatrixForm(_WeightForm, Int8Matrix):
+    """A matrix that the model reads."""
+
+
+# The form of each kind of layer. A layer that has none keeps its formula of torch's operators, on its own codes.
+_FORMS: tuple[tuple[type[QuantizedLayer], type[QuantizedLayer]], ...] = (
+    (QuantizedLinear, _LinearForm),
+    (QuantizedConv, _ConvForm),
+    (QuantizedEmbedding, _EmbeddingForm),
+    (QuantizedEmbeddingBag, _EmbeddingBagForm),
+    (Int8Matrix, _MatrixForm),
+    (QuantizedRecurrent, SequenceForm),
+)
+
+
+@contextmanager
+def onnx_forms(model: nn.Module, rounds: bool) -> Iterator[None]:
+    """Context manager in which the quantized layers of a model are exported in their ONNX forms.
+
+    Layers keep their identity, tensors and hooks, and compute what they did wherever nothing is exported.
+
+    Args:
+        model: the model.
+        rounds: whether activations are rounded in standard operators, as each layer's method says.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    classes = [type(layer) for layer in layers]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # type: ignore[no-untyped-call]
+        for layer, own in zip(layers, classes, strict=True):
+            layer.__class__ = _form_of(own, rounds)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)  # type: ignore[no-untyped-call]
+        for layer, own in zip(layers, classes, strict=True):
+            layer.__class__ = own
+
+
+@cache
+def _form_of(own: type[QuantizedLayer], rounds: bool) -> type[QuantizedLayer]:
+    form = next((form for kind, form in _FORMS if issubclass(own, kind)), None)
+    if form is None:
+        return own
+    if form is SequenceForm and issubclass(own, nn.RNNCellBase):
+        form = CellForm
+    content: dict[str, Any] = {"rounds": rounds, "__module__": own.__module__, "__qualname__": own.__qualname__}
+    return cast("type[QuantizedLayer]", type(own.__name__, (form, own), content))
