@@ -43,11 +43,10 @@ def onnx_graph(request: Request, rounds: bool) -> onnx_ir.Model:
         raise ExportError(f"ONNX files are made with torch 2.8 or newer, and this is torch {torch.__version__}")
     with onnx_forms(request.module, rounds):
         program = exported_program(request)
-        with _quiet():
-            translated = _translated(program, request)
-    model = translated.model
-    _name_dimensions(model, request)
-    tidy(model)
+    with _quiet():
+        model: onnx_ir.Model = _translated(program, request).model
+        _name_dimensions(model, request)
+        tidy(model)
     return model
 
 
@@ -76,14 +75,16 @@ def input_names(request: Request) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Context manager in which torch's exporter logs errors only."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    """Context manager in which the libraries that make the graph log errors only."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
     try:
-        logger.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _name_dimensions(model: onnx_ir.Model, request: Request) -> None:

@@ -46,7 +46,9 @@ class _WeightForm(Int8Weight):
             return super().weight
         codes, scales, groups = self.int8_weights, self.scales, self._transposed_groups
         if groups > 0:
-            parts = zip(codes.chunk(groups), scales.chunk(groups), strict=True)
+            rows, outputs = len(codes) // groups, len(scales) // groups
+            starts = [(rows * group, outputs * group) for group in range(groups)]
+            parts = [(codes[row : row + rows], scales[out : out + outputs]) for row, out in starts]
             weight = torch.cat([dequantize_linear(*part, axis=1) for part in parts])
         elif len(codes) == len(scales):
             weight = dequantize_linear(codes, scales, axis=0)
@@ -90,7 +92,23 @@ class _EmbeddingForm(_WeightForm, QuantizedEmbedding):  # type: ignore[misc]
 
 
 class _EmbeddingBagForm(_WeightForm, QuantizedEmbeddingBag):  # type: ignore[misc]
-    """As an embedding."""
+    """As an embedding; bags of one length are reduced over a dimension, so that their number may change."""
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """As ``nn.EmbeddingBag.forward``."""
+        if not is_exporting() or input.dim() != 2 or not input.shape[1]:
+            return super().forward(input, offsets, per_sample_weights)
+        rows = self._rows(input)
+        if per_sample_weights is not None:
+            rows = rows * per_sample_weights.unsqueeze(-1)
+        if self.padding_idx is None:
+            return self._reduced_rows(rows)
+        left_out = (input == self.padding_idx % self.num_embeddings).unsqueeze(-1)
+        if self.mode == "max":
+            most = rows.masked_fill(left_out, -torch.inf).amax(1)
+            return most.masked_fill(left_out.all(1), 0.0)
+        total = rows.masked_fill(left_out, 0.0).sum(1)
+        return total if self.mode == "sum" else total / (~left_out).sum(1).clamp_min(1)
 
 
 class _MatrixForm(_WeightForm, Int8Matrix):
@@ -124,6 +142,8 @@ def onnx_forms(model: nn.Module, rounds: bool) -> Iterator[None]:
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # type: ignore[no-untyped-call]
         for layer, own in zip(layers, classes, strict=True):
+            if isinstance(layer, Int8Weight):
+                layer.unpack()  # codes that are not buffers would have no name
             layer.__class__ = _form_of(own, rounds)
         yield
     finally:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.onnx_operators import dequantize_linear, onnx_operator, onnx_operators
 from tinyq_lightning.kernels import is_exporting
 from tinyq_lightning.layers import QuantizedRecurrent
@@ -31,7 +32,7 @@ class _RecurrentForm(QuantizedRecurrent):
 
 
 class SequenceForm(_RecurrentForm):
-    """One operator a layer; a projection of the hidden state, which ONNX has not, is left to torch's operators."""
+    """One operator a layer."""
 
     mode: str
     batch_first: bool
@@ -44,9 +45,11 @@ class SequenceForm(_RecurrentForm):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the forward of torch's class."""
-        known = isinstance(input, Tensor) and input.dtype != torch.float64 and not self.proj_size
+        known = isinstance(input, Tensor) and input.dtype != torch.float64
         if not (is_exporting() and known) or (self.training and self.dropout):
             return super().forward(input, hx)
+        if self.proj_size:
+            raise ExportError("the LSTM of ONNX has no projection of the hidden state, as proj_size asks for")
         batched, dtype = input.dim() == 3, input.dtype
         x = input.float() if batched else input.float().unsqueeze(0 if self.batch_first else 1)
         x = x.transpose(0, 1) if self.batch_first else x
@@ -97,8 +100,8 @@ class SequenceForm(_RecurrentForm):
 
 
 def _reordered(rows: Tensor, order: tuple[int, ...]) -> Tensor:
-    gates = rows.chunk(len(order))
-    return rows if len(order) == 1 else torch.cat([gates[place] for place in order])
+    size = len(rows) // len(order)
+    return rows if len(order) == 1 else torch.cat([rows[size * place : size * (place + 1)] for place in order])
 
 
 def _without_tail(inputs: list[Tensor | None]) -> list[Tensor | None]:
@@ -121,7 +124,7 @@ class CellForm(_RecurrentForm):
             out = self.forward(input[None], states)
             return tuple(each[0] for each in out) if isinstance(out, tuple) else out[0]
         x = input.float()
-        zeros = x.new_zeros(len(x), self.hidden_size)
+        zeros = x.new_zeros(x.shape[0], self.hidden_size)
         state = tuple(each.float() for each in hx) if isinstance(hx, tuple) else zeros if hx is None else hx.float()
         out = self._step(x, state, zeros)
         return tuple(each.to(input.dtype) for each in out) if isinstance(out, tuple) else out.to(input.dtype)

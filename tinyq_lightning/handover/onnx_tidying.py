@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tinyq_lightning.handover.onnx_norms import fold_norms
+
 if TYPE_CHECKING:
     import onnx_ir
 
@@ -13,7 +15,7 @@ __all__ = [
     "tidy",
 ]
 
-_MOVES = {"Transpose", "Slice", "Split", "Concat", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Gather"}
+_MOVES = {"Transpose", "Slice", "Split", "Concat", "Reshape", "Unsqueeze", "Squeeze", "Identity"}
 
 _SMALL = 64
 """Values of a constant that are computed with, such as shapes; anything larger may be a weight."""
@@ -26,6 +28,7 @@ def tidy(model: onnx_ir.Model) -> None:
 
     _drop_origins(model)
     optimize_ir(model, should_fold=_folds, input_size_limit=2**31, output_size_limit=2**62)
+    fold_norms(model)
     _lay_out(model)
     for each in (common.DeduplicateHashedInitializersPass(), common.RemoveUnusedNodesPass()):
         each(model)
@@ -59,11 +62,15 @@ def _folds(node: onnx_ir.Node) -> bool | None:
         return False
     large = [value for value in node.inputs if value is not None and _size(value) > _SMALL]
     if node.op_type in _MOVES:
-        # A weight that is read in another layout as well stays one initializer, and is moved when it is loaded.
-        return all(use.node.op_type in _MOVES for value in large for use in value.uses())
+        # A weight that is also read as it is stays one initializer, and is moved when it is loaded.
+        return all(_only_moves(use.node) for value in large for use in value.uses())
     if any(value.dtype in (onnx_ir.DataType.INT8, onnx_ir.DataType.UINT8, onnx_ir.DataType.INT4) for value in large):
         return False
     return None
+
+
+def _only_moves(node: onnx_ir.Node) -> bool:
+    return node.op_type in _MOVES and all(value is None or value.const_value is not None for value in node.inputs)
 
 
 def _size(value: onnx_ir.Value) -> int:
