@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.file import QuantizedCheckpointMixin, load_quantized
+from tinyq_lightning.handover import ExportReport, export
 from tinyq_lightning.kernels import w8_a8_forward, w8_a16_forward, w8_a32_forward
 from tinyq_lightning.layers import W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer, attention
 from tinyq_lightning.plan import Decision, Plan, quantize, quantized
@@ -31,6 +32,7 @@ sys.modules[f"{__name__}.attention"] = attention
 
 __all__ = [
     "Decision",
+    "ExportReport",
     "Plan",
     "QuantizationSpec",
     "QuantizedCheckpointMixin",
@@ -42,6 +44,7 @@ __all__ = [
     "W8A16LinearLayer",
     "W8A32LinearLayer",
     "__version__",
+    "export",
     "load_quantized",
     "quantize",
     "quantized",

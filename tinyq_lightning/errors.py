@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "CheckpointError",
     "EvaluationError",
+    "ExportError",
     "MissingExtraError",
     "ModelError",
     "ReadOnlyWeightError",
@@ -36,6 +37,10 @@ class CheckpointError(TinyQError, RuntimeError):
 
 class EvaluationError(TinyQError, RuntimeError):
     """The user's validation or test loop could not be run a second time."""
+
+
+class ExportError(TinyQError, RuntimeError):
+    """A model could not be written for another runtime, or what was written does not compute what the model does."""
 
 
 class TrainerError(TinyQError, RuntimeError):

@@ -246,7 +246,10 @@ MISTAKES = [
     ),
     ("quantize epoch=7.ckpt --model nets:Net --init width.deep=5 --output q.ckpt", r"no argument width\.deep"),
     ("export epoch=7.ckpt --to safetensors", "not a quantized one"),
-    ("export w8a32-epoch=7.ckpt --to ckpt --output q.ckpt", "the file is damaged"),
+    ("export nets.py --to ckpt --output q.ckpt", "truncated or damaged"),
+    ("export w8a32-epoch=7.ckpt --to pt2", "give --model"),
+    ("export w8a32-epoch=7.ckpt --to pt2 --model nets:Net --example nets:nothing", "has no attribute 'nothing'"),
+    ("export w8a32-epoch=7.ckpt --to pt2 --model nets:Net --method fly", "no example of its inputs"),
 ]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from tinyq_lightning.errors import TinyQError
+from tinyq_lightning.handover import FORMATS
 from tinyq_lightning.version import __version__
 
 __all__ = [
@@ -62,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Callable[[argparse.Namespace], Any]:
     """The function of a command. Its module is imported here, because torch and Lightning take seconds to import."""
-    module = "run_commands" if name in ("evaluate", "bench") else "file_commands"
-    found = importlib.import_module(f"tinyq_lightning.command.{module}")
+    modules = {"evaluate": "run_commands", "bench": "run_commands", "export": "export_command"}
+    found = importlib.import_module(f"tinyq_lightning.command.{modules.get(name, 'file_commands')}")
     command: Callable[[argparse.Namespace], Any] = getattr(found, name)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     return command
@@ -148,15 +149,23 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(
         commands,
         "export",
-        "to safetensors, which other languages read, and back without a loss",
-        "tinyq-lightning export w8a32-epoch=7.ckpt --to safetensors",
+        "to other runtimes, where it is run and compared with the quantized model; or to files of tensors, and back",
+        "tinyq-lightning export w8a32-epoch=7.ckpt --to pt2 --model nets:Net",
     )
     command.add_argument(
         "checkpoint", metavar="FILE", help="a quantized checkpoint, or a safetensors file made from one"
     )
-    command.add_argument("--to", choices=("safetensors", "ckpt"), required=True, help="the format wanted")
+    formats = "; ".join(f"{each.name}: {each.what}" for each in FORMATS.values())
+    command.add_argument("--to", choices=tuple(FORMATS), required=True, help=f"the format wanted. {formats}")
     command.add_argument("--output", metavar="FILE", help="default: the same name with the other ending")
     command.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
+    _add_model(command)
+    example = "returns the arguments of one call (default: the model's example_input_array)"
+    command.add_argument("--example", metavar="M:FUNCTION", help=example)
+    command.add_argument("--method", default="forward", metavar="NAME", help="the method to export (default: forward)")
+    dynamic = "names of the inputs' first dimensions, whose sizes may change (default: batch), or none"
+    command.add_argument("--dynamic", nargs="+", metavar="NAME", help=dynamic)
+    command.add_argument("--max-error", type=float, metavar="X", help="largest relative error allowed")
     return parser
 
 

@@ -1,11 +1,11 @@
-"""The commands on files: ``quantize``, ``inspect``, ``verify`` and ``export``."""
+"""The commands on files: ``quantize``, ``inspect`` and ``verify``."""
 
 from __future__ import annotations
 
 import copy
 import os
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import Any
@@ -25,17 +25,14 @@ from tinyq_lightning.file import (
     quantize_file,
     quantized_path,
     read_checkpoint,
-    read_safetensors,
     stem_of,
     write_checkpoint,
-    write_safetensors,
 )
 from tinyq_lightning.plan import Decision, Plan, file_coverage, resolve
 from tinyq_lightning.spec import QuantizationSpec, as_spec
 from tinyq_lightning.table import Table, format_bytes
 
 __all__ = [
-    "export",
     "inspect",
     "quantize",
     "verify",
@@ -163,22 +160,6 @@ def _differences(content: Mapping[str, Any], again: Mapping[str, Any]) -> list[s
         for name in {**one, **other}
         if name not in one or name not in other or digest_of(one[name]) != digest_of(other[name])
     ]
-
-
-EXPORTS: dict[str, tuple[str, Callable[[str], dict[str, Any]], Callable[[Mapping[str, Any], str], None]]] = {
-    "safetensors": (".safetensors", read_checkpoint, write_safetensors),
-    "ckpt": (".ckpt", read_safetensors, write_checkpoint),
-}
-"""For each format of ``--to``: the ending of its files, what reads the file given, and what writes the one wanted."""
-
-
-def export(args: Namespace) -> Answer:
-    """Convert a quantized checkpoint to safetensors, or back."""
-    ending, read, write = EXPORTS[args.to]
-    path = args.output or os.path.splitext(args.checkpoint)[0] + ending
-    _refuse_overwriting(args, path)
-    write(read(args.checkpoint), path)
-    return Answer(f"{path}  {file_size(path)}", {"path": path})
 
 
 def _refuse_overwriting(args: Namespace, path: str | None) -> None:

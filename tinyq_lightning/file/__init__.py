@@ -10,12 +10,12 @@ from tinyq_lightning.file.checkpoint import (
 )
 from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.digest import digest_of
-from tinyq_lightning.file.durable import replace_file
+from tinyq_lightning.file.durable import replace_file, temporary_folder
 from tinyq_lightning.file.from_float import FloatFile, quantize_file
 from tinyq_lightning.file.hooks import HookView
-from tinyq_lightning.file.loading import load_quantized
+from tinyq_lightning.file.loading import load_content, load_quantized
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
-from tinyq_lightning.file.names import check_folder, file_exists, quantized_path, stem_of
+from tinyq_lightning.file.names import check_folder, file_bytes, file_exists, quantized_path, stem_of
 from tinyq_lightning.file.plain import plain
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
 from tinyq_lightning.file.state import check_state
@@ -36,10 +36,12 @@ __all__ = [
     "check_state",
     "digest_of",
     "escaped",
+    "file_bytes",
     "file_exists",
     "file_sha256",
     "import_class",
     "is_quantized",
+    "load_content",
     "load_quantized",
     "make_checkpoint",
     "plain",
@@ -50,6 +52,7 @@ __all__ = [
     "replace_file",
     "restore_structure",
     "stem_of",
+    "temporary_folder",
     "typed_entries",
     "warn_of_left_out",
     "why_not_writable",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from tinyq_lightning.errors import CheckpointError
 
 __all__ = [
     "replace_file",
+    "temporary_folder",
 ]
 
 try:
@@ -54,6 +57,43 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], obje
             _replace_remote(fs, location, write)
     except (OSError, RuntimeError) as error:  # torch's writer turns some OSErrors into RuntimeErrors
         raise CheckpointError(f"{path}: the file could not be written: {error}") from error
+
+
+@contextmanager
+def temporary_folder(beside: str | None = None) -> Iterator[str]:
+    """Context manager with a new folder that is removed after it.
+
+    One that a killed process has left beside it is removed when the next is made.
+
+    Args:
+        beside: the folder that it is made in, so that files can be renamed to there; None for that of the system.
+
+    Raises:
+        CheckpointError: it could not be made.
+    """
+    if beside is None:
+        with tempfile.TemporaryDirectory(suffix=_ENDING) as folder:
+            yield folder
+        return
+    folder = os.path.join(beside, _temporary_name())
+    try:
+        os.makedirs(folder)
+    except OSError as error:
+        raise CheckpointError(f"{beside}: no file could be written there: {error}") from error
+    _remove_left_folders(beside)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left_folders(beside: str) -> None:
+    with suppress(OSError), os.scandir(beside) as entries:
+        for entry in entries:
+            if _is_temporary(entry.name) and entry.is_dir(follow_symlinks=False):
+                with suppress(OSError):
+                    if _is_abandoned(entry.name, entry.stat().st_mtime):
+                        shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _replace_remote(fs: AbstractFileSystem, location: str, write: Callable[[IO[bytes]], object]) -> None:

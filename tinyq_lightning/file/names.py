@@ -12,6 +12,7 @@ from tinyq_lightning.spec import QuantizationSpec, Save
 
 __all__ = [
     "check_folder",
+    "file_bytes",
     "file_exists",
     "quantized_path",
     "stem_of",
@@ -55,3 +56,9 @@ def file_exists(path: str | os.PathLike[str]) -> bool:
     """Whether there is a file or folder at a local path or a URL that fsspec can open."""
     fs, location = fsspec.core.url_to_fs(os.fspath(path))
     return bool(fs.exists(location))
+
+
+def file_bytes(path: str | os.PathLike[str]) -> int:
+    """The size of a file at a local path or a URL that fsspec can open."""
+    fs, location = fsspec.core.url_to_fs(os.fspath(path))
+    return int(fs.size(location))

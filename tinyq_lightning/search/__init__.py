@@ -2,7 +2,7 @@
 
 from tinyq_lightning.search.budget import LADDER, Changes, Search, SearchedLayer, evaluation_limit, loses, search
 from tinyq_lightning.search.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
-from tinyq_lightning.search.timer import BatchTimes, Timing, time_in_turns
+from tinyq_lightning.search.timer import BatchTimes, Timing, evaluating, time_in_turns
 from tinyq_lightning.search.timing import Stopwatch
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "SearchedLayer",
     "Stopwatch",
     "Timing",
+    "evaluating",
     "evaluation_limit",
     "loses",
     "measured_layers",

@@ -1,0 +1,16 @@
+"""A quantized model written for other runtimes, which is then run there and compared with the model."""
+
+from tinyq_lightning.handover.example import import_example
+from tinyq_lightning.handover.exporting import export
+from tinyq_lightning.handover.formats import FORMATS, Format, Program, Tensors
+from tinyq_lightning.handover.report import ExportReport
+
+__all__ = [
+    "FORMATS",
+    "ExportReport",
+    "Format",
+    "Program",
+    "Tensors",
+    "export",
+    "import_example",
+]

@@ -1,0 +1,186 @@
+"""Example inputs: the arguments of one call, the names of their tensors, and other inputs like them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tinyq_lightning.errors import ModelError
+
+__all__ = [
+    "Example",
+    "example_for",
+    "flat_names",
+    "import_example",
+    "resized",
+]
+
+
+@dataclass(frozen=True)
+class Example:
+    """The arguments of one call.
+
+    Attributes:
+        args: the positional ones.
+        kwargs: those by name.
+        parameters: the same by the name of the parameter that takes them, in the order of the signature, as
+            ``torch.export`` names them in ``dynamic_shapes``.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parameters: dict[str, Any]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name: of the parameter, and the way into it (``x``, ``batch.image``, ``states.0``)."""
+        leaves = flat_names(self.parameters)
+        return {name: leaf for name, leaf in leaves if isinstance(leaf, Tensor)}
+
+    def with_tensors(self, change: Callable[[str, Tensor], Tensor]) -> Example:
+        """The same call with other tensors.
+
+        Args:
+            change: is given each tensor with its name, and returns what takes its place.
+        """
+        old = self.tensors()
+        new = {id(tensor): change(name, tensor) for name, tensor in old.items()}
+
+        def changed(leaf: Any) -> Any:
+            return new.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs, parameters = (
+            pytree.tree_map(changed, each) for each in (self.args, self.kwargs, self.parameters)
+        )
+        return Example(args, kwargs, parameters)
+
+
+def flat_names(value: Any, root: str = "") -> list[tuple[str, Any]]:
+    """The leaves of nested tuples, lists and mappings with names such as ``logits`` and ``states.0``."""
+    found, _ = pytree.tree_flatten_with_path(value)
+    names = []
+    for path, leaf in found:
+        parts = [_part(each) for each in path]
+        if root:
+            parts = [f"{root}_{parts[0]}", *parts[1:]] if parts and parts[0].isdecimal() else parts or [root]
+        names.append((".".join(parts), leaf))
+    return names
+
+
+def _part(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def import_example(path: str) -> Any:
+    """What the function at ``package.module:function`` returns.
+
+    Raises:
+        ModelError: there is no such function, or it fails.
+    """
+    module_name, colon, name = path.partition(":")
+    try:
+        if not colon:
+            raise ImportError("it names no function")
+        function: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            function = getattr(function, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ModelError(f"{path!r} cannot be imported: {error}. Write it as package.module:function") from error
+    if not callable(function):
+        raise ModelError(f"{path!r} is no function: give one that takes nothing and returns the example inputs")
+    try:
+        return function()
+    except Exception as error:
+        raise ModelError(f"{path!r} returned no example inputs: {type(error).__name__}: {error}") from error
+
+
+def example_for(model: nn.Module, given: Any, method: str) -> Example:
+    """The arguments of one call of a method.
+
+    Args:
+        model: the model; its ``example_input_array`` is taken if nothing is given and the method is ``forward``.
+        given: a tensor, a tuple of positional arguments, or a mapping of arguments by name. Tensors go to the CPU.
+        method: name of the method.
+
+    Raises:
+        ModelError: there are no inputs, no tensor among them, or the method does not take them.
+    """
+    name = type(model).__name__
+    if given is None and method == "forward":
+        given = getattr(model, "example_input_array", None)
+    if given is None:
+        advice = "set example_input_array in __init__, or " if method == "forward" else ""
+        raise ModelError(
+            f"{name}.{method} is to be exported and there is no example of its inputs: {advice}give example_inputs "
+            "(--example package.module:function): a tensor, a tuple of arguments, or a dict of arguments by name"
+        )
+    given = pytree.tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, given)
+    args, kwargs = _as_arguments(given)
+    function = getattr(model, method, None)
+    if not callable(function):
+        raise ModelError(f"{name} has no method {method!r}")
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ModelError(f"{name}.{method} does not take the example inputs: {error}") from error
+    example = Example(args, kwargs, dict(bound.arguments))
+    if not example.tensors():
+        raise ModelError(f"the example inputs of {name}.{method} hold no tensor")
+    return example
+
+
+def _as_arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(given, Mapping):
+        return (), {str(name): value for name, value in given.items()}
+    return (tuple(given), {}) if isinstance(given, tuple) else ((given,), {})
+
+
+def resized(example: Example, sizes: Mapping[str, Mapping[int, int]], seed: int) -> Example:
+    """Random inputs like those of the example, of other sizes.
+
+    A tensor of floats gets values with the mean and the deviation of the example's. One of whole numbers (tokens,
+    masks, lengths, whatever its dtype) or with values that are not finite gets rows of the example, drawn at random,
+    and of further dimensions the first places, since other values might mean nothing.
+
+    Args:
+        example: the example.
+        sizes: the new size of each dimension that changes, by the name of the tensor.
+        seed: of the random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        changes = sizes.get(name, {})
+        if not changes:
+            return tensor
+        if not _is_continuous(tensor):
+            return _taken(tensor, changes, generator)
+        shape = [changes.get(place, size) for place, size in enumerate(tensor.shape)]
+        values = tensor.double()
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (values.mean() + values.std(correction=0) * drawn).to(tensor.dtype)
+
+    return example.with_tensors(change)
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    """True for floats that are not all whole numbers."""
+    return tensor.is_floating_point() and bool(tensor.isfinite().all()) and bool((tensor != tensor.round()).any())
+
+
+def _taken(tensor: Tensor, sizes: Mapping[int, int], generator: torch.Generator) -> Tensor:
+    for place, size in sizes.items():
+        before = tensor.shape[place]
+        rows = place == 0
+        index = torch.randint(before, (size,), generator=generator) if rows else torch.arange(size) % before
+        tensor = tensor.index_select(place, index)
+    return tensor

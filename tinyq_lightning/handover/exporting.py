@@ -1,0 +1,226 @@
+"""``export``: writes a quantized model for another runtime, runs it there, and compares it with the model."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tinyq_lightning.errors import ExportError, TinyQError
+from tinyq_lightning.file import digest_of, file_bytes
+from tinyq_lightning.handover.comparison import OutputError, output_errors, output_tensors, time_both, worst
+from tinyq_lightning.handover.dynamic import Dynamic, dynamic_dims
+from tinyq_lightning.handover.example import Example, example_for
+from tinyq_lightning.handover.formats import Format, Program, Run, Tensors, format_for
+from tinyq_lightning.handover.place import move_into_place, refuse_existing, workshop
+from tinyq_lightning.handover.report import ExportReport
+from tinyq_lightning.handover.request import Activations, Request
+from tinyq_lightning.handover.source import callable_module, content_of, model_from, on_cpu
+from tinyq_lightning.handover.untouched import untouched
+from tinyq_lightning.plan import state_bytes
+from tinyq_lightning.search import Timing
+
+__all__ = [
+    "export",
+]
+
+
+def export(
+    model_or_path: nn.Module | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    to: str | None = None,
+    module_class: Any = None,
+    method: str = "forward",
+    dynamic: Dynamic = True,
+    activations: Activations = "dynamic",
+    calibration: Iterable[Any] | None = None,
+    max_error: float | None = None,
+    overwrite: bool = False,
+    trust: bool = False,
+    init_args: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Write a quantized model for another runtime, run it there, and compare it with the model.
+
+    What was written is run on the example and, where sizes are dynamic, on random inputs of other sizes. If it is
+    further from the quantized model than ``max_error``, no file is left. The model is as it was afterwards.
+
+    Args:
+        model_or_path: a model with quantized layers; or the path of a quantized checkpoint, or of a safetensors file
+            made from one.
+        path: where to write, a local path or a URL that fsspec can open. Its ending tells the format.
+        example_inputs: of the exported method: a tensor, a tuple of arguments, or a dict of arguments by name; by
+            default the ``example_input_array`` of a LightningModule.
+        to: the format, if the ending of ``path`` does not tell: see :data:`~tinyq_lightning.handover.FORMATS`.
+        module_class: for a path: the class it was made from, as in :func:`~tinyq_lightning.load_quantized`.
+        method: name of the method to export.
+        dynamic: ``True``: the size of the batch, the first dimension of the inputs, may change. ``False``: no size
+            may. Or names of dimensions: ``{0: "batch", 1: "tokens"}`` of every input that has them, or
+            ``{"ids": {0: "batch", 1: "tokens"}}`` of single inputs; a ``torch.export.Dim`` instead of a name gives
+            bounds.
+        activations: ``dynamic``: as the model rounds them; ``static``: by ranges from ``calibration``, which some
+            runtimes are faster with.
+        calibration: for static activations: inputs, each like ``example_inputs``.
+        max_error: the largest relative error of any output: the norm of the difference, relative to the norm of the
+            model's output. By default what the format is known to keep.
+        overwrite: whether to replace files that are there.
+        trust: for a path: as in :func:`~tinyq_lightning.load_quantized`.
+        init_args: for a path: arguments of the class; they replace the hyper-parameters stored in the file.
+
+    Returns:
+        What was written, with errors, sizes and times.
+
+    Raises:
+        ExportError: the model cannot be written so, or what was written is too far from it; no file is left.
+        ModelError: the model has no quantized layers, or the example inputs do not fit it.
+        CheckpointError: the file to export is missing, damaged, or does not fit the class.
+        MissingExtraError: a library is not installed.
+    """
+    target = os.fspath(path)
+    wanted = format_for(target, to)
+    refuse_existing(target, overwrite)
+    if isinstance(wanted, Tensors):
+        return _export_tensors(model_or_path, target, wanted, overwrite)
+    assert isinstance(wanted, Program)
+    if isinstance(model_or_path, str | os.PathLike):
+        content = content_of(model_or_path)
+        model_or_path = model_from(content, module_class, init_args or {}, os.fspath(model_or_path), trust)
+    model = on_cpu(model_or_path)
+    example = example_for(model, example_inputs, method)
+    dims = dynamic_dims(example, dynamic)
+    _check_activations(wanted, activations, calibration)
+    with untouched(model):
+        module = callable_module(model, method)
+        names = tuple(output_tensors(_called(module, example)))
+        traced = dims.large_enough(example)
+        request = Request(module, traced, dims, names, activations, calibration, torch.get_num_threads())
+        bound = wanted.max_error if max_error is None else max_error
+        return _write_program(wanted, request, example, target, bound, overwrite)
+
+
+def _check_activations(wanted: Program, activations: str, calibration: Iterable[Any] | None) -> None:
+    if activations not in ("dynamic", "static"):
+        raise ExportError(f"activations must be 'dynamic' or 'static', not {activations!r}")
+    if activations == "static" and not wanted.static:
+        raise ExportError(f"the format {wanted.name} rounds activations as they come: leave activations='static' out")
+    if (activations == "static") != (calibration is not None):
+        raise ExportError("activations='static' and calibration belong together: ranges are taken from those inputs")
+
+
+def _called(module: nn.Module, example: Example) -> Any:
+    try:
+        return module(*example.args, **example.kwargs)
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in example.tensors().items())
+        raise ExportError(
+            f"the model failed on inputs of the shapes {shapes}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _write_program(
+    wanted: Program, request: Request, example: Example, target: str, bound: float, overwrite: bool
+) -> ExportReport:
+    with workshop(target) as written:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries, about themselves
+            notes = _guarded(wanted, "written", lambda: wanted.write(request, written))
+            trial = _tried(wanted, request, example, written)
+        _refuse_errors(wanted, trial.outputs, bound)
+        files = move_into_place(written, target, overwrite)
+    return ExportReport(
+        path=target,
+        format=wanted.name,
+        files=files,
+        bytes=sum(file_bytes(each) for each in files),
+        model_bytes=state_bytes(request.module.state_dict()),
+        max_error=bound,
+        outputs=tuple(trial.outputs),
+        inputs=tuple({name: tuple(tensor.shape) for name, tensor in case.tensors().items()} for case in trial.cases),
+        ms=trial.timing.ms,
+        model_ms=trial.timing.float_ms,
+        threads=request.threads,
+        notes=tuple(notes),
+    )
+
+
+class _Trial(NamedTuple):
+    """What running a file gave: the inputs, the worst errors over them, and times."""
+
+    cases: list[Example]
+    outputs: list[OutputError]
+    timing: Timing
+
+
+def _tried(wanted: Program, request: Request, example: Example, written: str) -> _Trial:
+    run: Run = _guarded(wanted, "loaded", lambda: wanted.open(written, request))
+    cases = _cases(request, example)
+    outputs = _guarded(wanted, "run", lambda: worst([_errors(request, run, case) for case in cases]))
+    timing = time_both(lambda: request.module(*example.args, **example.kwargs), lambda: run(example))
+    return _Trial(cases, outputs, timing)
+
+
+def _guarded(wanted: Format, what: str, step: Any) -> Any:
+    try:
+        return step()
+    except TinyQError:
+        raise
+    except Exception as error:  # of a library, which may raise anything
+        raise ExportError(f"{wanted.name}: the model could not be {what}: {type(error).__name__}: {error}") from error
+
+
+def _cases(request: Request, example: Example) -> list[Example]:
+    """The example, and random inputs of other sizes that the model itself takes."""
+    others = []
+    for seed, sizes in enumerate(request.dims.other_sizes(example)):
+        case = request.dims.resized(example, sizes, seed)
+        _called(request.module, case)
+        others.append(case)
+    return [example, *others]
+
+
+def _errors(request: Request, run: Run, case: Example) -> list[OutputError]:
+    wanted = output_tensors(request.module(*case.args, **case.kwargs))
+    return output_errors(wanted, run(case))
+
+
+def _refuse_errors(wanted: Format, outputs: list[OutputError], bound: float) -> None:
+    off = max(outputs, key=lambda each: each.relative)
+    if not off.relative <= bound:
+        raise ExportError(
+            f"{wanted.name}: {off.name} of what was written is {off.relative:.2g} from the quantized model, more than "
+            f"the {bound:g} allowed (max_error), so no file was left; the largest difference is {off.largest:.2g}"
+        )
+
+
+def _export_tensors(
+    source: nn.Module | str | os.PathLike[str], target: str, wanted: Tensors, overwrite: bool
+) -> ExportReport:
+    if isinstance(source, nn.Module):
+        raise ExportError(
+            f"the format {wanted.name} is made from a quantized checkpoint, which also holds hyper-parameters and the "
+            "plan: give its path"
+        )
+    content = content_of(source)
+    with workshop(target) as written:
+        wanted.write(content, written)
+        again = wanted.read(written)
+        _refuse_other_tensors(wanted, content["state_dict"], again["state_dict"])
+        files = move_into_place(written, target, overwrite)
+    return ExportReport(
+        path=target,
+        format=wanted.name,
+        files=files,
+        bytes=sum(file_bytes(each) for each in files),
+        model_bytes=state_bytes(content["state_dict"]),
+    )
+
+
+def _refuse_other_tensors(wanted: Format, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """What was read back must be what was written, bit by bit."""
+    if digest_of(dict(before)) != digest_of(dict(after)):
+        raise ExportError(f"{wanted.name}: what was read back is not what was written, so no file was left")

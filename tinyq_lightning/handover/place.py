@@ -1,0 +1,95 @@
+"""Files are written into a temporary folder beside their place, and moved there once they are known to be right."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from tinyq_lightning.errors import ExportError
+from tinyq_lightning.file import file_exists, temporary_folder
+
+__all__ = [
+    "move_into_place",
+    "refuse_existing",
+    "workshop",
+]
+
+
+def refuse_existing(path: str, overwrite: bool) -> None:
+    """Check that nothing is replaced that the user has not given up.
+
+    Raises:
+        ExportError: there is such a file, and ``overwrite`` is not set.
+    """
+    if not overwrite and file_exists(path):
+        raise ExportError(f"{path}: there is such a file already: give overwrite=True (--overwrite) or another path")
+
+
+@contextmanager
+def workshop(path: str) -> Iterator[str]:
+    """Context manager with the path to write to: of the same name, in a temporary folder, which is then removed.
+
+    Args:
+        path: the final path, local or a URL that fsspec can open. The folder lies beside a local one.
+    """
+    fs, location = fsspec.core.url_to_fs(path)
+    beside = os.path.dirname(os.path.abspath(location)) if isinstance(fs, LocalFileSystem) else None
+    with temporary_folder(beside) as folder:
+        yield os.path.join(folder, os.path.basename(location.rstrip("/")))
+
+
+def move_into_place(written: str, path: str, overwrite: bool) -> tuple[str, ...]:
+    """Move all files that were written to where they belong, the main one last.
+
+    A file that is replaced is removed first if there are several, so that at no time files of two exports lie together.
+
+    Args:
+        written: the main file in the temporary folder, or a folder.
+        path: its final path.
+        overwrite: whether files that are there may be replaced.
+
+    Returns:
+        The final paths, the main file first.
+
+    Raises:
+        ExportError: a file is in the way, or could not be written.
+    """
+    source = os.path.dirname(written)
+    fs, location = fsspec.core.url_to_fs(path)
+    folder, named = location.rstrip("/").rpartition("/")[0], path.rstrip("/")
+    prefix = named[: len(named) - len(os.path.basename(written))]
+    names = sorted(
+        os.path.relpath(os.path.join(above, name), source) for above, _, files in os.walk(source) for name in files
+    )
+    main = os.path.basename(written)
+    others = [name for name in names if name != main]
+    for name in others:
+        refuse_existing(f"{prefix}{name}", overwrite)
+    targets = {name: os.path.join(folder, name) if folder else name for name in names}
+    try:
+        if others and main in targets and fs.exists(targets[main]):
+            fs.rm(targets[main])
+        for name in (*others, *([main] if main in names else [])):
+            _move(fs, os.path.join(source, name), targets[name])
+    except OSError as error:
+        raise ExportError(f"{path}: the file could not be written: {error}") from error
+    first = [main] if main in names else []
+    return tuple(f"{prefix}{name}" for name in (*first, *others))
+
+
+def _move(fs: fsspec.AbstractFileSystem, written: str, target: str) -> None:
+    if not isinstance(fs, LocalFileSystem):
+        fs.makedirs(fs._parent(target), exist_ok=True)
+        fs.put_file(written, target)
+        return
+    os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
+    descriptor = os.open(written, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(written, target)

@@ -1,0 +1,66 @@
+"""Programs of ``torch.export``, which hold int8 codes as buffers and no function of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from tinyq_lightning.errors import ExportError
+from tinyq_lightning.handover.example import Example
+from tinyq_lightning.handover.request import Request
+
+__all__ = [
+    "exported_program",
+    "open_pt2",
+    "tensors_of",
+    "write_pt2",
+]
+
+
+def exported_program(request: Request) -> ExportedProgram:
+    """The call as a program.
+
+    Raises:
+        ExportError: torch cannot export the model, or not for all sizes that were asked for.
+    """
+    example = request.example
+    shapes = request.dims.for_torch(example)
+    try:
+        return torch.export.export(request.module, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # of torch, or of the model when it is traced
+        advice = (
+            f". If the sizes of {', '.join(request.dims.names)} may not change, give dynamic=False, or name only "
+            "the dimensions that may, with their bounds as torch.export.Dim has them"
+            if shapes
+            else ""
+        )
+        message = f"torch.export cannot export the model: {type(error).__name__}: {_shortened(str(error))}{advice}"
+        raise ExportError(message) from error
+
+
+def _shortened(message: str) -> str:
+    """The first lines of an error of torch, without its advice on logging."""
+    lines = [line.partition("For more information")[0].strip() for line in message.splitlines()]
+    return " ".join([line for line in lines if line][:3])[:500].rstrip(".")
+
+
+def tensors_of(outputs: Any) -> Sequence[Tensor]:
+    """The tensors of what a program returns, in the order of torch's pytree."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def write_pt2(request: Request, path: str) -> Sequence[str]:
+    """Write a ``.pt2`` file, see ``torch.export.save``."""
+    torch.export.save(exported_program(request), path)
+    return ()
+
+
+def open_pt2(path: str, request: Request) -> Callable[[Example], Sequence[Tensor]]:
+    """Load a ``.pt2`` file."""
+    module = torch.export.load(path).module()
+    return lambda example: tensors_of(module(*example.args, **example.kwargs))

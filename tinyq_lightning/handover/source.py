@@ -1,0 +1,93 @@
+"""The quantized model that is exported: the one given, or one that a file holds."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tinyq_lightning.errors import ExportError, ModelError
+from tinyq_lightning.file import load_content, read_checkpoint, read_safetensors
+from tinyq_lightning.layers import QuantizedLayer
+
+__all__ = [
+    "Method",
+    "callable_module",
+    "content_of",
+    "model_from",
+    "on_cpu",
+]
+
+
+class Method(nn.Module):
+    """A method of a module as the ``forward`` of another, which exporters call.
+
+    Args:
+        module: the module.
+        method: name of the method.
+    """
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module, self.method = module, method
+        self.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method."""
+        return getattr(self.module, self.method)(*args, **kwargs)
+
+
+def content_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a quantized checkpoint, or of a safetensors file made from one.
+
+    Raises:
+        CheckpointError: there is no such file, or it is none of these.
+    """
+    is_safetensors = os.fspath(path).lower().endswith(".safetensors")
+    return read_safetensors(path) if is_safetensors else read_checkpoint(path)
+
+
+def model_from(
+    content: Mapping[str, Any], module_class: Any, init_args: Mapping[str, Any], source: str, trust: bool
+) -> nn.Module:
+    """A model with the content of a file.
+
+    Raises:
+        ExportError: no class is given.
+        CheckpointError: the file does not fit the class.
+    """
+    if module_class is None:
+        raise ExportError(
+            f"{source} holds the tensors of a model and not what to compute with them: give module_class "
+            "(--model package.module:Class), the class it was made from"
+        )
+    model: nn.Module = load_content(content, module_class, init_args, source, trust=trust)
+    return model.eval()
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """The model, if it has quantized layers and is on the CPU; a copy there, if it is on another device.
+
+    Raises:
+        ModelError: it has no quantized layer, or weights without values.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"export takes a quantized nn.Module or the path of a quantized file, not {type(model)}")
+    if not any(isinstance(each, QuantizedLayer) for each in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} has no quantized layer: call tinyq_lightning.quantize(model, 'w8a8') first, or "
+            "give the path of a quantized checkpoint"
+        )
+    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    if "meta" in devices:
+        raise ModelError(f"{type(model).__name__} has weights on the meta device: give it values before exporting it")
+    return model if devices <= {"cpu"} else copy.deepcopy(model).to("cpu")
+
+
+def callable_module(model: nn.Module, method: str) -> nn.Module:
+    """What is called: the model, or one of its methods behind a ``forward``."""
+    return model if method == "forward" else Method(model, method)
