@@ -29,6 +29,8 @@ from torch import Tensor
 from tinyq_lightning.errors import ExportError, MissingExtraError
 from tinyq_lightning.file import read_checkpoint, read_safetensors, write_checkpoint, write_safetensors
 from tinyq_lightning.handover.example import Example
+from tinyq_lightning.handover.onnx_file import open_onnx, write_onnx
+from tinyq_lightning.handover.openvino_file import open_openvino, write_openvino
 from tinyq_lightning.handover.programs import open_pt2, write_pt2
 from tinyq_lightning.handover.request import Request
 
@@ -114,6 +116,28 @@ _LIST: tuple[Format, ...] = (
         what="a program of torch.export, which runs in Python with torch alone",
         write=write_pt2,
         open=open_pt2,
+    ),
+    Program(
+        name="onnx",
+        ending=".onnx",
+        what="a graph of standard operators, for ONNX Runtime and others",
+        modules=("onnx", "onnxscript", "onnxruntime"),
+        extra="onnx",
+        write=write_onnx,
+        open=open_onnx,
+        max_error=0.05,
+        static=True,
+    ),
+    Program(
+        name="openvino",
+        ending=".xml",
+        what="OpenVINO's IR, for processors and accelerators of Intel",
+        modules=("onnx", "onnxscript", "openvino"),
+        extra="openvino",
+        write=write_openvino,
+        open=open_openvino,
+        max_error=0.1,
+        static=True,
     ),
     Tensors(
         name="safetensors",

@@ -138,16 +138,13 @@ def onnx_forms(model: nn.Module, rounds: bool) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
     classes = [type(layer) for layer in layers]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # type: ignore[no-untyped-call]
         for layer, own in zip(layers, classes, strict=True):
             if isinstance(layer, Int8Weight):
                 layer.unpack()  # codes that are not buffers would have no name
             layer.__class__ = _form_of(own, rounds)
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)  # type: ignore[no-untyped-call]
         for layer, own in zip(layers, classes, strict=True):
             layer.__class__ = own
 
