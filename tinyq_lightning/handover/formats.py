@@ -88,12 +88,18 @@ class Program(Format):
         open: loads it into its runtime.
         max_error: the relative error that is allowed if the user gives none.
         static: whether it can hold static activations.
+        max_static_error: the same for these.
     """
 
     write: Callable[[Request, str], Sequence[str]] = lambda request, path: ()
     open: Callable[[str, Request], Run] = lambda path, request: lambda example: ()
     max_error: float = 0.01
     static: bool = False
+    max_static_error: float = 0.3
+
+    def bound(self, activations: str) -> float:
+        """The relative error that is allowed if the user gives none."""
+        return self.max_error if activations == "dynamic" else self.max_static_error
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ _LIST: tuple[Format, ...] = (
         extra="onnx",
         write=write_onnx,
         open=open_onnx,
-        max_error=0.05,
+        max_error=0.1,
         static=True,
     ),
     Program(
@@ -136,7 +142,7 @@ _LIST: tuple[Format, ...] = (
         extra="openvino",
         write=write_openvino,
         open=open_openvino,
-        max_error=0.1,
+        max_error=0.15,
         static=True,
     ),
     Tensors(

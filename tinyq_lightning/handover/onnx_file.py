@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tinyq_lightning.handover.example import Example
-from tinyq_lightning.handover.onnx_graph import onnx_graph
+from tinyq_lightning.handover.onnx_calibration import static_graph
+from tinyq_lightning.handover.onnx_graph import onnx_graph, save_graph
 from tinyq_lightning.handover.request import Request
 
 if TYPE_CHECKING:
@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 __all__ = [
     "onnx_session",
     "open_onnx",
-    "save_graph",
     "write_onnx",
 ]
-
-_LARGEST_FILE = 1_900_000_000
-"""Bytes; protobuf refuses messages of 2 GiB."""
 
 _WEIGHTS_NOTE = (
     "ONNX Runtime rounds the activations that it multiplies by DequantizeLinear weights, to int8 in blocks of 32. The "
@@ -44,19 +40,11 @@ def write_onnx(request: Request, path: str) -> Sequence[str]:
     """
     import onnx
 
-    graph = onnx_graph(request, rounds=True)
+    is_static = request.activations != "dynamic"
+    graph = static_graph(request, _float_runner) if is_static else onnx_graph(request, rounds=True)
     save_graph(graph, path)
     onnx.checker.check_model(path, full_check=True)
     return _notes(graph)
-
-
-def save_graph(graph: onnx_ir.Model, path: str) -> None:
-    """Write a graph to a file, and to a second one if it is too large."""
-    import onnx_ir
-
-    held = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
-    beside = None if held < _LARGEST_FILE else f"{os.path.basename(path)}.data"
-    onnx_ir.save(graph, path, external_data=beside)
 
 
 def _notes(graph: onnx_ir.Model) -> list[str]:
@@ -82,11 +70,18 @@ def open_onnx(path: str, request: Request) -> Callable[[Example], Sequence[Tenso
     return run
 
 
-def onnx_session(path: str, threads: int) -> Any:
+def _float_runner(path: str) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
+    session = onnx_session(path, torch.get_num_threads(), {"session.disable_quant_qdq": "1"})
+    return lambda feed: session.run(None, feed)  # type: ignore[no-any-return]
+
+
+def onnx_session(path: str, threads: int, settings: Mapping[str, str] | None = None) -> Any:
     """A session of ONNX Runtime on the CPU, with so many threads, which logs errors only."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,13 @@ if TYPE_CHECKING:
     import onnx_ir
 
 __all__ = [
+    "input_names",
     "onnx_graph",
+    "save_graph",
 ]
+
+_LARGEST_FILE = 1_900_000_000
+"""Bytes; protobuf refuses messages of 2 GiB."""
 
 
 def onnx_graph(request: Request, rounds: bool) -> onnx_ir.Model:
@@ -107,3 +113,12 @@ def _name_dimensions(model: onnx_ir.Model, request: Request) -> None:
         for place, size in enumerate(value.shape):
             if isinstance(size, onnx_ir.SymbolicDim) and size.value is not None and not value.shape.frozen:
                 value.shape[place] = pattern.sub(lambda found: named[found[0]], size.value)
+
+
+def save_graph(graph: onnx_ir.Model, path: str) -> None:
+    """Write a graph to a file, and its weights to a second one beside it if they are too large."""
+    import onnx_ir
+
+    held = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
+    beside = None if held < _LARGEST_FILE else f"{os.path.basename(path)}.data"
+    onnx_ir.save(graph, path, external_data=beside)

@@ -10,7 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.handover.onnx_operators import dequantize_linear, onnx_operator, round_samples, rounded_product
+from tinyq_lightning.handover.onnx_operators import (
+    dequantize_linear,
+    dequantized_product,
+    round_samples,
+    rounded_product,
+)
 from tinyq_lightning.handover.onnx_recurrent import CellForm, SequenceForm
 from tinyq_lightning.kernels import LONGEST_SUM, Geometry, convolve, is_exporting
 from tinyq_lightning.layers import (
@@ -67,11 +72,8 @@ class _LinearForm(_WeightForm, QuantizedLinear):  # type: ignore[misc]
             return self._in_graph(input[None], codes, scales, bias)[0]
         x, columns, method = input.float(), codes.t(), METHODS[self.method]
         if self.rounds and method.rounds and self.in_features <= LONGEST_SUM:
-            out = rounded_product(x, columns, scales, method)
-        else:
-            weight = dequantize_linear(columns, scales, axis=1)
-            out = onnx_operator("MatMul", (x, weight), torch.float32, (*x.shape[:-1], len(scales)))
-        return (out if bias is None else out + bias.float()).to(input.dtype)
+            return rounded_product(x, columns, scales, bias, method).to(input.dtype)
+        return dequantized_product(x, columns, scales, bias).to(input.dtype)
 
 
 class _ConvForm(_WeightForm, QuantizedConv):  # type: ignore[misc]

@@ -13,6 +13,7 @@ from tinyq_lightning.methods import Method
 __all__ = [
     "OPSET",
     "dequantize_linear",
+    "dequantized_product",
     "matmul_integer",
     "onnx_operator",
     "onnx_operators",
@@ -58,6 +59,28 @@ def dequantize_linear(codes: Tensor, scales: Tensor, axis: int) -> Tensor:
     return onnx_operator("DequantizeLinear", (codes, scales), torch.float32, codes.shape, axis=axis)
 
 
+def dequantized_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ (q * s) + bias`` as MatMul and Add.
+
+    Matrices get a dimension more meanwhile: ONNX Runtime would make a Gemm of the two, for which it dequantizes the
+    whole weight on each call.
+
+    Args:
+        x: ``[..., in]`` float32.
+        codes: ``q``, ``[in, out]`` int8.
+        scales: ``s``, ``[out]`` float32.
+        bias: ``[out]`` floating, or None.
+
+    Returns:
+        ``[..., out]`` float32.
+    """
+    if x.dim() == 2:
+        return dequantized_product(x.unsqueeze(0), codes, scales, bias).squeeze(0)
+    weight = dequantize_linear(codes, scales, axis=1)
+    out = onnx_operator("MatMul", (x, weight), torch.float32, (*x.shape[:-1], len(scales)))
+    return out if bias is None else out + bias.float()
+
+
 def matmul_integer(digits: Tensor, codes: Tensor) -> Tensor:
     """Products of uint8 digits, which stand for 128 less, and int8 codes: ``[..., in] @ [in, out]`` → float32."""
     zero_point = torch.full((), 128, dtype=torch.uint8)
@@ -65,8 +88,8 @@ def matmul_integer(digits: Tensor, codes: Tensor) -> Tensor:
     return onnx_operator("MatMulInteger", (digits, codes, zero_point), torch.int32, shape).float()
 
 
-def rounded_product(x: Tensor, codes: Tensor, scales: Tensor, method: Method) -> Tensor:
-    """``x @ (q * s)`` with the activations of each token rounded to int8 digits.
+def rounded_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, method: Method) -> Tensor:
+    """``x @ (q * s) + bias`` with the activations of each token rounded to int8 digits.
 
     ONNX Runtime multiplies uint8 by int8 fast, and int8 by int8 slowly, so digits have 128 added, as their zero point.
 
@@ -74,6 +97,7 @@ def rounded_product(x: Tensor, codes: Tensor, scales: Tensor, method: Method) ->
         x: ``[..., in]`` float32.
         codes: ``q``, ``[in, out]`` int8.
         scales: ``s``, ``[out]`` float32.
+        bias: ``[out]`` floating, or None.
         method: one of one digit or two.
 
     Returns:
@@ -88,7 +112,8 @@ def rounded_product(x: Tensor, codes: Tensor, scales: Tensor, method: Method) ->
         high = ((integers + 128) * (1 / 256)).floor()
         sums = matmul_integer(_digit(high), codes) * 256 + matmul_integer(_digit(integers - high * 256), codes)
     # The largest of a row with NaN need not be NaN in ONNX Runtime; the sum of its numbers is.
-    return sums * scales * (step + numbers.sum(-1, keepdim=True) * 0)
+    out = sums * scales * (step + numbers.sum(-1, keepdim=True) * 0)
+    return out if bias is None else out + bias.float()
 
 
 def _digit(numbers: Tensor) -> Tensor:

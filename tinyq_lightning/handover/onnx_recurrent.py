@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.errors import ExportError
-from tinyq_lightning.handover.onnx_operators import dequantize_linear, onnx_operator, onnx_operators
+from tinyq_lightning.handover.onnx_operators import dequantize_linear, dequantized_product, onnx_operators
 from tinyq_lightning.kernels import is_exporting
 from tinyq_lightning.layers import QuantizedRecurrent
 
@@ -144,6 +144,4 @@ class CellForm(_RecurrentForm):
 
     def _product(self, part: str, x: Tensor) -> Tensor:
         codes, scales = self.codes_of(f"weight_{part}")
-        weight, bias = dequantize_linear(codes.t(), scales, axis=1), self._parameters[f"bias_{part}"]
-        out = onnx_operator("MatMul", (x, weight), torch.float32, (*x.shape[:-1], len(scales)))
-        return out if bias is None else out + bias.float()
+        return dequantized_product(x, codes.t(), scales, self._parameters[f"bias_{part}"])

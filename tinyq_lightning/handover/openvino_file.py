@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tinyq_lightning.handover.example import Example
-from tinyq_lightning.handover.onnx_file import save_graph
-from tinyq_lightning.handover.onnx_graph import onnx_graph
+from tinyq_lightning.handover.onnx_calibration import static_graph
+from tinyq_lightning.handover.onnx_graph import onnx_graph, save_graph
 from tinyq_lightning.handover.request import Request
 
 __all__ = [
@@ -36,10 +37,20 @@ def write_openvino(request: Request, path: str) -> Sequence[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         onnx_path = os.path.join(folder, "model.onnx")
-        save_graph(onnx_graph(request, rounds=False), onnx_path)
+        is_static = request.activations != "dynamic"
+        graph = static_graph(request, _float_runner) if is_static else onnx_graph(request, rounds=False)
+        save_graph(graph, onnx_path)
         model = openvino.Core().read_model(onnx_path)
         openvino.save_model(model, path, compress_to_fp16=False)
     return [_ROUNDING_NOTE, _PRECISION_NOTE]
+
+
+def _float_runner(path: str) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    return lambda feed: list(compiled(dict(feed)).values())
 
 
 def open_openvino(path: str, request: Request) -> Callable[[Example], Sequence[Tensor]]:
