@@ -6,7 +6,7 @@ OLDER := tests/kernels tests/layers tests/file tests/search
 VERSIONS := tests/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VERSIONS)
 
-.PHONY: demo test test-older test-oldest test-newest test-slow lint format bench real-models clean
+.PHONY: demo test test-older test-oldest test-newest test-slow lint format docs bench real-models clean
 
 # One stamp for each set of extras: installing again is needed only when the requirements change.
 $(VENV)/installed-%: pyproject.toml $(VERSIONS)
@@ -43,7 +43,10 @@ format: $(VENV)/installed-lint  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# About a quarter of an hour on an idle machine. `make bench BENCH=--markdown` prints the tables as the README has them.
+docs: $(VENV)/installed-docs  ## the pages of docs/ with the API reference, in site/
+	$(BIN)/mkdocs build --quiet
+
+# About a quarter of an hour on an idle machine. `make bench BENCH=--markdown` prints the tables as docs/ has them.
 bench: $(VENV)/installed-test $(VENV)/installed-bench $(VENV)/pretrained  ## speed, error and memory, beside peers
 	$(BIN)/python examples/bench --grid medium small --threads 1 2 $(BENCH)
 
@@ -58,4 +61,4 @@ real-models: $(VENV)/pretrained  ## what int8 costs pretrained models
 	$(BIN)/python -W ignore examples/real_models
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 from tinyq_lightning.errors import TinyQError
-from tinyq_lightning.file import QuantizedCheckpointMixin, load_quantized
-from tinyq_lightning.handover import ExportReport, export
-from tinyq_lightning.kernels import w8_a8_forward, w8_a16_forward, w8_a32_forward
-from tinyq_lightning.layers import W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer, attention
-from tinyq_lightning.plan import Decision, Plan, quantize, quantized
-from tinyq_lightning.quantizer import Quantizer, replace_linear_with_target_and_quantize
-from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.version import __version__
 
 if TYPE_CHECKING:
     from tinyq_lightning.callback import TinyQCallback
+    from tinyq_lightning.file import QuantizedCheckpointMixin, load_quantized
+    from tinyq_lightning.handover import ExportReport, export
+    from tinyq_lightning.kernels import w8_a8_forward, w8_a16_forward, w8_a32_forward
+    from tinyq_lightning.layers import W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
+    from tinyq_lightning.plan import Decision, Plan, quantize, quantized
+    from tinyq_lightning.quantizer import Quantizer, replace_linear_with_target_and_quantize
     from tinyq_lightning.report import QuantizedModelSummary, summarize
+    from tinyq_lightning.spec import QuantizationSpec
 
-# Lightning takes seconds to import, so the names that need it are looked up when they are first touched.
-_LIGHTNING_NAMES = {
-    "TinyQCallback": "tinyq_lightning.callback",
-    "QuantizedModelSummary": "tinyq_lightning.report",
-    "summarize": "tinyq_lightning.report",
+# torch and Lightning take seconds to import, so names are looked up when they are first touched.
+_MODULES = {
+    "Decision": "plan",
+    "ExportReport": "handover",
+    "Plan": "plan",
+    "QuantizationSpec": "spec",
+    "QuantizedCheckpointMixin": "file",
+    "QuantizedModelSummary": "report",
+    "Quantizer": "quantizer",
+    "TinyQCallback": "callback",
+    "W8A8LinearLayer": "layers",
+    "W8A16LinearLayer": "layers",
+    "W8A32LinearLayer": "layers",
+    "export": "handover",
+    "load_quantized": "file",
+    "quantize": "plan",
+    "quantized": "plan",
+    "replace_linear_with_target_and_quantize": "quantizer",
+    "summarize": "report",
+    "w8_a8_forward": "kernels",
+    "w8_a16_forward": "kernels",
+    "w8_a32_forward": "kernels",
 }
-
-# The former module of QuantizedMultiheadAttention: pickles of whole modules name it.
-sys.modules[f"{__name__}.attention"] = attention
 
 __all__ = [
     "Decision",
@@ -57,8 +70,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LIGHTNING_NAMES:
-        return getattr(importlib.import_module(_LIGHTNING_NAMES[name]), name)
+    if name in _MODULES:
+        found = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = found
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

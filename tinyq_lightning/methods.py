@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
+    "EXPORT_FORMATS",
     "KERNELS",
     "KIND_NAMES",
     "METHODS",
@@ -53,3 +54,14 @@ number of threads; the textbook formula."""
 
 KIND_NAMES = ("linear", "attention", "conv", "embedding", "recurrent")
 """The kinds of layer that are quantized unless a spec names fewer."""
+
+
+EXPORT_FORMATS = {
+    "pt2": "a program of torch.export, which runs with torch alone",
+    "aoti": "an AOTInductor package: machine code of this processor, for C++ and Python; needs a C++ compiler",
+    "onnx": "a graph of standard operators, for ONNX Runtime and others",
+    "openvino": "OpenVINO's own files, for processors and accelerators of Intel",
+    "safetensors": "the tensors, for other languages, and back without a loss",
+    "ckpt": "a Lightning checkpoint, from safetensors",
+}
+"""What a quantized model can be exported to, in a line each; :data:`tinyq_lightning.handover.FORMATS` says how."""

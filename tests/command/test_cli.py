@@ -74,9 +74,10 @@ def run(command: str, folder) -> subprocess.CompletedProcess:
 
 
 def written_commands() -> list[str]:
-    """The commands that the README, the format page and the help texts show."""
+    """The commands that the README, the other pages and the help texts show."""
     pages = [
         ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
         ROOT / "tinyq_lightning" / "file" / "FORMAT.md",
         ROOT / "tinyq_lightning" / "command" / "cli.py",
     ]
@@ -107,6 +108,23 @@ def test_every_command_that_is_written_down_runs_in_a_process_of_its_own(folder)
     for command in written_commands():
         done = run(ready(command, folder), folder)
         assert (done.returncode, done.stderr) == (0, ""), command
+
+
+def test_help_and_version_need_neither_torch_nor_lightning():
+    """So that they answer at once: both take seconds to import."""
+    code = """
+import sys
+from tinyq_lightning.command import main
+for words in (["--help"], ["quantize", "--help"], ["--version"]):
+    try:
+        main(words)
+    except SystemExit as end:
+        assert end.code == 0
+assert not {"torch", "lightning", "omegaconf", "numpy"} & set(sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "exit codes" in run.stdout
 
 
 def test_the_commands_output_is_the_callbacks_file_but_for_the_metrics(folder, capsys):

@@ -13,6 +13,7 @@ import tinyq_lightning
 from tinyq_lightning import TinyQError, export, quantize
 from tinyq_lightning.errors import ExportError, MissingExtraError, ModelError
 from tinyq_lightning.handover import FORMATS
+from tinyq_lightning.methods import EXPORT_FORMATS
 
 
 class Counting(nn.Module):
@@ -170,5 +171,6 @@ def test_weights_without_values_are_refused(tmp_path):
         export(mlp().to("meta"), tmp_path / "net.pt2", example())
 
 
-def test_the_name_is_public():
+def test_the_names_are_public():
     assert tinyq_lightning.export is export
+    assert {*EXPORT_FORMATS} == {*FORMATS}

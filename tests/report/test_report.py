@@ -261,14 +261,19 @@ def test_the_screen_shows_the_comparison_and_every_layer_with_its_reason(tmp_pat
     assert "\x1b" not in shown, "no colours where it is no terminal"
 
 
-def test_a_long_plan_is_shortened_on_the_screen_to_its_worst_layers(tmp_path, capsys):
+def test_a_long_plan_is_shown_in_groups_and_measured_in_full_by_its_worst_layers(tmp_path, capsys):
     callback = TinyQCallback("w8a32", exclude=["more.7"])
-    fit(tmp_path, callback, Odd())
+    fit(tmp_path / "grouped", callback, Odd())
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if line.startswith("more.")]
+    assert [row.split("  ")[0] for row in rows] == ["more.* ×49", "more.7"]
+    worst = min((d for d in callback.plan if d.weight_sqnr_db), key=lambda d: d.weight_sqnr_db)
+    assert f"lowest SQNR: {worst.name} {worst.weight_sqnr_db:.1f} dB" in shown
+    fit(tmp_path / "full", TinyQCallback("w8a32", exclude=["more.7"], report="full"), Odd())
     shown = capsys.readouterr().out
     assert "more.7 " in shown
     assert sum(line.startswith("more.") for line in shown.splitlines()) < 42
     assert "… and" in shown
-    worst = min((d for d in callback.plan if d.weight_sqnr_db), key=lambda d: d.weight_sqnr_db)
     assert f"\n{worst.name} " in shown
 
 
@@ -393,10 +398,18 @@ def test_the_page_shows_the_run(page, report):
     assert page.evaluate("document.querySelector('header p').textContent").startswith(content["headline"])
     assert "% of the weight bytes in int8" in content["headline"]
     sections = page.evaluate("[...document.querySelectorAll('h2')].map(e => e.textContent)")
-    assert sections == ["Before and after", "The search", "Which layer hurts?", "Layer by layer", "The plan as a spec"]
+    assert sections == [
+        "Before and after",
+        "The search",
+        "Which layer hurts?",
+        "By kind of layer",
+        "Layer by layer",
+        "The plan as a spec",
+    ]
+    assert f"{torch.get_num_threads()} thread" in page.evaluate("document.querySelector('footer').textContent")
     # odd names are text
     names = page.evaluate(
-        "[...document.querySelectorAll('section:nth-of-type(4) td:first-child')].map(e => e.textContent)"
+        "[...document.querySelectorAll('section:nth-of-type(5) td:first-child')].map(e => e.textContent)"
     )
     assert names == [*(layer["name"] for layer in content["layers"]), f"{len(content['layers'])} layers"]
     # the bars are sorted

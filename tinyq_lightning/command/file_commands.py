@@ -28,9 +28,9 @@ from tinyq_lightning.file import (
     stem_of,
     write_checkpoint,
 )
-from tinyq_lightning.plan import Decision, Plan, file_coverage, resolve
+from tinyq_lightning.plan import MANY_LAYERS, Decision, Plan, file_coverage, resolve
 from tinyq_lightning.spec import QuantizationSpec, as_spec
-from tinyq_lightning.table import Table, format_bytes
+from tinyq_lightning.table import Table, format_bytes, screen_width
 
 __all__ = [
     "inspect",
@@ -54,7 +54,7 @@ def quantize(args: Namespace) -> Answer:
     write_checkpoint(content, path)
     before, after = sum(d.float_bytes for d in plan), sum(d.bytes for d in plan)
     text = (
-        f"{plan.table()}\n\n"
+        f"{_on_screen(plan)}\n\n"
         f"{file_coverage(plan, content['state_dict'])}\n"
         f"float      {args.checkpoint}  {file_size(args.checkpoint)}\n"
         f"quantized  {path}  {file_size(path)}"
@@ -76,7 +76,7 @@ def inspect(args: Namespace) -> Answer:
         f"format {tinyq['format_version']}, epoch {content.get('epoch')}, step {content.get('global_step')}",
         str(file_coverage(plan, content["state_dict"])),
         "",
-        plan.table(),
+        _on_screen(plan),
         "",
         *_metrics_lines(tinyq, plan.label),
         f"made from   float file with SHA-256 {tinyq['float_sha256'] or 'unknown: weights that were not in a file'}",
@@ -118,7 +118,7 @@ def _inspect_float(args: Namespace, source: Archive) -> Answer:
             return stack
 
         plan = resolve(_spec(args), model.module, present)
-    text = f"{head}\nWhat would be quantized:\n\n{plan.table()}"
+    text = f"{head}\nWhat would be quantized:\n\n{_on_screen(plan)}"
     return Answer(text, data | {"plan": plan.to_list()})
 
 
@@ -182,6 +182,11 @@ def _plan(tinyq: Mapping[str, Any]) -> Plan:
         return Plan(decisions, QuantizationSpec.from_dict(_as_text(tinyq["spec"])))
     except Exception as error:  # SpecError, or another for values that no YAML has
         raise CheckpointError(f"the file is damaged: tinyq.spec is no spec: {error}") from error
+
+
+def _on_screen(plan: Plan) -> str:
+    """The plan as a table that fits the terminal, in groups of layers if it has many."""
+    return plan.table(screen_width(), group=len(plan) > MANY_LAYERS)
 
 
 def _as_text(value: Any) -> Any:

@@ -11,6 +11,8 @@ To add a format that runs somewhere, write one file with two functions and add a
   from an :class:`~tinyq_lightning.handover.example.Example` to the output's tensors, in the order of
   ``request.output_names``.
 
+Its name and a line on it, for the command line's help, go into ``EXPORT_FORMATS`` in :mod:`tinyq_lightning.methods`.
+
 Libraries are imported inside of these functions. ``modules`` names them, so that a missing one is an error that names
 the ``extra`` of the package; the extra goes into ``pyproject.toml``. Everything else (temporary files, comparing,
 timing, overwriting, the report, the command line) is done for all formats alike.
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from tinyq_lightning.errors import ExportError, MissingExtraError
 from tinyq_lightning.file import read_checkpoint, read_safetensors, write_checkpoint, write_safetensors
+from tinyq_lightning.handover.aoti import open_aoti, write_aoti
 from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.onnx_file import open_onnx, write_onnx
 from tinyq_lightning.handover.openvino_file import open_openvino, write_openvino
@@ -53,7 +56,6 @@ class Format:
     Attributes:
         name: as users write it.
         ending: of its files.
-        what: one line for the command line's help.
         modules: libraries that it imports.
         extra: of this package, which installs them.
         by_ending: whether a path with its ending means this format, if the user names none.
@@ -61,7 +63,6 @@ class Format:
 
     name: str
     ending: str
-    what: str
     modules: tuple[str, ...] = ()
     extra: str = ""
     by_ending: bool = True
@@ -119,14 +120,19 @@ _LIST: tuple[Format, ...] = (
     Program(
         name="pt2",
         ending=".pt2",
-        what="a program of torch.export, which runs in Python with torch alone",
         write=write_pt2,
         open=open_pt2,
     ),
     Program(
+        name="aoti",
+        ending=".aoti.pt2",
+        by_ending=False,
+        write=write_aoti,
+        open=open_aoti,
+    ),
+    Program(
         name="onnx",
         ending=".onnx",
-        what="a graph of standard operators, for ONNX Runtime and others",
         modules=("onnx", "onnxscript", "onnxruntime"),
         extra="onnx",
         write=write_onnx,
@@ -137,7 +143,6 @@ _LIST: tuple[Format, ...] = (
     Program(
         name="openvino",
         ending=".xml",
-        what="OpenVINO's IR, for processors and accelerators of Intel",
         modules=("onnx", "onnxscript", "openvino"),
         extra="openvino",
         write=write_openvino,
@@ -148,7 +153,6 @@ _LIST: tuple[Format, ...] = (
     Tensors(
         name="safetensors",
         ending=".safetensors",
-        what="the tensors, for other languages, and back without a loss",
         modules=("safetensors",),
         extra="safetensors",
         write=write_safetensors,
@@ -157,7 +161,6 @@ _LIST: tuple[Format, ...] = (
     Tensors(
         name="ckpt",
         ending=".ckpt",
-        what="a Lightning checkpoint",
         write=write_checkpoint,
         read=read_checkpoint,
     ),

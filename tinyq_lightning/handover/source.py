@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -30,14 +31,21 @@ class Method(nn.Module):
         method: name of the method.
     """
 
+    def __new__(cls, module: nn.Module, method: str) -> Method:
+        """An instance of a subclass whose ``forward`` has the method's parameters, by which exporters name inputs."""
+
+        def forward(self: Method, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self.module, method)(*args, **kwargs)
+
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = inspect.signature(getattr(module, method)).parameters.values()
+        forward.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
+        return super().__new__(type(cls.__name__, (cls,), {"forward": forward}))
+
     def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()
-        self.module, self.method = module, method
+        self.module = module
         self.training = module.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method."""
-        return getattr(self.module, self.method)(*args, **kwargs)
 
 
 def content_of(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -21,7 +21,14 @@ from tinyq_lightning.kernels.integer import takes_integers
 from tinyq_lightning.kernels.lookup import choose_lookup_kernel
 from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
 from tinyq_lightning.kernels.recurrent import choose_recurrent_kernel
-from tinyq_lightning.kernels.tracing import in_jit_trace, in_transform, is_exporting, outside_modes
+from tinyq_lightning.kernels.tracing import (
+    exporting_for_this_processor,
+    in_jit_trace,
+    in_transform,
+    is_exporting,
+    is_exporting_for_any_processor,
+    outside_modes,
+)
 from tinyq_lightning.kernels.weights import count_non_finite, dequantize, quantize_per_row, quantize_per_row_with_sqnr
 
 __all__ = [
@@ -48,6 +55,7 @@ __all__ = [
     "convolve",
     "count_non_finite",
     "dequantize",
+    "exporting_for_this_processor",
     "has_float16_product",
     "has_int8_convolution",
     "has_int8_product",
@@ -55,6 +63,7 @@ __all__ = [
     "in_transform",
     "is_channels_last",
     "is_exporting",
+    "is_exporting_for_any_processor",
     "layout_of",
     "output_sizes",
     "outside_modes",

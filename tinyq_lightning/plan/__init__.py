@@ -4,7 +4,7 @@ from tinyq_lightning.plan.checks import check_model, check_patterns, refuse_root
 from tinyq_lightning.plan.coverage import Coverage, file_coverage
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, quantized_weights
-from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan, state_bytes
+from tinyq_lightning.plan.plan import MANY_LAYERS, DecidedBy, Decision, OtherWeight, Plan, state_bytes
 from tinyq_lightning.plan.replace import carry_out, put_in, quantize, quantize_by_layer, quantized
 from tinyq_lightning.plan.resolution import WithValues, resolve
 from tinyq_lightning.plan.sites import Site, find_sites, is_metric
@@ -13,6 +13,7 @@ from tinyq_lightning.plan.ties import weights_of
 from tinyq_lightning.plan.why_float import why_not_replaced, why_stays_float
 
 __all__ = [
+    "MANY_LAYERS",
     "Coverage",
     "DecidedBy",
     "Decision",

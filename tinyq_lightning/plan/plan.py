@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from typing import Any, Literal, cast
 
 import torch
@@ -13,10 +14,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tinyq_lightning.kernels import Choice
 from tinyq_lightning.plan.coverage import Coverage, HeldWeight, coverage_of
+from tinyq_lightning.plan.groups import group_name, grouped
 from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Rule, RuleBy, deciding_rule, wanted_method
 from tinyq_lightning.table import Table, format_bytes
 
 __all__ = [
+    "MANY_LAYERS",
     "DecidedBy",
     "Decision",
     "OtherWeight",
@@ -94,7 +97,10 @@ class OtherWeight:
     bytes: int
 
 
-_OTHERS_NAMED = 3
+_NAMED = 3  # Layers or weights that a note names.
+
+MANY_LAYERS = 40
+"""A longer plan is shown in groups on a screen."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +178,22 @@ class Plan:
             rows.append(row)
         return rows
 
-    def table(self) -> str:
-        """The plan as a text table for people, why its kernels were chosen, and what is still float."""
+    def table(self, width: int | None = None, group: bool = False) -> str:
+        """The plan as a text table for people, why its kernels were chosen, and what is still float.
+
+        Args:
+            width: the characters of a line on the screen; longer names and reasons are wrapped. None: any length.
+            group: one row for the layers of the same decision whose names differ in numbers alone.
+        """
         covered = str(self.coverage) if self.held else None
-        return "\n".join([self.as_table().text(), *self.kernel_notes(), *filter(None, [covered, self.others_note()])])
+        notes = [self.worst_note() if group else None, *self.kernel_notes(), covered, self.others_note()]
+        return "\n".join([self.as_table(group).text(width), *filter(None, notes)])
+
+    def _repr_html_(self) -> str:
+        """The plan in a notebook."""
+        covered = str(self.coverage) if self.held else None
+        notes = filter(None, [*self.kernel_notes(), covered, self.others_note()])
+        return self.as_table().html() + "".join(f"<div>{escape(note)}</div>" for note in notes)
 
     @property
     def coverage(self) -> Coverage:
@@ -187,7 +205,7 @@ class Plan:
         if not self.others:
             return None
         count, size = len(self.others), format_bytes(sum(other.bytes for other in self.others))
-        largest = sorted(self.others, key=lambda other: -other.bytes)[:_OTHERS_NAMED]
+        largest = sorted(self.others, key=lambda other: -other.bytes)[:_NAMED]
         named = ", ".join(f"{other.name} {list(other.shape)}" for other in largest)
         more = ", …" if count > len(largest) else ""
         what = f"{count} weight{'s' * (count > 1)} of {size}"
@@ -206,27 +224,46 @@ class Plan:
         copies = held - sum(each.bytes for each in self)
         return f"{note}; {format_bytes(copies)} are copies for speed, without with kernel: compact" if copies else note
 
-    def as_table(self) -> Table:
-        """A row for each layer, and one for their sum; with kinds if there are several, and kernels if known."""
+    def worst_note(self) -> str | None:
+        """The layers whose weights lost most, in a sentence; None if there are few that were measured."""
+        measured = [(each.weight_sqnr_db, each.name) for each in self if each.weight_sqnr_db is not None]
+        if len(measured) <= _NAMED:
+            return None
+        worst = ", ".join(f"{name} {sqnr:.1f} dB" for sqnr, name in sorted(measured)[:_NAMED])
+        return f"lowest SQNR: {worst}"
+
+    def as_table(self, group: bool = False) -> Table:
+        """A row for each layer, and one for their sum; with kinds if there are several, and kernels if known.
+
+        Args:
+            group: one row for the layers of the same decision whose names differ in numbers alone.
+        """
         kernels = any(decision.kernel for decision in self)
         kinds = len({decision.kind for decision in self}) > 1
+        groups = grouped(self) if group else [[decision] for decision in self]
         rows = [
             [
-                decision.name,
-                *([decision.kind] if kinds else []),
-                decision.method,
-                decision.reason,
-                *([decision.kernel.label if decision.kernel else ""] if kernels else []),
-                "" if decision.weight_sqnr_db is None else f"{decision.weight_sqnr_db:.1f}",
-                format_bytes(decision.float_bytes),
-                format_bytes(decision.bytes),
+                group_name(alike),
+                *([alike[0].kind] if kinds else []),
+                alike[0].method,
+                alike[0].reason,
+                *([alike[0].kernel.label if alike[0].kernel else ""] if kernels else []),
+                _range([each.weight_sqnr_db for each in alike if each.weight_sqnr_db is not None]),
+                format_bytes(sum(each.float_bytes for each in alike)),
+                format_bytes(sum(each.bytes for each in alike)),
             ]
-            for decision in self
+            for alike in groups
         ]
         before, after = sum(d.float_bytes for d in self), sum(d.bytes for d in self)
         head = ["layer", *(["kind"] if kinds else []), "method", "reason", *(["kernel"] if kernels else [])]
         total = [f"{len(self)} layers", *[""] * len(head), format_bytes(before), format_bytes(after)]
         return Table([*head, "SQNR dB", "float", "now"], [*rows, total], left=len(head))
+
+
+def _range(values: Sequence[float]) -> str:
+    """``45.2…47.1``, the lowest and the highest; one number where they are the same."""
+    ends = dict.fromkeys(f"{end(values):.1f}" for end in (min, max)) if values else {}
+    return "…".join(ends)
 
 
 def state_bytes(state_dict: Mapping[str, Any]) -> int:

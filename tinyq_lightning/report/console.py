@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from tinyq_lightning.plan import Plan
+from tinyq_lightning.plan import MANY_LAYERS, Plan
 from tinyq_lightning.report.outcome import Outcome, log_entries
 from tinyq_lightning.report.tables import comparison_table, layer_table
-from tinyq_lightning.table import Table
+from tinyq_lightning.table import Table, screen_width
 
 __all__ = [
     "log_outcomes",
@@ -21,9 +21,6 @@ __all__ = [
     "show",
     "warn",
 ]
-
-# A longer plan is shortened to the layers that were decided otherwise, and those with the largest errors.
-_ROWS_ON_SCREEN = 40
 
 
 def warn(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
@@ -45,9 +42,7 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     _print_table(comparison_table(outcomes))
     if len(outcomes) == 1:
         print()
-        _print_table(_shortened(layer_table(first), first.plan))
-        for note in first.plan.kernel_notes():
-            print(note)
+        _print_layers(first)
     print()
     for each in outcomes:
         coverage = str(each.coverage) if len(outcomes) > 1 else None  # of one method it is in the headline
@@ -61,38 +56,47 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     print("" if paths else "no file was written\n", end="\n" if paths else "")
 
 
+def _print_layers(outcome: Outcome) -> None:
+    """The layers; of many, groups of those that fared alike, or where each was measured the worst."""
+    plan = outcome.plan
+    many = len(plan) > MANY_LAYERS
+    if many and not outcome.layers:
+        _print_table(plan.as_table(group=True))
+        if worst := plan.worst_note():
+            print(worst)
+    else:
+        _print_table(_shortened(layer_table(outcome), plan) if many else layer_table(outcome))
+    for note in plan.kernel_notes():
+        print(note)
+
+
 def _shortened(table: Table, plan: Plan) -> Table:
-    if len(table.rows) <= _ROWS_ON_SCREEN:
-        return table
+    """The layers that were decided otherwise, and those with the largest errors."""
     *layers, total = table.rows
     changed = {decision.name for decision in plan if decision.decided_by == "budget" or decision.method == "float"}
-    kept = [row for row in layers if row[0] in changed][: _ROWS_ON_SCREEN // 2]
+    kept = [row for row in layers if row[0] in changed][: MANY_LAYERS // 2]
     sqnr = table.header.index("SQNR dB")
     worst = sorted((row for row in layers if row[sqnr]), key=lambda row: float(row[sqnr]))
-    kept += [row for row in worst if row not in kept][: _ROWS_ON_SCREEN - len(kept)]
+    kept += [row for row in worst if row not in kept][: MANY_LAYERS - len(kept)]
     shown = [row for row in layers if row in kept]
     rest = [f"… and {len(layers) - len(shown)} more", *[""] * (len(table.header) - 1)]
     return Table(table.header, [*shown, rest, total], table.left)
 
 
 def _print_table(table: Table) -> None:
-    """Print with rich if it is installed and this is a terminal; else as plain text."""
+    """Print with colours if rich is installed and this is a terminal; else as plain text."""
+    text = table.text(screen_width())
     if sys.stdout.isatty():
         try:
-            from rich.box import SIMPLE_HEAD
             from rich.console import Console
-            from rich.table import Table as RichTable
         except ImportError:
             pass
         else:
-            rich = RichTable(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-            for column, title in enumerate(table.header):
-                rich.add_column(title, justify="left" if column < table.left else "right", no_wrap=title != "reason")
-            for row in table.rows:
-                rich.add_row(*row)
-            Console().print(rich, markup=False)
+            console, header = Console(soft_wrap=True), text.partition("─")[0].rstrip()
+            console.print(header, style="bold", markup=False)
+            console.print(text[len(header) + 1 :], markup=False)
             return
-    print(table.text())
+    print(text)
 
 
 def log_outcomes(trainer: Trainer, outcomes: Sequence[Outcome], alone: bool) -> None:

@@ -19,8 +19,9 @@ from lightning.pytorch import Trainer
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import replace_file
 from tinyq_lightning.report.html import html_report
+from tinyq_lightning.report.machine import machine
 from tinyq_lightning.report.outcome import Outcome, combined
-from tinyq_lightning.report.tables import comparison_table, layer_table
+from tinyq_lightning.report.tables import comparison_table, kind_table, layer_table
 from tinyq_lightning.trainer import write_on_rank_zero
 from tinyq_lightning.version import __version__
 
@@ -48,7 +49,12 @@ def _write(outcomes: Sequence[Outcome]) -> None:
                 resolved = resolved_yaml(outcome, os.path.basename(stem))
                 _write_text(f"{stem}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
                 _write_text(f"{stem}.yaml", resolved)
-                page = html_report(content, comparison_table(outcomes), layer_table(outcome), resolved)
+                tables = {
+                    "comparison": comparison_table(outcomes),
+                    "kinds": kind_table(outcome.plan),
+                    "layers": layer_table(outcome),
+                }
+                page = html_report(content, tables, resolved)
                 _write_text(f"{stem}.html", page)
     except CheckpointError as error:
         raise CheckpointError(f"the report is not whole, the quantized checkpoint stands: {error}") from error
@@ -109,6 +115,7 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
     content = {
         "format_version": 1,
         "tinyq_lightning": __version__,
+        "machine": machine(),
         "method": outcome.name,
         "label": plan.label,
         "headline": str(outcome.coverage),

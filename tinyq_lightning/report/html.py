@@ -19,13 +19,12 @@ __all__ = [
 ]
 
 
-def html_report(content: Mapping[str, Any], comparison: Table, layers: Table, resolved: str) -> str:
+def html_report(content: Mapping[str, Any], tables: Mapping[str, Table], resolved: str) -> str:
     """The page.
 
     Args:
         content: of :func:`tinyq_lightning.report.files.report_content`.
-        comparison: metrics, sizes and times, before and after.
-        layers: the plan, layer by layer.
+        tables: ``comparison`` of metrics, sizes and times, before and after; ``kinds``, and ``layers`` one by one.
         resolved: the plan as a spec, in YAML.
     """
     template = resources.files("tinyq_lightning.report").joinpath("page.html").read_text(encoding="utf-8")
@@ -33,13 +32,12 @@ def html_report(content: Mapping[str, Any], comparison: Table, layers: Table, re
     return environment.from_string(template).render(
         name=content["quantized_checkpoint"] or content["label"],
         sentences=_sentences(content),
-        comparison=comparison,
+        tables=tables,
         sizes=_size_bars(content["bytes"]),
         search=_search(content["budget"]),
         errors=_errors(content["layers"], content["spec"]["method"]),
-        layers=layers,
         resolved=resolved,
-        version=content["tinyq_lightning"],
+        machine=_machine(content),
     )
 
 
@@ -52,6 +50,18 @@ def _sentences(content: Mapping[str, Any]) -> list[dict[str, str]]:
     if content["never_slower"]:
         found.append({"text": _capital(content["never_slower"]["verdict"]), "kind": ""})
     return found
+
+
+def _machine(content: Mapping[str, Any]) -> str:
+    """What the figures were measured on, in a sentence."""
+    on = content["machine"]
+    shown = [f"{on['processor']} ({on['instructions']}), {on['threads']} thread{'s' * (on['threads'] != 1)}"]
+    if batches := max(content["batches_timed"].values()):
+        shown.append(f"times of {batches} batches after the first")
+    versions = [
+        f"{name} {on[name]}" for name in ("torch", "lightning", "pytorch-lightning", "torchmetrics") if name in on
+    ]
+    return "; ".join([*shown, ", ".join([f"tinyq-lightning {content['tinyq_lightning']}", *versions])])
 
 
 def _capital(sentence: str) -> str:

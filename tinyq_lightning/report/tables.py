@@ -6,12 +6,14 @@ import math
 import os
 from collections.abc import Sequence
 
+from tinyq_lightning.plan import Plan
 from tinyq_lightning.report.outcome import Outcome
 from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.table import Table, format_bytes
 
 __all__ = [
     "comparison_table",
+    "kind_table",
     "layer_table",
 ]
 
@@ -63,6 +65,17 @@ def _sizes(pairs: Sequence[tuple[int, int]]) -> list[str]:
         for now, before in pairs
         for text in (format_bytes(now), f"{now / before - 1:+.1%}" if before else f"{0:+.1%}")
     ]
+
+
+def kind_table(plan: Plan) -> Table:
+    """For each kind of layer: how many are quantized, and what they take as floats and now."""
+    rows = []
+    for kind in dict.fromkeys(decision.kind for decision in plan):
+        layers = [decision for decision in plan if decision.kind == kind]
+        quantized = sum(decision.method != "float" for decision in layers)
+        before, after = sum(each.float_bytes for each in layers), sum(each.bytes for each in layers)
+        rows.append([kind, f"{quantized} of {len(layers)}", format_bytes(before), *_sizes([(after, before)])])
+    return Table(["kind", "quantized", "float", "now", "delta"], rows)
 
 
 def layer_table(outcome: Outcome) -> Table:
