@@ -49,10 +49,7 @@ def write_onnx(request: Request, path: str) -> Sequence[str]:
 
 def _notes(graph: onnx_ir.Model) -> list[str]:
     readers = {
-        use.node.op_type
-        for node in graph.graph
-        if node.op_type == "DequantizeLinear"
-        for use in node.outputs[0].uses()
+        use.node.op_type for node in graph.graph if node.op_type == "DequantizeLinear" for use in node.outputs[0].uses()
     }
     used = {node.op_type for node in graph.graph}
     return [_WEIGHTS_NOTE] * ("MatMul" in readers) + [_DIGITS_NOTE] * ("MatMulInteger" in used)
@@ -72,7 +69,7 @@ def open_onnx(path: str, request: Request) -> Callable[[Example], Sequence[Tenso
 
 def _float_runner(path: str) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
     session = onnx_session(path, torch.get_num_threads(), {"session.disable_quant_qdq": "1"})
-    return lambda feed: session.run(None, feed)  # type: ignore[no-any-return]
+    return lambda feed: session.run(None, feed)
 
 
 def onnx_session(path: str, threads: int, settings: Mapping[str, str] | None = None) -> Any:

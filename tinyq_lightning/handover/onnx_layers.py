@@ -62,7 +62,7 @@ class _WeightForm(Int8Weight):
         return weight.to(self.dtype)
 
 
-class _LinearForm(_WeightForm, QuantizedLinear):  # type: ignore[misc]
+class _LinearForm(_WeightForm, QuantizedLinear):  # type: ignore[override]
     """MatMul and Add of a DequantizeLinear, or MatMulInteger of digits; never Gemm, whose int8 is slower than float."""
 
     def _in_graph(self, input: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,7 +76,7 @@ class _LinearForm(_WeightForm, QuantizedLinear):  # type: ignore[misc]
         return dequantized_product(x, columns, scales, bias).to(input.dtype)
 
 
-class _ConvForm(_WeightForm, QuantizedConv):  # type: ignore[misc]
+class _ConvForm(_WeightForm, QuantizedConv):
     """A convolution by a DequantizeLinear, of activations that are rounded before it."""
 
     def _in_graph(self, x: Tensor, geometry: Geometry) -> Tensor:
@@ -89,11 +89,11 @@ class _ConvForm(_WeightForm, QuantizedConv):  # type: ignore[misc]
         return convolve(work, self.weight.float(), bias, geometry).to(x.dtype)
 
 
-class _EmbeddingForm(_WeightForm, QuantizedEmbedding):  # type: ignore[misc]
+class _EmbeddingForm(_WeightForm, QuantizedEmbedding):  # type: ignore[override]
     """A Gather of codes and one of scales, as the layer has it; its weight may be read as well."""
 
 
-class _EmbeddingBagForm(_WeightForm, QuantizedEmbeddingBag):  # type: ignore[misc]
+class _EmbeddingBagForm(_WeightForm, QuantizedEmbeddingBag):  # type: ignore[override]
     """As an embedding; bags of one length are reduced over a dimension, so that their number may change."""
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
@@ -144,7 +144,7 @@ def onnx_forms(model: nn.Module, rounds: bool) -> Iterator[None]:
         for layer, own in zip(layers, classes, strict=True):
             if isinstance(layer, Int8Weight):
                 layer.unpack()  # codes that are not buffers would have no name
-            layer.__class__ = _form_of(own, rounds)
+            layer.__class__ = _form_of(own, rounds)  # type: ignore[arg-type]
         yield
     finally:
         for layer, own in zip(layers, classes, strict=True):

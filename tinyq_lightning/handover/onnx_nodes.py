@@ -33,14 +33,15 @@ def initializer(graph: onnx_ir.Graph, name: str, values: Any) -> onnx_ir.Value:
     import onnx_ir
 
     tensor = onnx_ir.tensor(values, name=name)
-    value = onnx_ir.Value(name=name, const_value=tensor, type=onnx_ir.TensorType(tensor.dtype), shape=tensor.shape)
+    shape = onnx_ir.Shape(values.shape)
+    value = onnx_ir.Value(name=name, const_value=tensor, type=onnx_ir.TensorType(tensor.dtype), shape=shape)
     graph.register_initializer(value)
     return value
 
 
 def replace_uses(graph: onnx_ir.Graph, old: onnx_ir.Value, new: onnx_ir.Value) -> None:
     """Have everything that reads ``old`` read ``new``, also the outputs of the graph, which keep their names."""
-    new.dtype, new.shape = old.dtype, old.shape
+    new.type, new.shape = old.type, old.shape
     for use in list(old.uses()):
         use.node.replace_input_with(use.idx, new)
     for place, output in enumerate(graph.outputs):

@@ -45,14 +45,16 @@ def _fold(graph: onnx_ir.Graph, norm: onnx_ir.Node) -> None:
     factor = gain / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
     new_scales = np.maximum(np.abs(factor) * scales, _SMALLEST_SCALE).astype(np.float32)
     bias = ((added - mean) * factor + offset).astype(np.float32)
-    held = dequantize.inputs[0]
+    held, weight = dequantize.inputs[0], conv.inputs[1]
+    assert held is not None
+    assert weight is not None
     if (factor < 0).any():
         sign = np.where(factor < 0, -1, 1).astype(np.int8)
         shape = [-1 if place == axis else 1 for place in range(codes.ndim)]
         held = initializer(graph, f"{held.name}_folded_{norm.name}", codes * sign.reshape(shape))
     inputs = [held, initializer(graph, f"{norm.name}_scales", new_scales)]
     folded = onnx_ir.node("DequantizeLinear", inputs, {"axis": axis})
-    folded.outputs[0].dtype, folded.outputs[0].shape = onnx_ir.DataType.FLOAT, conv.inputs[1].shape
+    folded.outputs[0].dtype, folded.outputs[0].shape = onnx_ir.DataType.FLOAT, weight.shape
     graph.insert_before(conv, folded)
     moved = onnx_ir.Node(
         "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,26 +31,20 @@ def onnx_operator(
     name: str, inputs: Sequence[Tensor | None], dtype: torch.dtype, shape: Sequence[Any], **attributes: Any
 ) -> Tensor:
     """One operator with one output of this dtype and shape."""
-    return cast(
-        Tensor,
-        torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=OPSET),
-    )
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=OPSET)
 
 
 def onnx_operators(
     name: str, inputs: Sequence[Tensor | None], outputs: Sequence[tuple[torch.dtype, Sequence[Any]]], **attributes: Any
 ) -> Sequence[Tensor]:
     """One operator with several outputs, each of a dtype and a shape."""
-    return cast(
-        "Sequence[Tensor]",
-        torch.onnx.ops.symbolic_multi_out(
-            name,
-            inputs,
-            attributes,
-            dtypes=[dtype for dtype, _ in outputs],
-            shapes=[shape for _, shape in outputs],
-            version=OPSET,
-        ),
+    return torch.onnx.ops.symbolic_multi_out(
+        name,
+        inputs,
+        attributes,
+        dtypes=[dtype for dtype, _ in outputs],
+        shapes=[shape for _, shape in outputs],
+        version=OPSET,
     )
 
 
@@ -127,5 +121,3 @@ def round_samples(x: Tensor, method: Method) -> Tensor:
     step = x.abs().amax(tuple(range(1, x.dim())), keepdim=True) / method.steps
     step = step.clamp_min(_SMALLEST_STEP)
     return (x / step).round() * step
-
-

@@ -149,7 +149,7 @@ def _pair(graph: onnx_ir.Graph, value: onnx_ir.Value, scale: onnx_ir.Value, zero
     quantize = onnx_ir.node("QuantizeLinear", [value, scale, zero])
     dequantize = onnx_ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])
     quantize.outputs[0].name, dequantize.outputs[0].name = f"{value.name}_rounded", f"{value.name}_again"
-    quantize.outputs[0].dtype, dequantize.outputs[0].dtype = zero.dtype, value.dtype
+    quantize.outputs[0].type, dequantize.outputs[0].type = zero.type, value.type
     quantize.outputs[0].shape = dequantize.outputs[0].shape = value.shape
     source = value.producer()
     if source is None:

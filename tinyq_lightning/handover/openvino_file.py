@@ -21,9 +21,9 @@ __all__ = [
 ]
 
 _ROUNDING_NOTE = (
-    "OpenVINO multiplies the int8 weights as it finds fastest, whatever the layers' method: it may round activations to "
-    "int8 in groups as they come. DYNAMIC_QUANTIZATION_GROUP_SIZE = 0 in the compiled model's properties keeps them as "
-    "they are."
+    "OpenVINO multiplies the int8 weights as it finds fastest, whatever the layers' method: it may round activations "
+    "to int8 in groups as they come. DYNAMIC_QUANTIZATION_GROUP_SIZE = 0 in the compiled model's properties keeps "
+    "them as they are."
 )
 _PRECISION_NOTE = (
     "On a processor with bfloat16 instructions OpenVINO computes in bfloat16: INFERENCE_PRECISION_HINT = f32 keeps "

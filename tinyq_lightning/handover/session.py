@@ -69,8 +69,8 @@ def session_forward(
             vars(model)[method] = former
     if not in_place.calls:
         raise ExportError(
-            f"nothing called {type(model).__name__}.{method}, so {os.fspath(path)} was not run and what was measured is "
-            f"the model itself: call self(...) in its steps, or give the method that they call"
+            f"nothing called {type(model).__name__}.{method}, so {os.fspath(path)} was not run and what was measured "
+            "is the model itself: call self(...) in its steps, or give the method that they call"
         )
 
 
@@ -92,7 +92,9 @@ class _InPlace:
         """The outputs of the file, in the structure, dtypes and on the device of the method's own."""
         device = next((leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         on_cpu = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        example = Example(*on_cpu, dict(inspect.signature(self._own).bind(*on_cpu[0], **on_cpu[1]).arguments))
+        example = Example(
+            on_cpu[0], on_cpu[1], dict(inspect.signature(self._own).bind(*on_cpu[0], **on_cpu[1]).arguments)
+        )
         if self._run is None:
             leaves, structure = pytree.tree_flatten(self._own(*args, **kwargs))
             self._structure = structure, [leaf.dtype if isinstance(leaf, Tensor) else leaf for leaf in leaves]

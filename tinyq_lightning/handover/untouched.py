@@ -37,11 +37,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # type: ignore[no-untyped-call]
+        torch.backends.mha.set_fastpath_enabled(False)
         with evaluating(model), torch.no_grad(), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)  # type: ignore[no-untyped-call]
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
