@@ -27,6 +27,12 @@ _WEIGHTS_NOTE = (
     "session option session.qdq_matmulnbits_accuracy_level = 1 keeps them in float32, much slower for few rows; "
     "session.disable_quant_qdq = 1 expands the weights when it loads the file: the speed and the memory of float32."
 )
+_CONVOLUTIONS_NOTE = (
+    "ONNX Runtime computes convolutions of DequantizeLinear weights in float32, and dequantizes the weights on each "
+    "call unless session.disable_quant_qdq = 1 has it keep them as float32. With activations='static' it computes in "
+    "int8."
+)
+_SIGNED_NOTE = "ONNX Runtime fuses fewer convolutions with int8 activations than with uint8, as 'static' has them."
 _DIGITS_NOTE = (
     "On a processor without VNNI instructions the int8 products of ONNX Runtime may saturate: the session option "
     "session.x64quantprecision = 1 has it take slower ones that do not."
@@ -44,15 +50,18 @@ def write_onnx(request: Request, path: str) -> Sequence[str]:
     graph = static_graph(request, _float_runner) if is_static else onnx_graph(request, rounds=True)
     save_graph(graph, path)
     onnx.checker.check_model(path, full_check=True)
-    return _notes(graph)
+    return _notes(graph, request.activations)
 
 
-def _notes(graph: onnx_ir.Model) -> list[str]:
+def _notes(graph: onnx_ir.Model, activations: str) -> list[str]:
+    if activations != "dynamic":
+        return [_DIGITS_NOTE] + [_SIGNED_NOTE] * (activations == "static-signed")
     readers = {
         use.node.op_type for node in graph.graph if node.op_type == "DequantizeLinear" for use in node.outputs[0].uses()
     }
     used = {node.op_type for node in graph.graph}
-    return [_WEIGHTS_NOTE] * ("MatMul" in readers) + [_DIGITS_NOTE] * ("MatMulInteger" in used)
+    notes = [_WEIGHTS_NOTE] * ("MatMul" in readers) + [_CONVOLUTIONS_NOTE] * ("Conv" in readers)
+    return notes + [_DIGITS_NOTE] * ("MatMulInteger" in used)
 
 
 def open_onnx(path: str, request: Request) -> Callable[[Example], Sequence[Tensor]]:

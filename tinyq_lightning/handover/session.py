@@ -92,9 +92,8 @@ class _InPlace:
         """The outputs of the file, in the structure, dtypes and on the device of the method's own."""
         device = next((leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         on_cpu = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        example = Example(
-            on_cpu[0], on_cpu[1], dict(inspect.signature(self._own).bind(*on_cpu[0], **on_cpu[1]).arguments)
-        )
+        parameters = inspect.signature(self._own).bind(*on_cpu[0], **on_cpu[1]).arguments
+        example = Example(on_cpu[0], on_cpu[1], dict(parameters))
         if self._run is None:
             leaves, structure = pytree.tree_flatten(self._own(*args, **kwargs))
             self._structure = structure, [leaf.dtype if isinstance(leaf, Tensor) else leaf for leaf in leaves]
