@@ -158,7 +158,7 @@ def _cross():
 
 def _states():
     series, states = torch.randn(3, 7, 6), {name: torch.randn(4, 3, 8) for name in "hc"}
-    dims = {"batch.series": {0: "rows", 1: "steps"}, "batch.h": {1: "rows"}, "batch.c": {1: "rows"}}
+    dims = {"batch.series": {0: "batch", 1: "steps"}, "batch.h": {1: "batch"}, "batch.c": {1: "batch"}}
     return States(), {"batch": {"series": series, **states}}, dims
 
 
