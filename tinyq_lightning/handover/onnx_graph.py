@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -10,14 +11,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.onnx_layers import onnx_forms
 from tinyq_lightning.handover.onnx_operators import OPSET
 from tinyq_lightning.handover.onnx_tidying import tidy
-from tinyq_lightning.handover.programs import exported_program
+from tinyq_lightning.handover.programs import exported_program, tensors_of
 from tinyq_lightning.handover.request import Request
 
 if TYPE_CHECKING:
@@ -47,13 +48,32 @@ def onnx_graph(request: Request, rounds: bool) -> onnx_ir.Model:
     """
     if not hasattr(torch.onnx, "ops"):
         raise ExportError(f"ONNX files are made with torch 2.8 or newer, and this is torch {torch.__version__}")
-    with onnx_forms(request.module, rounds):
+    with onnx_forms(request.module, rounds), _tensors_alone(request.module):
         program = exported_program(request)
     with _quiet():
         model: onnx_ir.Model = _translated(program, request).model
         _name_dimensions(model, request)
         tidy(model)
     return model
+
+
+@contextmanager
+def _tensors_alone(module: nn.Module) -> Iterator[None]:
+    """Context manager in which a module returns the tensors of its outputs and nothing else."""
+    own = module.forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(tensors_of(own(*args, **kwargs)))
+
+    former = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if former is not None:
+            vars(module)["forward"] = former
 
 
 def _translated(program: torch.export.ExportedProgram, request: Request) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.onnx_calibration import static_graph
 from tinyq_lightning.handover.onnx_graph import onnx_graph, save_graph
@@ -32,9 +33,15 @@ _PRECISION_NOTE = (
 
 
 def write_openvino(request: Request, path: str) -> Sequence[str]:
-    """Write an ``.xml`` file and its ``.bin``."""
+    """Write an ``.xml`` file and its ``.bin``.
+
+    Raises:
+        ExportError: the path has another ending.
+    """
     import openvino
 
+    if not path.endswith(".xml"):
+        raise ExportError(f"{os.path.basename(path)}: OpenVINO's files are called name.xml and name.bin")
     with tempfile.TemporaryDirectory() as folder:
         onnx_path = os.path.join(folder, "model.onnx")
         is_static = request.activations != "dynamic"
