@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
-    "EXPORT_FORMATS",
+    "FORMAT_NAMES",
     "KERNELS",
     "KIND_NAMES",
     "METHODS",
@@ -56,12 +56,14 @@ KIND_NAMES = ("linear", "attention", "conv", "embedding", "recurrent")
 """The kinds of layer that are quantized unless a spec names fewer."""
 
 
-EXPORT_FORMATS = {
-    "pt2": "a program of torch.export, which runs with torch alone",
+FORMAT_NAMES = {
+    "pt2": "a program of torch.export, which runs in Python with torch alone",
     "aoti": "an AOTInductor package: machine code of this processor, for C++ and Python; needs a C++ compiler",
     "onnx": "a graph of standard operators, for ONNX Runtime and others",
     "openvino": "OpenVINO's own files, for processors and accelerators of Intel",
     "safetensors": "the tensors, for other languages, and back without a loss",
-    "ckpt": "a Lightning checkpoint, from safetensors",
+    "compressed-tensors": "a folder of a Hugging Face model, which from_pretrained reads",
+    "ckpt": "a Lightning checkpoint",
 }
-"""What a quantized model can be exported to, in a line each; :data:`tinyq_lightning.handover.FORMATS` says how."""
+"""The formats that a model is exported in, each in a line. They are here, since the command line's help tells them
+without importing torch; :data:`tinyq_lightning.handover.FORMATS` has what writes and runs each."""

@@ -13,7 +13,7 @@ import tinyq_lightning
 from tinyq_lightning import TinyQError, export, quantize
 from tinyq_lightning.errors import ExportError, MissingExtraError, ModelError
 from tinyq_lightning.handover import FORMATS
-from tinyq_lightning.methods import EXPORT_FORMATS
+from tinyq_lightning.methods import FORMAT_NAMES
 
 
 class Counting(nn.Module):
@@ -173,4 +173,7 @@ def test_weights_without_values_are_refused(tmp_path):
 
 def test_the_names_are_public():
     assert tinyq_lightning.export is export
-    assert {*EXPORT_FORMATS} == {*FORMATS}
+
+
+def test_every_format_that_the_command_line_offers_can_be_written():
+    assert list(FORMATS) == list(FORMAT_NAMES)

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from tinyq_lightning.errors import TinyQError
-from tinyq_lightning.methods import EXPORT_FORMATS
+from tinyq_lightning.methods import FORMAT_NAMES
 from tinyq_lightning.version import __version__
 
 __all__ = [
@@ -155,8 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "checkpoint", metavar="FILE", help="a quantized checkpoint, or a safetensors file made from one"
     )
-    formats = "; ".join(f"{name}: {what}" for name, what in EXPORT_FORMATS.items())
-    command.add_argument("--to", choices=tuple(EXPORT_FORMATS), required=True, help=f"the format wanted. {formats}")
+    formats = "; ".join(f"{name}: {what}" for name, what in FORMAT_NAMES.items())
+    command.add_argument("--to", choices=tuple(FORMAT_NAMES), required=True, help=f"the format wanted. {formats}")
     command.add_argument("--output", metavar="FILE", help="default: the same name with the other ending")
     command.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
     _add_model(command)

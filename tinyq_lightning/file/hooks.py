@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.file.factory import name_of
 from tinyq_lightning.file.trust import call_with
 from tinyq_lightning.file.validate import HYPER_PARAMETERS
 
@@ -35,7 +36,7 @@ class HookView(dict[str, Any]):
     """
 
     def __init__(
-        self, checkpoint: Mapping[str, Any], module_class: type, source: str, given: Mapping[str, Any] | None = None
+        self, checkpoint: Mapping[str, Any], module_class: Any, source: str, given: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(checkpoint)
         self._class, self._source = module_class, source
@@ -66,7 +67,7 @@ class HookView(dict[str, Any]):
     def _refuse(self, key: str) -> None:
         if key in self._absent:
             raise CheckpointError(
-                f"{self._source}: on_load_checkpoint of {self._class.__name__} reads {key!r}, which the file could not "
+                f"{self._source}: on_load_checkpoint of {name_of(self._class)} reads {key!r}, which the file could not "
                 f"hold: give it as it was, as in {call_with(self._class, key)}"
             )
 

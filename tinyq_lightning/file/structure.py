@@ -76,7 +76,7 @@ def prepare_structure(
         if site is None:
             raise CheckpointError(
                 f"{source} has the quantized layer {name!r}, {type(module).__name__} has no layer of that name. "
-                f"It has: {', '.join(sorted(sites)) or 'none'}"
+                f"It has: {', '.join(sorted(sites)) or 'none'}{_hint(name, sites)}"
             )
         if site.is_quantized:
             continue
@@ -97,6 +97,17 @@ def prepare_structure(
     for site, layer in made.values():
         site.put(layer)
     return list(made.values())
+
+
+def _hint(name: str, sites: Mapping[str, Site]) -> str:
+    """What to do if the module is a part of the model in the file."""
+    part, _, below = name.partition(".")
+    while below:
+        if below in sites:
+            return f". If the file's model has this one as its part {part!r}, give load_quantized part={part!r}"
+        step, _, below = below.partition(".")
+        part = f"{part}.{step}"
+    return ""
 
 
 def refuse_resuming(trainer: Trainer | None, source: str) -> None:

@@ -208,14 +208,34 @@ def restored(value: Any, note: Mapping[str, Any], find_class: Callable[[str], ty
     if kind == "omegaconf":
         return _configuration(value, trust)
     if kind == "AttributeDict":
-        from lightning.pytorch.utilities.parsing import AttributeDict
-
-        return AttributeDict(value)
+        return _attribute_dict(value)
     if kind == "path":
         return _PATHS[str(name)](value)
     if kind == "defaultdict":
         return defaultdict(_FACTORIES[name] if name else None, value)
     return _BUILTIN[kind](value)
+
+
+def _attribute_dict(value: Any) -> Any:
+    """As LightningModule's ``hparams`` has it; where Lightning is not installed, a dict whose items are attributes."""
+    try:
+        from lightning.pytorch.utilities.parsing import AttributeDict
+    except ImportError:
+        return _Attributes(value)
+    return AttributeDict(value)
+
+
+class _Attributes(dict[str, Any]):
+    """A dict whose items are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"there is no item {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
 
 
 def _configuration(value: Any, trust: bool) -> Any:

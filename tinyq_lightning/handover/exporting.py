@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tinyq_lightning.errors import ExportError, TinyQError
-from tinyq_lightning.file import digest_of, file_bytes
+from tinyq_lightning.file import digest_of, file_bytes, read_content
 from tinyq_lightning.handover.comparison import OutputError, output_errors, output_tensors, time_both, worst
 from tinyq_lightning.handover.dynamic import Dynamic, dynamic_dims
 from tinyq_lightning.handover.example import Example, example_for
@@ -19,7 +19,7 @@ from tinyq_lightning.handover.formats import Format, Program, Run, Tensors, form
 from tinyq_lightning.handover.place import move_into_place, refuse_existing, workshop
 from tinyq_lightning.handover.report import ExportReport
 from tinyq_lightning.handover.request import Activations, Request
-from tinyq_lightning.handover.source import callable_module, content_of, model_from, on_cpu
+from tinyq_lightning.handover.source import callable_module, model_from, on_cpu
 from tinyq_lightning.handover.untouched import untouched
 from tinyq_lightning.plan import state_bytes
 from tinyq_lightning.search import Timing
@@ -88,7 +88,7 @@ def export(
         return _export_tensors(model_or_path, target, wanted, overwrite)
     assert isinstance(wanted, Program)
     if isinstance(model_or_path, str | os.PathLike):
-        content = content_of(model_or_path)
+        content = read_content(model_or_path)
         model_or_path = model_from(content, module_class, init_args or {}, os.fspath(model_or_path), trust)
     model = on_cpu(model_or_path)
     example = example_for(model, example_inputs, method)
@@ -208,7 +208,7 @@ def _export_tensors(
             f"the format {wanted.name} is made from a quantized checkpoint, which also holds hyper-parameters and the "
             "plan: give its path"
         )
-    content = content_of(source)
+    content = read_content(source)
     with workshop(target) as written:
         wanted.write(content, written)
         again = wanted.read(written)

@@ -11,11 +11,10 @@ To add a format that runs somewhere, write one file with two functions and add a
   from an :class:`~tinyq_lightning.handover.example.Example` to the output's tensors, in the order of
   ``request.output_names``.
 
-Its name and a line on it, for the command line's help, go into ``EXPORT_FORMATS`` in :mod:`tinyq_lightning.methods`.
-
 Libraries are imported inside of these functions. ``modules`` names them, so that a missing one is an error that names
-the ``extra`` of the package; the extra goes into ``pyproject.toml``. Everything else (temporary files, comparing,
-timing, overwriting, the report, the command line) is done for all formats alike.
+the ``extra`` of the package; the extra goes into ``pyproject.toml``, and the format's line for the help into
+``FORMAT_NAMES`` of ``methods.py``. Everything else (temporary files, comparing, timing, overwriting, the report, the
+command line) is done for all formats alike.
 """
 
 from __future__ import annotations
@@ -31,11 +30,13 @@ from torch import Tensor
 from tinyq_lightning.errors import ExportError, MissingExtraError
 from tinyq_lightning.file import read_checkpoint, read_safetensors, write_checkpoint, write_safetensors
 from tinyq_lightning.handover.aoti import open_aoti, write_aoti
+from tinyq_lightning.handover.compressed_tensors import open_compressed_tensors, write_compressed_tensors
 from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.onnx_file import open_onnx, write_onnx
 from tinyq_lightning.handover.openvino_file import open_openvino, write_openvino
 from tinyq_lightning.handover.programs import open_pt2, write_pt2
 from tinyq_lightning.handover.request import Request
+from tinyq_lightning.methods import FORMAT_NAMES
 
 __all__ = [
     "FORMATS",
@@ -66,6 +67,11 @@ class Format:
     modules: tuple[str, ...] = ()
     extra: str = ""
     by_ending: bool = True
+
+    @property
+    def what(self) -> str:
+        """The format in one line."""
+        return FORMAT_NAMES[self.name]
 
     def check_installed(self) -> None:
         """Check that its libraries are there.
@@ -157,6 +163,16 @@ _LIST: tuple[Format, ...] = (
         extra="safetensors",
         write=write_safetensors,
         read=read_safetensors,
+    ),
+    Program(
+        name="compressed-tensors",
+        ending="-compressed",
+        modules=("transformers", "compressed_tensors", "safetensors"),
+        extra="compressed-tensors",
+        by_ending=False,
+        write=write_compressed_tensors,
+        open=open_compressed_tensors,
+        max_error=0.05,
     ),
     Tensors(
         name="ckpt",

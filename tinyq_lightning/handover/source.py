@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from tinyq_lightning.errors import ExportError, ModelError
-from tinyq_lightning.file import load_content, read_checkpoint, read_safetensors
+from tinyq_lightning.file import as_factory, load_content
 from tinyq_lightning.layers import QuantizedLayer
 
 __all__ = [
     "Method",
     "callable_module",
-    "content_of",
     "model_from",
     "on_cpu",
 ]
@@ -48,16 +46,6 @@ class Method(nn.Module):
         self.training = module.training
 
 
-def content_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a quantized checkpoint, or of a safetensors file made from one.
-
-    Raises:
-        CheckpointError: there is no such file, or it is none of these.
-    """
-    is_safetensors = os.fspath(path).lower().endswith(".safetensors")
-    return read_safetensors(path) if is_safetensors else read_checkpoint(path)
-
-
 def model_from(
     content: Mapping[str, Any], module_class: Any, init_args: Mapping[str, Any], source: str, trust: bool
 ) -> nn.Module:
@@ -72,7 +60,7 @@ def model_from(
             f"{source} holds the tensors of a model and not what to compute with them: give module_class "
             "(--model package.module:Class), the class it was made from"
         )
-    model: nn.Module = load_content(content, module_class, init_args, source, trust=trust)
+    model: nn.Module = load_content(content, as_factory(module_class), init_args, source, trust=trust)
     return model.eval()
 
 

@@ -5,6 +5,7 @@ from tinyq_lightning.plan.coverage import Coverage, file_coverage
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, quantized_weights
 from tinyq_lightning.plan.plan import MANY_LAYERS, DecidedBy, Decision, OtherWeight, Plan, state_bytes
+from tinyq_lightning.plan.pretrained import refuse_save_pretrained
 from tinyq_lightning.plan.replace import carry_out, put_in, quantize, quantize_by_layer, quantized
 from tinyq_lightning.plan.resolution import WithValues, resolve
 from tinyq_lightning.plan.sites import Site, find_sites, is_metric
@@ -36,6 +37,7 @@ __all__ = [
     "quantized",
     "quantized_weights",
     "refuse_root",
+    "refuse_save_pretrained",
     "resolve",
     "return_freed_memory",
     "sites_for",

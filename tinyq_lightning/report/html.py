@@ -24,7 +24,8 @@ def html_report(content: Mapping[str, Any], tables: Mapping[str, Table], resolve
 
     Args:
         content: of :func:`tinyq_lightning.report.files.report_content`.
-        tables: ``comparison`` of metrics, sizes and times, before and after; ``kinds``, and ``layers`` one by one.
+        tables: ``comparison`` of metrics, sizes and times, before and after; ``kinds``, and ``layers`` one by one; and
+            ``exports``, if there are any.
         resolved: the plan as a spec, in YAML.
     """
     template = resources.files("tinyq_lightning.report").joinpath("page.html").read_text(encoding="utf-8")

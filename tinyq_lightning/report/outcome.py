@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tinyq_lightning.handover import ExportReport
 from tinyq_lightning.plan import Coverage, Plan
 from tinyq_lightning.search import BatchTimes, LayerError, Search, Stopwatch, loses
 from tinyq_lightning.trainer import FloatWeights, Measured, MethodsRun, Results, TestRun, compare
@@ -36,6 +37,7 @@ class Outcome:
         float_path: the float checkpoint, or None.
         quantized_path: the file, or None if none was written.
         note: where the weights come from.
+        exports: what the model was exported in, on rank 0.
         stopwatch: what the run timed for ``never_slower``, or None.
     """
 
@@ -53,6 +55,7 @@ class Outcome:
     quantized_path: str | None = None
     note: str = ""
     stopwatch: Stopwatch | None = None
+    exports: tuple[ExportReport, ...] = ()
 
     def results_as(self, label: str) -> Results:
         """The results under another name than the column's."""

@@ -1,6 +1,7 @@
 """All that needs a Trainer: the user's loop run on other weights, which float weights, checks before training."""
 
 from tinyq_lightning.trainer.checks import check_before_fit, check_budget
+from tinyq_lightning.trainer.exports import export_beside_file
 from tinyq_lightning.trainer.failures import step_after_run, tell_of_interrupt
 from tinyq_lightning.trainer.float_weights import (
     FloatWeights,
@@ -15,7 +16,7 @@ from tinyq_lightning.trainer.methods_run import Measured, MethodsRun
 from tinyq_lightning.trainer.quantized_start import QuantizedStart
 from tinyq_lightning.trainer.ranks import refuse_sharding, write_on_rank_zero
 from tinyq_lightning.trainer.results import Results, compare, numbers
-from tinyq_lightning.trainer.saving import save_quantized
+from tinyq_lightning.trainer.saving import SaveAs, save_quantized
 from tinyq_lightning.trainer.test_run import TestRun, at_test_epoch_end, forget_test_start, note_test_start
 from tinyq_lightning.trainer.validated import WatchesValidation
 
@@ -25,6 +26,7 @@ __all__ = [
     "MethodsRun",
     "QuantizedStart",
     "Results",
+    "SaveAs",
     "TestRun",
     "WatchesValidation",
     "at_test_epoch_end",
@@ -32,6 +34,7 @@ __all__ = [
     "check_budget",
     "choose_float_weights",
     "compare",
+    "export_beside_file",
     "files_before_fit",
     "folder_of",
     "forget_test_start",

@@ -16,6 +16,7 @@ from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.trainer.ranks import agreed_on_failure, as_tinyq_error
 
 __all__ = [
+    "Failing",
     "step_after_run",
     "tell_of_interrupt",
 ]
@@ -25,7 +26,7 @@ _HOW_TO_QUANTIZE_LATER = (
 )
 
 
-class _Failing(Protocol):
+class Failing(Protocol):
     """What takes an error: whether to raise it, the first one, and the float checkpoint that the user still has."""
 
     strict: bool
@@ -34,7 +35,7 @@ class _Failing(Protocol):
 
 
 @contextmanager
-def step_after_run(owner: _Failing, trainer: Trainer, name: str) -> Iterator[None]:
+def step_after_run(owner: Failing, trainer: Trainer, name: str) -> Iterator[None]:
     """Run a step after training or testing: if it fails on any rank, each rank sets ``error``, and rank 0 warns.
 
     Steps may be nested.

@@ -1,0 +1,170 @@
+"""The callback in the tools that people run experiments with, each the real one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nbclient
+import nbformat
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
+from models import Net, keeper, loader, trainer
+from omegaconf import OmegaConf
+
+from tinyq_lightning import TinyQCallback, load_quantized
+
+TESTS = Path(__file__).parent
+
+
+def run(folder: Path, *words: object) -> str:
+    """What a process of its own printed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, words)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+HYDRA = """
+import hydra
+from hydra.utils import instantiate
+from models import Net, keeper, loader, trainer
+
+@hydra.main(version_base=None, config_path=".", config_name="config")
+def main(config):
+    callback = instantiate(config.tinyq)
+    trainer(".", keeper("."), callback).fit(Net(), loader(shuffle=True), loader(seed=1))
+    assert callback.error is None, callback.error
+
+main()
+"""
+HYDRA_CONFIG = """
+method: w8a32
+left: head
+tinyq:
+  _target_: tinyq_lightning.TinyQCallback
+  spec:
+    method: ${method}
+    rules: [{match: "${left}", method: float}]
+  exclude: []
+"""
+
+
+def test_hydras_multirun_over_methods_has_a_folder_and_a_file_for_each(tmp_path):
+    (tmp_path / "run.py").write_text(HYDRA)
+    (tmp_path / "config.yaml").write_text(HYDRA_CONFIG)
+    run(tmp_path, "run.py", "--multirun", "method=w8a32,w8a8", "hydra.sweep.dir=sweep", "hydra.job.chdir=True")
+    for number, method in enumerate(("w8a32", "w8a8")):
+        folder = tmp_path / "sweep" / str(number)
+        (path,) = folder.rglob("*-epoch=*.ckpt")
+        plan = torch.load(path, weights_only=True)["tinyq"]["plan"]
+        assert {row["method"] for row in plan if row["name"] == "head"} == {"float"}
+        assert {row["method"] for row in plan if row["name"] != "head"} == {method}
+
+
+@dataclass
+class RuleConfig:
+    match: str = "head"
+    method: str = "float"
+
+
+@dataclass
+class TinyQConfig:
+    method: str = "w8a16"
+    exclude: list[str] = field(default_factory=list)
+    rules: list[RuleConfig] = field(default_factory=lambda: [RuleConfig()])
+
+
+def test_a_structured_config_is_a_spec(tmp_path):
+    config = OmegaConf.merge(OmegaConf.structured(TinyQConfig), {"method": "w8a8"})
+    callback = TinyQCallback(config)
+    trainer(tmp_path, callback).fit(Net(), loader(), loader(seed=1))
+    assert callback.error is None
+    assert {each.name: each.method for each in callback.plan}["head"] == "float"
+    assert {each.method for each in callback.plan} == {"w8a8", "float"}
+
+
+def test_the_tuner_finds_its_learning_rate_and_the_fit_after_it_is_quantized(tmp_path):
+    callback = TinyQCallback("w8a32")
+    module, fitting = Net(), trainer(tmp_path, callback)
+    found = Tuner(fitting).lr_find(module, loader(), loader(seed=1), num_training=10)
+    assert found.suggestion() is not None or found.results["lr"]
+    assert list(tmp_path.rglob("w8a32-*")) == [], "the tuner's own fits are no runs to quantize"
+    fitting.fit(module, loader(), loader(seed=1))
+    assert callback.error is None
+    assert Path(callback.quantized_path).is_file()
+
+
+def test_a_fit_that_stops_early_is_quantized_at_its_best(tmp_path):
+    callback = TinyQCallback("w8a32")
+    stopping = EarlyStopping("val_loss", patience=1, stopping_threshold=10.0)
+    fitting = trainer(tmp_path, keeper(tmp_path), stopping, callback, max_epochs=50)
+    fitting.fit(Net(), loader(), loader(seed=1))
+    assert fitting.current_epoch < 50
+    assert callback.float_path == fitting.checkpoint_callback.best_model_path
+    assert callback.error is None
+
+
+def test_a_last_checkpoint_that_is_a_link_is_read_and_stays_a_link(tmp_path):
+    callback = TinyQCallback("w8a32", weights="last")
+    saver = ModelCheckpoint(dirpath=tmp_path, save_last="link", monitor="val_loss")
+    trainer(tmp_path, saver, callback).fit(Net(), loader(), loader(seed=1))
+    assert callback.error is None
+    assert (tmp_path / "last.ckpt").is_symlink()
+    assert load_quantized(callback.quantized_path, Net)(torch.ones(1, 8)).isfinite().all()
+
+
+WANDB = """
+import sys
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from models import Net, keeper, loader, trainer
+from tinyq_lightning import TinyQCallback
+
+logger = WandbLogger(project="tinyq", save_dir=".", offline=True, log_model=False)
+callback = TinyQCallback("w8a8")
+run = trainer(".", keeper("."), callback, logger=[logger, CSVLogger(".")])
+run.fit(Net(), loader(shuffle=True), loader(seed=1))
+assert callback.error is None, callback.error
+summary = dict(logger.experiment.summary)
+print("DELTA", summary["tinyq/val_loss/delta"])
+print("TABLES", sorted(key for key in summary if key.startswith("tinyq/layers") or key == "tinyq/comparison"))
+logger.experiment.finish()
+"""
+
+
+def test_weights_and_biases_gets_figures_and_tables_offline(tmp_path):
+    (tmp_path / "run.py").write_text(WANDB)
+    shown = run(tmp_path, "run.py")
+    assert "DELTA " in shown
+    assert "TABLES ['tinyq/comparison', 'tinyq/layers/w8a8']" in shown
+    assert list(tmp_path.rglob("run-*.wandb"))
+
+
+CELLS = (
+    "from models import Net, keeper, loader, trainer\nfrom tinyq_lightning import TinyQCallback, quantize",
+    "plan = quantize(Net(), 'w8a32')\nplan",
+    "callback = TinyQCallback('w8a32')\n"
+    "run = trainer('.', keeper('.'), callback, strategy='ddp_notebook', devices=2)\n"
+    "run.fit(Net(), loader(), loader(seed=1))\nprint(callback.error, sorted(callback.results))",
+)
+
+
+def test_a_notebook_shows_the_plan_as_a_table_and_fits_on_two_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), *sys.path]))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = notebook.cells[1].outputs[0]["data"]
+    assert shown["text/html"].startswith("<table>")
+    assert "None ['val" in "".join(each.get("text", "") for each in notebook.cells[2].outputs)
+    assert list(tmp_path.rglob("w8a32-*.ckpt"))
