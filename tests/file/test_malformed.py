@@ -11,10 +11,9 @@ import shutil
 from collections import OrderedDict
 from pathlib import Path
 
-import lightning
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightnings import LightningModule, __version__
 from models import Net, loader, trainer
 from torch import nn
 
@@ -114,7 +113,7 @@ MALFORMED = [
 def good(tmp_path_factory):
     module = Net()
     plan = quantize(module)
-    base = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning.__version__, "hparams_name": "kwargs"}
+    base = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": __version__, "hparams_name": "kwargs"}
     base["hyper_parameters"] = {"width": 16, "lr": 0.02}
     metrics = {"acc": {"float": 1.0, "w8a32": 1.0, "delta": 0.0}}
     path = tmp_path_factory.mktemp("good") / "q.ckpt"

@@ -222,8 +222,10 @@ def find_codes(prefixes: Sequence[str], names: Sequence[str]) -> list[str]:
         there are none of these either, the prefix that is a name without its first parts or with further ones before
         it, because ``state_dict()`` of a class may change them; nothing if several prefixes are.
     """
-    exact = [f"{name}." for name in names if f"{name}." in prefixes]
-    within = exact or [prefix for prefix in prefixes if any(prefix.startswith(f"{name}.") for name in names)]
+    # torch.compile puts a module below a name of its own, which no plan has
+    plain = {prefix.replace("_orig_mod.", ""): prefix for prefix in prefixes}
+    exact = [plain[f"{name}."] for name in names if f"{name}." in plain]
+    within = exact or [plain[prefix] for prefix in plain if any(prefix.startswith(f"{name}.") for name in names)]
     if within:
         return within
     ends = [f".{name}." for name in names]
@@ -256,7 +258,7 @@ def check_layers(content: Mapping[str, Any], path: str | os.PathLike[str]) -> No
 def _check_codes(state: Mapping[str, Any], prefix: str, path: str | os.PathLike[str]) -> None:
     codes, scales = state[f"{prefix}{_CODES}"], state.get(f"{prefix}scales")
     wrong = ""
-    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.dim() < 2:
+    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.dim() < 2 or codes.layout != torch.strided:
         wrong = f"{_CODES} holds no codes of {torch.int8}"
     elif not isinstance(scales, Tensor) or scales.dtype != torch.float32 or not _is_one_a_row(scales, codes):
         wrong = "scales is not one float32 for each row of codes"

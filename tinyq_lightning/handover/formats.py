@@ -36,7 +36,6 @@ from tinyq_lightning.handover.onnx_file import open_onnx, write_onnx
 from tinyq_lightning.handover.openvino_file import open_openvino, write_openvino
 from tinyq_lightning.handover.programs import open_pt2, write_pt2
 from tinyq_lightning.handover.request import Request
-from tinyq_lightning.methods import FORMAT_NAMES
 
 __all__ = [
     "FORMATS",
@@ -67,11 +66,6 @@ class Format:
     modules: tuple[str, ...] = ()
     extra: str = ""
     by_ending: bool = True
-
-    @property
-    def what(self) -> str:
-        """The format in one line."""
-        return FORMAT_NAMES[self.name]
 
     def check_installed(self) -> None:
         """Check that its libraries are there.

@@ -2,6 +2,7 @@
 
 from tinyq_lightning.plan.checks import check_model, check_patterns, refuse_root, sites_for
 from tinyq_lightning.plan.coverage import Coverage, file_coverage
+from tinyq_lightning.plan.functions import globals_read
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, quantized_weights
 from tinyq_lightning.plan.plan import MANY_LAYERS, DecidedBy, Decision, OtherWeight, Plan, state_bytes
@@ -30,6 +31,7 @@ __all__ = [
     "check_patterns",
     "file_coverage",
     "find_sites",
+    "globals_read",
     "is_metric",
     "put_in",
     "quantize",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.plan import MANY_LAYERS, Plan
 from tinyq_lightning.report.outcome import Outcome, log_entries
 from tinyq_lightning.report.tables import comparison_table, export_table, layer_table
 from tinyq_lightning.table import Table, screen_width
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = [
     "log_outcomes",

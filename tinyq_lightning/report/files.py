@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import yaml
-from lightning.pytorch import Trainer
 
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import file_exists, replace_file
@@ -25,6 +24,9 @@ from tinyq_lightning.report.outcome import Outcome, combined
 from tinyq_lightning.report.tables import comparison_table, export_table, kind_table, layer_table
 from tinyq_lightning.trainer import write_on_rank_zero
 from tinyq_lightning.version import __version__
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = [
     "files_of_report",

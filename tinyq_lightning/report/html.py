@@ -136,5 +136,5 @@ def _search(budget: Mapping[str, Any] | None) -> dict[str, Any] | None:
         ]
         for index, trial in enumerate(budget["trials"])
     ]
-    table = Table(["plan", "layers given up", "bytes given up", monitor, "lost", "within"], rows)
+    table = Table(["plan", "layers changed", "more bytes", monitor, "lost", "within"], rows)
     return {"monitor": monitor, "allowed": f"{allowed:.4g}", "curve": search_curve(budget), "table": table}
