@@ -1,6 +1,6 @@
 """Quantized forward pass functions: pure functions on tensors, and the choice among kernels."""
 
-from tinyq_lightning.kernels.base import Choice, CodeHolder, TensorSnapshot, WeightForm
+from tinyq_lightning.kernels.base import LONGEST_SUM, Choice, CodeHolder, TensorSnapshot, WeightForm
 from tinyq_lightning.kernels.choice import FORMS, choose_kernel, wanted_kernel, weight_form
 from tinyq_lightning.kernels.conv_choice import (
     CONV_FORMS,
@@ -53,6 +53,7 @@ __all__ = [
     "FORMS",
     "INPUT_DTYPES",
     "LAYOUTS",
+    "LONGEST_SUM",
     "Choice",
     "CodeHolder",
     "ConvForm",
