@@ -13,7 +13,8 @@ import torch
 from models import FEATURES, Net, keeper, loader, trainer
 from torch import nn
 
-from tinyq_lightning import QuantizationSpec, TinyQCallback, quantize
+from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized, quantize
+from tinyq_lightning.command import main
 from tinyq_lightning.errors import CheckpointError, ModelError, SpecError
 from tinyq_lightning.file.archive import Archive
 from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint, write_checkpoint
@@ -168,3 +169,39 @@ def test_the_memory_figures_hold(tmp_path):
     figures = {cell["contender"]: cell["share"] for cell in cells}
     assert figures["file"] <= 0.45
     assert figures["load"] <= 0.36
+
+
+class Plain(nn.Module):
+    """No LightningModule."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(8, width), nn.ReLU()), nn.Linear(width, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def plain_net():
+    """A function that makes a module."""
+    return Plain(12)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("factory", ["Plain", "plain_net"])
+def test_a_state_dict_of_plain_pytorch_is_quantized_by_the_command(tmp_path, capsys, factory, compiled):
+    net = globals()[factory]()
+    saved = torch.compile(net) if compiled else net
+    torch.save(saved.state_dict(), tmp_path / "net.pt")
+    command = ["quantize", str(tmp_path / "net.pt"), "--model", f"{__name__}:{factory}"]
+    assert main([*command, "--output", str(tmp_path / "q.ckpt")]) == 0
+    assert "2 layers" in capsys.readouterr().out
+    again = load_quantized(tmp_path / "q.ckpt", globals()[factory])
+    quantize(net.eval(), "w8a32")
+    assert torch.equal(again(torch.ones(3, 8)), net(torch.ones(3, 8)))
+    assert main(["inspect", str(tmp_path / "net.pt")]) == 0
+    assert "float state dict" in capsys.readouterr().out
+    assert (
+        main(["evaluate", str(tmp_path / "q.ckpt"), "--model", f"{__name__}:{factory}", "--data", "models:Blobs"]) == 1
+    )
+    assert "no LightningModule, and has no test loop" in capsys.readouterr().err

@@ -12,12 +12,12 @@ from torch import nn
 from tqdm import tqdm
 
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.file import Archive, Folder, import_lightning_class
+from tinyq_lightning.file import Archive, Folder, as_factory
 from tinyq_lightning.plan import WithValues
 from tinyq_lightning.table import format_bytes
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+    pass
 
 __all__ = [
     "Answer",
@@ -42,8 +42,8 @@ class Answer:
     good: bool = True
 
 
-def model_class(path: str | None, source: Archive | Folder, trust: bool) -> type[LightningModule]:
-    """The class at ``path``; if that is None and the file is trusted, the one that LightningCLI noted in the file.
+def model_class(path: str | None, source: Archive | Folder, trust: bool) -> Any:
+    """The class or function at ``path``; if that is None and the file is trusted, what LightningCLI noted in the file.
 
     Raises:
         ModelError: there is no such class, or the file names it and is not trusted.
@@ -57,8 +57,7 @@ def model_class(path: str | None, source: Archive | Folder, trust: bool) -> type
     path = path or noted
     if not isinstance(path, str):
         raise ModelError(f"{source.path} does not say which class it was made from: give --model package.module:Class")
-    found: type[LightningModule] = import_lightning_class(path, "LightningModule")
-    return found
+    return as_factory(path)
 
 
 def file_size(path: str) -> str:

@@ -30,7 +30,8 @@ _EXIT_CODES = """exit codes:
   130  interrupted"""
 
 
-_MODEL = "the LightningModule class, package.module:Class; needed unless --trust and LightningCLI noted it"
+_MODEL = "what makes the model, package.module:name: a LightningModule or any nn.Module class, or a function; "
+_MODEL += "needed unless --trust and LightningCLI noted it"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "a float checkpoint to an int8 one, without a Trainer, one layer in memory at a time",
         "tinyq-lightning quantize epoch=7.ckpt --model nets:Net --method w8a32 --exclude head",
     )
-    command.add_argument("checkpoint", metavar="FLOAT.ckpt", help="the float checkpoint")
+    command.add_argument("checkpoint", metavar="FLOAT.ckpt", help="the float checkpoint, or a saved state dict")
     _add_model(command)
     _add_spec(command)
     command.add_argument("--output", metavar="Q.ckpt", help="default: <method>-<float name>.ckpt beside the float file")

@@ -22,6 +22,7 @@ from tinyq_lightning.file import (
     check_format,
     escaped,
     file_exists,
+    float_content,
     is_quantized,
     open_checkpoint,
     quantize_file,
@@ -89,16 +90,14 @@ def inspect(args: Namespace) -> Answer:
 
 
 def _inspect_float(args: Namespace, source: Archive | Folder) -> Answer:
-    content = source.content
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{args.checkpoint}: it has no state_dict: is it a Lightning checkpoint?")
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    content = float_content(source.content, args.checkpoint)
+    tensors = {name: value for name, value in content["state_dict"].items() if isinstance(value, Tensor)}
     total = sum(value.nbytes for value in tensors.values())
+    of_lightning = "state_dict" in source.content
     head = (
-        f"{args.checkpoint}: float checkpoint, {file_size(args.checkpoint)}\n"
-        f"{len(tensors)} tensors of {format_bytes(total)}, epoch {content.get('epoch')}, "
-        f"step {content.get('global_step')}\n"
+        f"{args.checkpoint}: float {'checkpoint' if of_lightning else 'state dict'}, {file_size(args.checkpoint)}\n"
+        f"{len(tensors)} tensors of {format_bytes(total)}"
+        + (f", epoch {content.get('epoch')}, step {content.get('global_step')}\n" if of_lightning else "\n")
     )
     data = {"path": args.checkpoint, "quantized": False, "bytes": total}
     if args.model is None:

@@ -10,7 +10,7 @@ import torch
 
 from tinyq_lightning.command.answer import Answer, file_size, model_class
 from tinyq_lightning.command.bench import example_input, time_layers, time_model
-from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.errors import EvaluationError, ModelError
 from tinyq_lightning.file import (
     Archive,
     FloatFile,
@@ -22,7 +22,7 @@ from tinyq_lightning.file import (
     open_checkpoint,
     read_checkpoint,
 )
-from tinyq_lightning.namespaces import namespace_of, refuse_other_namespace
+from tinyq_lightning.namespaces import derives_from, namespace_of, refuse_other_namespace
 from tinyq_lightning.plan import state_bytes
 from tinyq_lightning.search import Timing
 from tinyq_lightning.table import Table, format_bytes
@@ -110,11 +110,21 @@ def bench(args: Namespace) -> Answer:
 
 
 def _load(args: Namespace, path: str) -> LightningModule:
-    """A module from a float or a quantized file."""
+    """A module from a float or a quantized file.
+
+    Raises:
+        ModelError: it is no LightningModule, which has a test loop.
+    """
     with open_checkpoint(path, args.trust) as source:
-        module_class = model_class(args.model, source, args.trust)
+        factory = model_class(args.model, source, args.trust)
         if is_quantized(source.content):
-            return load_quantized(path, module_class, trust=args.trust, **args.init)
-        model = FloatFile(source, module_class, args.init, args.trust)
-        model.fill()
-        return model.module
+            module = load_quantized(path, factory, trust=args.trust, **args.init)
+        else:
+            model = FloatFile(source, factory, args.init, args.trust)
+            model.fill()
+            module = model.module
+    if not derives_from(type(module), "LightningModule"):
+        raise ModelError(
+            f"{args.model} makes a {type(module).__name__}, which is no LightningModule, and has no test loop"
+        )
+    return module

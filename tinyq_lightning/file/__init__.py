@@ -14,7 +14,7 @@ from tinyq_lightning.file.digest import digest_of
 from tinyq_lightning.file.durable import replace_file, temporary_folder
 from tinyq_lightning.file.factory import as_factory
 from tinyq_lightning.file.folder import Folder, open_checkpoint
-from tinyq_lightning.file.from_float import FloatFile, quantize_file
+from tinyq_lightning.file.from_float import FloatFile, float_content, quantize_file
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.loading import load_content, load_quantized, read_content
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
@@ -47,6 +47,7 @@ __all__ = [
     "file_bytes",
     "file_exists",
     "file_sha256",
+    "float_content",
     "import_class",
     "import_lightning_class",
     "import_named",

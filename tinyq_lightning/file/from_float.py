@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from tinyq_lightning.file.archive import Archive
 from tinyq_lightning.file.by_layer import ByLayer
 from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint, warn_of_left_out
 from tinyq_lightning.file.construction import build
+from tinyq_lightning.file.factory import is_lightning_class, name_of, overrides
 from tinyq_lightning.file.folder import Folder
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
@@ -25,34 +26,33 @@ from tinyq_lightning.file.weightless import (
     without_weights,
 )
 from tinyq_lightning.layers import Int8Weight
-from tinyq_lightning.namespaces import namespace_of
 from tinyq_lightning.plan import WithValues, find_sites, quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
 
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-
 __all__ = [
     "FloatFile",
+    "float_content",
     "quantize_file",
 ]
+
+_OF_COMPILE = "_orig_mod."  # What torch.compile puts before the names of the module that it wraps.
 
 
 def quantize_file(
     source: Archive | Folder,
-    module_class: type[LightningModule],
+    module_class: Callable[..., nn.Module],
     spec: QuantizationSpec,
     init_args: Mapping[str, Any],
     around: WithValues = nullcontext,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Make the same quantized checkpoint of a float checkpoint as ``TinyQCallback`` does.
+    """Make the same quantized checkpoint of a float checkpoint as ``TinyQCallback`` does, or one of a state dict.
 
     Peak memory is the quantized model and one float layer, or the float model if :class:`FloatFile` must load it.
 
     Args:
         source: the open float checkpoint.
-        module_class: the LightningModule it was made from.
+        module_class: the class, or the function, that makes the module, of Lightning or of plain PyTorch.
         spec: what to quantize, and how.
         init_args: arguments of the class; they replace the hyper-parameters stored in the file.
         trust: import and call the classes that the stored hyper-parameters name.
@@ -62,7 +62,7 @@ def quantize_file(
         The content for :func:`~tinyq_lightning.file.checkpoint.write_checkpoint`, without metrics.
 
     Raises:
-        CheckpointError: the file is not a float Lightning checkpoint, or does not fit the class.
+        CheckpointError: the file is neither a float Lightning checkpoint nor a state dict, or does not fit the class.
         SpecError: the spec does not fit the model.
         ModelError: a weight cannot be quantized.
     """
@@ -78,49 +78,50 @@ def quantize_file(
         if isinstance(layer, Int8Weight) and layer.bits == 4:
             layer.form("int4")  # which holds the codes as the file has them, and the layer no others then
     model.fill()
-    base = source.read_all(_apart_from_weights(source.content))
+    base = source.read_all(_apart_from_weights(model.content))
     content = make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)
     warn_of_left_out(content)
     return content
 
 
 class FloatFile:
-    """A float checkpoint as a module whose weights are read one layer at a time.
+    """A float checkpoint, or a state dict in a file, as a module whose weights are read one layer at a time.
 
-    All weights are loaded at once instead if the class cannot be built without values, or if loading may do more
-    than copy each entry into the tensor of its name (hooks, other names).
+    Names may be those of modules that ``torch.compile`` has wrapped (``net._orig_mod.weight``). All weights are loaded
+    at once instead if the class cannot be built without values, or if loading may do more than copy each entry into
+    the tensor of its name (hooks, other names).
 
     Args:
         source: the open float checkpoint.
-        module_class: the LightningModule it was made from.
+        module_class: the class, or the function, that makes the module.
         init_args: arguments of the class; they replace the hyper-parameters stored in the file.
         trust: import and call the classes that the stored hyper-parameters name.
 
     Attributes:
+        content: of the file, with the weights as ``state_dict``; its tensors are on the meta device.
         module: the float module. Its tensors are on the meta device, or have values if ``loaded`` is True.
         loaded: True if all weights were loaded at once.
 
     Raises:
-        CheckpointError: the file is not a float Lightning checkpoint, or does not fit the class.
+        CheckpointError: the file is neither a float Lightning checkpoint nor a state dict, or does not fit the class.
     """
 
     def __init__(
         self,
         source: Archive | Folder,
-        module_class: type[LightningModule],
+        module_class: Callable[..., nn.Module],
         init_args: Mapping[str, Any],
         trust: bool = False,
     ) -> None:
         content = source.content
         if is_quantized(content):
             raise CheckpointError(f"{source.path}: it is quantized already: give the float checkpoint it was made from")
-        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            raise CheckpointError(f"{source.path}: it has no state_dict: is it a Lightning checkpoint?")
+        self.content = float_content(content, source.path)
         self._source, self._trust = source, trust
         self._by_layer: ByLayer | None = None
         module = self._weightless(module_class, init_args)
         self.loaded = module is None
-        self.module: LightningModule = self._loaded(module_class, init_args) if module is None else module
+        self.module: nn.Module = self._loaded(module_class, init_args) if module is None else module
 
     def present(self, layer: nn.Module) -> AbstractContextManager[None]:
         """Context manager in which the parameters and buffers of ``layer`` have their values."""
@@ -131,12 +132,12 @@ class FloatFile:
         if self._by_layer is not None:
             self._by_layer.fill()
 
-    def _weightless(self, module_class: type[LightningModule], init_args: Mapping[str, Any]) -> LightningModule | None:
-        state_dict = self._source.content["state_dict"]
+    def _weightless(self, factory: Callable[..., nn.Module], init_args: Mapping[str, Any]) -> nn.Module | None:
         try:
             with without_weights():
-                content = self._source.read_all(_apart_from_weights(self._source.content))
-                module = build(module_class, content, init_args, self._trust, self._source.path)
+                content = self._source.read_all(_apart_from_weights(self.content))
+                module = build(factory, content, init_args, self._trust, self._source.path)
+            state_dict = _named_as_in(module, self.content["state_dict"])
             if not _loads_as_it_stands(module, state_dict):
                 return None
             by_layer = ByLayer(module, lambda name: self._source.read(state_dict[name]))
@@ -153,40 +154,69 @@ class FloatFile:
         except Exception:  # an __init__ that needs values can raise anything on meta tensors
             return None
 
-    def _loaded(self, module_class: type[LightningModule], init_args: Mapping[str, Any]) -> LightningModule:
-        content = self._source.read_all(without_training_entries(self._source.content))
+    def _loaded(self, factory: Callable[..., nn.Module], init_args: Mapping[str, Any]) -> nn.Module:
+        content: Any = self._source.read_all(without_training_entries(self.content))
         try:
-            module = build(module_class, content, init_args, self._trust, self._source.path)
-            content = HookView(content, module_class, self._source.path)
-            module.on_load_checkpoint(content)
-            module.load_state_dict(content["state_dict"], strict=module.strict_loading)
+            module: Any = build(factory, content, init_args, self._trust, self._source.path)
+            content["state_dict"] = _named_as_in(module, content["state_dict"])
+            if is_lightning_class(type(module)):
+                content = HookView(content, factory, self._source.path)
+                module.on_load_checkpoint(content)
+            module.load_state_dict(content["state_dict"], strict=getattr(module, "strict_loading", True))
         except TinyQError:
             raise
         except Exception as error:  # the class, its hook or load_state_dict can raise anything
-            message = f"{self._source.path}: it does not fit {module_class.__name__}: {error}"
+            message = f"{self._source.path}: it does not fit {name_of(factory)}: {error}"
             raise CheckpointError(message) from error
-        return module
+        made: nn.Module = module
+        return made
+
+
+def float_content(content: Any, path: str) -> dict[str, Any]:
+    """What a float file holds, as a checkpoint: a file of ``torch.save(module.state_dict())`` holds weights alone.
+
+    Raises:
+        CheckpointError: it holds neither.
+    """
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        return content
+    if isinstance(content, dict) and any(isinstance(value, Tensor) for value in content.values()):
+        return {"state_dict": content}
+    raise CheckpointError(
+        f"{path}: it has no state_dict: it is neither a Lightning checkpoint nor a state dict that torch.save wrote"
+    )
+
+
+def _named_as_in(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict by the names of a module, where only torch.compile makes them differ."""
+    own = module.state_dict(keep_vars=True).keys()
+    renamed = {name.replace(_OF_COMPILE, ""): value for name, value in state_dict.items()}
+    return renamed if own != state_dict.keys() and own == renamed.keys() else state_dict
 
 
 def _apart_from_weights(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in without_training_entries(content).items() if key != "state_dict"}
 
 
-def _loads_as_it_stands(module: LightningModule, state_dict: Mapping[str, Any]) -> bool:
+def _loads_as_it_stands(module: nn.Module, state_dict: Mapping[str, Any]) -> bool:
     """True if ``load_state_dict`` copies each entry into the tensor of its name and does nothing else."""
     own = module.state_dict(keep_vars=True)
     same = own.keys() == state_dict.keys() and all(
         isinstance(tensor, Tensor) and type(state_dict[name]) is Tensor and tensor.shape == state_dict[name].shape
         for name, tensor in own.items()
     )
-    lightnings = namespace_of(module).pytorch.LightningModule.on_load_checkpoint
-    known_hooks = (lightnings, QuantizedCheckpointMixin.on_load_checkpoint)
     return (
         same
-        and type(module).on_load_checkpoint in known_hooks
+        and not _has_hook(module)
         and type(module).load_state_dict is nn.Module.load_state_dict
         and not any(_loads_in_its_own_way(each) for each in module.modules())
     )
+
+
+def _has_hook(module: Any) -> bool:
+    """Whether a LightningModule changes what it loads, in an ``on_load_checkpoint`` of its own."""
+    ours = QuantizedCheckpointMixin.on_load_checkpoint
+    return overrides(module, "on_load_checkpoint") and type(module).on_load_checkpoint is not ours
 
 
 def _loads_in_its_own_way(module: nn.Module) -> bool:
