@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -33,6 +34,19 @@ def test_a_pretrained_model_keeps_its_scores_and_loses_its_weight(name, monkeypa
             most = more_allowed.get((method, score), more_allowed.get(score, allowed))
             assert abs(scores[score] - value) <= most + 1e-9, (method, score)
         assert quantized_size < (0.14 if method == "w4a32" else 0.26) * size
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of packages that are not ours
+@pytest.mark.parametrize("name", ["text", "dna", "digits"])
+def test_calibration_leaves_less_error_in_each_layer_and_scores_that_are_as_good(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.syspath_prepend(SCRIPT)
+    left, (wanted, plain, calibrated) = runpy.run_path(str(SCRIPT / "calibrated.py"))["measure"](name, "w4a32")
+    assert median(left) < 0.85
+    assert max(left) <= 1
+    for score, value in calibrated.items():
+        assert value >= min(wanted[score], plain[score]) - 0.01, score
 
 
 WORDS = 64

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
         W8A16LinearLayer,
         W8A32LinearLayer,
     )
-    from tinyq_lightning.plan import Decision, Plan, quantize, quantized
+    from tinyq_lightning.plan import Decision, Plan, quantized
     from tinyq_lightning.quantizer import Quantizer, replace_linear_with_target_and_quantize
     from tinyq_lightning.report import QuantizedModelSummary, summarize
+    from tinyq_lightning.search import quantize
     from tinyq_lightning.spec import QuantizationSpec
 
 # torch and Lightning take seconds to import, so names are looked up when they are first touched.
@@ -44,7 +45,7 @@ _MODULES = {
     "W8A32LinearLayer": "layers",
     "export": "handover",
     "load_quantized": "file",
-    "quantize": "plan",
+    "quantize": "search",
     "quantized": "plan",
     "replace_linear_with_target_and_quantize": "quantizer",
     "summarize": "report",
@@ -52,6 +53,9 @@ _MODULES = {
     "w8_a16_forward": "kernels",
     "w8_a32_forward": "kernels",
 }
+
+# Their bases are Lightning's classes, of the packages that are imported at the time.
+_OF_BOTH = {"QuantizedModelSummary", "TinyQCallback"}
 
 __all__ = [
     "Decision",
@@ -85,7 +89,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         found = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-        globals()[name] = found
+        if name in _OF_BOTH:
+            importlib.import_module(f"{__name__}.namespaces").take_imported()
+        else:
+            globals()[name] = found
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

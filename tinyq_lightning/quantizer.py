@@ -24,7 +24,7 @@ from tinyq_lightning.plan import (
     carry_over,
     find_sites,
     put_in,
-    quantize,
+    quantize_by_layer,
     quantized_weights,
     resolve,
     why_not_replaced,
@@ -79,7 +79,7 @@ class Quantizer:
             target = LAYERS[spec.method]
             self.quantized_model = replace_linear_with_target_and_quantize(self.model, target, exclude)
         else:
-            self.plan = quantize(self.model, spec)
+            self.plan = quantize_by_layer(self.model, spec)
             self.quantized_model = self.model
             self.logger.info("quantized %s\n%s", type(self.model).__name__, self.plan.table())
         return self.quantized_model

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from tinyq_lightning.kernels import Choice, choose_convolution
 from tinyq_lightning.layers.conv import QuantizedConv
+from tinyq_lightning.layers.conv_inputs import unfolded
 from tinyq_lightning.layers.conv_sizes import conv_shape, weight_size
 from tinyq_lightning.layers.convolutions import CONVOLUTIONS
 from tinyq_lightning.layers.int8_weight import Int8Weight
@@ -29,6 +30,7 @@ class ConvKind(Kind):
 
     name = "conv"
     why_w8a32 = "a transposed convolution takes activations as they are"
+    why_uncalibrated = None
     quantized_class = QuantizedConv
 
     @override
@@ -82,6 +84,14 @@ class ConvKind(Kind):
     @override
     def tokens(self, layer: Any, x: Tensor) -> Tensor | None:
         return x.reshape(len(x) if x.dim() == len(layer.kernel_size) + 2 else 1, -1)
+
+    @override
+    def row_parts(self, layer: Any) -> int:
+        return cast(int, layer.groups)
+
+    @override
+    def row_inputs(self, layer: Any, x: Tensor) -> Iterator[Tensor]:
+        yield from unfolded(layer, x)
 
     @override
     def features(self, layer: Any, output: Tensor) -> Tensor:

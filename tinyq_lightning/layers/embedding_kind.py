@@ -32,6 +32,7 @@ class _LookUpKind(Kind):
     name = "embedding"
     methods = ("w8a32", "w4a32")
     why_w8a32 = "a look-up has no activations"
+    why_uncalibrated = "its rows are looked up, not multiplied"
 
     @override
     def candidates(self, module: nn.Module, closed: str | None) -> Iterator[Candidate]:

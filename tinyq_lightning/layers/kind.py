@@ -103,6 +103,7 @@ class Kind(ABC):
             and the kind has them, or else ``w8a32``.
         why_w8a32: why it becomes that, for the plan.
         is_called: whether its quantized layers are called, so that there are inputs, outputs and times of them.
+        why_uncalibrated: why its codes are not chosen with data; None if they are, by :meth:`row_inputs`.
         quantized_class: of its quantized layers.
         left_behind: attributes of a float layer that its quantized layer is not given.
     """
@@ -111,6 +112,7 @@ class Kind(ABC):
     methods: ClassVar[tuple[str, ...]] = tuple(METHODS)
     why_w8a32: ClassVar[str] = "its activations stay as they are"
     is_called: ClassVar[bool] = True
+    why_uncalibrated: ClassVar[str | None] = "its outputs are not the products of its inputs and a weight"
     quantized_class: ClassVar[type[QuantizedLayer]]
     left_behind: ClassVar[frozenset[str]] = frozenset()
 
@@ -234,6 +236,19 @@ class Kind(ABC):
     def features(self, layer: Any, output: Tensor) -> Tensor:
         """An output as ``[places, features]``."""
         return output.reshape(-1, output.shape[-1] if output.dim() else 1)
+
+    def row_parts(self, layer: Any) -> int:
+        """In how many equal parts the rows of the weight are, each multiplied with inputs of its own."""
+        return 1
+
+    def row_inputs(self, layer: Any, x: Tensor) -> Iterator[Tensor]:
+        """What the rows of the weight are multiplied with, block by block: ``[parts, n, columns]`` each.
+
+        Args:
+            layer: float or quantized.
+            x: the input of a call.
+        """
+        yield x.reshape(1, -1, x.shape[-1])
 
     def float_weights(self, layer: nn.Module) -> dict[str, Tensor]:
         """The weights that a float layer uses, by their names."""

@@ -48,6 +48,7 @@ class LinearKind(Kind):
     """``nn.Linear``, and subclasses of it that do what it does."""
 
     name = "linear"
+    why_uncalibrated = None
     quantized_class = QuantizedLinear
 
     def finds(self, module: nn.Module) -> bool:

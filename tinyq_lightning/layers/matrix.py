@@ -118,6 +118,7 @@ class MatrixKind(Kind):
     methods = ("w8a32", "w4a32")
     why_w8a32 = "a matrix that is read has no activations"
     is_called = False
+    why_uncalibrated = "what it is multiplied with is not seen"
     quantized_class = Int8Matrix
 
     @override

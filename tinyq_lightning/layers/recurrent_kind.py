@@ -30,6 +30,7 @@ class RecurrentKind(Kind):
     name = "recurrent"
     methods = ("w8a32", "w4a32")
     why_w8a32 = "recurrent layers take activations as they are"
+    why_uncalibrated = "what its weights are multiplied with from step to step is not seen"
     quantized_class = QuantizedRecurrent
     left_behind = frozenset({"_flat_weights", "_flat_weight_refs"})
 

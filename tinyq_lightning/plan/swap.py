@@ -17,6 +17,7 @@ from tinyq_lightning.plan.checks import refuse_root, sites_for
 from tinyq_lightning.plan.eight_bits import EightBits
 from tinyq_lightning.plan.make_layers import QuantizedLayers
 from tinyq_lightning.plan.plan import DecidedBy, Decision
+from tinyq_lightning.plan.recoded import Recoded
 from tinyq_lightning.plan.resolution import resolve
 from tinyq_lightning.plan.sites import Site
 from tinyq_lightning.spec import QuantizationSpec
@@ -88,11 +89,26 @@ class Swap:
                     layer = self._with_method(site, layer, decision.method)
                     decision = replace(decision, kernel=layer.choice)
                     if layer.bits != METHODS[decisions[site.name].method].bits:
-                        decision = self._eight_bits.sized(site.name, decision)
+                        decision = replace(self._eight_bits.sized(site.name, decision), output_error=None)
                 decisions[site.name] = decision
             if decision.method != "float":
                 other._pairs.append((site, layer))
         other.plan = replace(self.plan, decisions=tuple(decisions.values()))
+        return other
+
+    def recoded(self, found: Mapping[str, Recoded]) -> Swap:
+        """A swap whose layers have other codes and biases of the same weights.
+
+        Args:
+            found: by the name of a layer that this swap quantizes; every other layer is as in this swap.
+        """
+        other, kernel = copy.copy(self), self.plan.spec.kernel
+        other._pairs = [
+            (site, found[site.name].layer(site, layer, kernel) if site.name in found else layer)
+            for site, layer in self._pairs
+        ]
+        decisions = (found[each.name].decision(each) if each.name in found else each for each in self.plan)
+        other.plan = replace(self.plan, decisions=tuple(decisions))
         return other
 
     def layer_by(self, name: str, method: str) -> QuantizedLayer:
@@ -144,6 +160,12 @@ class Swap:
             if site.kind.is_called:
                 yield site.name, site.module, layer
 
+    def joint_projections(self) -> Iterator[tuple[str, nn.Module]]:
+        """The names of attention's joint projections, each with the module that may multiply its rows one by one."""
+        for site, _ in self._pairs:
+            if site.attention and site.name.rpartition(".")[2] == "in_proj":
+                yield site.name, site.attention.opened
+
     def put_in(self) -> None:
         """Quantized layers in the model, in the mode (train or eval) of those they stand for."""
         for site, layer in self._pairs:
@@ -189,7 +211,8 @@ def _switched(site: Site, decision: Decision, partner: str, change: tuple[str, s
         by, reason = "tie", f"tied to {partner}.weight ({reason})"
     changed = replace(decision, method=method, reason=reason, asked=None, decided_by=by)
     if method == "float":
-        return replace(changed, weight_sqnr_db=None, bytes=decision.float_bytes, kernel=None)
+        changed = replace(changed, weight_sqnr_db=None, output_error=None, uncalibrated=None)
+        return replace(changed, bytes=decision.float_bytes, kernel=None)
     return changed
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.spec.places import Origin
 from tinyq_lightning.spec.reader import Reader
-from tinyq_lightning.spec.spec import QuantizationSpec, parse_budget
+from tinyq_lightning.spec.spec import QuantizationSpec, parse_budget, parse_calibrate
 
 __all__ = [
     "with_arguments",
@@ -38,6 +38,8 @@ def with_arguments(
     if isinstance(exclude, str):
         raise SpecError(f"exclude must be a list of patterns, not the text {exclude!r}: write [{exclude!r}]")
     given, limits = _given(keys), _given(budget)
+    if "calibrate" in given:
+        given["calibrate"] = parse_calibrate(given["calibrate"], Reader(Origin()))
     asked = spec.budget
     if asked is not None or "max_drop" in limits:
         below = Reader(Origin(), ("budget",))

@@ -1,4 +1,4 @@
-"""The parts of a spec: a rule, a budget, where to save."""
+"""The parts of a spec: a rule, a budget, calibration, where to save."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 __all__ = [
     "MEASURED_BY",
     "Budget",
+    "Calibrate",
     "Mode",
     "Rule",
     "RuleBy",
@@ -80,6 +81,18 @@ class Budget:
     def lost(self, float_value: float, value: float) -> float:
         """How much worse ``value`` is than the float model's; negative where it is better."""
         return float_value - value if self.mode == "max" else value - float_value
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """On how much data codes are chosen.
+
+    Attributes:
+        batches: the first so many of each validation dataloader, or of the inputs that ``quantize`` is given. Every
+            fourth is held out, to judge the codes by.
+    """
+
+    batches: int = 8
 
 
 @dataclass(frozen=True)
