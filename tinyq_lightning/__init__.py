@@ -54,6 +54,9 @@ _MODULES = {
     "w8_a32_forward": "kernels",
 }
 
+# Their bases are Lightning's classes, of the packages that are imported at the time.
+_OF_BOTH = {"QuantizedModelSummary", "TinyQCallback"}
+
 __all__ = [
     "Decision",
     "ExportReport",
@@ -86,7 +89,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         found = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-        globals()[name] = found
+        if name in _OF_BOTH:
+            importlib.import_module(f"{__name__}.namespaces").take_imported()
+        else:
+            globals()[name] = found
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

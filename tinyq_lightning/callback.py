@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import SpecError, TinyQError
-from tinyq_lightning.file import make_checkpoint, quantized_path
+from tinyq_lightning.handover import check_formats
 from tinyq_lightning.plan import Plan
-from tinyq_lightning.report import Outcome, combined, log_entries, outcome_of_fit, outcome_of_test, report_steps
+from tinyq_lightning.report import (
+    Outcome,
+    column_name,
+    combined,
+    log_entries,
+    outcome_of_fit,
+    outcome_of_shards,
+    outcome_of_test,
+    quantized_content,
+    report_steps,
+)
 from tinyq_lightning.search import Search, Stopwatch
 from tinyq_lightning.spec import SpecOrMethods, as_spec, with_arguments
 from tinyq_lightning.trainer import (
@@ -28,12 +36,15 @@ from tinyq_lightning.trainer import (
     check_before_fit,
     check_budget,
     choose_float_weights,
+    export_beside_file,
     files_before_fit,
-    folder_of,
     forget_test_start,
+    is_sharded,
     note_test_start,
     numbers,
     preserved,
+    quantize_sharded,
+    refuse_mixed_packages,
     refuse_sharding,
     registered,
     return_to_main_process,
@@ -43,12 +54,23 @@ from tinyq_lightning.trainer import (
     tested_weights,
 )
 
-__all__ = [
-    "TinyQCallback",
-]
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["TinyQCallback"]
 
 # Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
-_OF_A_RUN = ("_quantized_start", "_files_before", "_runs", "_earlier", "_told", "validated", "log", "log_dict")
+_OF_A_RUN = (
+    "_quantized_start",
+    "_files_before",
+    "_runs",
+    "_earlier",
+    "_told",
+    "validated",
+    "first_batch",
+    "log",
+    "log_dict",
+)
 _OUTCOME = ("quantized_paths", "float_path", "plan", "plans", "results", "search", "error")
 
 
@@ -65,7 +87,7 @@ class TinyQCallback(WatchesValidation):
     plan is within the budget, the best one found is saved, with a warning.
 
     With several methods, the float model is measured once and one file is saved for each method.
-    In both cases ``ckpt_path`` of ``test``, ``validate`` and ``predict`` may be a quantized checkpoint.
+    ``ckpt_path`` of ``test``, ``validate`` and ``predict`` may be a quantized checkpoint.
 
     Args:
         spec: a method (``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16``, ``w4a8``), several, a path to YAML, a
@@ -74,30 +96,28 @@ class TinyQCallback(WatchesValidation):
         kinds: ``all``, or a list of the kinds of layer to quantize; overrides the spec.
         when: ``fit_end`` or ``test_start``; overrides the spec.
         weights: ``best``, ``last`` or ``current``; overrides the spec. Only for ``fit_end``.
-        monitor: name of a metric that validation logs. It is the budget's metric and, for ``weights``, selects
-            the ModelCheckpoint that monitors it.
-        mode: ``max`` if more is better, ``min`` if less is. Needed with ``max_drop`` unless the metric is logged
-            as a torchmetrics object that knows it.
+        monitor: name of a metric that validation logs: the budget's, and that of the ModelCheckpoint to take.
+        mode: ``max`` or ``min``; needed with ``max_drop`` unless a torchmetrics object is logged, which knows it.
         max_drop: how much the metric may lose, in its unit or as a share of the float value such as ``1%``.
         keep: of several methods ``all``, or with a budget the ``smallest`` within it; overrides the spec.
-        never_slower: whether to time the layers as the evaluation calls them, and to leave float those that int8
-            makes slower on this machine; overrides the spec.
+        never_slower: whether to time the layers, and leave float what int8 makes slower here; overrides the spec.
         calibrate: choose codes by what they do to the outputs of layers on so many validation batches, a number or
             ``{"batches": 8}``; overrides the spec. With ``test_start`` too it is validation data, never what is tested.
         save: whether to write the quantized checkpoint.
         dirpath: the folder of the quantized checkpoint; by default that of the float one, or ``default_root_dir``.
         filename: the name of the quantized checkpoint; by default ``<method>-<float stem>.ckpt``.
-        report: whether to print the comparison and the layers, send them to the loggers that take tables or
-            text, and write ``.json``, ``.html`` and ``.yaml`` (the plan as a spec) beside the quantized
-            checkpoint. ``full`` adds each layer's output SQNR, crest factor and time, from a few batches.
-        strict: whether an error after training or testing is raised. By default it is a warning with the whole
-            reason, ``error`` holds it, and the run ends as it would without the callback. What is wrong
-            before training is raised in either case.
+        report: whether to print the comparison and the layers, log them to loggers that take tables or text, and write
+            ``.json``, ``.html`` and ``.yaml`` beside the checkpoint. ``full`` adds output SQNR, crest factor and time.
+        export: a format, or several, in which each quantized model is exported beside its checkpoint; overrides the
+            spec. Inputs are the ``example_input_array``, or else those of the first batch. Failing is a warning.
+        log_files: whether to give checkpoints, exports and reports to loggers that take artifacts.
+        strict: whether an error after training or testing is raised. By default it is a warning with the reason,
+            ``error`` holds it, and the run ends as without the callback. What is wrong before training is raised.
 
     Attributes:
         quantized_paths: path of each file that was written, by method.
         float_path: path of the checkpoint that was quantized, or None.
-        plan: the decision for each layer (with several methods, of the first that was saved); None before a run.
+        plan: the decision for each layer (of several methods, of the first that was saved); None before a run.
         plans: the plan of each method.
         results: ``{"val_acc": {"float": …, "w8a32": …, "delta": …}}``, or with several methods
             ``{"val_acc": {"float": …, "w8a32": …, "delta/w8a32": …, "w8a8": …, "delta/w8a8": …}}``. The key is
@@ -128,16 +148,21 @@ class TinyQCallback(WatchesValidation):
         dirpath: str | None = None,
         filename: str | None = None,
         report: bool | Literal["full"] = True,
+        export: str | Sequence[str] | None = None,
+        log_files: bool = False,
         strict: bool = False,
     ) -> None:
         if report not in (True, False, "full"):
             raise SpecError(f"report must be True, False or 'full', not {report!r}")
         given: dict[str, Any] = {"kinds": kinds, "when": when, "weights": weights, "keep": keep}
-        given |= {"never_slower": never_slower, "calibrate": calibrate}
+        given |= {"never_slower": never_slower, "calibrate": calibrate, "export": export}
         budget = {"monitor": monitor, "mode": mode, "max_drop": max_drop}
         self.spec = with_arguments(as_spec(spec), exclude, given, budget, {"dirpath": dirpath, "filename": filename})
         self.monitor = self.spec.budget.monitor if self.spec.budget else monitor
-        self.save, self.report, self.strict = save, report, strict
+        self.save, self.report, self.log_files, self.strict = save, report, log_files, strict
+        self.keeps_batch = bool(self.spec.export)
+        if self.spec.export and not save:
+            raise SpecError("exports are written beside the quantized checkpoint, so export= needs save=True")
         self._key = registered(self)
         self._reset_run()
         self._reset_results()
@@ -158,6 +183,7 @@ class TinyQCallback(WatchesValidation):
         self._runs: list[TestRun] = []
         self._earlier: list[TinyQCallback] = []
         self._told: list[str] = []  # entries that the file cannot hold, once a warning has told of them
+        self.first_batch = None
 
     def _reset_results(self) -> None:
         self.quantized_paths: dict[str, str] = {}
@@ -175,7 +201,9 @@ class TinyQCallback(WatchesValidation):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that cannot work, and let ``ckpt_path`` be a quantized checkpoint."""
-        refuse_sharding(trainer)
+        refuse_mixed_packages(trainer)
+        refuse_sharding(trainer, self.spec.when)
+        check_formats(self.spec.export)
         earlier = takewhile(lambda each: each is not self, _tinyq_callbacks(trainer))
         self._earlier = [each for each in earlier if each.spec.when == self.spec.when]
         self._quantized_start = QuantizedStart(trainer, pl_module)
@@ -194,7 +222,7 @@ class TinyQCallback(WatchesValidation):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the budget against the metrics of each validation; the first is the sanity check before training."""
-        if self.spec.budget and self.spec.when == "fit_end" and trainer.state.fn == TrainerFn.FITTING:
+        if self.spec.budget and self.spec.when == "fit_end" and trainer.state.fn == "fit":
             check_budget(trainer, self.spec.budget)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -210,6 +238,11 @@ class TinyQCallback(WatchesValidation):
         source = choose_float_weights(trainer, self.spec.weights, self.monitor, self._files_before)
         self.float_path = source.path
         outcomes = []
+        if is_sharded(trainer):
+            for made in quantize_sharded(trainer, module, self.spec, source):
+                outcome = outcome_of_shards(made, self._column_name(made.plan), source)
+                outcomes.append(self._save(trainer, None, source, outcome, made.take_content))
+            return outcomes
         with preserved(module, weights=source.path is not None):
             source.load_into(trainer, module)
             run = MethodsRun(trainer, module, self.spec, source, self.validated)
@@ -218,7 +251,8 @@ class TinyQCallback(WatchesValidation):
                 outcome = outcome_of_fit(run, measured, self._column_name(measured.plan), layers, source)
                 if measured.kept:
                     with measured.swap:
-                        outcome = self._save(trainer, module, source, outcome, "validate")
+                        content = quantized_content(module, source, outcome, "validate")
+                        outcome = self._save(trainer, module, source, outcome, content)
                 outcomes.append(outcome)
         if run.why_not:
             rank_zero_warn(f"TinyQ: quantized without a comparison: {run.why_not}")
@@ -238,6 +272,7 @@ class TinyQCallback(WatchesValidation):
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Start the clock on the Trainer's own step; before the first batch, decide which layers stay float."""
+        self.keep_batch(trainer, args[0])
         for run in self._runs:
             run.before_batch(*args, **kwargs)
 
@@ -276,7 +311,9 @@ class TinyQCallback(WatchesValidation):
             self.float_path = source.path
             for run in self._runs:
                 with run.swap:
-                    outcomes.append(self._save(trainer, module, source, self._outcome_of_test(run, source), "test"))
+                    outcome = self._outcome_of_test(run, source)
+                    content = quantized_content(module, source, outcome, "test")
+                    outcomes.append(self._save(trainer, module, source, outcome, content))
         self._close_test_runs()
         if outcomes:
             self._report(trainer, outcomes)
@@ -288,8 +325,8 @@ class TinyQCallback(WatchesValidation):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
         self._restore_module(trainer)
-        in_fit = self.spec.when == "fit_end" and trainer.state.fn == TrainerFn.FITTING
-        if in_fit and isinstance(exception, KeyboardInterrupt):
+        refuse_mixed_packages(trainer)  # of a data module Lightning says only that it expected a parent
+        if isinstance(exception, KeyboardInterrupt) and (self.spec.when, trainer.state.fn) == ("fit_end", "fit"):
             tell_of_interrupt(trainer, self.quantized_paths.values())
 
     def _restore_module(self, trainer: Trainer) -> None:
@@ -305,41 +342,35 @@ class TinyQCallback(WatchesValidation):
         self._runs = []
 
     def _column_name(self, plan: Plan) -> str:
-        """The name of a plan's column: its label, with a version if an earlier callback of the run uses the label."""
-        plans = [(each, [*each.plans.values(), *(run.swap.plan for run in each._runs)]) for each in self._earlier]
-        version = [each._label(other) for each, others in plans for other in others].count(self._label(plan))
-        return f"{self._label(plan)}-v{version}" if version else self._label(plan)
-
-    def _label(self, plan: Plan) -> str:
-        """The plan's label, or with several methods the one asked for, which differs from plan to plan."""
-        return plan.spec.method if self.spec.methods else plan.label
+        plans = [(each.spec, [*each.plans.values(), *(run.swap.plan for run in each._runs)]) for each in self._earlier]
+        return column_name(self.spec, plan, plans)
 
     def _save(
-        self, trainer: Trainer, module: LightningModule, source: FloatWeights, outcome: Outcome, loop: str
+        self,
+        trainer: Trainer,
+        module: LightningModule | None,
+        source: FloatWeights,
+        outcome: Outcome,
+        content: Callable[[], dict[str, Any]],
     ) -> Outcome:
-        """Write the quantized checkpoint if one is wanted; the quantized layers must be in the module."""
+        """Write the quantized checkpoint if one is wanted, and the exports of ``module``, which is quantized now."""
         self.plan, self.search = self.plan or outcome.plan, self.search or outcome.search
         if not self.save or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return outcome
         with step_after_run(self, trainer, "Saving the quantized checkpoint"):
-            plan = outcome.plan
             taken = {path for callback in _tinyq_callbacks(trainer) for path in callback.quantized_paths.values()}
-            folder = self.spec.save.dirpath or folder_of(trainer, source)
-            path = quantized_path(self.spec.save, folder, source.stem, plan.file_label, taken)
-            results = outcome.results_as(plan.label)
-            content = make_checkpoint(source.base, module.state_dict(), plan, results, source.sha256, loop)
-            self._told = save_quantized(trainer, content, path, self._told)
+            path, self._told = save_quantized(trainer, source, outcome.plan, content, taken, self._told)
             self.quantized_paths[outcome.name] = path
-            outcome = replace(outcome, quantized_path=path)
-            if source.path is None:
-                rank_zero_info(f"TinyQ: {source.note}; the quantized checkpoint is {path}")
+            exports = () if module is None else export_beside_file(self, trainer, module, path)
+            return replace(outcome, quantized_path=path, exports=exports)
         return outcome
 
     def _report(self, trainer: Trainer, outcomes: list[Outcome]) -> None:
         """Set the results, warn if a budget was not met, and log, show and write them; each step may fail alone."""
         self.results = combined(outcomes)
         self.plans = {outcome.name: outcome.plan for outcome in outcomes}
-        for name, step in report_steps(trainer.state.fn == TrainerFn.FITTING, not self._earlier, bool(self.report)):
+        steps = report_steps(trainer.state.fn == "fit", not self._earlier, bool(self.report), self.log_files)
+        for name, step in steps:
             with step_after_run(self, trainer, name):
                 step(trainer, outcomes)
 

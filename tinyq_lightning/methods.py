@@ -74,7 +74,11 @@ KIND_NAMES = ("linear", "attention", "conv", "embedding", "recurrent")
 
 FORMAT_NAMES = {
     "pt2": "a program of torch.export, which runs in Python with torch alone",
+    "aoti": "an AOTInductor package: machine code of this processor, for C++ and Python; needs a C++ compiler",
+    "onnx": "a graph of standard operators, for ONNX Runtime and others",
+    "openvino": "OpenVINO's own files, for processors and accelerators of Intel",
     "safetensors": "the tensors, for other languages, and back without a loss",
+    "compressed-tensors": "a folder of a Hugging Face model, which from_pretrained reads",
     "ckpt": "a Lightning checkpoint",
 }
 """The formats that a model is exported in, each in a line. They are here, since the command line's help tells them

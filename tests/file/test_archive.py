@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightnings import LightningModule
 from models import Net, loader, trainer
 from torch import nn
 

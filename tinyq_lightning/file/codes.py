@@ -31,12 +31,16 @@ def why_malformed(state: Mapping[str, Any], prefix: str, bits: int) -> str:
     codes, scales = state.get(f"{prefix}{name}"), state.get(f"{prefix}scales")
     dtype = torch.int8 if bits == 8 else torch.uint8
     wrong = ""
-    if not isinstance(codes, Tensor) or codes.dtype != dtype or codes.dim() < 2 or (bits == 4 and codes.dim() > 2):
+    if not isinstance(codes, Tensor) or codes.dtype != dtype or codes.layout != torch.strided or codes.dim() < 2:
         wrong = f"{name} holds no codes of {dtype}"
+    elif bits == 4 and codes.dim() > 2:
+        wrong = f"{name} holds no codes of {dtype} in rows"
     elif not isinstance(scales, Tensor) or scales.dtype != torch.float32 or not _is_one_a_row(scales, codes):
         wrong = "scales is not one float32 for each row of codes"
     elif not bool((scales.isfinite() & (scales > 0)).all()):
         wrong = "scales holds what is no positive number"
+    elif bits == 8 and codes.numel() and int(codes.min()) < -127:
+        wrong = f"{name} holds -128, which no code is"
     elif bits == 4:
         wrong = _why_multipliers(state.get(f"{prefix}multipliers"), codes)
     return prefix + wrong if wrong else ""

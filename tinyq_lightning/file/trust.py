@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tinyq_lightning.errors import CheckpointError, ModelError
+from tinyq_lightning.namespaces import derives_from
 
 __all__ = [
     "call_with",
     "from_config",
     "import_class",
+    "import_lightning_class",
+    "import_named",
     "refuse_other_class",
 ]
 
@@ -34,6 +37,26 @@ def import_class(path: str, base: type[Kind]) -> type[Kind]:
     Raises:
         ModelError: there is none, or it is not a ``base``.
     """
+    found = import_named(path)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ModelError(f"{path!r} is not a {base.__name__}")
+    return found
+
+
+def import_lightning_class(path: str, name: str) -> Any:
+    """As :func:`import_class`, of a class that derives from Lightning's class ``name``, of either package."""
+    found = import_named(path)
+    if not (isinstance(found, type) and derives_from(found, name)):
+        raise ModelError(f"{path!r} is not a {name}")
+    return found
+
+
+def import_named(path: str) -> Any:
+    """What is at ``package.module:name``; ``package.module.name`` does as well.
+
+    Raises:
+        ModelError: there is none.
+    """
     module_name, colon, name = path.partition(":")
     tries = [(module_name, name)] if colon else list(_splits(path))
     failure: Exception = ImportError("it names no module")
@@ -45,8 +68,6 @@ def import_class(path: str, base: type[Kind]) -> type[Kind]:
         except (ImportError, AttributeError, ValueError) as error:
             failure = error
             continue
-        if not (isinstance(found, type) and issubclass(found, base)):
-            raise ModelError(f"{path!r} is not a {base.__name__}")
         return found
     raise ModelError(f"{path!r} cannot be imported: {failure}. Write it as package.module:Class") from failure
 
@@ -57,13 +78,13 @@ def _splits(path: str) -> Iterator[tuple[str, str]]:
     return ((".".join(parts[:i]), ".".join(parts[i:])) for i in range(1, len(parts)))
 
 
-def call_with(module_class: type | None, name: str) -> str:
+def call_with(module_class: Any, name: str) -> str:
     """The call that gives an argument by hand, for error messages."""
     argument = f"{name}=..." if name.isidentifier() else f"**{{{name!r}: ...}}"
-    return f"load_quantized(path, {module_class.__name__ if module_class else 'Net'}, {argument})"
+    return f"load_quantized(path, {getattr(module_class, '__name__', 'Net')}, {argument})"
 
 
-def refuse_other_class(class_path: Any, module_class: type, source: str) -> None:
+def refuse_other_class(class_path: Any, module_class: Any, source: str) -> None:
     """A file does not decide what is called: the class it names must be the given one.
 
     Raises:
@@ -89,7 +110,7 @@ def refuse_other_class(class_path: Any, module_class: type, source: str) -> None
 
 
 def from_config(
-    arguments: Mapping[str, Any], given: Iterable[str], annotations: Mapping[str, Any], module_class: type, source: str
+    arguments: Mapping[str, Any], given: Iterable[str], annotations: Mapping[str, Any], module_class: Any, source: str
 ) -> dict[str, Any]:
     """The arguments that LightningCLI stored, as values of the annotated types, without importing anything.
 

@@ -231,8 +231,10 @@ def find_codes(prefixes: Sequence[str], names: Sequence[str]) -> list[str]:
         there are none of these either, the prefix that is a name without its first parts or with further ones before
         it, because ``state_dict()`` of a class may change them; nothing if several prefixes are.
     """
-    exact = [f"{name}." for name in names if f"{name}." in prefixes]
-    within = exact or [prefix for prefix in prefixes if any(prefix.startswith(f"{name}.") for name in names)]
+    # torch.compile puts a module below a name of its own, which no plan has
+    plain = {prefix.replace("_orig_mod.", ""): prefix for prefix in prefixes}
+    exact = [plain[f"{name}."] for name in names if f"{name}." in plain]
+    within = exact or [plain[prefix] for prefix in plain if any(prefix.startswith(f"{name}.") for name in names)]
     if within:
         return within
     ends = [f".{name}." for name in names]

@@ -1,6 +1,6 @@
 """Quantized forward pass functions: pure functions on tensors, and the choice among kernels."""
 
-from tinyq_lightning.kernels.base import Choice, CodeHolder, TensorSnapshot, WeightForm
+from tinyq_lightning.kernels.base import LONGEST_SUM, Choice, CodeHolder, TensorSnapshot, WeightForm
 from tinyq_lightning.kernels.choice import FORMS, choose_kernel, wanted_kernel, weight_form
 from tinyq_lightning.kernels.conv_choice import (
     CONV_FORMS,
@@ -32,7 +32,14 @@ from tinyq_lightning.kernels.moments import Moments, moments_bytes
 from tinyq_lightning.kernels.nibbles import collapse, expand, four_bit_bytes, multipliers_of, packed_shapes
 from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
 from tinyq_lightning.kernels.recurrent import choose_recurrent_kernel
-from tinyq_lightning.kernels.tracing import in_jit_trace, in_transform, is_exporting, outside_modes
+from tinyq_lightning.kernels.tracing import (
+    exporting_for_this_processor,
+    in_jit_trace,
+    in_transform,
+    is_exporting,
+    is_exporting_for_any_processor,
+    outside_modes,
+)
 from tinyq_lightning.kernels.weights import (
     count_non_finite,
     dequantize,
@@ -46,6 +53,7 @@ __all__ = [
     "FORMS",
     "INPUT_DTYPES",
     "LAYOUTS",
+    "LONGEST_SUM",
     "Choice",
     "CodeHolder",
     "ConvForm",
@@ -69,6 +77,7 @@ __all__ = [
     "count_non_finite",
     "dequantize",
     "expand",
+    "exporting_for_this_processor",
     "feedback_codes",
     "four_bit_bytes",
     "has_float16_product",
@@ -78,6 +87,7 @@ __all__ = [
     "in_transform",
     "is_channels_last",
     "is_exporting",
+    "is_exporting_for_any_processor",
     "layout_of",
     "moments_bytes",
     "multipliers_of",

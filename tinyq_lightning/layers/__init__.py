@@ -1,6 +1,7 @@
 """Modules that hold int8 codes, and the table of the kinds of layer that they replace."""
 
 from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
+from tinyq_lightning.layers.conv import QuantizedConv
 from tinyq_lightning.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, ScaledQuantizedEmbedding
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
@@ -37,6 +38,7 @@ __all__ = [
     "Kind",
     "MatrixKind",
     "MatrixPlace",
+    "QuantizedConv",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
     "QuantizedGRU",

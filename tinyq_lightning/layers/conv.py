@@ -122,6 +122,10 @@ class QuantizedConv(MultiplyingLayer):
         self.register_parameter("bias", conv.bias)
         self._keep_a_parameter()
 
+    @property
+    def _layout(self) -> torch.memory_format:  # type: ignore[override]
+        return LAYOUTS[len(self.kernel_size) + 2] if self._channels_last else torch.contiguous_format
+
     @override
     def _to_rows(self, weight: Tensor) -> Tensor:
         return weight_size(self).to_rows(weight)
@@ -180,8 +184,8 @@ class QuantizedConv(MultiplyingLayer):
 
     def _forward(self, x: Tensor, output_size: list[int] | None) -> Tensor:
         geometry, pads = self._moves_of(x, output_size)
-        if self._channels_last and x.dim() > 3:
-            x = x.contiguous(memory_format=LAYOUTS[x.dim()])
+        if self._channels_last:
+            x = x.contiguous(memory_format=self._layout)
         if pads is not None:
             x = nn.functional.pad(x, pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if torch.compiler.is_compiling():
@@ -199,7 +203,8 @@ class QuantizedConv(MultiplyingLayer):
         kernel = self._formula_name()
         if not in_transform():  # integers of what is not dense would lie in another order
             x = x.contiguous(memory_format=layout_of(x))
-        return quantized_convolution(method, kernel, x, self.int8_weights, self.scales, bias, geometry)
+        codes = self.int8_weights if in_transform() else self._codes_for_a_call()
+        return quantized_convolution(method, kernel, x, codes, self.scales, bias, geometry)
 
     def _form_on(self, x: Tensor) -> ConvForm | None:
         """The weights as the kernel for ``x`` takes them; None if it takes the plain codes."""
@@ -211,8 +216,7 @@ class QuantizedConv(MultiplyingLayer):
         if kernel not in CONV_FORMS or (kernel == "float32" and x.dtype is not torch.float32):
             return None
         if kernel not in self._forms:
-            layout = LAYOUTS[x.dim()] if self._channels_last and x.dim() > 3 else torch.contiguous_format
-            self._first = torch.empty(x.shape, device="meta", memory_format=layout)
+            self._first = torch.empty(x.shape, device="meta", memory_format=self._layout)
         return cast("ConvForm | None", self.form(kernel))
 
     def _new_form(self, kernel: str) -> WeightForm:

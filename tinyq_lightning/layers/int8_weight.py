@@ -67,6 +67,7 @@ class Int8Weight(QuantizedLayer):
     multipliers: Tensor
     dtype: torch.dtype
     _transposed_groups = 0  # for dequantize
+    _layout: torch.memory_format = torch.contiguous_format  # of the dequantized weight in memory
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         nn.Module.__init__(self)  # not super(): the next class may be nn.Linear, which would make a float weight
@@ -120,6 +121,12 @@ class Int8Weight(QuantizedLayer):
             self._buffers["int8_weights"] = codes
             self._forms.clear()
             self._keep_a_parameter()
+
+    def _codes_for_a_call(self) -> Tensor:
+        """The codes, as :attr:`int8_weights`, but not kept beside a form that holds them."""
+        with _lock:
+            codes, holder = self._buffers["int8_weights"], self._forms.holder()
+            return holder.codes() if codes is None and holder is not None else self.int8_weights
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _unpack_for_graph(self) -> bool:
@@ -251,11 +258,12 @@ class Int8Weight(QuantizedLayer):
         """
         if torch.compiler.is_compiling() or in_transform() or torch._C._len_torch_dispatch_stack():
             # a tracer would record the read-only type
-            return dequantize(self.int8_weights, self.scales, self.dtype, self._transposed_groups)
+            weight = dequantize(self.int8_weights, self.scales, self.dtype, self._transposed_groups)
+            return weight.contiguous(memory_format=self._layout)
         with _lock:
             codes = self._buffers["int8_weights"]
             held = cast(CodeHolder, self._forms.holder()) if codes is None else codes
-        source = WeightSource(held, self.scales, self.dtype, self._transposed_groups)
+        source = WeightSource(held, self.scales, self.dtype, self._transposed_groups, self._layout)
         return self._forms.dequantized.weight(source, held.shape)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tinyq_lightning.kernels import (
     choose_kernel,
     in_jit_trace,
     in_transform,
-    is_exporting,
+    is_exporting_for_any_processor,
     packed_linear,
     quantized_linear,
     takes_integers,
@@ -192,7 +192,7 @@ class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
             return False
         # An exported program may run on a processor whose product saturates, so it takes the product if asked for.
         asked = wanted_kernel(self.kernel) == "int8"
-        return self._choice_on(device).kernel.startswith("int8") and (asked or not is_exporting())
+        return self._choice_on(device).kernel.startswith("int8") and (asked or not is_exporting_for_any_processor())
 
     def _part(self, rows: slice) -> QuantizedLinear:
         """A layer of some of the rows."""

@@ -156,6 +156,11 @@ class Plan:
         return (methods if len(methods) == 1 else asked or {self.spec.method}).pop()
 
     @property
+    def column_label(self) -> str:
+        """What a column of results is named by: the label, or ``all float`` if a run found that better everywhere."""
+        return self.label if any(decision.method != "float" for decision in self) else "all float"
+
+    @property
     def file_label(self) -> str:
         """What a file is named by: the label, or ``float`` if a run found every layer better off in float."""
         return self.label if any(decision.method != "float" for decision in self) else "float"
@@ -234,7 +239,12 @@ class Plan:
     def memory_note(self) -> str:
         """What the layers of the plan take in memory on this machine, once they were called, beside their floats."""
         held, floats = sum(each.memory_bytes for each in self), sum(each.float_bytes for each in self)
-        note = f"in memory, once called: {format_bytes(held)}; as floats {format_bytes(floats)}"
+        beside = (
+            f", more than the {format_bytes(floats)} of floats"
+            if held > floats
+            else f"; as floats {format_bytes(floats)}"
+        )
+        note = f"in memory, once called: {format_bytes(held)}{beside}"
         copies = held - sum(each.bytes for each in self)
         return f"{note}; {format_bytes(copies)} are copies for speed, without with kernel: compact" if copies else note
 

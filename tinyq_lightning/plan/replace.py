@@ -16,6 +16,7 @@ from tinyq_lightning.plan.checks import refuse_root, sites_for
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers
 from tinyq_lightning.plan.plan import Plan
+from tinyq_lightning.plan.pretrained import refuse_save_pretrained
 from tinyq_lightning.plan.resolution import WithValues, resolve
 from tinyq_lightning.plan.sites import Site
 from tinyq_lightning.plan.swap import Swap
@@ -41,7 +42,9 @@ def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, with_values: Wit
     refuse_root(model)
     warn_of_unkept(spec, 4)
     sites = sites_for(spec, model)
-    return carry_out(resolve(spec, model, with_values, sites=sites), sites, with_values)
+    plan = carry_out(resolve(spec, model, with_values, sites=sites), sites, with_values)
+    refuse_save_pretrained(model)
+    return plan
 
 
 def warn_of_unkept(spec: QuantizationSpec, stacklevel: int, calibrated: bool = False) -> None:

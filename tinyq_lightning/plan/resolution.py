@@ -22,7 +22,7 @@ from tinyq_lightning.plan.plan import DecidedBy, Decision, OtherWeight, Plan
 from tinyq_lightning.plan.sites import Site, is_metric
 from tinyq_lightning.plan.ties import weights_of
 from tinyq_lightning.plan.why_float import why_stays_float
-from tinyq_lightning.spec import QuantizationSpec, Wanted, wanted_method
+from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Wanted, wanted_method
 
 __all__ = [
     "WithValues",
@@ -98,7 +98,9 @@ def resolve(
         partners = sorted(site.tied, key=lambda other: -len(by_name[other].methods))
         stays_float = next((other for other in partners if made[other].method == "float"), None)
         if wanted.method != "float" and stays_float is not None:
-            wanted = Wanted("float", f"tied to {stays_float}.weight ({made[stays_float].reason})", "tie")
+            measured = made[stays_float].decided_by in MEASURED_BY
+            against = f", against {wanted.reason}" if wanted.decided_by == "rule" and not measured else ""
+            wanted = Wanted("float", f"tied to {stays_float}.weight ({made[stays_float].reason}){against}", "tie")
         tied_to = next((other for other in site.tied if other in decisions), None)
         decisions[name] = _decision(site, wanted, tied_to, spec.kernel)
     return Plan(tuple(decisions.values()), spec, _others(model, found), held_weights(model))

@@ -10,22 +10,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import yaml
-from lightning.pytorch import Trainer
 
 from tinyq_lightning.errors import CheckpointError
-from tinyq_lightning.file import replace_file
+from tinyq_lightning.file import file_exists, replace_file
+from tinyq_lightning.handover import ExportReport
 from tinyq_lightning.report.html import html_report
 from tinyq_lightning.report.machine import machine
 from tinyq_lightning.report.outcome import Outcome, combined
-from tinyq_lightning.report.tables import comparison_table, kind_table, layer_table
+from tinyq_lightning.report.tables import comparison_table, export_table, kind_table, layer_table
 from tinyq_lightning.trainer import write_on_rank_zero
 from tinyq_lightning.version import __version__
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
 __all__ = [
+    "files_of_report",
     "report_content",
     "resolved_yaml",
     "write_report",
@@ -54,6 +58,8 @@ def _write(outcomes: Sequence[Outcome]) -> None:
                     "kinds": kind_table(outcome.plan),
                     "layers": layer_table(outcome),
                 }
+                if (exports := export_table([outcome])) is not None:
+                    tables["exports"] = exports
                 page = html_report(content, tables, resolved)
                 _write_text(f"{stem}.html", page)
     except CheckpointError as error:
@@ -73,6 +79,12 @@ def _stem_of_report(quantized_path: str) -> str:
     stem = quantized_path.removesuffix(".ckpt")
     numbered = (f"{stem}-report-v{version}" for version in count(1))
     return next(each for each in chain((stem, f"{stem}-report"), numbered) if _is_free(each))
+
+
+def files_of_report(quantized_path: str) -> list[str]:
+    """The paths of the files that :func:`write_report` has written for a checkpoint."""
+    stem = _stem_of_report(quantized_path)
+    return [path for ending in _BEGINNINGS if file_exists(path := f"{stem}{ending}")]
 
 
 def _is_free(stem: str) -> bool:
@@ -130,6 +142,7 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
         "batches_timed": {name: each.batches for name, each in times.items()},
         "budget": budget,
         "verdict": outcome.verdict(),
+        "exports": [_described(each) for each in outcome.exports],
         "calibration": outcome.calibration(),
         "never_slower": outcome.stopwatch and {"verdict": outcome.speed_verdict()} | outcome.stopwatch.to_dict(),
         "layers": layers,
@@ -137,6 +150,12 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
     }
     finite: dict[str, Any] = _finite(content)
     return finite
+
+
+def _described(export: ExportReport) -> dict[str, Any]:
+    """An export, with the names of its files in the place of their paths."""
+    files = [os.path.basename(each) for each in export.files]
+    return export.to_dict() | {"path": os.path.basename(export.path), "files": files}
 
 
 def _finite(value: Any) -> Any:

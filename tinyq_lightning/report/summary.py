@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
-from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
-from lightning.pytorch.utilities.imports import _RICH_AVAILABLE
-from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary as Summary
-from lightning.pytorch.utilities.model_summary.model_summary_deepspeed import DeepSpeedSummary
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tinyq_lightning.layers import QuantizedLayer, WeightSize, kind_of
 from tinyq_lightning.methods import METHODS
+from tinyq_lightning.namespaces import namespace_of, of_both
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelSummary as SummaryOfBoth
+    from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary as Summary
+else:
+    Summary, SummaryOfBoth = object, of_both("callbacks.ModelSummary")
 
 __all__ = [
     "QuantizedModelSummary",
@@ -37,6 +39,8 @@ class QuantizedSummary(Summary):
         model: the module.
         max_depth: of the modules to show; -1 for all, 0 for none.
     """
+
+    derives = "utilities.model_summary.ModelSummary"
 
     def __init__(self, model: LightningModule, max_depth: int = 1) -> None:
         with warnings.catch_warnings():  # sizes are read from the tensors, not guessed from the precision
@@ -68,10 +72,11 @@ def summarize(module: LightningModule, max_depth: int = 1) -> QuantizedSummary:
         module: with quantized layers or without.
         max_depth: of the modules to show; -1 for all, 0 for none.
     """
-    return QuantizedSummary(module, max_depth)
+    made: QuantizedSummary = namespace_of(module).derived(QuantizedSummary)(module, max_depth)
+    return made
 
 
-class QuantizedModelSummary(ModelSummary):
+class QuantizedModelSummary(SummaryOfBoth):
     """Prints the summary when a fit starts, instead of the Trainer's own ``ModelSummary``.
 
     It uses rich if that is installed, as the Trainer's own does.
@@ -81,15 +86,23 @@ class QuantizedModelSummary(ModelSummary):
         **summarize_kwargs: as Lightning's callbacks take them.
     """
 
-    def _summary(self, trainer: Trainer, pl_module: LightningModule) -> DeepSpeedSummary | Summary:
-        if isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.strategy.zero_stage_3:
-            return super()._summary(trainer, pl_module)  # it alone can count parameters that are split up
-        return QuantizedSummary(pl_module, self._max_depth)
+    def _summary(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        lightnings = namespace_of(trainer).pytorch
+        strategy: Any = trainer.strategy
+        if isinstance(strategy, lightnings.strategies.DeepSpeedStrategy) and strategy.zero_stage_3:
+            return lightnings.callbacks.ModelSummary._summary(self, trainer, pl_module)  # counts what is split up
+        return summarize(pl_module, self._max_depth)
 
-    @staticmethod
-    def summarize(*args: Any, **kwargs: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary, by rich if that is installed, as the package of the Trainer does."""
+        lightnings = namespace_of(trainer)
+        callbacks, with_rich = lightnings.pytorch.callbacks, lightnings.module("utilities.imports")._RICH_AVAILABLE
+        self._summarize = (callbacks.RichModelSummary if with_rich else callbacks.ModelSummary).summarize
+        callbacks.ModelSummary.on_fit_start(self, trainer, pl_module)
+
+    def summarize(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Print the table."""
-        (RichModelSummary if _RICH_AVAILABLE else ModelSummary).summarize(*args, **kwargs)
+        self._summarize(*args, **kwargs)
 
 
 def _quantized_count(module: nn.Module) -> int:

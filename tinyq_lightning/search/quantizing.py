@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.errors import ModelError, SpecError
-from tinyq_lightning.plan import Plan, Swap, quantize_by_layer, return_freed_memory, warn_of_unkept
+from tinyq_lightning.plan import (
+    Plan,
+    Swap,
+    quantize_by_layer,
+    refuse_save_pretrained,
+    return_freed_memory,
+    warn_of_unkept,
+)
 from tinyq_lightning.search.calibration import calibrate, passes_over_data
 from tinyq_lightning.search.timer import evaluating
 from tinyq_lightning.spec import SpecLike, as_spec
@@ -82,6 +89,7 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32", calibration: Iterable[A
     plan = swap.plan
     del swap
     return_freed_memory()
+    refuse_save_pretrained(model)
     return plan
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from tinyq_lightning.methods import KERNELS, KIND_NAMES, LADDER, METHODS
+from tinyq_lightning.methods import FORMAT_NAMES, KERNELS, KIND_NAMES, LADDER, METHODS
 from tinyq_lightning.spec.parts import Budget, Calibrate, Rule, RuleBy, Save
 from tinyq_lightning.spec.reader import Reader, nearest, shown
 
@@ -21,6 +21,7 @@ __all__ = [
     "check_budget",
     "check_calibrate",
     "check_choices",
+    "check_export",
     "check_kinds",
     "check_methods",
     "check_on_ladder",
@@ -42,6 +43,10 @@ Keep = Literal["all", "smallest"]
 
 METHOD_NAMES = (*METHODS, "float")
 """What may stand for ``method``; ``float`` leaves a layer alone."""
+
+
+EXPORTS = tuple(name for name in FORMAT_NAMES if name != "ckpt")
+"""What a run can write beside the checkpoint."""
 
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -73,6 +78,16 @@ def check_kinds(kinds: Any, reader: Reader) -> tuple[str, ...]:
         if each in given[:index]:
             below.fail(f"{each!r} is in the list twice", index)
     return tuple(name for name in KIND_NAMES if name in given)
+
+
+def check_export(given: Any, reader: Reader) -> tuple[str, ...]:
+    """The formats, from the name of one or a list of some."""
+    names, below = [given] if isinstance(given, str) else reader.items(given, "export"), reader.below("export")
+    for index, each in enumerate(names):
+        below.choice(each, EXPORTS, "format", index)
+        if each in names[:index]:
+            below.fail(f"{each!r} is in the list twice", index)
+    return tuple(names)
 
 
 def check_methods(method: Any, methods: Sequence[Any], reader: Reader) -> None:

@@ -21,6 +21,7 @@ from tinyq_lightning.spec.checks import (
     check_budget,
     check_calibrate,
     check_choices,
+    check_export,
     check_kinds,
     check_methods,
     check_on_ladder,
@@ -64,6 +65,7 @@ class QuantizationSpec:
         save: where the file goes.
         methods: where a run is to compare several methods, all of them, ``method`` the first; else empty.
         keep: which of several methods' files are written: ``all``, or with a budget the ``smallest``.
+        export: the formats that a run is to export each quantized model in, of ``methods.FORMAT_NAMES``.
         never_slower: whether a run is to time the layers, and to leave float those that int8 makes slower.
         calibrate: on how many batches codes of four bits are to be chosen, or None.
         origin: where each key was written, for errors.
@@ -82,6 +84,7 @@ class QuantizationSpec:
     keep: Keep = "all"
     never_slower: bool = False
     kinds: tuple[str, ...] = KIND_NAMES
+    export: tuple[str, ...] = ()
     calibrate: Calibrate | None = None
     origin: Origin = field(default_factory=Origin, compare=False, repr=False)
 
@@ -92,6 +95,7 @@ class QuantizationSpec:
         reader.flag(self.never_slower, "never_slower")
         check_save(self.save, reader.below("save"))
         object.__setattr__(self, "kinds", check_kinds(self.kinds, reader))
+        object.__setattr__(self, "export", check_export(self.export, reader))
         patterns = reader.below("exclude")
         exclude = [patterns.pattern(p, i) for i, p in enumerate(reader.items(self.exclude, "exclude"))]
         rules = [check_rule(rule, reader.below("rules", i)) for i, rule in enumerate(reader.items(self.rules, "rules"))]
@@ -180,12 +184,13 @@ class QuantizationSpec:
             "keep": self.keep,
         }
         # only where it is asked for, which a file's spec never does: what was timed is among its rules
+        content |= {"export": list(self.export)} if self.export else {}
         content |= {"never_slower": True} if self.never_slower else {}
         return content | ({"calibrate": {"batches": self.calibrate.batches}} if self.calibrate else {})
 
     def each(self) -> tuple[QuantizationSpec, ...]:
-        """One spec for each method asked for, without what is a run's to decide among them and from timings."""
-        one = replace(self, methods=(), keep="all", never_slower=False, calibrate=None)
+        """One spec for each method asked for, without what is a run's to decide among them, to time and to export."""
+        one = replace(self, methods=(), keep="all", never_slower=False, export=(), calibrate=None)
         specs = [replace(one, method=method) for method in self.methods or (self.method,)]
         return tuple(
             replace(each, calibrate=self.calibrate) if self.calibrate and each.has_four_bits else each for each in specs
@@ -238,6 +243,7 @@ _KEYS = (
     "budget",
     "save",
     "keep",
+    "export",
     "never_slower",
     "calibrate",
 )

@@ -6,16 +6,18 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.trainer.ranks import agreed_on_failure, as_tinyq_error
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
 __all__ = [
+    "Failing",
     "step_after_run",
     "tell_of_interrupt",
 ]
@@ -25,7 +27,7 @@ _HOW_TO_QUANTIZE_LATER = (
 )
 
 
-class _Failing(Protocol):
+class Failing(Protocol):
     """What takes an error: whether to raise it, the first one, and the float checkpoint that the user still has."""
 
     strict: bool
@@ -34,7 +36,7 @@ class _Failing(Protocol):
 
 
 @contextmanager
-def step_after_run(owner: _Failing, trainer: Trainer, name: str) -> Iterator[None]:
+def step_after_run(owner: Failing, trainer: Trainer, name: str) -> Iterator[None]:
     """Run a step after training or testing: if it fails on any rank, each rank sets ``error``, and rank 0 warns.
 
     Steps may be nested.
@@ -57,7 +59,7 @@ def step_after_run(owner: _Failing, trainer: Trainer, name: str) -> Iterator[Non
             raise
         if owner.error is not None and str(reason) == str(owner.error):  # of a step inside this one
             raise owner.error from owner.error.__cause__
-        stage = "fit" if trainer.state.fn == TrainerFn.FITTING else "test"
+        stage = "fit" if trainer.state.fn == "fit" else "test"
         error = _failure(name, reason, stage, owner.float_path)
         error.__cause__ = reason
         owner.error = owner.error or error

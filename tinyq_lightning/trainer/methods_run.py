@@ -8,8 +8,8 @@ from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
 
@@ -41,6 +41,9 @@ from tinyq_lightning.trainer.float_weights import FloatWeights
 from tinyq_lightning.trainer.inner_trainer import Moment
 from tinyq_lightning.trainer.searched import budget_reasons, searched_layers
 from tinyq_lightning.trainer.validated import ValidatedWeights
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "Measured",
