@@ -260,11 +260,15 @@ class Int8Weight(QuantizedLayer):
             # a tracer would record the read-only type
             weight = dequantize(self.int8_weights, self.scales, self.dtype, self._transposed_groups)
             return weight.contiguous(memory_format=self._layout)
+        self._prepare_reading()
         with _lock:
             codes = self._buffers["int8_weights"]
             held = cast(CodeHolder, self._forms.holder()) if codes is None else codes
         source = WeightSource(held, self.scales, self.dtype, self._transposed_groups, self._layout)
         return self._forms.dequantized.weight(source, held.shape)
+
+    def _prepare_reading(self) -> None:
+        """Called before values of the weight are read outside of graphs."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold the plain codes, and are packed when they are called.

@@ -62,12 +62,11 @@ class Int8Matrix(Int8Weight):
             raise ModelError(f"{self.parameter} has the shape {list(self.shape)}, got {list(weight.shape)}")
         return super().quantize(weight)
 
-    @property
-    def weight(self) -> Tensor:
-        """As of every quantized layer; with ``kernel: compact`` four bits are expanded whenever values are read."""
-        if self.bits == 4 and wanted_kernel(self.kernel) in ("compact", "int4") and not torch.compiler.is_compiling():
+    @override
+    def _prepare_reading(self) -> None:
+        # With `kernel: compact`, codes of four bits are expanded whenever values are read.
+        if self.bits == 4 and wanted_kernel(self.kernel) in ("compact", "int4"):
             self.form("int4")
-        return super().weight
 
     @override
     def _to_rows(self, weight: Tensor) -> Tensor:
