@@ -24,7 +24,7 @@ _PLACES = {
     ),
     "cli": ("LightningCLI",),
     "loggers": ("CSVLogger", "MLFlowLogger", "TensorBoardLogger"),
-    "strategies": ("ModelParallelStrategy",),
+    "strategies": ("FSDPStrategy", "ModelParallelStrategy"),
     "utilities": ("CombinedLoader",),
     "utilities.model_summary": ("summarize",),
     "utilities.parsing": ("AttributeDict",),
