@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import SpecError, TinyQError
+from tinyq_lightning.handover import check_formats
 from tinyq_lightning.plan import Plan
 from tinyq_lightning.report import (
     Outcome,
@@ -35,6 +36,7 @@ from tinyq_lightning.trainer import (
     check_before_fit,
     check_budget,
     choose_float_weights,
+    export_beside_file,
     files_before_fit,
     forget_test_start,
     is_sharded,
@@ -58,7 +60,17 @@ if TYPE_CHECKING:
 __all__ = ["TinyQCallback"]
 
 # Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
-_OF_A_RUN = ("_quantized_start", "_files_before", "_runs", "_earlier", "_told", "validated", "log", "log_dict")
+_OF_A_RUN = (
+    "_quantized_start",
+    "_files_before",
+    "_runs",
+    "_earlier",
+    "_told",
+    "validated",
+    "first_batch",
+    "log",
+    "log_dict",
+)
 _OUTCOME = ("quantized_paths", "float_path", "plan", "plans", "results", "search", "error")
 
 
@@ -75,36 +87,37 @@ class TinyQCallback(WatchesValidation):
     plan is within the budget, the best one found is saved, with a warning.
 
     With several methods, the float model is measured once and one file is saved for each method.
-    In both cases ``ckpt_path`` of ``test``, ``validate`` and ``predict`` may be a quantized checkpoint.
+    ``ckpt_path`` of ``test``, ``validate`` and ``predict`` may be a quantized checkpoint.
 
     Args:
-        spec: a method (``w8a32``, ``w8a16``, ``w8a8``), several, a path to YAML, a mapping, or a QuantizationSpec.
+        spec: a method (``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16``, ``w4a8``), several, a path to YAML, a
+            mapping, or a QuantizationSpec.
         exclude: patterns of layers to leave float, added to those of the spec.
         kinds: ``all``, or a list of the kinds of layer to quantize; overrides the spec.
         when: ``fit_end`` or ``test_start``; overrides the spec.
         weights: ``best``, ``last`` or ``current``; overrides the spec. Only for ``fit_end``.
-        monitor: name of a metric that validation logs. It is the budget's metric and, for ``weights``, selects
-            the ModelCheckpoint that monitors it.
-        mode: ``max`` if more is better, ``min`` if less is. Needed with ``max_drop`` unless the metric is logged
-            as a torchmetrics object that knows it.
+        monitor: name of a metric that validation logs: the budget's, and that of the ModelCheckpoint to take.
+        mode: ``max`` or ``min``; needed with ``max_drop`` unless a torchmetrics object is logged, which knows it.
         max_drop: how much the metric may lose, in its unit or as a share of the float value such as ``1%``.
         keep: of several methods ``all``, or with a budget the ``smallest`` within it; overrides the spec.
-        never_slower: whether to time the layers as the evaluation calls them, and to leave float those that int8
-            makes slower on this machine; overrides the spec.
+        never_slower: whether to time the layers, and leave float what int8 makes slower here; overrides the spec.
+        calibrate: choose codes by what they do to the outputs of layers on so many validation batches, a number or
+            ``{"batches": 8}``; overrides the spec. With ``test_start`` too it is validation data, never what is tested.
         save: whether to write the quantized checkpoint.
         dirpath: the folder of the quantized checkpoint; by default that of the float one, or ``default_root_dir``.
         filename: the name of the quantized checkpoint; by default ``<method>-<float stem>.ckpt``.
-        report: whether to print the comparison and the layers, send them to the loggers that take tables or
-            text, and write ``.json``, ``.html`` and ``.yaml`` (the plan as a spec) beside the quantized
-            checkpoint. ``full`` adds each layer's output SQNR, crest factor and time, from a few batches.
-        strict: whether an error after training or testing is raised. By default it is a warning with the whole
-            reason, ``error`` holds it, and the run ends as it would without the callback. What is wrong
-            before training is raised in either case.
+        report: whether to print the comparison and the layers, log them to loggers that take tables or text, and write
+            ``.json``, ``.html`` and ``.yaml`` beside the checkpoint. ``full`` adds output SQNR, crest factor and time.
+        export: a format, or several, in which each quantized model is exported beside its checkpoint; overrides the
+            spec. Inputs are the ``example_input_array``, or else those of the first batch. Failing is a warning.
+        log_files: whether to give checkpoints, exports and reports to loggers that take artifacts.
+        strict: whether an error after training or testing is raised. By default it is a warning with the reason,
+            ``error`` holds it, and the run ends as without the callback. What is wrong before training is raised.
 
     Attributes:
         quantized_paths: path of each file that was written, by method.
         float_path: path of the checkpoint that was quantized, or None.
-        plan: the decision for each layer (with several methods, of the first that was saved); None before a run.
+        plan: the decision for each layer (of several methods, of the first that was saved); None before a run.
         plans: the plan of each method.
         results: ``{"val_acc": {"float": …, "w8a32": …, "delta": …}}``, or with several methods
             ``{"val_acc": {"float": …, "w8a32": …, "delta/w8a32": …, "w8a8": …, "delta/w8a8": …}}``. The key is
@@ -130,19 +143,26 @@ class TinyQCallback(WatchesValidation):
         max_drop: float | str | None = None,
         keep: Literal["all", "smallest"] | None = None,
         never_slower: bool | None = None,
+        calibrate: int | Mapping[str, int] | None = None,
         save: bool = True,
         dirpath: str | None = None,
         filename: str | None = None,
         report: bool | Literal["full"] = True,
+        export: str | Sequence[str] | None = None,
+        log_files: bool = False,
         strict: bool = False,
     ) -> None:
         if report not in (True, False, "full"):
             raise SpecError(f"report must be True, False or 'full', not {report!r}")
-        given = {"kinds": kinds, "when": when, "weights": weights, "keep": keep, "never_slower": never_slower}
+        given: dict[str, Any] = {"kinds": kinds, "when": when, "weights": weights, "keep": keep}
+        given |= {"never_slower": never_slower, "calibrate": calibrate, "export": export}
         budget = {"monitor": monitor, "mode": mode, "max_drop": max_drop}
         self.spec = with_arguments(as_spec(spec), exclude, given, budget, {"dirpath": dirpath, "filename": filename})
         self.monitor = self.spec.budget.monitor if self.spec.budget else monitor
-        self.save, self.report, self.strict = save, report, strict
+        self.save, self.report, self.log_files, self.strict = save, report, log_files, strict
+        self.keeps_batch = bool(self.spec.export)
+        if self.spec.export and not save:
+            raise SpecError("exports are written beside the quantized checkpoint, so export= needs save=True")
         self._key = registered(self)
         self._reset_run()
         self._reset_results()
@@ -163,6 +183,7 @@ class TinyQCallback(WatchesValidation):
         self._runs: list[TestRun] = []
         self._earlier: list[TinyQCallback] = []
         self._told: list[str] = []  # entries that the file cannot hold, once a warning has told of them
+        self.first_batch = None
 
     def _reset_results(self) -> None:
         self.quantized_paths: dict[str, str] = {}
@@ -182,6 +203,7 @@ class TinyQCallback(WatchesValidation):
         """Refuse strategies that cannot work, and let ``ckpt_path`` be a quantized checkpoint."""
         refuse_mixed_packages(trainer)
         refuse_sharding(trainer, self.spec.when)
+        check_formats(self.spec.export)
         earlier = takewhile(lambda each: each is not self, _tinyq_callbacks(trainer))
         self._earlier = [each for each in earlier if each.spec.when == self.spec.when]
         self._quantized_start = QuantizedStart(trainer, pl_module)
@@ -219,7 +241,7 @@ class TinyQCallback(WatchesValidation):
         if is_sharded(trainer):
             for made in quantize_sharded(trainer, module, self.spec, source):
                 outcome = outcome_of_shards(made, self._column_name(made.plan), source)
-                outcomes.append(self._save(trainer, source, outcome, made.take_content))
+                outcomes.append(self._save(trainer, None, source, outcome, made.take_content))
             return outcomes
         with preserved(module, weights=source.path is not None):
             source.load_into(trainer, module)
@@ -230,7 +252,7 @@ class TinyQCallback(WatchesValidation):
                 if measured.kept:
                     with measured.swap:
                         content = quantized_content(module, source, outcome, "validate")
-                        outcome = self._save(trainer, source, outcome, content)
+                        outcome = self._save(trainer, module, source, outcome, content)
                 outcomes.append(outcome)
         if run.why_not:
             rank_zero_warn(f"TinyQ: quantized without a comparison: {run.why_not}")
@@ -250,6 +272,7 @@ class TinyQCallback(WatchesValidation):
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Start the clock on the Trainer's own step; before the first batch, decide which layers stay float."""
+        self.keep_batch(trainer, args[0])
         for run in self._runs:
             run.before_batch(*args, **kwargs)
 
@@ -290,7 +313,7 @@ class TinyQCallback(WatchesValidation):
                 with run.swap:
                     outcome = self._outcome_of_test(run, source)
                     content = quantized_content(module, source, outcome, "test")
-                    outcomes.append(self._save(trainer, source, outcome, content))
+                    outcomes.append(self._save(trainer, module, source, outcome, content))
         self._close_test_runs()
         if outcomes:
             self._report(trainer, outcomes)
@@ -323,9 +346,14 @@ class TinyQCallback(WatchesValidation):
         return column_name(self.spec, plan, plans)
 
     def _save(
-        self, trainer: Trainer, source: FloatWeights, outcome: Outcome, content: Callable[[], dict[str, Any]]
+        self,
+        trainer: Trainer,
+        module: LightningModule | None,
+        source: FloatWeights,
+        outcome: Outcome,
+        content: Callable[[], dict[str, Any]],
     ) -> Outcome:
-        """Write the quantized checkpoint if one is wanted."""
+        """Write the quantized checkpoint if one is wanted, and the exports of ``module``, which is quantized now."""
         self.plan, self.search = self.plan or outcome.plan, self.search or outcome.search
         if not self.save or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return outcome
@@ -333,14 +361,16 @@ class TinyQCallback(WatchesValidation):
             taken = {path for callback in _tinyq_callbacks(trainer) for path in callback.quantized_paths.values()}
             path, self._told = save_quantized(trainer, source, outcome.plan, content, taken, self._told)
             self.quantized_paths[outcome.name] = path
-            return replace(outcome, quantized_path=path)
+            exports = () if module is None else export_beside_file(self, trainer, module, path)
+            return replace(outcome, quantized_path=path, exports=exports)
         return outcome
 
     def _report(self, trainer: Trainer, outcomes: list[Outcome]) -> None:
         """Set the results, warn if a budget was not met, and log, show and write them; each step may fail alone."""
         self.results = combined(outcomes)
         self.plans = {outcome.name: outcome.plan for outcome in outcomes}
-        for name, step in report_steps(trainer.state.fn == "fit", not self._earlier, bool(self.report)):
+        steps = report_steps(trainer.state.fn == "fit", not self._earlier, bool(self.report), self.log_files)
+        for name, step in steps:
             with step_after_run(self, trainer, name):
                 step(trainer, outcomes)
 

@@ -127,6 +127,23 @@ assert not {"torch", "lightning", "omegaconf", "numpy"} & set(sys.modules)
     assert "exit codes" in run.stdout
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--exclude", "head", "epoch=7.ckpt"],
+        ["--exclude", "head", "--exclude", "body.0", "epoch=7.ckpt"],
+        ["--kinds", "linear", "conv", "epoch=7.ckpt", "--exclude", "head"],
+        ["--init", "width=16", "epoch=7.ckpt"],
+        ["epoch=7.ckpt", "--exclude", "head", "body.0"],
+    ],
+)
+def test_a_list_does_not_swallow_the_file_after_it(folder, capsys, words):
+    assert main(["inspect", "--model", "nets:Net", "--json", *words]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    excluded = {"head", "body.0"}.intersection(words)
+    assert {entry["name"] for entry in plan if entry["method"] == "float"} == excluded
+
+
 def test_the_commands_output_is_the_callbacks_file_but_for_the_metrics(folder, capsys):
     assert main(["quantize", "epoch=7.ckpt", "--model", "nets:Net", "--output", "q.ckpt", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -152,7 +152,7 @@ def test_arguments_of_loading(tmp_path):
         ("models:Nett", r"'models:Nett' cannot be imported"),
         ("no.such:Net", "cannot be imported"),
         ("Net", "cannot be imported"),
-        ("models:loader", "is not a LightningModule"),
+        ("models:FEATURES", "is neither a class nor a function"),
     ):
         with pytest.raises(ModelError, match=message):
             load_quantized(path, name)

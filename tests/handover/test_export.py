@@ -171,10 +171,32 @@ def test_weights_without_values_are_refused(tmp_path):
         export(mlp().to("meta"), tmp_path / "net.pt2", example())
 
 
-def test_the_name_is_public():
+def test_the_names_are_public():
     assert tinyq_lightning.export is export
 
 
 def test_every_format_that_the_command_line_offers_can_be_written():
     assert list(FORMATS) == list(FORMAT_NAMES)
-    assert all(each.what for each in FORMATS.values())
+
+
+class Halving(nn.Module):
+    """Takes an even number of rows only."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.layer(x.reshape(-1, 2, 8).sum(1))
+
+
+def test_sizes_that_the_model_itself_does_not_take_are_noted_and_not_tried(tmp_path, monkeypatch):
+    runs = replace(FORMATS["pt2"], write=lambda request, path: open(path, "w").close() or ["fine"])
+    runs = replace(runs, open=lambda path, request: lambda given: [request.module(*given.args)])
+    monkeypatch.setitem(FORMATS, "pt2", runs)
+    model = Halving()
+    quantize(model, "w8a32")
+    report = export(model, tmp_path / "net.pt2", example(4))
+    assert [each["x"] for each in report.inputs] == [(4, 8)]
+    assert report.notes[0] == "fine"
+    assert report.notes[1].startswith("not tried with batch 1: the model failed on inputs of the shapes x [1, 8]")

@@ -341,10 +341,11 @@ def test_without_a_checkpoint_the_current_weights_are_written_below_the_root(tmp
     callback = TinyQCallback("w8a32")
     run, module = fit(tmp_path, callback, keep=False, enable_checkpointing=False)
     assert callback.float_path is None
-    assert callback.quantized_path == str(tmp_path / "w8a32-epoch=2-step=12.ckpt")
+    assert callback.quantized_path == str(tmp_path / "w8a32-epoch=1-step=12.ckpt")
     assert "no best checkpoint was saved" in capsys.readouterr().out
     content = torch.load(callback.quantized_path, weights_only=True)
-    assert (content["epoch"], content["global_step"]) == (run.current_epoch, run.global_step)
+    last = run.current_epoch - 1  # the Trainer has counted past it
+    assert (content["epoch"], content["global_step"]) == (last, run.global_step)
     assert torch.equal(content["state_dict"]["head.bias"], module.head.bias)
 
 
@@ -611,12 +612,12 @@ def test_an_interrupted_fit_says_how_to_quantize_what_there_is(tmp_path, capsys)
     assert "when='test_start'" in shown
 
 
-def test_other_sharding_strategies_are_refused_with_the_command_that_quantizes(tmp_path):
+def test_sharding_strategies_are_refused_with_a_way_out(tmp_path):
     from lightnings import FSDPStrategy
 
     run = trainer(tmp_path)
-    run._accelerator_connector.strategy = FSDPStrategy()  # a Trainer takes it with a GPU only
-    with pytest.raises(TrainerError, match=r"FSDPStrategy.*tinyq-lightning quantize CHECKPOINT.*when='test_start'"):
+    run._accelerator_connector.strategy = FSDPStrategy()  # a Trainer takes it with GPUs only
+    with pytest.raises(TrainerError, match=r"FSDPStrategy.*quantize CHECKPOINT .*when='test_start'"):
         quiet("w8a32").setup(run, Net(), "fit")
 
 

@@ -69,7 +69,10 @@ def test_a_sharded_model_leaves_the_file_of_the_gathered_one(tmp_path, how):
         assert ranks[1]["alive"], "the processes can still talk to one another"
 
 
-@pytest.mark.parametrize("arguments", [{"monitor": "val_loss", "mode": "min", "max_drop": 0.1}, {"never_slower": True}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"monitor": "val_loss", "mode": "min", "max_drop": 0.1}, {"never_slower": True}, {"export": "pt2"}],
+)
 def test_what_needs_the_quantized_model_to_run_is_refused_before_training(tmp_path, arguments):
     run = trainer(tmp_path, strategy=ModelParallelStrategy())
     with pytest.raises(EvaluationError, match=r"ModelParallelStrategy no process holds.*when='test_start'"):

@@ -12,17 +12,18 @@ from tinyq_lightning.file.checkpoint import (
 from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.digest import digest_of
 from tinyq_lightning.file.durable import replace_file, temporary_folder
+from tinyq_lightning.file.factory import as_factory
 from tinyq_lightning.file.folder import Folder, open_checkpoint
 from tinyq_lightning.file.from_float import FloatFile, quantize_file
 from tinyq_lightning.file.hooks import HookView
-from tinyq_lightning.file.loading import load_content, load_quantized
+from tinyq_lightning.file.loading import load_content, load_quantized, read_content
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
 from tinyq_lightning.file.names import check_folder, file_bytes, file_exists, quantized_path, stem_of
 from tinyq_lightning.file.plain import plain
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
 from tinyq_lightning.file.state import check_state
 from tinyq_lightning.file.structure import restore_structure
-from tinyq_lightning.file.trust import import_class, import_lightning_class
+from tinyq_lightning.file.trust import import_class, import_lightning_class, import_named
 from tinyq_lightning.file.typed import escaped, typed_entries
 from tinyq_lightning.file.validate import check_format, is_quantized, without_training_entries
 from tinyq_lightning.file.weightless import drop_weak_references
@@ -35,6 +36,7 @@ __all__ = [
     "Folder",
     "HookView",
     "QuantizedCheckpointMixin",
+    "as_factory",
     "build",
     "check_folder",
     "check_format",
@@ -47,6 +49,7 @@ __all__ = [
     "file_sha256",
     "import_class",
     "import_lightning_class",
+    "import_named",
     "is_quantized",
     "load_content",
     "load_quantized",
@@ -56,6 +59,7 @@ __all__ = [
     "quantize_file",
     "quantized_path",
     "read_checkpoint",
+    "read_content",
     "read_safetensors",
     "replace_file",
     "restore_structure",

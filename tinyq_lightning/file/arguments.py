@@ -9,13 +9,13 @@ from contextlib import suppress
 from typing import Any
 
 from tinyq_lightning.errors import CheckpointError, ModelError
+from tinyq_lightning.file.factory import name_of, parameters_of
 from tinyq_lightning.file.trust import call_with, import_class
 from tinyq_lightning.file.typed import ClassUnknown, InterpolationFound, restored
 from tinyq_lightning.file.validate import HYPER_PARAMETERS, HYPER_PARAMETERS_NAME, HYPER_PARAMETERS_TYPE
 
 __all__ = [
     "Arguments",
-    "parameters_of",
 ]
 
 
@@ -23,7 +23,7 @@ class Arguments:
     """The hyper-parameters of a file as arguments of a class.
 
     Args:
-        module_class: the class.
+        module_class: the class, or a function that makes the module.
         content: of a checkpoint, float or quantized.
         given: the user's arguments. A name such as ``block.cls`` gives one entry of a stored argument.
         trust: whether what the file names may be imported and called.
@@ -38,7 +38,7 @@ class Arguments:
     """
 
     def __init__(
-        self, module_class: type, content: Mapping[str, Any], given: Mapping[str, Any], trust: bool, source: str
+        self, module_class: Any, content: Mapping[str, Any], given: Mapping[str, Any], trust: bool, source: str
     ) -> None:
         self._class, self._given, self._trust, self._source = module_class, given, trust, source
         tinyq = content.get("tinyq", {})
@@ -136,7 +136,7 @@ class Arguments:
         if wanted:
             names = [self._shown(name) for name in wanted]
             raise CheckpointError(
-                f"{self._source}: the file could not hold {', '.join(names)}, which {self._class.__name__} was made "
+                f"{self._source}: the file could not hold {', '.join(names)}, which {name_of(self._class)} was made "
                 f"with: give it as it was, as in {call_with(self._class, names[0])}"
             )
 
@@ -148,11 +148,6 @@ class Arguments:
             "Pass trust=True (--trust on the command line) if you trust who made the file, or give the argument as in "
             f"{call_with(self._class, self._shown(name) or 'argument')}"
         )
-
-
-def parameters_of(module_class: type) -> dict[str, inspect.Parameter]:
-    """The parameters of ``__init__`` but for ``self``."""
-    return dict(list(inspect.signature(module_class.__init__).parameters.items())[1:])  # type: ignore[misc]
 
 
 def _is_open(parameter: inspect.Parameter) -> bool:
@@ -188,8 +183,11 @@ def _put_item(root: Any, path: Sequence[Any], value: Any) -> None:
         place[path[-1]] = value
 
 
-def _classes_near(module_class: type) -> dict[str, type]:
-    """The classes that a class itself refers to: in it, in the annotations and in the defaults of ``__init__``."""
+def _classes_near(module_class: Any) -> dict[str, type]:
+    """The classes that a class refers to: in it, in the annotations and in the defaults of ``__init__``.
+
+    Of a function, those that its annotations and defaults refer to.
+    """
     found: dict[str, type] = {}
 
     def add(value: Any) -> None:
@@ -198,10 +196,11 @@ def _classes_near(module_class: type) -> dict[str, type]:
         for each in typing.get_args(value):
             add(each)
 
-    for cls in module_class.__mro__:
-        for value in vars(cls).values():
+    is_class = isinstance(module_class, type)
+    for cls in module_class.__mro__ if is_class else (module_class,):
+        for value in vars(cls).values() if is_class else ():
             add(value if isinstance(value, type) else None)
-        init = vars(cls).get("__init__")
+        init = vars(cls).get("__init__") if is_class else cls
         if init is None:
             continue
         with suppress(Exception):  # names in annotations that cannot be resolved

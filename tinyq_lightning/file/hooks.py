@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.file.factory import name_of
+from tinyq_lightning.file.float_entries import FloatEntries
 from tinyq_lightning.file.trust import call_with
 from tinyq_lightning.file.validate import HYPER_PARAMETERS
 
@@ -27,6 +29,8 @@ _EMPTY_TRAINING: dict[str, Callable[[], Any]] = {
 class HookView(dict[str, Any]):
     """A copy of a checkpoint for a hook: with empty entries of the training, and errors for what was dropped.
 
+    Float weights are in its state dict when a hook asks for them by their names.
+
     Args:
         checkpoint: float or quantized.
         module_class: the class whose hook it is, for errors.
@@ -35,9 +39,11 @@ class HookView(dict[str, Any]):
     """
 
     def __init__(
-        self, checkpoint: Mapping[str, Any], module_class: type, source: str, given: Mapping[str, Any] | None = None
+        self, checkpoint: Mapping[str, Any], module_class: Any, source: str, given: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(checkpoint)
+        if "tinyq" in checkpoint and isinstance(checkpoint.get("state_dict"), Mapping):
+            super().__setitem__("state_dict", FloatEntries(checkpoint["state_dict"]))
         self._class, self._source = module_class, source
         for key, empty in _EMPTY_TRAINING.items():
             self.setdefault(key, empty())
@@ -66,7 +72,7 @@ class HookView(dict[str, Any]):
     def _refuse(self, key: str) -> None:
         if key in self._absent:
             raise CheckpointError(
-                f"{self._source}: on_load_checkpoint of {self._class.__name__} reads {key!r}, which the file could not "
+                f"{self._source}: on_load_checkpoint of {name_of(self._class)} reads {key!r}, which the file could not "
                 f"hold: give it as it was, as in {call_with(self._class, key)}"
             )
 

@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
+from torch import nn
 
-from tinyq_lightning.errors import CheckpointError, ModelError, TinyQError
-from tinyq_lightning.file.arguments import parameters_of
+from tinyq_lightning.errors import CheckpointError, TinyQError
 from tinyq_lightning.file.checkpoint import read_checkpoint
 from tinyq_lightning.file.construction import build
+from tinyq_lightning.file.factory import as_factory, name_of, parameters_of
 from tinyq_lightning.file.hooks import HookView, dropped_entries
-from tinyq_lightning.file.structure import prepare_structure
-from tinyq_lightning.file.trust import import_lightning_class
+from tinyq_lightning.file.part import content_of_part
+from tinyq_lightning.file.safetensors import read_safetensors
+from tinyq_lightning.file.structure import fill_what_is_still_held, prepare_structure
 from tinyq_lightning.file.validate import HYPER_PARAMETERS
 from tinyq_lightning.file.weightless import take_values, without_weights
-from tinyq_lightning.namespaces import derives_from
+from tinyq_lightning.plan import refuse_save_pretrained
 
 __all__ = [
     "load_content",
     "load_quantized",
+    "read_content",
 ]
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+    from tinyq_lightning.layers import QuantizedLayer
+    from tinyq_lightning.plan import Site
 
-Module = TypeVar("Module", bound="LightningModule")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @overload
 def load_quantized(
     path: str | os.PathLike[str],
-    module_class: type[Module],
+    module_class: Callable[..., Module],
     map_location: Any = "cpu",
     *,
+    part: str = "",
     strict: bool | None = None,
     trust: bool = False,
     **init_args: Any,
@@ -48,35 +53,42 @@ def load_quantized(
     module_class: str,
     map_location: Any = "cpu",
     *,
+    part: str = "",
     strict: bool | None = None,
     trust: bool = False,
     **init_args: Any,
-) -> LightningModule: ...
+) -> nn.Module: ...
 
 
 def load_quantized(
     path: str | os.PathLike[str],
-    module_class: type[LightningModule] | str,
+    module_class: Callable[..., nn.Module] | str,
     map_location: Any = "cpu",
     *,
+    part: str = "",
     strict: bool | None = None,
     trust: bool = False,
     **init_args: Any,
-) -> LightningModule:
+) -> nn.Module:
     """Load a quantized checkpoint into a new module of a class that knows nothing of quantization.
 
-    Peak memory is the quantized model, if the class can be built without the values of its weights. Otherwise the
-    float weights that the class makes are added to it.
+    Lightning is not imported, unless the class is one of Lightning's. Peak memory is the quantized model, if the module
+    can be built without the values of its weights. Otherwise the float weights that the class makes are added to it.
 
     Args:
-        path: the file, a local path or a URL that fsspec can open.
-        module_class: the LightningModule it was made from, or where to import it: ``package.module:Class``.
+        path: the file, a local path or a URL that fsspec can open; or a safetensors file made from one, a local path.
+        module_class: the LightningModule it was made from; or any class of modules with layers of the same names, or a
+            function that makes such a module; or where to import it: ``package.module:Class``. Hyper-parameters in the
+            file are given to it if it takes arguments of their names.
         map_location: the device the module goes to, as in ``torch.load``.
-        strict: whether names must match exactly; the module's ``strict_loading`` if None.
+        part: the attribute of the model in the file that is loaded: ``net`` for what was ``self.net`` of a
+            LightningModule, if ``module_class`` makes only that. Nothing else of the model is needed then.
+        strict: whether names must match exactly; if None, the ``strict_loading`` of a LightningModule, and True for
+            another.
         trust: let the file name what is imported and called: objects that LightningCLI stored as ``class_path``,
             resolvers in OmegaConf configurations, classes of hyper-parameters. Only for files of people you trust.
-        **init_args: arguments of the class; they replace the hyper-parameters stored in the file. An entry of a
-            stored argument is given by its dotted name, ``**{"block.cls": Block}``, an entry of
+        **init_args: arguments of the class or function; they replace the hyper-parameters stored in the file. An entry
+            of a stored argument is given by its dotted name, ``**{"block.cls": Block}``, an entry of
             ``on_save_checkpoint`` that the file could not hold by its name.
 
     Returns:
@@ -85,19 +97,30 @@ def load_quantized(
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, does not fit the class, could not hold an
             argument that is not given, or needs ``trust``.
-        ModelError: there is no such class.
+        ModelError: there is no such class, or it makes no module.
     """
-    if isinstance(module_class, str):
-        module_class = import_lightning_class(module_class, "LightningModule")
-    if not (isinstance(module_class, type) and derives_from(module_class, "LightningModule")):
-        raise ModelError(f"load_quantized takes a LightningModule class, not {module_class!r:.80}")
-    content = read_checkpoint(path)
-    return load_content(content, module_class, init_args, str(path), map_location, strict, trust).eval()
+    factory = as_factory(module_class)
+    content = read_content(path)
+    if part:
+        content = content_of_part(content, part, str(path))
+    module: nn.Module = load_content(content, factory, init_args, str(path), map_location, strict, trust)
+    return module.eval()
+
+
+def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a quantized checkpoint, or of a safetensors file made from one.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or it is none of these.
+        MissingExtraError: it is a safetensors file, and safetensors is not installed.
+    """
+    is_safetensors = os.fspath(path).lower().endswith(".safetensors")
+    return read_safetensors(path) if is_safetensors else read_checkpoint(path)
 
 
 def load_content(
     content: Mapping[str, Any],
-    module_class: type[Module],
+    module_class: Callable[..., Module],
     init_args: Mapping[str, Any],
     source: str,
     map_location: Any = "cpu",
@@ -105,23 +128,34 @@ def load_content(
     trust: bool = False,
 ) -> Module:
     """As :func:`load_quantized`, from the content of a checked file; the module stays in the mode it was built in."""
-    module = _built_weightless(module_class, content, init_args, source, trust)
+    module, fill = _built_weightless(module_class, content, init_args, source, trust), None
     if module is None:
-        module = _built(module_class, content, init_args, source, trust)
+        module, made = _built(module_class, content, init_args, source, trust)
+        fill = fill_what_is_still_held(made)
+        del made  # with the float layers
+    strict = getattr(module, "strict_loading", True) if strict is None else strict
     try:
-        module.load_state_dict(content["state_dict"], strict=module.strict_loading if strict is None else strict)
+        module.load_state_dict(content["state_dict"], strict=strict)
     except Exception as error:  # load_state_dict raises RuntimeError, hooks of the class anything
-        raise CheckpointError(f"{source}: the file does not fit {module_class.__name__}: {error}") from error
+        raise CheckpointError(f"{source}: the file does not fit {name_of(module_class)}: {error}") from error
+    if fill is not None:
+        fill()
+    refuse_save_pretrained(module)
     return module.to(_device(map_location))
 
 
 def _built_weightless(
-    module_class: type[Module], content: Mapping[str, Any], init_args: Mapping[str, Any], source: str, trust: bool
+    module_class: Callable[..., Module],
+    content: Mapping[str, Any],
+    init_args: Mapping[str, Any],
+    source: str,
+    trust: bool,
 ) -> Module | None:
     """A module that has the tensors of the file as its own; None if the class cannot be built without values."""
     try:
         with without_weights() as leaves_any:
-            module = _built(module_class, content, init_args, source, trust)
+            module, made = _built(module_class, content, init_args, source, trust)
+            del made  # the float layers, whose tensors are on the meta device
         return module if take_values(module, content["state_dict"]) and not leaves_any() else None
     except CheckpointError as error:
         if _is_of_the_class(error):
@@ -137,10 +171,14 @@ def _is_of_the_class(error: CheckpointError) -> bool:
 
 
 def _built(
-    module_class: type[Module], content: Mapping[str, Any], init_args: Mapping[str, Any], source: str, trust: bool
-) -> Module:
-    """A module with the structure of the checkpoint, without its values."""
-    name = module_class.__name__
+    module_class: Callable[..., Module],
+    content: Mapping[str, Any],
+    init_args: Mapping[str, Any],
+    source: str,
+    trust: bool,
+) -> tuple[Module, list[tuple[Site, QuantizedLayer]]]:
+    """A module with the structure of the checkpoint, without its values; its float layers and what replaced them."""
+    name = name_of(module_class)
     entries = {key: value for key, value in init_args.items() if key in dropped_entries(content)}
     arguments = {
         key: value for key, value in init_args.items() if key not in entries or _is_argument(key, module_class, content)
@@ -155,21 +193,24 @@ def _built(
             f"{source}: {name} could not be built from the file's hyper_parameters: {kind}{error}. The file holds what "
             f"save_hyperparameters saved; give the rest, as in load_quantized(path, {name}, argument=...)"
         ) from error
-    prepare_structure(module, content, source)
+    made = prepare_structure(module, content, source)
+    hook = getattr(module, "on_load_checkpoint", None)  # a LightningModule has it
+    if hook is None:
+        return module, made
     # a copy, because the hook may change it and the module may be built twice
     view = HookView({**content, "state_dict": content["state_dict"].copy()}, module_class, source, entries)
     try:
-        module.on_load_checkpoint(view)
+        hook(view)
     except TinyQError:
         raise
     except Exception as error:
         raise CheckpointError(
             f"{source}: on_load_checkpoint of {name} failed: {type(error).__name__}: {error}"
         ) from error
-    return module
+    return module, made
 
 
-def _is_argument(name: str, module_class: type, content: Mapping[str, Any]) -> bool:
+def _is_argument(name: str, module_class: Any, content: Mapping[str, Any]) -> bool:
     """Whether the class takes an argument of a name, or was made with one through its ``**kwargs``."""
     stored = content.get(HYPER_PARAMETERS, {})
     dropped = content["tinyq"].get("dropped", ())

@@ -21,6 +21,7 @@ __all__ = [
     "from_config",
     "import_class",
     "import_lightning_class",
+    "import_named",
     "refuse_other_class",
 ]
 
@@ -36,7 +37,7 @@ def import_class(path: str, base: type[Kind]) -> type[Kind]:
     Raises:
         ModelError: there is none, or it is not a ``base``.
     """
-    found = _imported(path)
+    found = import_named(path)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ModelError(f"{path!r} is not a {base.__name__}")
     return found
@@ -44,13 +45,18 @@ def import_class(path: str, base: type[Kind]) -> type[Kind]:
 
 def import_lightning_class(path: str, name: str) -> Any:
     """As :func:`import_class`, of a class that derives from Lightning's class ``name``, of either package."""
-    found = _imported(path)
+    found = import_named(path)
     if not (isinstance(found, type) and derives_from(found, name)):
         raise ModelError(f"{path!r} is not a {name}")
     return found
 
 
-def _imported(path: str) -> Any:
+def import_named(path: str) -> Any:
+    """What is at ``package.module:name``; ``package.module.name`` does as well.
+
+    Raises:
+        ModelError: there is none.
+    """
     module_name, colon, name = path.partition(":")
     tries = [(module_name, name)] if colon else list(_splits(path))
     failure: Exception = ImportError("it names no module")
@@ -72,13 +78,13 @@ def _splits(path: str) -> Iterator[tuple[str, str]]:
     return ((".".join(parts[:i]), ".".join(parts[i:])) for i in range(1, len(parts)))
 
 
-def call_with(module_class: type | None, name: str) -> str:
+def call_with(module_class: Any, name: str) -> str:
     """The call that gives an argument by hand, for error messages."""
     argument = f"{name}=..." if name.isidentifier() else f"**{{{name!r}: ...}}"
-    return f"load_quantized(path, {module_class.__name__ if module_class else 'Net'}, {argument})"
+    return f"load_quantized(path, {getattr(module_class, '__name__', 'Net')}, {argument})"
 
 
-def refuse_other_class(class_path: Any, module_class: type, source: str) -> None:
+def refuse_other_class(class_path: Any, module_class: Any, source: str) -> None:
     """A file does not decide what is called: the class it names must be the given one.
 
     Raises:
@@ -104,7 +110,7 @@ def refuse_other_class(class_path: Any, module_class: type, source: str) -> None
 
 
 def from_config(
-    arguments: Mapping[str, Any], given: Iterable[str], annotations: Mapping[str, Any], module_class: type, source: str
+    arguments: Mapping[str, Any], given: Iterable[str], annotations: Mapping[str, Any], module_class: Any, source: str
 ) -> dict[str, Any]:
     """The arguments that LightningCLI stored, as values of the annotated types, without importing anything.
 

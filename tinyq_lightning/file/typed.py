@@ -20,7 +20,7 @@ from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedValueType
 
 from tinyq_lightning.file.plain import plain
-from tinyq_lightning.namespaces import namespace_of
+from tinyq_lightning.namespaces import derives_from, namespace_of
 
 __all__ = [
     "ClassUnknown",
@@ -212,12 +212,32 @@ def restored(
     if kind == "omegaconf":
         return _configuration(value, trust)
     if kind == "AttributeDict":
-        return namespace_of(module_class).module("utilities.parsing").AttributeDict(value)
+        return _attribute_dict(value, module_class)
     if kind == "path":
         return _PATHS[str(name)](value)
     if kind == "defaultdict":
         return defaultdict(_FACTORIES[name] if name else None, value)
     return _BUILTIN[kind](value)
+
+
+def _attribute_dict(value: Any, module_class: Any) -> Any:
+    """As LightningModule's ``hparams`` has it; of plain PyTorch, a dict whose items are attributes."""
+    if not (isinstance(module_class, type) and derives_from(module_class, "LightningModule")):
+        return _Attributes(value)
+    return namespace_of(module_class).module("utilities.parsing").AttributeDict(value)
+
+
+class _Attributes(dict[str, Any]):
+    """A dict whose items are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"there is no item {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
 
 
 def _configuration(value: Any, trust: bool) -> Any:

@@ -1,9 +1,11 @@
 """A quantized model written for other runtimes, which is then run there and compared with the model."""
 
+from tinyq_lightning.handover.beside import check_formats, export_beside
 from tinyq_lightning.handover.example import import_example
 from tinyq_lightning.handover.exporting import export
 from tinyq_lightning.handover.formats import FORMATS, Format, Program, Tensors
 from tinyq_lightning.handover.report import ExportReport
+from tinyq_lightning.handover.session import session_forward
 
 __all__ = [
     "FORMATS",
@@ -11,6 +13,9 @@ __all__ = [
     "Format",
     "Program",
     "Tensors",
+    "check_formats",
     "export",
+    "export_beside",
     "import_example",
+    "session_forward",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,12 +12,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tinyq_lightning.errors import ModelError
+from tinyq_lightning.file import import_named
 
 __all__ = [
     "Example",
+    "as_arguments",
     "example_for",
     "flat_names",
     "import_example",
+    "parameters_of_call",
     "resized",
 ]
 
@@ -86,15 +88,7 @@ def import_example(path: str) -> Any:
     Raises:
         ModelError: there is no such function, or it fails.
     """
-    module_name, colon, name = path.partition(":")
-    try:
-        if not colon:
-            raise ImportError("it names no function")
-        function: Any = importlib.import_module(module_name)
-        for part in name.split("."):
-            function = getattr(function, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ModelError(f"{path!r} cannot be imported: {error}. Write it as package.module:function") from error
+    function = import_named(path)
     if not callable(function):
         raise ModelError(f"{path!r} is no function: give one that takes nothing and returns the example inputs")
     try:
@@ -124,7 +118,7 @@ def example_for(model: nn.Module, given: Any, method: str) -> Example:
             "(--example package.module:function): a tensor, a tuple of arguments, or a dict of arguments by name"
         )
     given = pytree.tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, given)
-    args, kwargs = _as_arguments(given)
+    args, kwargs = as_arguments(given)
     function = getattr(model, method, None)
     if not callable(function):
         raise ModelError(f"{name} has no method {method!r}")
@@ -138,7 +132,13 @@ def example_for(model: nn.Module, given: Any, method: str) -> Example:
     return example
 
 
-def _as_arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def parameters_of_call(model: nn.Module, method: str) -> list[str]:
+    """The names of the parameters of a method."""
+    return list(inspect.signature(getattr(model, method)).parameters)
+
+
+def as_arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional arguments, and those by name, of inputs as users give them."""
     if isinstance(given, Mapping):
         return (), {str(name): value for name, value in given.items()}
     return (tuple(given), {}) if isinstance(given, tuple) else ((given,), {})

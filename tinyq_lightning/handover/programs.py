@@ -46,7 +46,7 @@ def exported_program(request: Request) -> ExportedProgram:
 def _shortened(message: str) -> str:
     """The first lines of an error of torch, without its advice on logging."""
     lines = [line.partition("For more information")[0].strip() for line in message.splitlines()]
-    return " ".join([line for line in lines if line][:3])[:500].rstrip(".")
+    return " ".join([line for line in lines if line][:2])[:400].rstrip(".")
 
 
 def tensors_of(outputs: Any) -> Sequence[Tensor]:

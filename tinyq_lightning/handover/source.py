@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import os
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from tinyq_lightning.errors import ExportError, ModelError
-from tinyq_lightning.file import load_content, read_checkpoint, read_safetensors
+from tinyq_lightning.file import as_factory, load_content
 from tinyq_lightning.layers import QuantizedLayer
 
 __all__ = [
     "Method",
     "callable_module",
-    "content_of",
     "model_from",
     "on_cpu",
 ]
@@ -30,24 +29,21 @@ class Method(nn.Module):
         method: name of the method.
     """
 
+    def __new__(cls, module: nn.Module, method: str) -> Method:
+        """An instance of a subclass whose ``forward`` has the method's parameters, by which exporters name inputs."""
+
+        def forward(self: Method, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self.module, method)(*args, **kwargs)
+
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = inspect.signature(getattr(module, method)).parameters.values()
+        forward.__signature__ = inspect.Signature([own, *parameters])  # type: ignore[attr-defined]
+        return super().__new__(type(cls.__name__, (cls,), {"forward": forward}))
+
     def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()
-        self.module, self.method = module, method
+        self.module = module
         self.training = module.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method."""
-        return getattr(self.module, self.method)(*args, **kwargs)
-
-
-def content_of(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a quantized checkpoint, or of a safetensors file made from one.
-
-    Raises:
-        CheckpointError: there is no such file, or it is none of these.
-    """
-    is_safetensors = os.fspath(path).lower().endswith(".safetensors")
-    return read_safetensors(path) if is_safetensors else read_checkpoint(path)
 
 
 def model_from(
@@ -64,7 +60,7 @@ def model_from(
             f"{source} holds the tensors of a model and not what to compute with them: give module_class "
             "(--model package.module:Class), the class it was made from"
         )
-    model: nn.Module = load_content(content, module_class, init_args, source, trust=trust)
+    model: nn.Module = load_content(content, as_factory(module_class), init_args, source, trust=trust)
     return model.eval()
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
+    "exporting_for_this_processor",
     "in_jit_trace",
     "in_transform",
     "is_exporting",
+    "is_exporting_for_any_processor",
     "outside_modes",
 ]
 
@@ -32,6 +35,27 @@ def is_exporting() -> bool:
     """Return True inside ``torch.export``."""
     probe = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
     return probe is not None and probe()
+
+
+_for_this_processor: ContextVar[bool] = ContextVar("exporting for this processor", default=False)
+
+
+@contextmanager
+def exporting_for_this_processor() -> Iterator[None]:
+    """Return a context manager in which ``torch.export`` writes the products that are fast on this processor.
+
+    Elsewhere it writes those that mean the same on any processor, unless a layer asks for int8 products.
+    """
+    token = _for_this_processor.set(True)
+    try:
+        yield
+    finally:
+        _for_this_processor.reset(token)
+
+
+def is_exporting_for_any_processor() -> bool:
+    """Return True inside ``torch.export``, unless it is :func:`exporting_for_this_processor`."""
+    return is_exporting() and not _for_this_processor.get()
 
 
 @contextmanager

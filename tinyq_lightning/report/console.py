@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.plan import MANY_LAYERS, Plan
 from tinyq_lightning.report.outcome import Outcome, log_entries
-from tinyq_lightning.report.tables import comparison_table, layer_table
+from tinyq_lightning.report.tables import comparison_table, export_table, layer_table
 from tinyq_lightning.table import Table, screen_width
 
 if TYPE_CHECKING:
@@ -48,13 +48,18 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     print()
     for each in outcomes:
         coverage = str(each.coverage) if len(outcomes) > 1 else None  # of one method it is in the headline
-        for sentence in filter(None, (coverage, each.verdict(), each.speed_verdict())):
+        for sentence in filter(None, (coverage, each.calibration(), each.verdict(), each.speed_verdict())):
             print(sentence if len(outcomes) == 1 else f"{each.name}: {sentence}")
+    if (exports := export_table(outcomes)) is not None:
+        _print_table(exports)
+        print()
     if first.float_path:
         print(f"float      {first.float_path}")
     paths = [each.quantized_path for each in outcomes if each.quantized_path]
     for path in paths:
         print(f"quantized  {path}")
+    for export in (export for each in outcomes for export in each.exports):
+        print(f"{export.format:<11}{export.path}")
     print("" if paths else "no file was written\n", end="\n" if paths else "")
 
 

@@ -16,11 +16,12 @@ import fsspec
 import yaml
 
 from tinyq_lightning.errors import CheckpointError
-from tinyq_lightning.file import replace_file
+from tinyq_lightning.file import file_exists, replace_file
+from tinyq_lightning.handover import ExportReport
 from tinyq_lightning.report.html import html_report
 from tinyq_lightning.report.machine import machine
 from tinyq_lightning.report.outcome import Outcome, combined
-from tinyq_lightning.report.tables import comparison_table, kind_table, layer_table
+from tinyq_lightning.report.tables import comparison_table, export_table, kind_table, layer_table
 from tinyq_lightning.trainer import write_on_rank_zero
 from tinyq_lightning.version import __version__
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = [
+    "files_of_report",
     "report_content",
     "resolved_yaml",
     "write_report",
@@ -56,6 +58,8 @@ def _write(outcomes: Sequence[Outcome]) -> None:
                     "kinds": kind_table(outcome.plan),
                     "layers": layer_table(outcome),
                 }
+                if (exports := export_table([outcome])) is not None:
+                    tables["exports"] = exports
                 page = html_report(content, tables, resolved)
                 _write_text(f"{stem}.html", page)
     except CheckpointError as error:
@@ -75,6 +79,12 @@ def _stem_of_report(quantized_path: str) -> str:
     stem = quantized_path.removesuffix(".ckpt")
     numbered = (f"{stem}-report-v{version}" for version in count(1))
     return next(each for each in chain((stem, f"{stem}-report"), numbered) if _is_free(each))
+
+
+def files_of_report(quantized_path: str) -> list[str]:
+    """The paths of the files that :func:`write_report` has written for a checkpoint."""
+    stem = _stem_of_report(quantized_path)
+    return [path for ending in _BEGINNINGS if file_exists(path := f"{stem}{ending}")]
 
 
 def _is_free(stem: str) -> bool:
@@ -132,12 +142,20 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
         "batches_timed": {name: each.batches for name, each in times.items()},
         "budget": budget,
         "verdict": outcome.verdict(),
+        "exports": [_described(each) for each in outcome.exports],
+        "calibration": outcome.calibration(),
         "never_slower": outcome.stopwatch and {"verdict": outcome.speed_verdict()} | outcome.stopwatch.to_dict(),
         "layers": layers,
         "spec": plan.to_spec().to_dict(),
     }
     finite: dict[str, Any] = _finite(content)
     return finite
+
+
+def _described(export: ExportReport) -> dict[str, Any]:
+    """An export, with the names of its files in the place of their paths."""
+    files = [os.path.basename(each) for each in export.files]
+    return export.to_dict() | {"path": os.path.basename(export.path), "files": files}
 
 
 def _finite(value: Any) -> Any:
@@ -165,7 +183,9 @@ def resolved_yaml(outcome: Outcome, stem: str) -> str:
     comments += [f'TinyQCallback("{stem}.yaml")']
     for metric, values in outcome.results.items():
         comments.append(f"{metric}: float {values['float']:.6g}, quantized {values[outcome.name]:.6g}")
-    comments += [verdict for verdict in (outcome.verdict(), outcome.speed_verdict()) if verdict]
+    comments += [verdict for verdict in (outcome.verdict(), outcome.speed_verdict(), outcome.calibration()) if verdict]
+    if plan.spec.calibrate:
+        comments.append("It gives the same codes only with the same validation batches: they were chosen by these.")
     lines = [_comment(text) for text in comments]
     lines += ["", _yaml({key: content.pop(key) for key in ("method", "kinds", "exclude")})]
     if rules:

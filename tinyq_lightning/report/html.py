@@ -24,7 +24,8 @@ def html_report(content: Mapping[str, Any], tables: Mapping[str, Table], resolve
 
     Args:
         content: of :func:`tinyq_lightning.report.files.report_content`.
-        tables: ``comparison`` of metrics, sizes and times, before and after; ``kinds``, and ``layers`` one by one.
+        tables: ``comparison`` of metrics, sizes and times, before and after; ``kinds``, and ``layers`` one by one; and
+            ``exports``, if there are any.
         resolved: the plan as a spec, in YAML.
     """
     template = resources.files("tinyq_lightning.report").joinpath("page.html").read_text(encoding="utf-8")
@@ -49,6 +50,8 @@ def _sentences(content: Mapping[str, Any]) -> list[dict[str, str]]:
         found.append({"text": _capital(content["verdict"]), "kind": "met" if content["budget"]["met"] else "missed"})
     if content["never_slower"]:
         found.append({"text": _capital(content["never_slower"]["verdict"]), "kind": ""})
+    if content["calibration"]:
+        found.append({"text": _capital(content["calibration"]), "kind": ""})
     return found
 
 
@@ -135,5 +138,5 @@ def _search(budget: Mapping[str, Any] | None) -> dict[str, Any] | None:
         ]
         for index, trial in enumerate(budget["trials"])
     ]
-    table = Table(["plan", "layers given up", "bytes given up", monitor, "lost", "within"], rows)
+    table = Table(["plan", "layers changed", "more bytes", monitor, "lost", "within"], rows)
     return {"monitor": monitor, "allowed": f"{allowed:.4g}", "curve": search_curve(budget), "table": table}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from tinyq_lightning.report.artifacts import log_artifacts
 from tinyq_lightning.report.console import log_outcomes, log_tables, show, warn
 from tinyq_lightning.report.files import write_report
 from tinyq_lightning.report.outcome import Outcome
@@ -19,7 +20,7 @@ __all__ = [
 
 
 def report_steps(
-    fitting: bool, alone: bool, report: bool
+    fitting: bool, alone: bool, report: bool, log_files: bool = False
 ) -> list[tuple[str, Callable[[Trainer, Sequence[Outcome]], None]]]:
     """Each step with its name for an error.
 
@@ -27,6 +28,7 @@ def report_steps(
         fitting: whether it was a fit; after a test the module has logged the results.
         alone: whether no other callback of the run has logged a ``…/delta``.
         report: whether to show, log and write the report.
+        log_files: whether to give the files that were written to the loggers.
     """
     steps: list[tuple[str, Callable[[Trainer, Sequence[Outcome]], None]]] = []
     if fitting:
@@ -34,4 +36,6 @@ def report_steps(
     steps.append(("Warning of the outcome", warn))
     if report:
         steps += [("Showing the report", show), ("Logging tables", log_tables), ("Writing the report", write_report)]
+    if log_files:
+        steps.append(("Logging the files", log_artifacts))
     return steps

@@ -13,6 +13,7 @@ from tinyq_lightning.table import Table, format_bytes
 
 __all__ = [
     "comparison_table",
+    "export_table",
     "kind_table",
     "layer_table",
 ]
@@ -76,6 +77,23 @@ def kind_table(plan: Plan) -> Table:
         before, after = sum(each.float_bytes for each in layers), sum(each.bytes for each in layers)
         rows.append([kind, f"{quantized} of {len(layers)}", format_bytes(before), *_sizes([(after, before)])])
     return Table(["kind", "quantized", "float", "now", "delta"], rows)
+
+
+def export_table(outcomes: Sequence[Outcome]) -> Table | None:
+    """Size, error and time of each export; None if there is none."""
+    rows = [
+        [
+            os.path.basename(each.path),
+            each.format,
+            format_bytes(each.bytes),
+            "" if each.relative_error is None else f"{each.relative_error:.2g}",
+            "" if each.ms is None else f"{each.ms:.3g}",
+            "" if each.model_ms is None else f"{each.model_ms:.3g}",
+        ]
+        for outcome in outcomes
+        for each in outcome.exports
+    ]
+    return Table(["export", "format", "size", "error", "ms", "here ms"], rows, 2) if rows else None
 
 
 def layer_table(outcome: Outcome) -> Table:

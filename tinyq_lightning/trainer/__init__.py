@@ -2,6 +2,7 @@
 
 from tinyq_lightning.trainer.before_fit import check_before_fit
 from tinyq_lightning.trainer.checks import check_budget, refuse_mixed_packages
+from tinyq_lightning.trainer.exports import export_beside_file
 from tinyq_lightning.trainer.failures import step_after_run, tell_of_interrupt
 from tinyq_lightning.trainer.float_weights import (
     FloatWeights,
@@ -34,6 +35,7 @@ __all__ = [
     "check_budget",
     "choose_float_weights",
     "compare",
+    "export_beside_file",
     "files_before_fit",
     "forget_test_start",
     "is_sharded",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = [
+    "Failing",
     "step_after_run",
     "tell_of_interrupt",
 ]
@@ -26,7 +27,7 @@ _HOW_TO_QUANTIZE_LATER = (
 )
 
 
-class _Failing(Protocol):
+class Failing(Protocol):
     """What takes an error: whether to raise it, the first one, and the float checkpoint that the user still has."""
 
     strict: bool
@@ -35,7 +36,7 @@ class _Failing(Protocol):
 
 
 @contextmanager
-def step_after_run(owner: _Failing, trainer: Trainer, name: str) -> Iterator[None]:
+def step_after_run(owner: Failing, trainer: Trainer, name: str) -> Iterator[None]:
     """Run a step after training or testing: if it fails on any rank, each rank sets ``error``, and rank 0 warns.
 
     Steps may be nested.

@@ -71,7 +71,7 @@ class FloatWeights:
 
     def moment(self, trainer: Trainer) -> Moment:
         """The epoch and step that these weights were saved in; of the current ones, the last of the fit."""
-        last = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # the fit has counted past it
+        last = _last_epoch(trainer)
         epoch, step = (self.checkpoint.get(name) for name in ("epoch", "global_step"))
         return Moment(
             min(last, epoch) if isinstance(epoch, int) else last, step if isinstance(step, int) else trainer.global_step
@@ -183,8 +183,15 @@ def current_weights(trainer: Trainer, note: str) -> FloatWeights:
     no_state = [(trainer.strategy, {"lightning_module_state_dict": dict})] if is_sharded(trainer) else []
     with shadowed(no_state):  # no process is to hold all of a sharded one
         base = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    if trainer.state.fn == "fit":
+        base["epoch"] = _last_epoch(trainer)
     stem = f"epoch={base['epoch']}-step={base['global_step']}"
     return FloatWeights(None, base, stem, trainer.default_root_dir, note)
+
+
+def _last_epoch(trainer: Trainer) -> int:
+    """The epoch that a fit ran last, as ModelCheckpoint counts it: at the end the Trainer has counted past it."""
+    return max(0, trainer.fit_loop.epoch_progress.current.ready - 1)
 
 
 def tested_weights(trainer: Trainer, restored: Mapping[str, Any] | None) -> FloatWeights:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
@@ -56,7 +56,12 @@ class Moment(NamedTuple):
 
 
 def inner_trainer(
-    trainer: Trainer, watch: Callback, stage: Stage, batches: int | None, moment: Moment | None
+    trainer: Trainer,
+    watch: Callback,
+    stage: Stage,
+    batches: int | None,
+    moment: Moment | None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> Trainer:
     """A Trainer that runs a loop of ``trainer`` again: same precision, limits, processes; nothing written or shown.
 
@@ -70,6 +75,7 @@ def inner_trainer(
         stage: which loop.
         batches: at most so many of each dataloader; None: as many as the user's Trainer takes.
         moment: the epoch and step that it tells; None: those of the user's Trainer.
+        attributes: of the user's Trainer, of which those of the user's own are taken; None: as they are now.
     """
     limit_name = "limit_val_batches" if stage == "validate" else "limit_test_batches"
     limit = getattr(trainer, limit_name)
@@ -100,9 +106,10 @@ def inner_trainer(
             default_root_dir=trainer.default_root_dir,
         )
     vars(inner).update(outer=trainer, moment=moment)
-    for name, value in vars(trainer).items():  # settings, and what users put there
-        if name not in vars(inner) or type(value) in (bool, int, float, str, type(None)):
-            vars(inner)[name] = value
+    present = dict(vars(trainer))
+    settings = {name: value for name, value in present.items() if type(value) in (bool, int, float, str, type(None))}
+    own = {name: value for name, value in (attributes or present).items() if name not in vars(inner)}
+    vars(inner).update({name: value for name, value in settings.items() if name in vars(inner)} | own)
     setattr(inner, limit_name, limit)
     for name in ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs"):
         setattr(inner.strategy, name, getattr(trainer.strategy, name))

@@ -68,9 +68,10 @@ def refuse_measuring_sharded(trainer: Trainer, spec: QuantizationSpec) -> None:
     """Refuse before training what would need the quantized model to run.
 
     Raises:
-        EvaluationError: the spec has a budget or ``never_slower``.
+        EvaluationError: the spec has a budget, ``never_slower`` or exports.
     """
-    wanted = "a budget" if spec.budget else "never_slower" if spec.never_slower else None
+    needs = {"a budget": spec.budget, "never_slower": spec.never_slower, "export": spec.export}
+    wanted = next((name for name, asked in needs.items() if asked), None)
     if wanted:
         raise EvaluationError(
             f"{wanted} needs the quantized model to run, and under {type(trainer.strategy).__name__} no process holds "

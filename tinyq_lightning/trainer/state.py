@@ -257,6 +257,6 @@ def _class_attributes(kind: type) -> dict[str, object]:
         name: value
         for name, value in vars(kind).items()
         if not name.startswith(("__", "_abc_"))
-        and not callable(value)
+        and not isinstance(value, types.BuiltinFunctionType)
         and not any(hasattr(type(value), method) for method in ("__get__", "__set__"))
     }

@@ -16,6 +16,7 @@ from tinyq_lightning.namespaces import namespace_of
 from tinyq_lightning.plan import Swap, state_bytes
 from tinyq_lightning.search import SIGNAL_BATCHES, BatchTimes, LayerError, Stopwatch, measured_layers
 from tinyq_lightning.spec import QuantizationSpec
+from tinyq_lightning.trainer.calibrating import calibrated_in_test
 from tinyq_lightning.trainer.evaluation import (
     Evaluation,
     LoopWatch,
@@ -92,6 +93,7 @@ class _TestStart:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module, self._loop = trainer, module, trainer.test_loop
         self.snapshot: Snapshot | None = None
+        self._attributes: dict[str, Any] = {}  # of the Trainer
         self.on_epoch_end: list[Callable[[], object]] = []
         self._own = {name: vars(self._loop).get(name) for name in ("reset", "_on_evaluation_epoch_end")}
         vars(self._loop)["reset"] = partial(self._reset, self._loop.reset)
@@ -100,6 +102,7 @@ class _TestStart:
     def _reset(self, own: Callable[[], None]) -> None:
         roots = state_roots(self._trainer, self._module)
         self.snapshot = Snapshot(*roots, data=dataloaders(self._trainer, "test"))
+        self._attributes = dict(vars(self._trainer))
         own()
 
     def _end_epoch(self, own: Callable[[], None]) -> None:
@@ -117,7 +120,9 @@ class _TestStart:
     def evaluation(self, swap: Swap | None) -> Evaluation:
         """Test the layers of ``swap``, or the float ones, from the state that the run began with."""
         assert self.snapshot is not None
-        return run_evaluation(self._trainer, self._module, "test", start=self.snapshot, swap=swap)
+        return run_evaluation(
+            self._trainer, self._module, "test", start=self.snapshot, swap=swap, attributes=self._attributes
+        )
 
     def close(self) -> None:
         """The loop as it was."""
@@ -155,7 +160,7 @@ class TestRun:
         float_seconds: the time of a batch with float layers.
 
     Raises:
-        EvaluationError: ``test_step`` takes an iterator.
+        EvaluationError: ``test_step`` takes an iterator, or there is no validation data to calibrate by.
         ModelError: the model cannot be quantized.
         SpecError: the spec does not fit the model.
     """
@@ -188,7 +193,7 @@ class TestRun:
         self._watch, self._watching = LoopWatch(), ExitStack()
         self._undecided = stopwatch is not None
         with first.swap.taken_out() if first else nullcontext():
-            self.swap: Swap = Swap(module, spec).or_refuse()
+            self.swap: Swap = calibrated_in_test(trainer, module, Swap(module, spec).or_refuse())
             self.float_bytes = state_bytes(module.state_dict())
             with self.swap:
                 self.bytes = state_bytes(module.state_dict())

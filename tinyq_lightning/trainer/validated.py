@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyq_lightning.trainer.callback_base import CallbackOfBoth
 from tinyq_lightning.trainer.evaluation import weights_digest
+from tinyq_lightning.trainer.exports import copy_of_batch
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -41,9 +42,16 @@ class ValidatedWeights:
 
 
 class WatchesValidation(CallbackOfBoth):
-    """Notes in ``validated`` which weights the validations of a fit run on."""
+    """Notes in ``validated`` which weights the validations of a fit run on.
+
+    Attributes:
+        keeps_batch: whether to keep a copy of the first batch of the run.
+        first_batch: that copy, on the CPU of rank 0; None before there is one.
+    """
 
     validated: ValidatedWeights
+    keeps_batch: bool = False
+    first_batch: Any = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew."""
@@ -53,8 +61,14 @@ class WatchesValidation(CallbackOfBoth):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """At the first batch: all that puts weights in has done so."""
+        self.keep_batch(trainer, batch)
         if batch_idx == dataloader_idx == 0 and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.validated.in_validation(pl_module)
+
+    def keep_batch(self, trainer: Trainer, batch: Any) -> None:
+        """Keep a copy of the first batch, if it is wanted."""
+        if self.keeps_batch and self.first_batch is None and trainer.is_global_zero:
+            self.first_batch = copy_of_batch(batch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """After a validation within an epoch, training goes on here."""

@@ -1,0 +1,263 @@
+"""Programs of torch.export and AOTInductor packages: every kind of layer, any size, without this package."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conv_nets import UNet, resnet18
+from lightning.pytorch import LightningModule
+from mixed import RULE, Mixed
+from models import FEATURES
+from torch import nn
+from transformer import LENGTH, WORDS, Language
+
+from tinyq_lightning import export, quantize
+from tinyq_lightning.errors import ExportError
+
+METHODS = ("w8a32", "w8a16", "w8a8")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+class Padded(nn.Module):
+    """A transformer encoder that is told which tokens are padding, and returns a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(30, 16, padding_idx=0)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids, padding):
+        hidden = self.encoder(self.embed(ids), src_key_padding_mask=padding)
+        return {"hidden": hidden, "logits": self.head(hidden[:, 0]), "word": ids.argmax(1)}
+
+    def encode(self, ids, padding):
+        return self.encoder(self.embed(ids), src_key_padding_mask=padding).mean(1)
+
+
+class States(nn.Module):
+    """Takes and returns the states of its recurrent layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru = nn.LSTM(6, 8, 2, batch_first=True), nn.GRU(8, 5, batch_first=True, bidirectional=True)
+
+    def forward(self, batch):
+        out, states = self.lstm(batch["series"])
+        return self.gru(out)[0], states
+
+
+def padded_inputs():
+    ids = torch.randint(1, 30, (3, 9))
+    ids[1, 5:] = 0
+    return ids, ids == 0
+
+
+TOKENS = {0: "batch", 1: "tokens"}
+CASES = {
+    "mixed": (Mixed, lambda: torch.randn(3, FEATURES), True),
+    "tied": (Language, lambda: torch.randint(WORDS, (3, LENGTH)), TOKENS),
+    "padded": (Padded, padded_inputs, TOKENS),
+    "resnet": (lambda: resnet18(8, 10), lambda: torch.randn(2, 3, 32, 32), True),
+    "unet": (UNet, lambda: torch.randn(2, 1, 32, 32), True),
+    "states": (States, lambda: ({"series": torch.randn(3, 7, 6)},), True),
+}
+
+
+def case(name, method):
+    torch.manual_seed(0)
+    make, inputs, dynamic = CASES[name]
+    model = make().eval()
+    spec = {"method": method, "rules": [RULE | {"method": "w8a32"}]} if name == "mixed" else method
+    quantize(model, spec)
+    return model, inputs(), dynamic
+
+
+def slow_but(name, methods):
+    """Each method with a case; those not listed in long test runs only."""
+    return [pytest.param(name, each, marks=[] if each in methods else pytest.mark.slow) for each in METHODS]
+
+
+EACH = [
+    pair
+    for name in CASES
+    for pair in slow_but(name, METHODS if name == "padded" else ("w8a8",) if name != "resnet" else ())
+]
+
+
+@pytest.mark.parametrize(("name", "method"), EACH)
+def test_a_program_computes_what_the_model_does(name, method, tmp_path):
+    model, inputs, dynamic = case(name, method)
+    report = export(model, tmp_path / "net.pt2", inputs, dynamic=dynamic)
+    assert report.relative_error < 1e-3
+    assert len(report.inputs) == 3
+    held = torch.export.load(tmp_path / "net.pt2")
+    tensors = [*held.state_dict.values(), *held.constants.values()]
+    assert any(tensor.dtype == torch.int8 for tensor in tensors)
+    layers = {id(tensor) for tensor in tensors}
+    assert len(layers) == len(tensors)
+    assert not [node for node in held.graph.nodes if "tinyq" in str(node.target)]
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_package_computes_what_the_model_does(name, method, tmp_path):
+    model, inputs, dynamic = case(name, method)
+    report = export(model, tmp_path / "net.pt2", inputs, to="aoti", dynamic=dynamic)
+    assert report.relative_error < 5e-3
+    assert "machine code" in report.notes[0]
+
+
+WITHOUT = """
+import importlib.abc, json, sys
+
+class Refusing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("tinyq_lightning", "lightning", "pytorch_lightning"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refusing())
+import torch
+case = torch.load("case.pt")
+if sys.argv[1] == "aoti":
+    run = torch._inductor.aoti_load_package("net.pt2")
+else:
+    run = torch.export.load("net.pt2").module()
+with torch.no_grad():
+    out = run(*case["inputs"])
+torch.testing.assert_close(out, case["wanted"], rtol=2e-3, atol=2e-3)
+rows = [each[:1].contiguous() for each in case["inputs"]]
+with torch.no_grad():
+    torch.testing.assert_close(run(*rows), {name: each[:1] for name, each in out.items()}, rtol=2e-3, atol=2e-3)
+"""
+
+
+@pytest.mark.parametrize("format", ["pt2", pytest.param("aoti", marks=needs_compiler)])
+def test_a_process_without_this_package_runs_it(format, tmp_path):
+    model, inputs, dynamic = case("padded", "w8a32")
+    with torch.no_grad():
+        wanted = model(*inputs)
+    export(model, tmp_path / "net.pt2", inputs, to=format, dynamic=dynamic)
+    torch.save({"inputs": list(inputs), "wanted": wanted}, tmp_path / "case.pt")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT, format], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_method_is_exported_by_name(tmp_path):
+    model, inputs, dynamic = case("padded", "w8a8")
+    report = export(model, tmp_path / "net.pt2", inputs, method="encode", dynamic=dynamic)
+    with torch.no_grad():
+        out = torch.export.load(tmp_path / "net.pt2").module()(*inputs)
+        torch.testing.assert_close(out, model.encode(*inputs), rtol=1e-3, atol=1e-3)
+    assert [each.name for each in report.outputs] == ["output"]
+
+
+def test_outputs_have_the_names_of_the_models(tmp_path):
+    model, inputs, _ = case("states", "w8a32")
+    report = export(model, tmp_path / "net.pt2", inputs, dynamic=False)
+    assert [each.name for each in report.outputs] == ["output_0", "output_1.0", "output_1.1"]
+    assert report.inputs == ({"batch.series": (3, 7, 6)},)
+    model, inputs, _ = case("padded", "w8a32")
+    report = export(model, tmp_path / "other.pt2", {"ids": inputs[0], "padding": inputs[1]})
+    assert [each.name for each in report.outputs] == ["hidden", "logits", "word"]
+    assert list(report.inputs[0]) == ["ids", "padding"]
+
+
+class WithExample(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.example_input_array = torch.randn(1, 8)
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_the_example_of_a_lightning_module_is_taken_and_one_row_does(tmp_path):
+    model = WithExample()
+    quantize(model, "w8a8")
+    report = export(model, tmp_path / "net.pt2")
+    assert [each["x"] for each in report.inputs] == [(1, 8), (1, 8), (4, 8)]
+    run = torch.export.load(tmp_path / "net.pt2").module()
+    assert run(torch.randn(17, 8)).shape == (17, 4)
+
+
+def test_sizes_that_are_not_dynamic_are_fixed(tmp_path):
+    model, inputs, _ = case("padded", "w8a32")
+    export(model, tmp_path / "net.pt2", inputs)
+    run = torch.export.load(tmp_path / "net.pt2").module()
+    with pytest.raises((AssertionError, RuntimeError)):
+        run(inputs[0][:, :4].contiguous(), inputs[1][:, :4].contiguous())
+
+
+def test_bounds_are_held(tmp_path):
+    model, inputs, _ = case("padded", "w8a32")
+    tokens = torch.export.Dim("tokens", min=2, max=20)
+    export(model, tmp_path / "net.pt2", inputs, dynamic={0: "batch", 1: tokens})
+    run = torch.export.load(tmp_path / "net.pt2").module()
+    with torch.no_grad():
+        assert run(torch.ones(1, 20).long(), torch.zeros(1, 20).bool())["logits"].shape == (1, 3)
+    with pytest.raises((AssertionError, RuntimeError)):
+        run(torch.ones(1, 21).long(), torch.zeros(1, 21).bool())
+
+
+class Fixed(nn.Module):
+    """Works for one batch size only."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.layer(x).reshape(2, 2, 4) if len(x) == 4 else self.layer(x)
+
+
+def test_a_size_that_cannot_change_is_an_error_that_says_what_to_do(tmp_path):
+    model = Fixed()
+    quantize(model, "w8a32")
+    with pytest.raises(ExportError, match="If the sizes of batch may not change, give dynamic=False"):
+        export(model, tmp_path / "net.pt2", torch.randn(4, 8))
+    assert not list(tmp_path.iterdir())
+    export(model, tmp_path / "net.pt2", torch.randn(4, 8), dynamic=False)
+
+
+@needs_compiler
+def test_a_package_takes_int8_products_where_a_program_has_the_formula(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64))
+    quantize(model, "w8a8")
+    export(model, tmp_path / "net.pt2", torch.randn(4, 64))
+    program = torch.export.load(tmp_path / "net.pt2")
+    assert "_int_mm" not in str(program.graph)
+    model[0].kernel = "int8"
+    export(model, tmp_path / "int8.pt2", torch.randn(4, 64))
+    asked = "_int_mm" in str(torch.export.load(tmp_path / "int8.pt2").graph)
+    assert asked == model[0].choice.kernel.startswith("int8")
+
+
+def test_without_a_compiler_there_is_an_error_that_says_so(tmp_path, monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    model, inputs, _ = case("padded", "w8a32")
+    with pytest.raises(ExportError, match="there is no C\\+\\+ compiler: install one"):
+        export(model, tmp_path / "net.pt2", inputs, to="aoti")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_package_is_named_as_torch_wants_it(tmp_path):
+    model, inputs, _ = case("padded", "w8a32")
+    with pytest.raises(ExportError, match=r"only if its name ends in \.pt2"):
+        export(model, tmp_path / "net.so", inputs, to="aoti")
+
+
+def test_the_report_is_json(tmp_path):
+    model, inputs, _ = case("padded", "w8a32")
+    assert json.loads(json.dumps(export(model, tmp_path / "net.pt2", inputs).to_dict()))["format"] == "pt2"
