@@ -1,9 +1,11 @@
 """Modules, Trainers and callbacks of ``lightning.pytorch`` and of ``pytorch_lightning``, and of both in one process."""
 
+import ast
 import importlib
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from lightnings import NAMESPACE, OTHER, Callback, LightningModule, Trainer
@@ -45,6 +47,7 @@ def test_the_other_package_is_not_imported_and_the_log_stays_with_the_first(pack
     other = BOTH[1 - BOTH.index(package)]
     code = f"""
 import sys
+from pathlib import Path
 import {package}
 from lightning_utilities.core import rank_zero
 before = rank_zero.log.name
@@ -188,6 +191,7 @@ model: {{width: 8}}
 """)
     code = f"""
 import sys
+from pathlib import Path
 sys.path.insert(0, {str(tmp_path)!r})
 import small
 from {OTHER}.cli import LightningCLI
@@ -207,3 +211,20 @@ def test_a_module_of_the_other_package_is_refused_by_lightning_before_training(t
         trainer(tmp_path, callback).fit(type("Theirs", (other.LightningModule,), {})(), loader())
     assert callback.error is None
     assert issubclass(Net, LightningModule)
+
+
+def test_no_module_imports_lightning_by_name_but_for_types():
+    for file in (Path(__file__).parents[1] / "tinyq_lightning").rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        typed = {node for found in ast.walk(tree) if _is_for_types(found) for node in ast.walk(found)}
+        for node in ast.walk(tree):
+            named = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            named += [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            packages = {name.partition(".")[0] for name in named}
+            assert node in typed or packages.isdisjoint(("lightning", "pytorch_lightning")), (
+                f"{file.name}:{node.lineno}"
+            )
+
+
+def _is_for_types(node):
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from tinyq_lightning.errors import EvaluationError
@@ -16,6 +16,9 @@ from tinyq_lightning.trainer.checks import why_never_validated
 from tinyq_lightning.trainer.evaluation import dataloaders, run_evaluation
 from tinyq_lightning.trainer.inner_trainer import Moment, quiet, state_roots
 from tinyq_lightning.trainer.isolation import Snapshot
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "Calibrator",
