@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = {"strategy": strategy, "devices": 2, "use_distributed_sampler": True}
     module = UnsyncedNet()
-    callback = WriteOutcome("w8a32")
+    callback = WriteOutcome("w8a32", export="pt2")
     fit = trainer(root, keeper(root), callback, logger=CSVLogger(root), **settings)
     fit.fit(module, loader(shuffle=True), loader(seed=1))
     if fit.global_rank == 0:  # in the process that called fit

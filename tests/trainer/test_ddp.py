@@ -20,6 +20,7 @@ def test_ranks_agree_and_one_file_is_written(tmp_path, strategy):
     assert done.stdout.count("TinyQ: 100 % of the weight bytes in int8") == (2 if strategy == "ddp" else 1), (
         "each table once, by rank 0"
     )
+    assert len(list(tmp_path.glob("w8a32-*.pt2"))) == 1, "exported once, by rank 0"
     for stage, method in (("fit", "w8a32"), ("test", "w8a8")) if strategy == "ddp" else (("fit", "w8a32"),):
         ranks = written_by_ranks(tmp_path, stage)
         assert ranks[0] == ranks[1]

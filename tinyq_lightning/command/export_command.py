@@ -36,8 +36,8 @@ def export(args: Namespace) -> Answer:
 
 
 def _class_of(args: Namespace) -> Any:
-    if args.model is None and args.checkpoint.lower().endswith(".safetensors"):
-        return None
+    if args.model is not None or args.checkpoint.lower().endswith(".safetensors"):
+        return args.model  # any class or function that makes the module
     with Archive(args.checkpoint) as source:
         return model_class(args.model, source, args.trust)
 

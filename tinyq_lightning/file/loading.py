@@ -19,6 +19,7 @@ from tinyq_lightning.file.safetensors import read_safetensors
 from tinyq_lightning.file.structure import fill_what_is_still_held, prepare_structure
 from tinyq_lightning.file.validate import HYPER_PARAMETERS
 from tinyq_lightning.file.weightless import take_values, without_weights
+from tinyq_lightning.plan import refuse_save_pretrained
 
 __all__ = [
     "load_content",
@@ -139,6 +140,7 @@ def load_content(
         raise CheckpointError(f"{source}: the file does not fit {name_of(module_class)}: {error}") from error
     if fill is not None:
         fill()
+    refuse_save_pretrained(module)
     return module.to(_device(map_location))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ def export(
             ``{"ids": {0: "batch", 1: "tokens"}}`` of single inputs; a ``torch.export.Dim`` instead of a name gives
             bounds.
         activations: ``dynamic``: as the model rounds them; ``static``: by ranges from ``calibration``, which some
-            runtimes are faster with.
+            runtimes are faster with; ``static-signed``: likewise, with a zero point of 0, as TensorRT needs it.
         calibration: for static activations: inputs, each like ``example_inputs``.
         max_error: the largest relative error of any output: the norm of the difference, relative to the norm of the
             model's output. By default what the format is known to keep.
@@ -99,17 +99,20 @@ def export(
         names = tuple(output_tensors(_called(module, example)))
         traced = dims.large_enough(example)
         request = Request(module, traced, dims, names, activations, calibration, torch.get_num_threads())
-        bound = wanted.max_error if max_error is None else max_error
+        bound = wanted.bound(activations) if max_error is None else max_error
         return _write_program(wanted, request, example, target, bound, overwrite)
 
 
 def _check_activations(wanted: Program, activations: str, calibration: Iterable[Any] | None) -> None:
-    if activations not in ("dynamic", "static"):
-        raise ExportError(f"activations must be 'dynamic' or 'static', not {activations!r}")
-    if activations == "static" and not wanted.static:
-        raise ExportError(f"the format {wanted.name} rounds activations as they come: leave activations='static' out")
-    if (activations == "static") != (calibration is not None):
-        raise ExportError("activations='static' and calibration belong together: ranges are taken from those inputs")
+    if activations not in get_args(Activations):
+        raise ExportError(f"activations must be one of {', '.join(get_args(Activations))}, not {activations!r}")
+    if activations != "dynamic" and not wanted.static:
+        raise ExportError(f"the format {wanted.name} rounds activations as they come: leave activations out")
+    if (activations == "dynamic") != (calibration is None):
+        raise ExportError(
+            "static activations and calibration belong together: give activations='static' and "
+            "calibration=[inputs, …], from which the ranges are taken"
+        )
 
 
 def _called(module: nn.Module, example: Example) -> Any:
@@ -144,24 +147,25 @@ def _write_program(
         ms=trial.timing.ms,
         model_ms=trial.timing.float_ms,
         threads=request.threads,
-        notes=tuple(notes),
+        notes=(*notes, *trial.notes),
     )
 
 
 class _Trial(NamedTuple):
-    """What running a file gave: the inputs, the worst errors over them, and times."""
+    """What running a file gave: the inputs, notes on those that were left out, the worst errors, and times."""
 
     cases: list[Example]
+    notes: list[str]
     outputs: list[OutputError]
     timing: Timing
 
 
 def _tried(wanted: Program, request: Request, example: Example, written: str) -> _Trial:
     run: Run = _guarded(wanted, "loaded", lambda: wanted.open(written, request))
-    cases = _cases(request, example)
+    cases, notes = _cases(request, example)
     outputs = _guarded(wanted, "run", lambda: worst([_errors(request, run, case) for case in cases]))
     timing = time_both(lambda: request.module(*example.args, **example.kwargs), lambda: run(example))
-    return _Trial(cases, outputs, timing)
+    return _Trial(cases, notes, outputs, timing)
 
 
 def _guarded(wanted: Format, what: str, step: Any) -> Any:
@@ -173,14 +177,19 @@ def _guarded(wanted: Format, what: str, step: Any) -> Any:
         raise ExportError(f"{wanted.name}: the model could not be {what}: {type(error).__name__}: {error}") from error
 
 
-def _cases(request: Request, example: Example) -> list[Example]:
-    """The example, and random inputs of other sizes that the model itself takes."""
-    others = []
+def _cases(request: Request, example: Example) -> tuple[list[Example], list[str]]:
+    """The example, and random inputs of other sizes; those that the model itself does not take are noted."""
+    cases, notes = [example], []
     for seed, sizes in enumerate(request.dims.other_sizes(example)):
         case = request.dims.resized(example, sizes, seed)
-        _called(request.module, case)
-        others.append(case)
-    return [example, *others]
+        try:
+            _called(request.module, case)
+        except ExportError as error:
+            shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            notes.append(f"not tried with {shown}: {str(error).splitlines()[0]}")
+            continue
+        cases.append(case)
+    return cases, notes
 
 
 def _errors(request: Request, run: Run, case: Example) -> list[OutputError]:
