@@ -121,7 +121,7 @@ def test_layers_tied_to_one_another_may_differ_in_method_but_not_in_being_float(
         model,
         {"method": "float", "rules": [{"match": "second", "method": "w8a8"}, {"match": "body", "method": "w8a8"}]},
     )
-    assert got["second"] == ("float", "tied to head.weight (spec)")
+    assert got["second"] == ("float", "tied to head.weight (spec), against rule 1")
 
 
 def test_an_embedding_follows_its_only_linear():
