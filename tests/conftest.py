@@ -6,18 +6,20 @@ import logging
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightnings import NAMESPACE, seed_everything
 from models import Net, keeper, loader, trainer
 
 from tinyq_lightning import TinyQCallback
 
 collect_ignore = ["scripts"]  # run by tests, in processes of their own
+if NAMESPACE != "lightning.pytorch":  # these run the examples, which import that
+    collect_ignore += ["test_configs.py", "test_docs.py", "test_examples.py", "trainer/test_recurrent_run.py"]
 
 
 @pytest.fixture(autouse=True)
 def _same_start():
     """The same seed, one thread, and none of Lightning's notes on hardware in every test."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger(NAMESPACE).setLevel(logging.ERROR)
     torch.set_num_threads(1)
     seed_everything(1, verbose=False)
 

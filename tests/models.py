@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightnings import LightningDataModule, LightningModule, ModelCheckpoint, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection

@@ -72,7 +72,7 @@ def test_evaluate_checkpoint_takes_a_float_file(digits, spec):
 def test_budget_wins_back_what_int8_costs(tmp_path):
     shown = run(tmp_path, ROOT / "examples" / "budget.py", "--epochs", 4, "--root", tmp_path)
     assert "budget met: val_acc loses " in shown
-    assert "1 of 6 layers given up" in shown
+    assert "(of 6 layers 1 float, " in shown
     float_, everywhere, within = (float(line.split()[-1]) for line in shown.splitlines() if " test_acc " in line)
     assert everywhere < float_ - 0.005, "int8 everywhere costs real accuracy"
     assert within > everywhere
@@ -163,3 +163,23 @@ def test_bench_measures_errors_against_what_each_layer_is_meant_to_compute(tmp_p
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short(path):
     assert len(path.read_text().splitlines()) <= 80
+
+
+def test_a_table_is_quantized_within_its_budget(tmp_path):
+    shown = run(tmp_path, ROOT / "examples" / "tabular.py", "--epochs", 4, "--root", tmp_path)
+    assert "budget met: val_auroc " in shown
+    again = shown.split("reloaded int8 file ")[1].split()[0]
+    assert float(again) > 0.9
+    assert len(list(tmp_path.glob("w8a8-epoch=*.ckpt"))) == 1
+
+
+def test_a_tied_transformer_writes_letters_by_three_methods(tmp_path):
+    shown = run(tmp_path, ROOT / "examples" / "text.py", "--epochs", 3, "--root", tmp_path)
+    bits = float(shown.split("'val_bits_per_letter': ")[1].split("}")[0])
+    assert 2 < bits < 5, "better than chance among the letters of a text"
+    assert {path.name.split("-")[0] for path in tmp_path.glob("w8*.ckpt")} == {"w8a32", "w8a16", "w8a8"}
+
+
+def test_the_examples_of_a_task_are_short():
+    for name in ("digits", "digits_resnet", "text", "tabular", "forecasting"):
+        assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 80

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import LightningModule
+from lightnings import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

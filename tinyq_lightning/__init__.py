@@ -13,10 +13,18 @@ if TYPE_CHECKING:
     from tinyq_lightning.file import QuantizedCheckpointMixin, load_quantized
     from tinyq_lightning.handover import ExportReport, export
     from tinyq_lightning.kernels import w8_a8_forward, w8_a16_forward, w8_a32_forward
-    from tinyq_lightning.layers import W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
-    from tinyq_lightning.plan import Decision, Plan, quantize, quantized
+    from tinyq_lightning.layers import (
+        W4A8LinearLayer,
+        W4A16LinearLayer,
+        W4A32LinearLayer,
+        W8A8LinearLayer,
+        W8A16LinearLayer,
+        W8A32LinearLayer,
+    )
+    from tinyq_lightning.plan import Decision, Plan, quantized
     from tinyq_lightning.quantizer import Quantizer, replace_linear_with_target_and_quantize
     from tinyq_lightning.report import QuantizedModelSummary, summarize
+    from tinyq_lightning.search import quantize
     from tinyq_lightning.spec import QuantizationSpec
 
 # torch and Lightning take seconds to import, so names are looked up when they are first touched.
@@ -29,12 +37,15 @@ _MODULES = {
     "QuantizedModelSummary": "report",
     "Quantizer": "quantizer",
     "TinyQCallback": "callback",
+    "W4A8LinearLayer": "layers",
+    "W4A16LinearLayer": "layers",
+    "W4A32LinearLayer": "layers",
     "W8A8LinearLayer": "layers",
     "W8A16LinearLayer": "layers",
     "W8A32LinearLayer": "layers",
     "export": "handover",
     "load_quantized": "file",
-    "quantize": "plan",
+    "quantize": "search",
     "quantized": "plan",
     "replace_linear_with_target_and_quantize": "quantizer",
     "summarize": "report",
@@ -42,6 +53,9 @@ _MODULES = {
     "w8_a16_forward": "kernels",
     "w8_a32_forward": "kernels",
 }
+
+# Their bases are Lightning's classes, of the packages that are imported at the time.
+_OF_BOTH = {"QuantizedModelSummary", "TinyQCallback"}
 
 __all__ = [
     "Decision",
@@ -53,6 +67,9 @@ __all__ = [
     "Quantizer",
     "TinyQCallback",
     "TinyQError",
+    "W4A8LinearLayer",
+    "W4A16LinearLayer",
+    "W4A32LinearLayer",
     "W8A8LinearLayer",
     "W8A16LinearLayer",
     "W8A32LinearLayer",
@@ -72,7 +89,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         found = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-        globals()[name] = found
+        if name in _OF_BOTH:
+            importlib.import_module(f"{__name__}.namespaces").take_imported()
+        else:
+            globals()[name] = found
         return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import SpecError, TinyQError
 from tinyq_lightning.handover import check_formats
 from tinyq_lightning.plan import Plan
-from tinyq_lightning.report import Outcome, combined, log_entries, outcome_of_fit, outcome_of_test, report_steps
+from tinyq_lightning.report import (
+    Outcome,
+    column_name,
+    combined,
+    log_entries,
+    outcome_of_fit,
+    outcome_of_shards,
+    outcome_of_test,
+    quantized_content,
+    report_steps,
+)
 from tinyq_lightning.search import Search, Stopwatch
 from tinyq_lightning.spec import SpecOrMethods, as_spec, with_arguments
 from tinyq_lightning.trainer import (
@@ -22,7 +30,6 @@ from tinyq_lightning.trainer import (
     MethodsRun,
     QuantizedStart,
     Results,
-    SaveAs,
     TestRun,
     WatchesValidation,
     at_test_epoch_end,
@@ -32,9 +39,12 @@ from tinyq_lightning.trainer import (
     export_beside_file,
     files_before_fit,
     forget_test_start,
+    is_sharded,
     note_test_start,
     numbers,
     preserved,
+    quantize_sharded,
+    refuse_mixed_packages,
     refuse_sharding,
     registered,
     return_to_main_process,
@@ -44,9 +54,10 @@ from tinyq_lightning.trainer import (
     tested_weights,
 )
 
-__all__ = [
-    "TinyQCallback",
-]
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["TinyQCallback"]
 
 # Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
 _OF_A_RUN = (
@@ -79,7 +90,8 @@ class TinyQCallback(WatchesValidation):
     ``ckpt_path`` of ``test``, ``validate`` and ``predict`` may be a quantized checkpoint.
 
     Args:
-        spec: a method (``w8a32``, ``w8a16``, ``w8a8``), several, a path to YAML, a mapping, or a QuantizationSpec.
+        spec: a method (``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16``, ``w4a8``), several, a path to YAML, a
+            mapping, or a QuantizationSpec.
         exclude: patterns of layers to leave float, added to those of the spec.
         kinds: ``all``, or a list of the kinds of layer to quantize; overrides the spec.
         when: ``fit_end`` or ``test_start``; overrides the spec.
@@ -89,6 +101,8 @@ class TinyQCallback(WatchesValidation):
         max_drop: how much the metric may lose, in its unit or as a share of the float value such as ``1%``.
         keep: of several methods ``all``, or with a budget the ``smallest`` within it; overrides the spec.
         never_slower: whether to time the layers, and leave float what int8 makes slower here; overrides the spec.
+        calibrate: choose codes by what they do to the outputs of layers on so many validation batches, a number or
+            ``{"batches": 8}``; overrides the spec. With ``test_start`` too it is validation data, never what is tested.
         save: whether to write the quantized checkpoint.
         dirpath: the folder of the quantized checkpoint; by default that of the float one, or ``default_root_dir``.
         filename: the name of the quantized checkpoint; by default ``<method>-<float stem>.ckpt``.
@@ -129,6 +143,7 @@ class TinyQCallback(WatchesValidation):
         max_drop: float | str | None = None,
         keep: Literal["all", "smallest"] | None = None,
         never_slower: bool | None = None,
+        calibrate: int | Mapping[str, int] | None = None,
         save: bool = True,
         dirpath: str | None = None,
         filename: str | None = None,
@@ -139,8 +154,8 @@ class TinyQCallback(WatchesValidation):
     ) -> None:
         if report not in (True, False, "full"):
             raise SpecError(f"report must be True, False or 'full', not {report!r}")
-        given = {"kinds": kinds, "when": when, "weights": weights, "keep": keep, "never_slower": never_slower}
-        given |= {"export": export}
+        given: dict[str, Any] = {"kinds": kinds, "when": when, "weights": weights, "keep": keep}
+        given |= {"never_slower": never_slower, "calibrate": calibrate, "export": export}
         budget = {"monitor": monitor, "mode": mode, "max_drop": max_drop}
         self.spec = with_arguments(as_spec(spec), exclude, given, budget, {"dirpath": dirpath, "filename": filename})
         self.monitor = self.spec.budget.monitor if self.spec.budget else monitor
@@ -186,7 +201,8 @@ class TinyQCallback(WatchesValidation):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that cannot work, and let ``ckpt_path`` be a quantized checkpoint."""
-        refuse_sharding(trainer)
+        refuse_mixed_packages(trainer)
+        refuse_sharding(trainer, self.spec.when)
         check_formats(self.spec.export)
         earlier = takewhile(lambda each: each is not self, _tinyq_callbacks(trainer))
         self._earlier = [each for each in earlier if each.spec.when == self.spec.when]
@@ -206,7 +222,7 @@ class TinyQCallback(WatchesValidation):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the budget against the metrics of each validation; the first is the sanity check before training."""
-        if self.spec.budget and self.spec.when == "fit_end" and trainer.state.fn == TrainerFn.FITTING:
+        if self.spec.budget and self.spec.when == "fit_end" and trainer.state.fn == "fit":
             check_budget(trainer, self.spec.budget)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,6 +238,11 @@ class TinyQCallback(WatchesValidation):
         source = choose_float_weights(trainer, self.spec.weights, self.monitor, self._files_before)
         self.float_path = source.path
         outcomes = []
+        if is_sharded(trainer):
+            for made in quantize_sharded(trainer, module, self.spec, source):
+                outcome = outcome_of_shards(made, self._column_name(made.plan), source)
+                outcomes.append(self._save(trainer, None, source, outcome, made.take_content))
+            return outcomes
         with preserved(module, weights=source.path is not None):
             source.load_into(trainer, module)
             run = MethodsRun(trainer, module, self.spec, source, self.validated)
@@ -230,7 +251,8 @@ class TinyQCallback(WatchesValidation):
                 outcome = outcome_of_fit(run, measured, self._column_name(measured.plan), layers, source)
                 if measured.kept:
                     with measured.swap:
-                        outcome = self._save(trainer, module, source, outcome, "validate")
+                        content = quantized_content(module, source, outcome, "validate")
+                        outcome = self._save(trainer, module, source, outcome, content)
                 outcomes.append(outcome)
         if run.why_not:
             rank_zero_warn(f"TinyQ: quantized without a comparison: {run.why_not}")
@@ -289,7 +311,9 @@ class TinyQCallback(WatchesValidation):
             self.float_path = source.path
             for run in self._runs:
                 with run.swap:
-                    outcomes.append(self._save(trainer, module, source, self._outcome_of_test(run, source), "test"))
+                    outcome = self._outcome_of_test(run, source)
+                    content = quantized_content(module, source, outcome, "test")
+                    outcomes.append(self._save(trainer, module, source, outcome, content))
         self._close_test_runs()
         if outcomes:
             self._report(trainer, outcomes)
@@ -301,8 +325,8 @@ class TinyQCallback(WatchesValidation):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
         self._restore_module(trainer)
-        in_fit = self.spec.when == "fit_end" and trainer.state.fn == TrainerFn.FITTING
-        if in_fit and isinstance(exception, KeyboardInterrupt):
+        refuse_mixed_packages(trainer)  # of a data module Lightning says only that it expected a parent
+        if isinstance(exception, KeyboardInterrupt) and (self.spec.when, trainer.state.fn) == ("fit_end", "fit"):
             tell_of_interrupt(trainer, self.quantized_paths.values())
 
     def _restore_module(self, trainer: Trainer) -> None:
@@ -318,39 +342,35 @@ class TinyQCallback(WatchesValidation):
         self._runs = []
 
     def _column_name(self, plan: Plan) -> str:
-        """The name of a plan's column: its label, with a version if an earlier callback of the run uses the label."""
-        plans = [(each, [*each.plans.values(), *(run.swap.plan for run in each._runs)]) for each in self._earlier]
-        version = [each._label(other) for each, others in plans for other in others].count(self._label(plan))
-        return f"{self._label(plan)}-v{version}" if version else self._label(plan)
-
-    def _label(self, plan: Plan) -> str:
-        """The plan's label, or with several methods the one asked for, which differs from plan to plan."""
-        return plan.spec.method if self.spec.methods else plan.label
+        plans = [(each.spec, [*each.plans.values(), *(run.swap.plan for run in each._runs)]) for each in self._earlier]
+        return column_name(self.spec, plan, plans)
 
     def _save(
-        self, trainer: Trainer, module: LightningModule, source: FloatWeights, outcome: Outcome, loop: str
+        self,
+        trainer: Trainer,
+        module: LightningModule | None,
+        source: FloatWeights,
+        outcome: Outcome,
+        content: Callable[[], dict[str, Any]],
     ) -> Outcome:
-        """Write the quantized checkpoint if one is wanted; the quantized layers must be in the module."""
+        """Write the quantized checkpoint if one is wanted, and the exports of ``module``, which is quantized now."""
         self.plan, self.search = self.plan or outcome.plan, self.search or outcome.search
         if not self.save or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return outcome
         with step_after_run(self, trainer, "Saving the quantized checkpoint"):
             taken = {path for callback in _tinyq_callbacks(trainer) for path in callback.quantized_paths.values()}
-            results = outcome.results_as(outcome.plan.label)
-            save = SaveAs(self.spec.save, taken, self._told)
-            path, self._told = save_quantized(trainer, module, source, outcome.plan, results, loop, save)
+            path, self._told = save_quantized(trainer, source, outcome.plan, content, taken, self._told)
             self.quantized_paths[outcome.name] = path
-            outcome = replace(outcome, quantized_path=path)
-            return replace(outcome, exports=export_beside_file(self, trainer, module, path))
+            exports = () if module is None else export_beside_file(self, trainer, module, path)
+            return replace(outcome, quantized_path=path, exports=exports)
         return outcome
 
     def _report(self, trainer: Trainer, outcomes: list[Outcome]) -> None:
         """Set the results, warn if a budget was not met, and log, show and write them; each step may fail alone."""
         self.results = combined(outcomes)
         self.plans = {outcome.name: outcome.plan for outcome in outcomes}
-        for name, step in report_steps(
-            trainer.state.fn == TrainerFn.FITTING, not self._earlier, bool(self.report), self.log_files
-        ):
+        steps = report_steps(trainer.state.fn == "fit", not self._earlier, bool(self.report), self.log_files)
+        for name, step in steps:
             with step_after_run(self, trainer, name):
                 step(trainer, outcomes)
 

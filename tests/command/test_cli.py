@@ -23,7 +23,6 @@ COMMANDS = ("quantize", "inspect", "verify", "evaluate", "bench", "export")
 ROOT = Path(__file__).parents[2]
 NETS = """
 import torch
-from lightning.pytorch import LightningDataModule
 from models import Net as Base, loader
 
 
@@ -125,6 +124,23 @@ assert not {"torch", "lightning", "omegaconf", "numpy"} & set(sys.modules)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "exit codes" in run.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--exclude", "head", "epoch=7.ckpt"],
+        ["--exclude", "head", "--exclude", "body.0", "epoch=7.ckpt"],
+        ["--kinds", "linear", "conv", "epoch=7.ckpt", "--exclude", "head"],
+        ["--init", "width=16", "epoch=7.ckpt"],
+        ["epoch=7.ckpt", "--exclude", "head", "body.0"],
+    ],
+)
+def test_a_list_does_not_swallow_the_file_after_it(folder, capsys, words):
+    assert main(["inspect", "--model", "nets:Net", "--json", *words]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    excluded = {"head", "body.0"}.intersection(words)
+    assert {entry["name"] for entry in plan if entry["method"] == "float"} == excluded
 
 
 def test_the_commands_output_is_the_callbacks_file_but_for_the_metrics(folder, capsys):

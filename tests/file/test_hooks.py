@@ -95,6 +95,31 @@ def test_an_object_that_is_given_reaches_the_hook(path):
     assert "loss_fn" not in torch.load(path, weights_only=True)
 
 
+class ReadsWeights(Net):
+    """Asks the state dict for float weights by their names, as code that grows a vocabulary or a head does."""
+
+    def on_load_checkpoint(self, checkpoint):
+        state = checkpoint["state_dict"]
+        self.rows = state["head.weight"].shape[0]
+        self.largest = state.get("head.weight").abs().max()
+        self.answers = ("head.weight" in state, "head.bias" in state, "other.weight" in state)
+        self.keys = list(state)
+
+
+def test_a_hook_finds_the_float_weights_by_their_names(tmp_path):
+    callback = TinyQCallback("w8a32", report=False)
+    trainer(tmp_path, keeper(tmp_path), callback, max_epochs=1).fit(ReadsWeights(), loader(), loader(seed=1))
+    module, run = ReadsWeights(), trainer(tmp_path, TinyQCallback("w8a32", report=False))
+    run.validate(module, loader(seed=1), ckpt_path=callback.quantized_path, verbose=False, weights_only=True)
+    doors = (load_quantized, lambda path, kind: mixed(kind).load_from_checkpoint(path))
+    for each in (module, *(door(callback.quantized_path, ReadsWeights) for door in doors)):
+        assert each.rows == 4
+        assert each.answers == (True, True, False)
+        assert torch.equal(each.largest, each.head.weight.abs().max())
+        assert "head.int8_weights" in each.keys
+        assert "head.weight" not in each.keys
+
+
 def test_an_error_of_a_hook_names_the_file(path):
     class Fails(Reads):
         def read(self, checkpoint):

@@ -9,8 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.parsing import AttributeDict
+from lightnings import AttributeDict, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightnings import LightningModule
 from models import FEATURES, Net, keeper, loader, trainer
 from omegaconf import OmegaConf
 from torch import nn
@@ -42,6 +42,59 @@ def assert_bit_equal(module, wanted):
     assert module.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     assert torch.equal(module.eval()(points()), output)
+
+
+class CompiledBody(Net):
+    def __init__(self, width=16):
+        super().__init__(width)
+        self.body = torch.compile(self.body, backend="eager")
+
+
+class Lazy(Net):
+    """As lazy layers are used with Lightning: made by a batch in setup, which a loader does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Unflatten(1, (2, 4)), nn.LazyConv1d(4, 3, groups=2), nn.Flatten(), nn.LazyLinear(16)
+        )
+        self.up = nn.LazyConvTranspose1d(4, 2)
+
+    def setup(self, stage):
+        self(points())
+
+    def forward(self, x):
+        return self.head(self.body(x)) + self.up(x.view(-1, 8, 1)).mean(2)
+
+
+@pytest.mark.parametrize("kind", [CompiledBody, Lazy])
+def test_compiled_and_lazy_layers_are_saved_and_load_again(tmp_path, kind):
+    callback, model = TinyQCallback("w8a32", report=False, strict=True), kind()
+    trainer(tmp_path, keeper(tmp_path), callback, max_epochs=1).fit(model, loader(), loader(seed=1))
+    assert all(decision.method == "w8a32" for decision in callback.plan)
+    again = load_quantized(callback.quantized_path, kind)
+    model.load_state_dict(torch.load(callback.float_path, weights_only=True)["state_dict"])
+    with quantized(model.eval(), callback.plan.to_spec()), torch.no_grad():
+        assert torch.equal(again(points()), model(points()))
+
+
+class KeepsAWeight(Net):
+    """Uses the weight of its head through a list, where no state dict reaches it."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = [self.head.weight]
+
+    def forward(self, x):
+        return self.body(x) @ self.kept[0].T + self.head.bias
+
+
+def test_a_float_weight_that_the_module_keeps_beside_its_layer_is_not_a_random_one(tmp_path):
+    callback, model = TinyQCallback("w8a32", report=False), KeepsAWeight()
+    trainer(tmp_path, keeper(tmp_path), callback, max_epochs=1).fit(model, loader(), loader(seed=1))
+    again = load_quantized(callback.quantized_path, KeepsAWeight)
+    assert torch.equal(again.kept[0], again.head.weight)
+    assert (again(points()) - model.eval()(points())).abs().max() < 0.1
 
 
 def test_the_file_is_a_lightning_checkpoint_of_plain_data(fitted):

@@ -11,11 +11,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Callable, List  # noqa: UP035
 
-import lightning
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightnings import LightningCLI, LightningModule, Trainer, __version__
 from models import Net, loader, trainer
 from omegaconf import OmegaConf
 from torch import nn
@@ -89,7 +87,7 @@ class TakesMixed(QuantizedCheckpointMixin, Takes):
 def written(path: Path, module: LightningModule, hyper_parameters: dict, top: dict | None = None, **tinyq: Any) -> str:
     """A file that says what its maker wants, with right digests."""
     plan = quantize(module)
-    base = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": lightning.__version__}
+    base = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": __version__}
     content = make_checkpoint(base, module.state_dict(), plan, {}, None, None)
     content |= {"hyper_parameters": hyper_parameters, **(top or {})}
     content["tinyq"] |= tinyq

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightnings import LightningModule
 from models import Net
 from torch import nn
 

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from lightning.pytorch.utilities.model_summary import ModelSummary
+from lightnings import summarize
 from models import keeper, trainer
 from torch import nn
 from transformer import Adapted, Language, MixedLanguage, loader, words
@@ -107,7 +107,7 @@ def test_a_model_moves_to_another_device_and_back_to_memory():
 def test_lightnings_own_summary_shows_the_layers_and_what_can_be_trained():
     model = quantized_language()
     model.example_input_array = words()
-    summary = ModelSummary(model, max_depth=-1)
+    summary = summarize(model, max_depth=-1)
     types = dict(zip(summary.layer_names, summary.layer_types, strict=True))
     assert types["embed"] == "QuantizedEmbedding"
     assert types["look.q_proj"] == types["encoder.layers.0.linear1"] == "W8A32LinearLayer"

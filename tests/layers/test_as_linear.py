@@ -169,3 +169,10 @@ def test_threads_may_make_the_first_call_at_the_same_time(kernel, method):
         for layer, codes in zip(model, wanted, strict=True):
             assert isinstance(layer, QuantizedLinear)
             assert torch.equal(layer.int8_weights, codes)
+
+
+def test_a_layer_that_is_traced_alone_says_what_to_do():
+    model = nn.Sequential(nn.Linear(16, 8))
+    quantize(model)
+    with pytest.raises(TypeError, match=r"torch.fx takes a W8A32LinearLayer for one call.*put it in an nn.Sequential"):
+        torch.fx.symbolic_trace(model[0])

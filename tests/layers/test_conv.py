@@ -217,6 +217,22 @@ def test_channels_stay_last(case, method):
         assert layer.to(memory_format=torch.contiguous_format)(x).is_contiguous()
 
 
+@pytest.mark.parametrize("kernel", ["auto", "int8", "compact", "reference"])
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (lambda: nn.ConvTranspose1d(4, 6, 2, padding=1), (2, 4, 1)),
+        (lambda: nn.ConvTranspose2d(4, 6, 2, padding=1), (2, 4, 1, 3)),
+        (lambda: nn.Conv2d(4, 6, 3), (0, 4, 5, 5)),
+    ],
+)
+def test_an_empty_output_is_that_of_the_float_layer(make, sizes, kernel):
+    conv, x = make(), normal(*sizes)
+    model = nn.Sequential(conv)
+    quantize(model, {"method": "w8a32", "kernel": kernel})
+    assert model(x).shape == conv(x).shape
+
+
 def images():
     """Inputs ``[N, 6, H, W]`` in every order that torch tells apart."""
     last = normal(2, 6, 9, 11).contiguous(memory_format=torch.channels_last)
@@ -230,6 +246,22 @@ def images():
         "one place": normal(2, 6, 1, 1),
         "one place with channels last": normal(2, 1, 1, 6).permute(0, 3, 1, 2),
     }
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 8, 3), lambda: nn.Conv3d(3, 8, 2), lambda: nn.Conv2d(4, 8, 1)])
+def test_the_weight_lies_in_memory_as_the_float_weight(make):
+    for layout in (
+        torch.contiguous_format,
+        torch.channels_last if make().weight.dim() == 4 else torch.channels_last_3d,
+    ):
+        conv = make().to(memory_format=layout)
+        model = nn.Sequential(conv)
+        quantize(model, "w8a32")
+        for read in (model[0].weight, model[0].weight.clone(), model[0].weight):
+            assert read.is_contiguous(memory_format=layout)
+        assert torch.equal(model[0].weight, model[0].dequantize())
+        model.to(memory_format=torch.contiguous_format)
+        assert model[0].weight.is_contiguous()
 
 
 @each_method
@@ -316,6 +348,13 @@ def test_a_large_layer_holds_one_byte_a_weight():
         held = sum(form.bytes_a_weight for form in forms)
         assert held + (layer._buffers["int8_weights"] is not None) == 1
         assert layer.state_dict()["int8_weights"].shape == (300, 400, 3, 3)
+    layer = quantized_of(nn.Conv2d(400, 300, 3, padding=1), "w8a32")
+    few, many = normal(1, 400, 5, 5), normal(30, 400, 5, 5)
+    first = layer(few), layer(many), layer(few), layer(many)
+    assert torch.equal(first[0], first[2])
+    assert torch.equal(first[1], first[3])
+    forms = [form for form in layer._forms.values() if form.holds_codes]
+    assert len(forms) + (layer._buffers["int8_weights"] is not None) == 1, "few windows and many in turn"
 
 
 def test_layers_with_the_same_codes_share_the_form_made_of_them():

@@ -47,6 +47,12 @@ class Net(nn.Module):
         return self.head(x)
 
 
+class Tied(Net):
+    def __init__(self):
+        super().__init__()
+        self.head.weight = self.embed.weight
+
+
 NAMES = ["embed"] + [f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)] + ["head"]
 
 
@@ -119,6 +125,40 @@ def test_exclude_takes_whole_paths_and_what_is_below_and_not_leaf_names_only():
     model = nn.ModuleDict({"a": nn.ModuleDict({"fc": nn.Linear(2, 2)}), "b": nn.ModuleDict({"fc": nn.Linear(2, 2)})})
     assert decisions(model, exclude=["a.fc"]) == {"a.fc": ("float", "excluded"), "b.fc": ("w8a32", "spec")}
     assert decisions(model, exclude=["a"]) == {"a.fc": ("float", "excluded"), "b.fc": ("w8a32", "spec")}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"rules": [{"match": "embed", "method": "float"}, {"match": "head", "method": "w8a8"}]},
+        {"rules": [{"match": "embed", "method": "w8a32"}, {"match": "head", "method": "float"}]},
+        {"exclude": ["embed"], "rules": [{"match": "head", "method": "w8a16"}]},
+    ],
+)
+def test_entries_that_name_both_ends_of_a_tie_and_contradict_each_other_are_refused(asked):
+    with pytest.raises(SpecError, match=r"embed and head have the same weight|head and embed have the same weight"):
+        resolve(QuantizationSpec.from_dict(asked), Tied())
+
+
+def test_a_glob_that_covers_a_tied_layer_is_overruled_with_the_reason():
+    model = Tied()
+    plan = resolve(spec(exclude=["embed"], rules=[{"match": "h*", "method": "w8a16"}]), model)
+    reasons = {decision.name: decision.reason for decision in plan}
+    assert reasons["head"] == "tied to embed.weight (excluded), against rule 1"
+
+
+def test_kinds_that_the_model_has_none_of_are_refused_with_the_line(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("method: w8a32\nkinds: [conv]\n")
+    with pytest.raises(ModelError, match=r"spec\.yaml:2 \(kinds\): Net has no layer of the kinds conv"):
+        resolve(QuantizationSpec.from_yaml(path), Net())
+
+
+def test_a_model_that_takes_more_memory_than_its_floats_says_so():
+    plan = resolve(QuantizationSpec(), Net())
+    held, floats = sum(each.memory_bytes for each in plan), sum(each.float_bytes for each in plan)
+    assert (", more than the " in plan.memory_note()) == (held > floats)
+    assert ", more than the " not in resolve(spec(kernel="compact"), Net()).memory_note()
 
 
 def test_an_embedding_tied_to_a_linear_is_in_the_plan_and_names_its_other_end():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections import OrderedDict, deque
 from functools import cached_property, lru_cache, partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightnings import LightningModule
 from models import Net, keeper, loader, trainer
 from torch import nn
 
@@ -243,6 +244,25 @@ class CachedByItsClass(Pair):
         return self.first
 
 
+class WeakReference(Pair):
+    def hold(self):
+        self.held = weakref.ref(self.first)
+
+    def reached(self):
+        return self.held()
+
+
+REGISTRY = {}
+
+
+class GlobalRegistry(Pair):
+    def hold(self):
+        REGISTRY["first"] = self.first
+
+    def reached(self):
+        return REGISTRY["first"]
+
+
 class HookThatClosesOverIt(Pair):
     def hold(self):
         layer = self.first
@@ -251,7 +271,7 @@ class HookThatClosesOverIt(Pair):
 
 FIXED = [
     *(InATuple, PartialArgument, BoundMethod, Closure, DefaultArgument, CompiledFunction, CompiledBesides),
-    *(InSlots, CachedByItsClass, HookThatClosesOverIt),
+    *(InSlots, CachedByItsClass, WeakReference, HookThatClosesOverIt),
 ]
 
 
@@ -270,6 +290,17 @@ def test_a_layer_that_cannot_be_exchanged_everywhere_stays_float_and_reloads(mak
     quantize(other, "w8a32")
     other.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     assert torch.equal(other(x), model(x))
+
+
+def test_a_layer_in_a_global_that_the_model_reads_stays_float_or_is_exchanged_there():
+    model, x = GlobalRegistry().eval(), torch.randn(5, 16)
+    wanted = model(x).detach()
+    with quantized(model, "w8a8") as plan:
+        inside = model(x)
+        assert {decision.method for decision in plan} == {"w8a8"}
+        assert REGISTRY["first"] is model.first
+    assert not torch.equal(inside, wanted)
+    assert REGISTRY["first"] is model.first
 
 
 def test_what_does_not_hold_a_layer_itself_does_not_keep_it_float():

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
+from lightnings import CSVLogger, MLFlowLogger, TensorBoardLogger
 from models import Net, keeper, loader, trainer
 
 from tinyq_lightning import TinyQCallback

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from browser import chromium, find_chromium
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightnings import CSVLogger, TensorBoardLogger
 from models import CLASSES, FEATURES, Net, keeper, loader, loops_of, trainer
 from torch import nn
 

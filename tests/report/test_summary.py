@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 
+import lightnings
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelSummary
-from lightning.pytorch.utilities.model_summary import summarize as lightnings
 from models import Net, loader, trainer
 from torch import nn
 from transformer import Adapted, Language, words
 
 from tinyq_lightning import QuantizedModelSummary, quantize, summarize
 from tinyq_lightning.layers.int8_weight import Int8Weight
-from tinyq_lightning.report import summary as model_summary
 
 
 class Adapter(Net):
@@ -35,7 +33,7 @@ def rows(summary):
 @pytest.mark.parametrize("method", ["w8a32", "w8a16", "w8a8"])
 def test_counts_are_those_of_the_float_module_and_int8_weights_cannot_be_trained(method):
     model = Language()
-    before, weights = lightnings(model, max_depth=-1), sum(p.numel() for p in model.parameters())
+    before, weights = lightnings.summarize(model, max_depth=-1), sum(p.numel() for p in model.parameters())
     counts, left = rows(before), sum(p.numel() for p in model.parameters() if p.dim() == 1)
     quantize(model, method)
     summary = summarize(model, max_depth=-1)
@@ -49,13 +47,13 @@ def test_counts_are_those_of_the_float_module_and_int8_weights_cannot_be_trained
 def test_a_float_module_has_the_summary_that_lightning_gives_it():
     model = Language()
     model.example_input_array = words()
-    assert str(summarize(model, max_depth=2)) == str(lightnings(model, max_depth=2))
+    assert str(summarize(model, max_depth=2)) == str(lightnings.summarize(model, max_depth=2))
 
 
 def test_flops_are_those_of_the_float_module():
     model = Net()
     model.example_input_array = torch.randn(5, 8)
-    before = lightnings(model)
+    before = lightnings.summarize(model)
     quantize(model)
     model(torch.randn(3, 8))  # from here on the weights may be packed
     assert summarize(model).total_flops == before.total_flops > 0
@@ -111,12 +109,12 @@ def test_a_lazy_layer_has_no_weights_yet_and_no_size():
 @pytest.mark.parametrize("rich", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_fit_of_an_adapter_prints_the_counts_and_sizes(tmp_path, monkeypatch, caplog, capsys, rich, precision):
-    monkeypatch.setattr(model_summary, "_RICH_AVAILABLE", rich)
-    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    monkeypatch.setattr(f"{lightnings.NAMESPACE}.utilities.imports._RICH_AVAILABLE", rich)
+    logging.getLogger(lightnings.NAMESPACE).setLevel(logging.INFO)
     caplog.set_level(logging.INFO)
     model, callback = Adapter(), QuantizedModelSummary(max_depth=2)
     run = trainer(tmp_path, callback, max_epochs=1, enable_model_summary=True, precision=precision)
-    assert [each for each in run.callbacks if isinstance(each, ModelSummary)] == [callback]
+    assert [each for each in run.callbacks if isinstance(each, lightnings.ModelSummary)] == [callback]
     run.fit(model, loader(), loader(seed=1))
     shown = capsys.readouterr().out if rich else caplog.text
     lines = [line.strip(" │") for line in shown.splitlines()]

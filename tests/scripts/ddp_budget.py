@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from lightning.pytorch import seed_everything
+from lightnings import seed_everything
 from models import Net, loader, trainer
 
 from tinyq_lightning import TinyQCallback

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import seed_everything
-from lightning.pytorch.loggers import CSVLogger
+from lightnings import CSVLogger, seed_everything
 from models import Net, keeper, loader, trainer
 
 from tinyq_lightning import TinyQCallback

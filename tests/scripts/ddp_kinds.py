@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import seed_everything
+from lightnings import seed_everything
 from mixed import RULE, Mixed
 from models import keeper, loader, trainer
 

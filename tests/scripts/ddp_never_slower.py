@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import seed_everything
+from lightnings import seed_everything
 from models import CLASSES, Net, loader, trainer
 
 import tinyq_lightning.search.timing

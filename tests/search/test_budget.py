@@ -17,9 +17,13 @@ from torch import nn
 
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
 from tinyq_lightning.errors import EvaluationError, SpecError
+from tinyq_lightning.methods import LADDER as ALL_METHODS
 from tinyq_lightning.plan.swap import Swap
-from tinyq_lightning.search.budget import LADDER, SearchedLayer, evaluation_limit, search
+from tinyq_lightning.search.budget import SearchedLayer, evaluation_limit, search
 from tinyq_lightning.spec.spec import Budget
+
+LADDER = ALL_METHODS[3:]  # of eight bits; test_ladder.py has those of four
+
 
 # The search alone, on layers made up
 
@@ -106,6 +110,25 @@ def test_bytes_are_won_back_where_the_ranking_misled():
     harm["l9"]["w8a32"] = 0.5
     found, _ = run(layers, harm)
     assert found.best.changes == {"l9": "float"}
+
+
+@given(worlds())
+@settings(max_examples=100, deadline=None)
+def test_no_plan_is_measured_twice(world):
+    _, measured = run(*world)
+    assert all(plan not in measured[:index] for index, plan in enumerate(measured))
+
+
+@pytest.mark.parametrize("needed", [{2}, {2, 11}, {0, 5, 11}])
+def test_only_the_layers_that_are_needed_are_given_up(needed):
+    layers = [SearchedLayer(f"l{i}", "w8a32", 100, {"w8a32": float(i)}) for i in range(16)]
+    harm = {layer.name: dict.fromkeys(LADDER, 0.0) for layer in layers}
+    for index in needed:
+        harm[f"l{index}"]["w8a32"] = 0.5
+    found, measured = run(layers, harm)
+    assert found.met
+    assert set(found.best.changes) == {f"l{index}" for index in needed} or len(measured) + 2 == evaluation_limit(16)
+    assert len(found.best.changes) <= len(needed) + 3
 
 
 @pytest.mark.parametrize("value", [math.nan, 0.2])

@@ -9,8 +9,7 @@ import threading
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightnings import Callback, EMAWeightAveraging, LightningDataModule, StochasticWeightAveraging
 from models import Net, keeper, loader, trainer
 
 from tinyq_lightning import TinyQCallback

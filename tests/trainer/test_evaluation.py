@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import CombinedLoader
+from lightnings import Callback, CombinedLoader, CSVLogger, ModelCheckpoint
 from models import Net, keeper, loader, trainer
 from safetensors.torch import load_file
 from torch import nn

@@ -98,8 +98,8 @@ def test_at_test_time_one_pass_measures_all(tmp_path):
         assert Path(callback.quantized_paths[method]).with_suffix(".html").exists()
 
 
-def test_keep_smallest_saves_one_within_the_budget(tmp_path):
-    callback = TinyQCallback(METHODS, monitor="val_acc", max_drop=0.5, keep="smallest", report=False)
+def test_keep_smallest_saves_one_within_the_budget_and_says_so(tmp_path, capsys):
+    callback = TinyQCallback(METHODS, monitor="val_acc", max_drop=0.5, keep="smallest")
     fit(tmp_path, callback)
     assert len(callback.quantized_paths) == 1
     assert set(callback.plans) == set(METHODS)
@@ -108,6 +108,9 @@ def test_keep_smallest_saves_one_within_the_budget(tmp_path):
     assert lost[kept] == min(lost.values()), "all are as small, so the one that loses least is kept"
     assert len(list(tmp_path.glob("w8a*.ckpt"))) == 1
     assert callback.plan is callback.plans[kept]
+    shown = capsys.readouterr().out
+    assert shown.count("not saved: keep: smallest keeps the smallest method within the budget") == len(METHODS) - 1
+    assert f"{kept}: budget met: " in shown
 
 
 def test_keep_all_brings_each_within_the_budget(tmp_path):

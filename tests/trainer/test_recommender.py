@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightnings import LightningModule
 from models import keeper, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset

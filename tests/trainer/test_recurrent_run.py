@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from digits_data import Digits
-from lightning.pytorch import LightningModule, seed_everything
+from lightnings import LightningModule, seed_everything
 from models import keeper, trainer
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightnings import seed_everything
 from models import Net, NetOfHooks, keeper, loader, trainer
 
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized

@@ -5,8 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightnings import Callback, EMAWeightAveraging, ModelCheckpoint
 from models import Net, keeper, loader, trainer
 
 from tinyq_lightning import TinyQCallback

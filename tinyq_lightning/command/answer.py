@@ -6,16 +6,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule
 from torch import nn
 from tqdm import tqdm
 
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.file import Archive, import_class
+from tinyq_lightning.file import Archive, Folder, import_lightning_class
 from tinyq_lightning.plan import WithValues
 from tinyq_lightning.table import format_bytes
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 __all__ = [
     "Answer",
@@ -40,7 +42,7 @@ class Answer:
     good: bool = True
 
 
-def model_class(path: str | None, source: Archive, trust: bool) -> type[LightningModule]:
+def model_class(path: str | None, source: Archive | Folder, trust: bool) -> type[LightningModule]:
     """The class at ``path``; if that is None and the file is trusted, the one that LightningCLI noted in the file.
 
     Raises:
@@ -55,11 +57,14 @@ def model_class(path: str | None, source: Archive, trust: bool) -> type[Lightnin
     path = path or noted
     if not isinstance(path, str):
         raise ModelError(f"{source.path} does not say which class it was made from: give --model package.module:Class")
-    return import_class(path, LightningModule)
+    found: type[LightningModule] = import_lightning_class(path, "LightningModule")
+    return found
 
 
 def file_size(path: str) -> str:
-    """The size of a local file for people; empty for any other."""
+    """The size of a local file or folder for people; empty for any other."""
+    if os.path.isdir(path):
+        return format_bytes(sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file()))
     return format_bytes(os.path.getsize(path)) if os.path.isfile(path) else ""
 
 

@@ -16,6 +16,7 @@ import yaml
 
 from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.methods import FORMAT_NAMES
+from tinyq_lightning.namespaces import NAMESPACES
 from tinyq_lightning.version import __version__
 
 __all__ = [
@@ -41,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(_files_first(sys.argv[1:] if argv is None else argv))
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's modules are importable from their folder
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for training
+            warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning(_fabric)?\.")  # advice for training
             answer = _command(args.command)(args)
     except TinyQError as error:
         if args.json:
@@ -61,12 +62,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if answer.good else 1
 
 
+# Options that take several words, and the endings of files that are never one of these.
+_LISTS = ("--exclude", "--kinds", "--init", "--data-init", "--batch", "--shape")
+_FILES = (".ckpt", ".safetensors")
+
+
+def _files_first(words: Sequence[str]) -> list[str]:
+    """The words with checkpoints that come after a list moved before it: ``--exclude head net.ckpt`` means the file.
+
+    Only files that are there are moved, because ``epoch=7.ckpt`` could be a NAME=VALUE.
+    """
+    moved: list[str] = []
+    kept = list(words[:1])
+    in_list = False
+    for word in words[1:]:
+        in_list = word in _LISTS if word.startswith("--") else in_list
+        is_file = in_list and word.endswith(_FILES) and os.path.isfile(word) and kept[-1] not in _LISTS
+        (moved if is_file else kept).append(word)
+    return [*kept[:1], *moved, *kept[1:]]
+
+
 def _command(name: str) -> Callable[[argparse.Namespace], Any]:
     """The function of a command. Its module is imported here, because torch and Lightning take seconds to import."""
     modules = {"evaluate": "run_commands", "bench": "run_commands", "export": "export_command"}
     found = importlib.import_module(f"tinyq_lightning.command.{modules.get(name, 'file_commands')}")
     command: Callable[[argparse.Namespace], Any] = getattr(found, name)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for package in NAMESPACES:
+        logging.getLogger(package.name).setLevel(logging.ERROR)
     return command
 
 
@@ -190,16 +212,17 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _add_spec(command: argparse.ArgumentParser) -> None:
     given = command.add_mutually_exclusive_group()
-    given.add_argument("--method", default="w8a32", help="w8a32 (default), w8a16 or w8a8")
+    given.add_argument("--method", default="w8a32", help="w8a32 (default), w8a16, w8a8, w4a32, w4a16 or w4a8")
     given.add_argument("--spec", metavar="S.yaml", help="a YAML spec instead: method, exclude, rules, …")
-    exclude = "layers to leave float: names, paths, globs, or re: and a regular expression"
-    kinds = "kinds of layer to quantize: all, or some of linear, attention, conv, embedding, recurrent"
-    command.add_argument("--kinds", nargs="+", default=None, metavar="KIND", help=kinds)
-    command.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help=exclude)
+    exclude = "layers to leave float: names, paths, globs, or re: and a regular expression; may be repeated"
+    kinds = "kinds of layer to quantize: all, or some of linear, attention, conv, embedding, recurrent; may be repeated"
+    command.add_argument("--kinds", action="extend", nargs="+", default=None, metavar="KIND", help=kinds)
+    command.add_argument("--exclude", action="extend", nargs="+", default=[], metavar="PATTERN", help=exclude)
 
 
 def _add_init(command: argparse.ArgumentParser, flag: str, what: str) -> None:
-    command.add_argument(flag, action=_Pairs, nargs="+", default={}, metavar="NAME=VALUE", help=f"{what}, as YAML")
+    about = f"{what}, as YAML; may be repeated"
+    command.add_argument(flag, action=_Pairs, nargs="+", default={}, metavar="NAME=VALUE", help=about)
 
 
 class _Pairs(argparse.Action):

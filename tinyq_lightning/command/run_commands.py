@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from tinyq_lightning.command.answer import Answer, file_size, model_class
 from tinyq_lightning.command.bench import example_input, time_layers, time_model
@@ -16,14 +16,19 @@ from tinyq_lightning.file import (
     FloatFile,
     build,
     check_format,
-    import_class,
+    import_lightning_class,
     is_quantized,
     load_quantized,
+    open_checkpoint,
     read_checkpoint,
 )
+from tinyq_lightning.namespaces import namespace_of, refuse_other_namespace
 from tinyq_lightning.plan import state_bytes
 from tinyq_lightning.search import Timing
 from tinyq_lightning.table import Table, format_bytes
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 __all__ = [
     "bench",
@@ -33,12 +38,13 @@ __all__ = [
 
 def evaluate(args: Namespace) -> Answer:
     """Run the user's test loop on every file; the results are one table."""
-    data_class = import_class(args.data, LightningDataModule)
+    data_class = import_lightning_class(args.data, "LightningDataModule")
     metrics: dict[str, dict[str, float]] = {}
     for path in args.checkpoints:
         module = _load(args, path)
+        refuse_other_namespace(module, data_class)
         try:
-            trainer = Trainer(
+            trainer = namespace_of(module).pytorch.Trainer(
                 accelerator=args.accelerator,
                 devices=1,
                 logger=False,
@@ -105,7 +111,7 @@ def bench(args: Namespace) -> Answer:
 
 def _load(args: Namespace, path: str) -> LightningModule:
     """A module from a float or a quantized file."""
-    with Archive(path, args.trust) as source:
+    with open_checkpoint(path, args.trust) as source:
         module_class = model_class(args.model, source, args.trust)
         if is_quantized(source.content):
             return load_quantized(path, module_class, trust=args.trust, **args.init)

@@ -1,6 +1,7 @@
 """Files: quantized checkpoints are written, checked, loaded, made from a float file and exported here."""
 
 from tinyq_lightning.file.archive import Archive
+from tinyq_lightning.file.by_layer import ByLayer
 from tinyq_lightning.file.checkpoint import (
     file_sha256,
     make_checkpoint,
@@ -12,6 +13,7 @@ from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.digest import digest_of
 from tinyq_lightning.file.durable import replace_file, temporary_folder
 from tinyq_lightning.file.factory import as_factory
+from tinyq_lightning.file.folder import Folder, open_checkpoint
 from tinyq_lightning.file.from_float import FloatFile, quantize_file
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.loading import load_content, load_quantized, read_content
@@ -21,14 +23,17 @@ from tinyq_lightning.file.plain import plain
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
 from tinyq_lightning.file.state import check_state
 from tinyq_lightning.file.structure import restore_structure
-from tinyq_lightning.file.trust import import_class, import_named
+from tinyq_lightning.file.trust import import_class, import_lightning_class, import_named
 from tinyq_lightning.file.typed import escaped, typed_entries
 from tinyq_lightning.file.validate import check_format, is_quantized, without_training_entries
+from tinyq_lightning.file.weightless import drop_weak_references
 from tinyq_lightning.file.writable import why_not_writable
 
 __all__ = [
     "Archive",
+    "ByLayer",
     "FloatFile",
+    "Folder",
     "HookView",
     "QuantizedCheckpointMixin",
     "as_factory",
@@ -37,16 +42,19 @@ __all__ = [
     "check_format",
     "check_state",
     "digest_of",
+    "drop_weak_references",
     "escaped",
     "file_bytes",
     "file_exists",
     "file_sha256",
     "import_class",
+    "import_lightning_class",
     "import_named",
     "is_quantized",
     "load_content",
     "load_quantized",
     "make_checkpoint",
+    "open_checkpoint",
     "plain",
     "quantize_file",
     "quantized_path",

@@ -44,6 +44,7 @@ from tinyq_lightning.errors import CheckpointError
 
 __all__ = [
     "Archive",
+    "with_tensors",
 ]
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -120,9 +121,12 @@ class Archive:
             A copy of ``content`` with CPU tensors. Tensors that shared memory when they were saved share it again.
 
         Raises:
-            CheckpointError: a tensor claims more than the file holds.
+            CheckpointError: a tensor claims more than the file holds, or containers are nested too deeply.
         """
-        return _with_tensors(content, lambda tensor: self._with_values(tensor, self._shared_storage), {})
+        try:
+            return with_tensors(content, lambda tensor: self._with_values(tensor, self._shared_storage), {})
+        except RecursionError as error:
+            raise CheckpointError(f"{self.path}: the file is damaged: its containers are nested too deeply") from error
 
     def _unpickle(self, trust: bool) -> Any:
         name = next((name for name in self._records if name.endswith("data.pkl") and name.count("/") <= 1), None)
@@ -270,7 +274,7 @@ def _records(file: IO[bytes]) -> dict[str, tuple[int, int]]:
     return records
 
 
-def _with_tensors(value: Any, read: Callable[[Tensor], Tensor], done: dict[int, tuple[Any, Any]]) -> Any:
+def with_tensors(value: Any, read: Callable[[Tensor], Tensor], done: dict[int, tuple[Any, Any]]) -> Any:
     """Copy ``value`` with ``read(tensor)`` for each tensor. An object that occurs twice stays one object."""
     if id(value) in done:
         return done[id(value)][1]
@@ -283,8 +287,8 @@ def _with_tensors(value: Any, read: Callable[[Tensor], Tensor], done: dict[int, 
         result = copy.copy(value)  # keeps attributes, such as _metadata of a state dict
         done[id(value)] = value, result  # before the items, because an item may refer to its container
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            result[key] = _with_tensors(item, read, done)
+            result[key] = with_tensors(item, read, done)
     elif type(value) is tuple:
-        result = tuple(_with_tensors(item, read, done) for item in value)
+        result = tuple(with_tensors(item, read, done) for item in value)
     done[id(value)] = value, result  # also keeps value alive, so that its id stays unique
     return result

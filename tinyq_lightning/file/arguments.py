@@ -101,7 +101,7 @@ class Arguments:
             if self._is_given(name):
                 continue
             try:
-                value = restored(_item_at(root, path), note, self._find_class, self._trust)
+                value = restored(_item_at(root, path), note, self._find_class, self._trust, self._class)
                 _put_item(root, path, value)
             except ClassUnknown:
                 absent.append(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import typing
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,6 +15,7 @@ from tinyq_lightning.errors import CheckpointError, ModelError
 from tinyq_lightning.file.arguments import Arguments
 from tinyq_lightning.file.factory import is_lightning_class, made_by, overrides
 from tinyq_lightning.file.trust import from_config, import_class, refuse_other_class
+from tinyq_lightning.namespaces import namespace_of
 
 __all__ = [
     "build",
@@ -59,20 +61,31 @@ def build(
             arguments = from_config(arguments, init_args, _annotations(module_class), module_class, source)
         module = made_by(module_class, arguments)
     if overrides(module, "configure_model"):
-        module.configure_model()  # type: ignore[operator]
+        _configure(module)
     return module
 
 
-def _by_lightning_cli(module_class: type, arguments: Mapping[str, Any], source: str) -> nn.Module:
-    from lightning.pytorch.cli import instantiate_module
+def _configure(module: Any) -> None:
+    """Call ``configure_model``, which may only end where it asks for the mesh of processes that a strategy makes.
 
+    Layers that it has not made by then are missed later on: in the plan, or when the weights are loaded.
+    """
+    try:
+        module.configure_model()
+    except Exception:
+        function = inspect.unwrap(type(module).configure_model)
+        if module.device_mesh is not None or "device_mesh" not in function.__code__.co_names:
+            raise
+
+
+def _by_lightning_cli(module_class: type, arguments: Mapping[str, Any], source: str) -> nn.Module:
     class_path = arguments.get("_class_path")
     if class_path is not None:
         try:
             import_class(str(class_path), module_class)
         except ModelError as error:
             raise CheckpointError(f"{source}: {error}") from error
-    module: nn.Module = instantiate_module(module_class, dict(arguments))
+    module: nn.Module = namespace_of(module_class).module("cli").instantiate_module(module_class, dict(arguments))
     return module
 
 

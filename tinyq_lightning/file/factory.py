@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from tinyq_lightning.errors import ModelError
 from tinyq_lightning.file.trust import import_named
+from tinyq_lightning.namespaces import derives_from, is_overridden
 
 __all__ = [
     "as_factory",
@@ -85,13 +85,10 @@ def parameters_of(factory: Any) -> dict[str, inspect.Parameter]:
 
 
 def is_lightning_class(factory: Any) -> TypeGuard[type]:
-    """Whether this is a LightningModule class. Lightning is not imported: without it there is none."""
-    lightning = sys.modules.get("lightning.pytorch")
-    return lightning is not None and isinstance(factory, type) and issubclass(factory, lightning.LightningModule)
+    """Whether this is a LightningModule class, of either package. Lightning is not imported."""
+    return isinstance(factory, type) and derives_from(factory, "LightningModule")
 
 
 def overrides(module: nn.Module, hook: str) -> bool:
     """Whether a LightningModule has a hook of its own."""
-    return is_lightning_class(type(module)) and getattr(type(module), hook) is not getattr(
-        sys.modules["lightning.pytorch"].LightningModule, hook
-    )
+    return is_lightning_class(type(module)) and is_overridden(hook, module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from tinyq_lightning.errors import CheckpointError, TinyQError
 from tinyq_lightning.file.archive import Archive
+from tinyq_lightning.file.by_layer import ByLayer
 from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint, warn_of_left_out
 from tinyq_lightning.file.construction import build
+from tinyq_lightning.file.folder import Folder
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
 from tinyq_lightning.file.validate import is_quantized, without_training_entries
@@ -20,9 +22,10 @@ from tinyq_lightning.file.weightless import (
     drop_weak_references,
     named_tensors,
     put_value,
-    restore_weak_references,
     without_weights,
 )
+from tinyq_lightning.layers import Int8Weight
+from tinyq_lightning.namespaces import namespace_of
 from tinyq_lightning.plan import WithValues, find_sites, quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
 
@@ -36,7 +39,7 @@ __all__ = [
 
 
 def quantize_file(
-    source: Archive,
+    source: Archive | Folder,
     module_class: type[LightningModule],
     spec: QuantizationSpec,
     init_args: Mapping[str, Any],
@@ -71,6 +74,9 @@ def quantize_file(
             yield
 
     plan = quantize_by_layer(model.module, spec, present)
+    for layer in model.module.modules():
+        if isinstance(layer, Int8Weight) and layer.bits == 4:
+            layer.form("int4")  # which holds the codes as the file has them, and the layer no others then
     model.fill()
     base = source.read_all(_apart_from_weights(source.content))
     content = make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)
@@ -100,7 +106,7 @@ class FloatFile:
 
     def __init__(
         self,
-        source: Archive,
+        source: Archive | Folder,
         module_class: type[LightningModule],
         init_args: Mapping[str, Any],
         trust: bool = False,
@@ -111,32 +117,19 @@ class FloatFile:
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise CheckpointError(f"{source.path}: it has no state_dict: is it a Lightning checkpoint?")
         self._source, self._trust = source, trust
-        self._entries: dict[int, tuple[Tensor, Tensor]] = {}
+        self._by_layer: ByLayer | None = None
         module = self._weightless(module_class, init_args)
         self.loaded = module is None
         self.module: LightningModule = self._loaded(module_class, init_args) if module is None else module
 
-    @contextmanager
-    def present(self, layer: nn.Module) -> Iterator[None]:
+    def present(self, layer: nn.Module) -> AbstractContextManager[None]:
         """Context manager in which the parameters and buffers of ``layer`` have their values."""
-        waiting = {id(tensor): tensor for _, tensor in named_tensors(layer) if tensor.is_meta}
-        for tensor in waiting.values():
-            self._read(tensor)
-        try:
-            yield
-        finally:
-            for tensor in waiting.values():
-                put_value(tensor, torch.empty_like(tensor, device="meta"))
+        return nullcontext() if self._by_layer is None else self._by_layer.present(layer)
 
     def fill(self) -> None:
         """Read every tensor that is still on the meta device."""
-        for tensor in self.module.state_dict(keep_vars=True).values():
-            if isinstance(tensor, Tensor) and tensor.is_meta:
-                self._read(tensor)
-        restore_weak_references(self.module)
-
-    def _read(self, tensor: Tensor) -> None:
-        put_value(tensor, self._source.read(self._entries[id(tensor)][1]))
+        if self._by_layer is not None:
+            self._by_layer.fill()
 
     def _weightless(self, module_class: type[LightningModule], init_args: Mapping[str, Any]) -> LightningModule | None:
         state_dict = self._source.content["state_dict"]
@@ -146,15 +139,14 @@ class FloatFile:
                 module = build(module_class, content, init_args, self._trust, self._source.path)
             if not _loads_as_it_stands(module, state_dict):
                 return None
-            # by identity: a parameter stays the same object when it gets a value or another layer takes it
-            own = module.state_dict(keep_vars=True)
-            self._entries = {id(tensor): (tensor, state_dict[name]) for name, tensor in own.items()}
+            by_layer = ByLayer(module, lambda name: self._source.read(state_dict[name]))
             layers = [tensor for site in find_sites(module) for _, tensor in named_tensors(site.module)]
-            if any(tensor.is_meta and id(tensor) not in self._entries for tensor in layers):
+            if any(tensor.is_meta and not by_layer.knows(tensor) for tensor in layers):
                 return None
             drop_weak_references(module)
-            for tensor, entry in self._entries.values():
-                put_value(tensor, torch.empty_like(tensor, dtype=entry.dtype, device="meta"))
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                put_value(tensor, torch.empty_like(tensor, dtype=state_dict[name].dtype, device="meta"))
+            self._by_layer = by_layer
             return module
         except CheckpointError:
             raise
@@ -182,14 +174,13 @@ def _apart_from_weights(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _loads_as_it_stands(module: LightningModule, state_dict: Mapping[str, Any]) -> bool:
     """True if ``load_state_dict`` copies each entry into the tensor of its name and does nothing else."""
-    from lightning.pytorch import LightningModule
-
     own = module.state_dict(keep_vars=True)
     same = own.keys() == state_dict.keys() and all(
         isinstance(tensor, Tensor) and type(state_dict[name]) is Tensor and tensor.shape == state_dict[name].shape
         for name, tensor in own.items()
     )
-    known_hooks = (LightningModule.on_load_checkpoint, QuantizedCheckpointMixin.on_load_checkpoint)
+    lightnings = namespace_of(module).pytorch.LightningModule.on_load_checkpoint
+    known_hooks = (lightnings, QuantizedCheckpointMixin.on_load_checkpoint)
     return (
         same
         and type(module).on_load_checkpoint in known_hooks

@@ -7,6 +7,7 @@ from typing import Any
 
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file.factory import name_of
+from tinyq_lightning.file.float_entries import FloatEntries
 from tinyq_lightning.file.trust import call_with
 from tinyq_lightning.file.validate import HYPER_PARAMETERS
 
@@ -28,6 +29,8 @@ _EMPTY_TRAINING: dict[str, Callable[[], Any]] = {
 class HookView(dict[str, Any]):
     """A copy of a checkpoint for a hook: with empty entries of the training, and errors for what was dropped.
 
+    Float weights are in its state dict when a hook asks for them by their names.
+
     Args:
         checkpoint: float or quantized.
         module_class: the class whose hook it is, for errors.
@@ -39,6 +42,8 @@ class HookView(dict[str, Any]):
         self, checkpoint: Mapping[str, Any], module_class: Any, source: str, given: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(checkpoint)
+        if "tinyq" in checkpoint and isinstance(checkpoint.get("state_dict"), Mapping):
+            super().__setitem__("state_dict", FloatEntries(checkpoint["state_dict"]))
         self._class, self._source = module_class, source
         for key, empty in _EMPTY_TRAINING.items():
             self.setdefault(key, empty())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from tinyq_lightning.file.factory import as_factory, name_of, parameters_of
 from tinyq_lightning.file.hooks import HookView, dropped_entries
 from tinyq_lightning.file.part import content_of_part
 from tinyq_lightning.file.safetensors import read_safetensors
-from tinyq_lightning.file.structure import prepare_structure
+from tinyq_lightning.file.structure import fill_what_is_still_held, prepare_structure
 from tinyq_lightning.file.validate import HYPER_PARAMETERS
 from tinyq_lightning.file.weightless import take_values, without_weights
 from tinyq_lightning.plan import refuse_save_pretrained
@@ -26,6 +26,10 @@ __all__ = [
     "load_quantized",
     "read_content",
 ]
+
+if TYPE_CHECKING:
+    from tinyq_lightning.layers import QuantizedLayer
+    from tinyq_lightning.plan import Site
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -124,14 +128,18 @@ def load_content(
     trust: bool = False,
 ) -> Module:
     """As :func:`load_quantized`, from the content of a checked file; the module stays in the mode it was built in."""
-    module = _built_weightless(module_class, content, init_args, source, trust)
+    module, fill = _built_weightless(module_class, content, init_args, source, trust), None
     if module is None:
-        module = _built(module_class, content, init_args, source, trust)
+        module, made = _built(module_class, content, init_args, source, trust)
+        fill = fill_what_is_still_held(made)
+        del made  # with the float layers
     strict = getattr(module, "strict_loading", True) if strict is None else strict
     try:
         module.load_state_dict(content["state_dict"], strict=strict)
     except Exception as error:  # load_state_dict raises RuntimeError, hooks of the class anything
         raise CheckpointError(f"{source}: the file does not fit {name_of(module_class)}: {error}") from error
+    if fill is not None:
+        fill()
     refuse_save_pretrained(module)
     return module.to(_device(map_location))
 
@@ -146,7 +154,8 @@ def _built_weightless(
     """A module that has the tensors of the file as its own; None if the class cannot be built without values."""
     try:
         with without_weights() as leaves_any:
-            module = _built(module_class, content, init_args, source, trust)
+            module, made = _built(module_class, content, init_args, source, trust)
+            del made  # the float layers, whose tensors are on the meta device
         return module if take_values(module, content["state_dict"]) and not leaves_any() else None
     except CheckpointError as error:
         if _is_of_the_class(error):
@@ -167,8 +176,8 @@ def _built(
     init_args: Mapping[str, Any],
     source: str,
     trust: bool,
-) -> Module:
-    """A module with the structure of the checkpoint, without its values."""
+) -> tuple[Module, list[tuple[Site, QuantizedLayer]]]:
+    """A module with the structure of the checkpoint, without its values; its float layers and what replaced them."""
     name = name_of(module_class)
     entries = {key: value for key, value in init_args.items() if key in dropped_entries(content)}
     arguments = {
@@ -184,10 +193,10 @@ def _built(
             f"{source}: {name} could not be built from the file's hyper_parameters: {kind}{error}. The file holds what "
             f"save_hyperparameters saved; give the rest, as in load_quantized(path, {name}, argument=...)"
         ) from error
-    prepare_structure(module, content, source)
+    made = prepare_structure(module, content, source)
     hook = getattr(module, "on_load_checkpoint", None)  # a LightningModule has it
     if hook is None:
-        return module
+        return module, made
     # a copy, because the hook may change it and the module may be built twice
     view = HookView({**content, "state_dict": content["state_dict"].copy()}, module_class, source, entries)
     try:
@@ -198,7 +207,7 @@ def _built(
         raise CheckpointError(
             f"{source}: on_load_checkpoint of {name} failed: {type(error).__name__}: {error}"
         ) from error
-    return module
+    return module, made
 
 
 def _is_argument(name: str, module_class: Any, content: Mapping[str, Any]) -> bool:

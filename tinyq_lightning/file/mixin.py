@@ -12,6 +12,7 @@ from tinyq_lightning.file.hooks import HookView, call_hook
 from tinyq_lightning.file.loading import load_content
 from tinyq_lightning.file.structure import restore_structure
 from tinyq_lightning.file.validate import is_quantized
+from tinyq_lightning.namespaces import is_lightnings
 
 __all__ = [
     "QuantizedCheckpointMixin",
@@ -27,10 +28,8 @@ class QuantizedCheckpointMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        from lightning.pytorch import LightningModule
-
-        order = cls.__mro__
-        if LightningModule in order and order.index(LightningModule) < order.index(QuantizedCheckpointMixin):
+        before = cls.__mro__[: cls.__mro__.index(QuantizedCheckpointMixin)]
+        if any(is_lightnings(kind, "LightningModule") for kind in before):
             raise ModelError(
                 f"write QuantizedCheckpointMixin first: class {cls.__name__}(QuantizedCheckpointMixin, ...)"
             )
@@ -71,8 +70,10 @@ class QuantizedCheckpointMixin:
                 )
             content = read_checkpoint(checkpoint_path)
             return load_content(content, cls, kwargs, source, map_location, strict, trust)  # type: ignore[type-var]
+        if weights_only is not None:  # Lightning before 2.6 takes no such argument
+            kwargs["weights_only"] = weights_only
         return super().load_from_checkpoint(  # type: ignore[misc]
-            checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+            checkpoint_path, map_location, hparams_file, strict, **kwargs
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

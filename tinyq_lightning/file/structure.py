@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from tinyq_lightning.errors import CheckpointError, TrainerError
 from tinyq_lightning.file.checkpoint import check_digests
+from tinyq_lightning.file.codes import CODES
 from tinyq_lightning.file.validate import check_format, check_layers, find_codes, prefixes_of_codes
+from tinyq_lightning.kernels import packed_shapes
 from tinyq_lightning.layers import QuantizedLayer
+from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan import Site, carry_over, find_sites
 
 __all__ = [
+    "fill_what_is_still_held",
     "prepare_structure",
     "refuse_resuming",
     "restore_structure",
@@ -65,6 +72,7 @@ def prepare_structure(
         CheckpointError: the module has no such layer, or one of another shape.
     """
     entries = [entry for entry in checkpoint["tinyq"]["plan"] if entry["method"] != "float"]
+    _materialize(module, entries, checkpoint["state_dict"])
     found = find_sites(module, {entry["name"] for entry in entries}.__contains__)
     sites = {name: site for site in found for name in site.names}
     made: dict[str, tuple[Site, QuantizedLayer]] = {}
@@ -83,10 +91,13 @@ def prepare_structure(
         for weight, here in site.weights_like.items():
             names = [f"{each}.{weight}" for each in site.names] if len(site.weights) > 1 else site.names
             prefix = next(iter(find_codes(prefixes, names)), None)
-            codes = None if prefix is None else state[f"{prefix}int8_weights"]
-            if codes is not None and codes.shape != here.shape:
+            bits = METHODS[entry["method"]].bits
+            codes = None if prefix is None else state[f"{prefix}{CODES[bits]}"]
+            wanted = here.shape if bits == 8 else packed_shapes(site.sizes[weight].rows, site.sizes[weight].columns)[0]
+            if codes is not None and codes.shape != wanted:
+                packed = " packed" if bits == 4 else ""
                 raise CheckpointError(
-                    f"layer {name!r} is {list(codes.shape)} in {source} and {list(here.shape)} in "
+                    f"layer {name!r} is{packed} {list(codes.shape)} in {source} and {list(wanted)} in "
                     f"{type(module).__name__}: build it with the arguments it was trained with"
                 )
         kernel = checkpoint["tinyq"]["spec"].get("kernel", "auto")
@@ -97,6 +108,42 @@ def prepare_structure(
     for site, layer in made.values():
         site.put(layer)
     return list(made.values())
+
+
+def _materialize(model: nn.Module, entries: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+    """Give lazy layers the sizes that the codes have: they have seen no input yet."""
+    modules, prefixes = dict(model.named_modules()), prefixes_of_codes(state)
+    for entry in entries:
+        layer: Any = modules.get(entry["name"])
+        found = find_codes(prefixes, [entry["name"]])
+        if found and issubclass(type(layer), LazyModuleMixin) and layer.has_uninitialized_params():
+            shape = list(state[f"{found[0]}int8_weights"].shape)
+            linear, transposed = len(shape) == 2, getattr(layer, "transposed", False)
+            channels = shape[1] if linear else shape[0] if transposed else shape[1] * layer.groups
+            layer._infer_parameters(layer, (torch.empty(1, channels, *[1] * (len(shape) - 2)),))
+
+
+def fill_what_is_still_held(made: Sequence[tuple[Site, QuantizedLayer]]) -> Callable[[], None]:
+    """A function that gives a float weight the values of its quantized layer, if anything still holds it by then.
+
+    A module may keep a weight in a list or a dict beside the layer, where no state dict reaches it.
+
+    Args:
+        made: the float layers, each with the layer that took its place.
+    """
+    floats = [
+        (weakref.ref(weight), layer, name)
+        for site, layer in made
+        for name, weight in site.kind.float_weights(site.module).items()
+    ]
+
+    def fill() -> None:
+        for reference, layer, name in floats:
+            if (weight := reference()) is not None:
+                with torch.no_grad():
+                    weight.copy_(layer.coded_weights()[name].dequantize())
+
+    return fill
 
 
 def _hint(name: str, sites: Mapping[str, Site]) -> str:

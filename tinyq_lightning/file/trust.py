@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tinyq_lightning.errors import CheckpointError, ModelError
+from tinyq_lightning.namespaces import derives_from
 
 __all__ = [
     "call_with",
     "from_config",
     "import_class",
+    "import_lightning_class",
     "import_named",
     "refuse_other_class",
 ]
@@ -38,6 +40,14 @@ def import_class(path: str, base: type[Kind]) -> type[Kind]:
     found = import_named(path)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ModelError(f"{path!r} is not a {base.__name__}")
+    return found
+
+
+def import_lightning_class(path: str, name: str) -> Any:
+    """As :func:`import_class`, of a class that derives from Lightning's class ``name``, of either package."""
+    found = import_named(path)
+    if not (isinstance(found, type) and derives_from(found, name)):
+        raise ModelError(f"{path!r} is not a {name}")
     return found
 
 

@@ -20,6 +20,7 @@ from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedValueType
 
 from tinyq_lightning.file.plain import plain
+from tinyq_lightning.namespaces import derives_from, namespace_of
 
 __all__ = [
     "ClassUnknown",
@@ -174,7 +175,9 @@ class _Writer:
         self._notes.append({"path": list(path), "kind": kind, **more, **({} if name is None else {"name": name})})
 
 
-def restored(value: Any, note: Mapping[str, Any], find_class: Callable[[str], type | None], trust: bool) -> Any:
+def restored(
+    value: Any, note: Mapping[str, Any], find_class: Callable[[str], type | None], trust: bool, module_class: type
+) -> Any:
     """The value as it was before :func:`typed_entries`.
 
     Args:
@@ -182,6 +185,7 @@ def restored(value: Any, note: Mapping[str, Any], find_class: Callable[[str], ty
         note: what was noted of it.
         find_class: gives the class of a name, or None.
         trust: whether interpolations may stay in a configuration.
+        module_class: whose hyper-parameters they are.
 
     Raises:
         ClassUnknown: ``find_class`` does not know the class; the exception has its name.
@@ -208,7 +212,7 @@ def restored(value: Any, note: Mapping[str, Any], find_class: Callable[[str], ty
     if kind == "omegaconf":
         return _configuration(value, trust)
     if kind == "AttributeDict":
-        return _attribute_dict(value)
+        return _attribute_dict(value, module_class)
     if kind == "path":
         return _PATHS[str(name)](value)
     if kind == "defaultdict":
@@ -216,13 +220,11 @@ def restored(value: Any, note: Mapping[str, Any], find_class: Callable[[str], ty
     return _BUILTIN[kind](value)
 
 
-def _attribute_dict(value: Any) -> Any:
-    """As LightningModule's ``hparams`` has it; where Lightning is not installed, a dict whose items are attributes."""
-    try:
-        from lightning.pytorch.utilities.parsing import AttributeDict
-    except ImportError:
+def _attribute_dict(value: Any, module_class: Any) -> Any:
+    """As LightningModule's ``hparams`` has it; of plain PyTorch, a dict whose items are attributes."""
+    if not (isinstance(module_class, type) and derives_from(module_class, "LightningModule")):
         return _Attributes(value)
-    return AttributeDict(value)
+    return namespace_of(module_class).module("utilities.parsing").AttributeDict(value)
 
 
 class _Attributes(dict[str, Any]):

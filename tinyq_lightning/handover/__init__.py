@@ -5,6 +5,7 @@ from tinyq_lightning.handover.example import import_example
 from tinyq_lightning.handover.exporting import export
 from tinyq_lightning.handover.formats import FORMATS, Format, Program, Tensors
 from tinyq_lightning.handover.report import ExportReport
+from tinyq_lightning.handover.session import session_forward
 
 __all__ = [
     "FORMATS",
@@ -16,4 +17,5 @@ __all__ = [
     "export",
     "export_beside",
     "import_example",
+    "session_forward",
 ]

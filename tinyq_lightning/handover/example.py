@@ -16,6 +16,7 @@ from tinyq_lightning.file import import_named
 
 __all__ = [
     "Example",
+    "as_arguments",
     "example_for",
     "flat_names",
     "import_example",
@@ -117,7 +118,7 @@ def example_for(model: nn.Module, given: Any, method: str) -> Example:
             "(--example package.module:function): a tensor, a tuple of arguments, or a dict of arguments by name"
         )
     given = pytree.tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, given)
-    args, kwargs = _as_arguments(given)
+    args, kwargs = as_arguments(given)
     function = getattr(model, method, None)
     if not callable(function):
         raise ModelError(f"{name} has no method {method!r}")
@@ -136,7 +137,8 @@ def parameters_of_call(model: nn.Module, method: str) -> list[str]:
     return list(inspect.signature(getattr(model, method)).parameters)
 
 
-def _as_arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional arguments, and those by name, of inputs as users give them."""
     if isinstance(given, Mapping):
         return (), {str(name): value for name, value in given.items()}
     return (tuple(given), {}) if isinstance(given, tuple) else ((given,), {})

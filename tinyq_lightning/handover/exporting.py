@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ def export(
             ``{"ids": {0: "batch", 1: "tokens"}}`` of single inputs; a ``torch.export.Dim`` instead of a name gives
             bounds.
         activations: ``dynamic``: as the model rounds them; ``static``: by ranges from ``calibration``, which some
-            runtimes are faster with.
+            runtimes are faster with; ``static-signed``: likewise, with a zero point of 0, as TensorRT needs it.
         calibration: for static activations: inputs, each like ``example_inputs``.
         max_error: the largest relative error of any output: the norm of the difference, relative to the norm of the
             model's output. By default what the format is known to keep, and with ``w8a8`` layers 0.15: activations
@@ -100,17 +100,20 @@ def export(
         names = tuple(output_tensors(_called(module, example)))
         traced = dims.large_enough(example)
         request = Request(module, traced, dims, names, activations, calibration, torch.get_num_threads())
-        bound = max(wanted.max_error, rounding_noise(model)) if max_error is None else max_error
+        bound = max(wanted.bound(activations), rounding_noise(model)) if max_error is None else max_error
         return _write_program(wanted, request, example, target, bound, overwrite)
 
 
 def _check_activations(wanted: Program, activations: str, calibration: Iterable[Any] | None) -> None:
-    if activations not in ("dynamic", "static"):
-        raise ExportError(f"activations must be 'dynamic' or 'static', not {activations!r}")
-    if activations == "static" and not wanted.static:
-        raise ExportError(f"the format {wanted.name} rounds activations as they come: leave activations='static' out")
-    if (activations == "static") != (calibration is not None):
-        raise ExportError("activations='static' and calibration belong together: ranges are taken from those inputs")
+    if activations not in get_args(Activations):
+        raise ExportError(f"activations must be one of {', '.join(get_args(Activations))}, not {activations!r}")
+    if activations != "dynamic" and not wanted.static:
+        raise ExportError(f"the format {wanted.name} rounds activations as they come: leave activations out")
+    if (activations == "dynamic") != (calibration is None):
+        raise ExportError(
+            "static activations and calibration belong together: give activations='static' and "
+            "calibration=[inputs, …], from which the ranges are taken"
+        )
 
 
 def _called(module: nn.Module, example: Example) -> Any:

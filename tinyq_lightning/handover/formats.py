@@ -32,9 +32,10 @@ from tinyq_lightning.file import read_checkpoint, read_safetensors, write_checkp
 from tinyq_lightning.handover.aoti import open_aoti, write_aoti
 from tinyq_lightning.handover.compressed_tensors import open_compressed_tensors, write_compressed_tensors
 from tinyq_lightning.handover.example import Example
+from tinyq_lightning.handover.onnx_file import open_onnx, write_onnx
+from tinyq_lightning.handover.openvino_file import open_openvino, write_openvino
 from tinyq_lightning.handover.programs import open_pt2, write_pt2
 from tinyq_lightning.handover.request import Request
-from tinyq_lightning.methods import FORMAT_NAMES
 
 __all__ = [
     "FORMATS",
@@ -66,11 +67,6 @@ class Format:
     extra: str = ""
     by_ending: bool = True
 
-    @property
-    def what(self) -> str:
-        """The format in one line."""
-        return FORMAT_NAMES[self.name]
-
     def check_installed(self) -> None:
         """Check that its libraries are there.
 
@@ -93,12 +89,18 @@ class Program(Format):
         open: loads it into its runtime.
         max_error: the relative error that is allowed if the user gives none.
         static: whether it can hold static activations.
+        max_static_error: the same for these.
     """
 
     write: Callable[[Request, str], Sequence[str]] = lambda request, path: ()
     open: Callable[[str, Request], Run] = lambda path, request: lambda example: ()
     max_error: float = 0.01
     static: bool = False
+    max_static_error: float = 0.3
+
+    def bound(self, activations: str) -> float:
+        """The relative error that is allowed if the user gives none."""
+        return self.max_error if activations == "dynamic" else self.max_static_error
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,26 @@ _LIST: tuple[Format, ...] = (
         by_ending=False,
         write=write_aoti,
         open=open_aoti,
+    ),
+    Program(
+        name="onnx",
+        ending=".onnx",
+        modules=("onnx", "onnxscript", "onnxruntime"),
+        extra="onnx",
+        write=write_onnx,
+        open=open_onnx,
+        max_error=0.1,
+        static=True,
+    ),
+    Program(
+        name="openvino",
+        ending=".xml",
+        modules=("onnx", "onnxscript", "openvino"),
+        extra="openvino",
+        write=write_openvino,
+        open=open_openvino,
+        max_error=0.15,
+        static=True,
     ),
     Tensors(
         name="safetensors",

@@ -16,7 +16,7 @@ __all__ = [
     "Request",
 ]
 
-Activations = Literal["dynamic", "static"]
+Activations = Literal["dynamic", "static", "static-signed"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Request:
         example: inputs to trace it with. Each dynamic dimension has a size of at least 2, as tracers need.
         dims: the dimensions of the inputs that may have other sizes; without any, all sizes are those of the example.
         output_names: of the output's tensors, in the order in which torch's pytree flattens them.
-        activations: ``dynamic``: rounded by ranges taken as they come; ``static``: by ranges from ``calibration``.
+        activations: ``dynamic``: rounded by ranges taken as they come; ``static``: to uint8 by ranges from
+            ``calibration``; ``static-signed``: to int8 with zero point 0 by such ranges.
         calibration: inputs, each like the example, to take the ranges from; None unless activations are static.
         threads: for the runtime that runs what was written, so that times can be compared with the model's.
     """

@@ -27,17 +27,21 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Context manager in which a model is in eval mode, without gradients; then everything is as before.
 
     Modes, attributes, hooks, buffers, gradients and the state of the random number generators are put back. The forms
-    that quantized layers make of their codes when they are first called are kept.
+    that quantized layers make of their codes when they are first called are kept. ``nn.TransformerEncoder`` computes
+    padded tokens as all others, instead of leaving zeros there, because graphs have no nested tensors.
     """
     apart = {below for layer in model.modules() if isinstance(layer, QuantizedLayer) for below in layer.modules()}
     modules = [each for each in model.modules() if each not in apart]
     attributes = [(each, _attributes(each)) for each in modules]
     buffers = [(buffer, buffer.clone(), _version(buffer)) for each in modules for buffer in each.buffers(recurse=False)]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with evaluating(model), torch.no_grad(), torch.autocast("cpu", enabled=False):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])

@@ -33,17 +33,19 @@ class WeightSource:
         scales: ``[rows]`` float32.
         dtype: of the weight.
         groups: of a transposed convolution; 0 for all others.
+        layout: of the weight in memory.
     """
 
     codes: Tensor | CodeHolder
     scales: Tensor
     dtype: torch.dtype
     groups: int = 0
+    layout: torch.memory_format = torch.contiguous_format
 
     def values(self) -> Tensor:
-        """Like the codes, of ``dtype``."""
+        """Like the codes, of ``dtype`` and ``layout``."""
         codes = self.codes if isinstance(self.codes, Tensor) else self.codes.codes()
-        return dequantize(codes, self.scales, self.dtype, self.groups)
+        return dequantize(codes, self.scales, self.dtype, self.groups).contiguous(memory_format=self.layout)
 
 
 class Dequantized:
@@ -63,7 +65,7 @@ class Dequantized:
                 return kept
         make = partial(_values, source, weakref.ref(self))
         with torch.inference_mode(False):  # where torch counts what is written to views
-            return ReadOnlyTensor(make, shape, source.dtype, source.scales.device)
+            return ReadOnlyTensor(make, shape, source.dtype, source.scales.device, source.layout)
 
     def keep(self, weight: ReadOnlyTensor, values: Tensor, source: WeightSource) -> None:
         """Keep a weight that has its values now."""
@@ -91,12 +93,12 @@ def _values(source: WeightSource, owner: weakref.ref[Dequantized], weight: ReadO
 
 def _snapshot(source: WeightSource) -> Callable[[WeightSource], bool]:
     """A function that returns True if a source is this one, with nothing written to it since."""
-    scales, dtype = TensorSnapshot(source.scales), source.dtype
+    scales, dtype, layout = TensorSnapshot(source.scales), source.dtype, source.layout
     plain = TensorSnapshot(source.codes) if isinstance(source.codes, Tensor) else None
     holder = weakref.ref(source.codes) if isinstance(source.codes, CodeHolder) else None
 
     def is_current(other: WeightSource) -> bool:
-        if other.dtype != dtype or not scales.matches(other.scales):
+        if (other.dtype, other.layout) != (dtype, layout) or not scales.matches(other.scales):
             return False
         if isinstance(other.codes, Tensor):
             return plain is not None and plain.matches(other.codes)

@@ -28,4 +28,9 @@ def leaf_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     tracers: list[Any] = []
     map_aggregate((args, kwargs), lambda each: tracers.append(each.tracer) if isinstance(each, Proxy) else None)
     tracer = tracers[0]
+    if tracer.root is module:
+        raise TypeError(
+            f"torch.fx takes a {type(module).__name__} for one call, so there is nothing in it to trace: trace the "
+            "module that holds it, or put it in an nn.Sequential"
+        )
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)

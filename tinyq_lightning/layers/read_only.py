@@ -30,6 +30,7 @@ class ReadOnlyTensor(Tensor):
         shape: of the values.
         dtype: of the values.
         device: of the values.
+        layout: of the values in memory.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as nn.Parameter has it
@@ -39,9 +40,17 @@ class ReadOnlyTensor(Tensor):
 
     @staticmethod
     def __new__(  # noqa: D102
-        cls, make: Callable[[ReadOnlyTensor], Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+        cls,
+        make: Callable[[ReadOnlyTensor], Tensor],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        layout: torch.memory_format = torch.contiguous_format,
     ) -> ReadOnlyTensor:
-        tensor: ReadOnlyTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        strides = None if layout is torch.contiguous_format else _strides(shape, layout)
+        tensor: ReadOnlyTensor = torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=dtype, device=device
+        )
         tensor._make, tensor._made = make, None
         return tensor
 
@@ -131,6 +140,10 @@ class ReadOnlyTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def _strides(shape: torch.Size, layout: torch.memory_format) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta", memory_format=layout).stride()
 
 
 def _refuse(what: str) -> NoReturn:

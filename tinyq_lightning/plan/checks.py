@@ -53,8 +53,8 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Sit
 
     Raises:
         ModelError: the model has no layer of a known kind, or none that can be quantized.
-        SpecError: a pattern matches nothing, a rule is shadowed by what stands before it, or nothing is
-            left to quantize.
+        SpecError: a pattern matches nothing, a rule is shadowed by what stands before it, two layers with the
+            same weight are named by entries that contradict each other, or nothing is left to quantize.
     """
     sites = sites_for(spec, model) if sites is None else sites
     if not sites:
@@ -74,16 +74,44 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Sit
                 f"{where}: rule {index + 1} ({rule.match!r}) is shadowed: all that it matches, such as "
                 f"{covered[0].name!r}, is taken by {taker} before it. Move it up, narrow the other, or remove it"
             )
+    _refuse_contradictions(spec, sites)
     if not on:
         there = ", ".join(sorted({site.kind.name for site in sites}))
+        where = f"{spec.origin.where('kinds')}: " if spec.origin.places else ""
         raise ModelError(
-            f"{type(model).__name__} has no layer of the kinds {', '.join(spec.kinds)} to quantize (it has some of "
-            f"{there})"
+            f"{where}{type(model).__name__} has no layer of the kinds {', '.join(spec.kinds)} to quantize (it has some "
+            f"of {there})"
         )
     wanted = [wanted_method(spec, site.names) for site in on]
     left = f"all {len(on)} layers" if len(on) > 1 else "the only layer"
     if all(each.method == "float" and each.decided_by not in MEASURED_BY for each in wanted):
         raise SpecError(f"{spec.origin.where()}: this spec leaves {left} float")
+
+
+def _refuse_contradictions(spec: QuantizationSpec, sites: Sequence[Site]) -> None:
+    """Refuse to quantize one of two layers with the same weight where each is named, and one as float."""
+    named = {site.name: where for site in sites if (where := _names_it(spec, site)) is not None}
+    for site in sites:
+        for other in site.tied if site.name in named else ():
+            methods = [wanted_method(spec, each.names).method for each in sites if each.name in (site.name, other)]
+            if other in named and methods.count("float") == 1:
+                raise SpecError(
+                    f"{named[site.name]} and {named[other]} contradict each other: {site.name} and {other} have the "
+                    "same weight, which is either float or int8. Give both the same method or float, or name one only"
+                )
+
+
+def _names_it(spec: QuantizationSpec, site: Site) -> str | None:
+    """Where the spec names this layer alone, not by a glob: the place of the entry that decides."""
+    pattern = excluding(spec, site.names)
+    index = None if pattern is not None else deciding_rule(spec, site.names)
+    path: tuple[str | int, ...] = ()
+    if pattern is not None:
+        path = "exclude", spec.exclude.index(pattern)
+    elif index is not None and spec.rules[index].decided_by == "rule":
+        pattern, path = spec.rules[index].match, ("rules", index, "match")
+    literal = {part for name in site.names for part in (name, name.rpartition(".")[2])}
+    return spec.origin.where(*path) if pattern in literal else None
 
 
 def _switched_on(spec: QuantizationSpec, sites: Sequence[Site]) -> list[Site]:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from itertools import islice
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
+
+from tinyq_lightning.plan.functions import globals_read
 
 __all__ = [
     "CompiledPlace",
@@ -103,9 +106,9 @@ _MOST_OBJECTS = 50_000
 def find_references(model: nn.Module, layers: Collection[nn.Module]) -> Mapping[int, list[Reference]]:
     """By the ``id`` of a layer, where ``model`` holds it outside of its registered modules.
 
-    Containers, functions with what they close over, and plain objects are followed from each attribute of each
-    module and of its class, the nearest first and at most 50,000 of them; functions alone from hooks. Nothing is
-    changed.
+    Containers, functions with what they close over and their globals, and plain objects are followed from each
+    attribute of each module and of its class, the nearest first and at most 50,000 of them; functions alone from hooks.
+    Nothing is changed.
     """
     found: dict[int, list[Reference]] = defaultdict(list)
     wanted, modules = {id(layer) for layer in layers}, {id(each) for each in model.modules()}
@@ -165,7 +168,10 @@ def _contents(value: Any, through_objects: bool) -> Iterator[tuple[Any, Place | 
     elif isinstance(value, FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
+        held += [each for _, each in globals_read(value)]
         yield from ((each, None) for each in held)
+    elif isinstance(value, ReferenceType):
+        yield value(), None
     elif isinstance(value, MethodType):
         yield from ((each, None) for each in (value.__self__, value.__func__))
     elif isinstance(value, nn.Module):  # one that the model does not register

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.plan import MANY_LAYERS, Plan
 from tinyq_lightning.report.outcome import Outcome, log_entries
 from tinyq_lightning.report.tables import comparison_table, export_table, layer_table
 from tinyq_lightning.table import Table, screen_width
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = [
     "log_outcomes",
@@ -46,7 +48,7 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     print()
     for each in outcomes:
         coverage = str(each.coverage) if len(outcomes) > 1 else None  # of one method it is in the headline
-        for sentence in filter(None, (coverage, each.verdict(), each.speed_verdict())):
+        for sentence in filter(None, (coverage, each.calibration(), each.verdict(), each.speed_verdict())):
             print(sentence if len(outcomes) == 1 else f"{each.name}: {sentence}")
     if (exports := export_table(outcomes)) is not None:
         _print_table(exports)

@@ -25,7 +25,7 @@ _Point = tuple[float, float, int]
 def search_curve(budget: Mapping[str, Any]) -> dict[str, Any] | None:
     """Axes, limit and dots of the drawing; None if no plan has a loss that is a number.
 
-    The horizontal axis is bytes, or layers if no plan gave up bytes.
+    The horizontal axis is bytes, or layers if no plan takes more of them.
 
     Args:
         budget: of :func:`tinyq_lightning.report.files.report_content`.
@@ -65,7 +65,7 @@ def search_curve(budget: Mapping[str, Any]) -> dict[str, Any] | None:
         "lowest_text": f"{low:.2g}".replace("-", "−"),
         "most_text": format_bytes(most) if in_bytes else f"{most:g}",
         "allowed_text": f"{allowed:.3g}",
-        "x_name": f"{'bytes' if in_bytes else 'layers'} given up",
+        "x_name": "more bytes" if in_bytes else "layers changed",
         "y_name": f"{budget['monitor']} lost",
         "frontier": "L".join(f"{across(x)} {down(y)}" for x, y, _ in frontier) if len(frontier) > 1 else "",
         "dots": [

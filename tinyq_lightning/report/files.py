@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain, count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import yaml
-from lightning.pytorch import Trainer
 
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import file_exists, replace_file
@@ -25,6 +24,9 @@ from tinyq_lightning.report.outcome import Outcome, combined
 from tinyq_lightning.report.tables import comparison_table, export_table, kind_table, layer_table
 from tinyq_lightning.trainer import write_on_rank_zero
 from tinyq_lightning.version import __version__
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = [
     "files_of_report",
@@ -141,6 +143,7 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
         "budget": budget,
         "verdict": outcome.verdict(),
         "exports": [_described(each) for each in outcome.exports],
+        "calibration": outcome.calibration(),
         "never_slower": outcome.stopwatch and {"verdict": outcome.speed_verdict()} | outcome.stopwatch.to_dict(),
         "layers": layers,
         "spec": plan.to_spec().to_dict(),
@@ -180,7 +183,9 @@ def resolved_yaml(outcome: Outcome, stem: str) -> str:
     comments += [f'TinyQCallback("{stem}.yaml")']
     for metric, values in outcome.results.items():
         comments.append(f"{metric}: float {values['float']:.6g}, quantized {values[outcome.name]:.6g}")
-    comments += [verdict for verdict in (outcome.verdict(), outcome.speed_verdict()) if verdict]
+    comments += [verdict for verdict in (outcome.verdict(), outcome.speed_verdict(), outcome.calibration()) if verdict]
+    if plan.spec.calibrate:
+        comments.append("It gives the same codes only with the same validation batches: they were chosen by these.")
     lines = [_comment(text) for text in comments]
     lines += ["", _yaml({key: content.pop(key) for key in ("method", "kinds", "exclude")})]
     if rules:

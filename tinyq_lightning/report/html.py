@@ -50,6 +50,8 @@ def _sentences(content: Mapping[str, Any]) -> list[dict[str, str]]:
         found.append({"text": _capital(content["verdict"]), "kind": "met" if content["budget"]["met"] else "missed"})
     if content["never_slower"]:
         found.append({"text": _capital(content["never_slower"]["verdict"]), "kind": ""})
+    if content["calibration"]:
+        found.append({"text": _capital(content["calibration"]), "kind": ""})
     return found
 
 
@@ -136,5 +138,5 @@ def _search(budget: Mapping[str, Any] | None) -> dict[str, Any] | None:
         ]
         for index, trial in enumerate(budget["trials"])
     ]
-    table = Table(["plan", "layers given up", "bytes given up", monitor, "lost", "within"], rows)
+    table = Table(["plan", "layers changed", "more bytes", monitor, "lost", "within"], rows)
     return {"monitor": monitor, "allowed": f"{allowed:.4g}", "curve": search_curve(budget), "table": table}

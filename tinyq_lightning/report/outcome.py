@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
+from tinyq_lightning.file import make_checkpoint
 from tinyq_lightning.handover import ExportReport
 from tinyq_lightning.plan import Coverage, Plan
 from tinyq_lightning.search import BatchTimes, LayerError, Search, Stopwatch, loses
-from tinyq_lightning.trainer import FloatWeights, Measured, MethodsRun, Results, TestRun, compare
+from tinyq_lightning.spec import QuantizationSpec
+from tinyq_lightning.trainer import FloatWeights, Measured, MethodsRun, QuantizedShards, Results, TestRun, compare
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 __all__ = [
     "Outcome",
+    "column_name",
     "combined",
     "log_entries",
     "outcome_of_fit",
+    "outcome_of_shards",
     "outcome_of_test",
+    "quantized_content",
 ]
 
 
@@ -39,6 +50,7 @@ class Outcome:
         note: where the weights come from.
         exports: what the model was exported in, on rank 0.
         stopwatch: what the run timed for ``never_slower``, or None.
+        kept: whether it is saved; not if ``keep: smallest`` chose another method.
     """
 
     name: str
@@ -55,6 +67,7 @@ class Outcome:
     quantized_path: str | None = None
     note: str = ""
     stopwatch: Stopwatch | None = None
+    kept: bool = True
     exports: tuple[ExportReport, ...] = ()
 
     def results_as(self, label: str) -> Results:
@@ -62,20 +75,29 @@ class Outcome:
         return _renamed(self.results, self.name, label)
 
     def verdict(self) -> str | None:
-        """Whether the budget was met, in a sentence; None without a budget."""
+        """Whether the budget was met, or why the method was not kept, in a sentence; None without a budget."""
         budget, found = self.plan.spec.budget, self.search
+        if not self.kept:
+            return (
+                "not saved: keep: smallest keeps the smallest method within the budget, else the one that loses least"
+            )
         if budget is None or found is None:
             return None
-        tried = f"{len(found.trials)} plan{'s' * (len(found.trials) > 1)} measured"
-        changed = len(found.best.changes)
+        others = len(found.trials) - 1
+        tried = f"{others} other plan{'s' * (others > 1)} tried" if others else "no other plan tried"
         if found.met:
-            how = f"{changed} of {len(self.plan)} layers given up" if changed else "as asked for"
-            return f"budget met: {budget.monitor} {loses(found.best)}, {found.allowed:.4g} allowed ({how}, {tried})"
+            how = f"{self._changed(found)}, {tried}" if found.best.changes else "as asked for"
+            return f"budget met: {budget.monitor} {loses(found.best)}, {found.allowed:.4g} allowed ({how})"
         stop = f", stopped by {found.stopped_by}" if found.stopped_by else ""
         return (
             f"budget NOT met: {budget.monitor} {loses(found.best)}, {found.best.lost - found.allowed:.4g} more than "
             f"the {found.allowed:.4g} allowed; this is the best plan found ({tried}{stop})"
         )
+
+    def _changed(self, found: Search) -> str:
+        """``of 19 layers 2 float, 3 w8a16``: the layers that the search changed, by their method now."""
+        counts = Counter(found.best.changes.values())
+        return f"of {len(self.plan)} layers " + ", ".join(f"{counts[method]} {method}" for method in sorted(counts))
 
     def speed_verdict(self) -> str | None:
         """How many layers ``never_slower`` left float, in a sentence; None without it."""
@@ -89,12 +111,46 @@ class Outcome:
             f"never slower: {left} of {len(self.plan)} layers left float ({timed} timings took {seconds:.2g} s{also})"
         )
 
+    def calibration(self) -> str | None:
+        """How calibration changed the errors of the layers' outputs, in a sentence; None without it."""
+        asked = self.plan.spec.calibrate
+        if asked is None:
+            return None
+        shares = [each.output_error for each in self.plan if each.output_error is not None]
+        batches = f"{asked.batches} batch{'es' * (asked.batches > 1)}"
+        if not shares:
+            return f"calibrated on {batches}: no layer could be"
+        kept = sum(share < 1 for share in shares)
+        return (
+            f"calibrated on {batches}: {kept} of {len(self.plan)} layers have other codes or biases; in the median the "
+            f"squared error of outputs is {100 * (1 - median(shares)):.0f} % smaller on data that was held out"
+        )
+
     def warnings(self) -> Iterator[str]:
         """Sentences to show as warnings."""
         if self.search is not None and not self.search.met:
             yield str(self.verdict())
         if self.stopwatch and all(decision.method == "float" for decision in self.plan):
             yield "int8 is slower than float here in every layer, so never_slower has left all of them float"
+
+
+def quantized_content(
+    module: LightningModule, source: FloatWeights, outcome: Outcome, loop: str
+) -> Callable[[], dict[str, Any]]:
+    """What makes the content of a quantized checkpoint while the quantized layers are in the module.
+
+    Args:
+        module: the user's.
+        source: the weights that were quantized.
+        outcome: of the method.
+        loop: that the metrics are from, ``validate`` or ``test``.
+    """
+
+    def content() -> dict[str, Any]:
+        results = outcome.results_as(outcome.plan.column_label)
+        return make_checkpoint(source.base, module.state_dict(), outcome.plan, results, source.sha256, loop)
+
+    return content
 
 
 def outcome_of_fit(
@@ -116,6 +172,23 @@ def outcome_of_fit(
         float_path=source.path,
         note=source.note,
         stopwatch=run.stopwatch,
+        kept=measured.kept,
+    )
+
+
+def outcome_of_shards(made: QuantizedShards, name: str, source: FloatWeights) -> Outcome:
+    """One method on a sharded model, which has no metrics; not saved yet."""
+    return Outcome(
+        name=name,
+        plan=made.plan,
+        coverage=made.plan.coverage,
+        results={},
+        float_bytes=made.float_bytes,
+        bytes=made.bytes,
+        float_seconds=BatchTimes(),
+        seconds=BatchTimes(),
+        float_path=source.path,
+        note=source.note,
     )
 
 
@@ -144,6 +217,24 @@ def _renamed(results: Results, label: str, name: str) -> Results:
         metric: {name if key == label else key: value for key, value in values.items()}
         for metric, values in results.items()
     }
+
+
+def column_name(spec: QuantizationSpec, plan: Plan, earlier: Sequence[tuple[QuantizationSpec, Sequence[Plan]]]) -> str:
+    """The name of a plan's column: its label, with a version if an earlier callback of the run uses the label.
+
+    Args:
+        spec: one method, or several, whose columns have the names of the methods.
+        plan: of one method.
+        earlier: specs and plans of the callbacks before this one.
+    """
+    label = _column_label(spec, plan)
+    version = [_column_label(each, other) for each, others in earlier for other in others].count(label)
+    return f"{label}-v{version}" if version else label
+
+
+def _column_label(spec: QuantizationSpec, plan: Plan) -> str:
+    """The plan's label, or with several methods the one asked for, which differs from plan to plan."""
+    return plan.spec.method if spec.methods else plan.column_label
 
 
 def combined(outcomes: Sequence[Outcome]) -> Results:

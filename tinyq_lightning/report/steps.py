@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING
 
 from tinyq_lightning.report.artifacts import log_artifacts
 from tinyq_lightning.report.console import log_outcomes, log_tables, show, warn
 from tinyq_lightning.report.files import write_report
 from tinyq_lightning.report.outcome import Outcome
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = [
     "report_steps",

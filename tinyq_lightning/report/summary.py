@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
-from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
-from lightning.pytorch.utilities.imports import _RICH_AVAILABLE
-from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary as Summary
-from lightning.pytorch.utilities.model_summary.model_summary_deepspeed import DeepSpeedSummary
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tinyq_lightning.layers import QuantizedLayer, WeightSize, kind_of
+from tinyq_lightning.methods import METHODS
+from tinyq_lightning.namespaces import namespace_of, of_both
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelSummary as SummaryOfBoth
+    from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary as Summary
+else:
+    Summary, SummaryOfBoth = object, of_both("callbacks.ModelSummary")
 
 __all__ = [
     "QuantizedModelSummary",
@@ -27,14 +30,17 @@ __all__ = [
 class QuantizedSummary(Summary):
     """The table of Lightning's ``ModelSummary``, of a module with quantized layers or without.
 
-    An int8 weight counts as one weight that is not trainable, so the counts are those of the float module.
-    Sizes are those of the tensors: one byte for each int8 weight, four for each scale, and the size of its
-    dtype for each parameter. Tensors that share memory count once.
+    A quantized weight counts as one weight that is not trainable, so the counts are those of the float module.
+    Sizes are those of the tensors: one byte for each int8 weight, half of one and the multipliers for each of four bits
+    as in a file, four for each scale, and the size of its dtype for each parameter. Tensors that share memory count
+    once.
 
     Args:
         model: the module.
         max_depth: of the modules to show; -1 for all, 0 for none.
     """
+
+    derives = "utilities.model_summary.ModelSummary"
 
     def __init__(self, model: LightningModule, max_depth: int = 1) -> None:
         with warnings.catch_warnings():  # sizes are read from the tensors, not guessed from the precision
@@ -44,19 +50,19 @@ class QuantizedSummary(Summary):
     @property
     def param_nums(self) -> list[int]:
         """The number of weights of each row."""
-        return [layer.num_parameters + _int8_count(layer._module) for layer in self._layer_summary.values()]
+        return [layer.num_parameters + _quantized_count(layer._module) for layer in self._layer_summary.values()]
 
     @property
     def total_parameters(self) -> int:
         """The number of weights, float and int8."""
-        return super().total_parameters + _int8_count(self._model)
+        return super().total_parameters + _quantized_count(self._model)
 
     @property
     def model_size(self) -> float:
         """In megabytes (10⁶ bytes)."""
         held = (parameter for parameter in self._model.parameters() if not is_lazy(parameter))
         size = sum(parameter.numel() * parameter.element_size() for parameter in held)
-        return (size + sum(each.bytes for each in _int8_sizes(self._model))) * 1e-6
+        return (size + sum(each.bytes(bits) for each, bits in _quantized_sizes(self._model))) * 1e-6
 
 
 def summarize(module: LightningModule, max_depth: int = 1) -> QuantizedSummary:
@@ -66,10 +72,11 @@ def summarize(module: LightningModule, max_depth: int = 1) -> QuantizedSummary:
         module: with quantized layers or without.
         max_depth: of the modules to show; -1 for all, 0 for none.
     """
-    return QuantizedSummary(module, max_depth)
+    made: QuantizedSummary = namespace_of(module).derived(QuantizedSummary)(module, max_depth)
+    return made
 
 
-class QuantizedModelSummary(ModelSummary):
+class QuantizedModelSummary(SummaryOfBoth):
     """Prints the summary when a fit starts, instead of the Trainer's own ``ModelSummary``.
 
     It uses rich if that is installed, as the Trainer's own does.
@@ -79,23 +86,31 @@ class QuantizedModelSummary(ModelSummary):
         **summarize_kwargs: as Lightning's callbacks take them.
     """
 
-    def _summary(self, trainer: Trainer, pl_module: LightningModule) -> DeepSpeedSummary | Summary:
-        if isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.strategy.zero_stage_3:
-            return super()._summary(trainer, pl_module)  # it alone can count parameters that are split up
-        return QuantizedSummary(pl_module, self._max_depth)
+    def _summary(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        lightnings = namespace_of(trainer).pytorch
+        strategy: Any = trainer.strategy
+        if isinstance(strategy, lightnings.strategies.DeepSpeedStrategy) and strategy.zero_stage_3:
+            return lightnings.callbacks.ModelSummary._summary(self, trainer, pl_module)  # counts what is split up
+        return summarize(pl_module, self._max_depth)
 
-    @staticmethod
-    def summarize(*args: Any, **kwargs: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary, by rich if that is installed, as the package of the Trainer does."""
+        lightnings = namespace_of(trainer)
+        callbacks, with_rich = lightnings.pytorch.callbacks, lightnings.module("utilities.imports")._RICH_AVAILABLE
+        self._summarize = (callbacks.RichModelSummary if with_rich else callbacks.ModelSummary).summarize
+        callbacks.ModelSummary.on_fit_start(self, trainer, pl_module)
+
+    def summarize(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Print the table."""
-        (RichModelSummary if _RICH_AVAILABLE else ModelSummary).summarize(*args, **kwargs)
+        self._summarize(*args, **kwargs)
 
 
-def _int8_count(module: nn.Module) -> int:
-    return sum(each.count for each in _int8_sizes(module))
+def _quantized_count(module: nn.Module) -> int:
+    return sum(each.count for each, _ in _quantized_sizes(module))
 
 
-def _int8_sizes(module: nn.Module) -> Iterator[WeightSize]:
-    """The size of each int8 weight; a weight that several layers share comes once."""
+def _quantized_sizes(module: nn.Module) -> Iterator[tuple[WeightSize, int]]:
+    """The size of each quantized weight and the bits of its codes; a weight that several layers share comes once."""
     seen = set()
     for layer in module.modules():
         if isinstance(layer, QuantizedLayer) and (kind := kind_of(layer)) is not None:
@@ -104,4 +119,4 @@ def _int8_sizes(module: nn.Module) -> Iterator[WeightSize]:
                 place = holder.scales.untyped_storage()._cdata, holder.scales.storage_offset()
                 if place not in seen:
                     seen.add(place)
-                    yield sizes[name]
+                    yield sizes[name], METHODS[layer.method].bits

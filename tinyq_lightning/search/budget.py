@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
+from tinyq_lightning.methods import LADDER, METHODS
 from tinyq_lightning.spec import Budget
 
 __all__ = [
-    "LADDER",
     "SIGNAL_COST",
     "Search",
     "SearchedLayer",
@@ -22,10 +23,6 @@ __all__ = [
     "loses",
     "search",
 ]
-
-LADDER = ("w8a8", "w8a16", "w8a32", "float")
-"""The methods from the least exact to the most; the search moves layers up."""
-
 
 SIGNAL_COST = 1
 """The pass that measures the layers counts as this many evaluations, although it reads only the first batches."""
@@ -46,29 +43,37 @@ class SearchedLayer:
     Attributes:
         name: its dotted path.
         method: of the plan that was asked for.
-        extra_bytes: its size as float, less its size as int8.
-        sqnr_db: output SQNR in dB by method; a method that is missing counts as exact.
-        too_slow: methods that must not be tried.
+        extra_bytes: its size as float, less its size by its method.
+        sqnr_db: output SQNR in dB by method; a method that is missing counts as exact, and is tried nonetheless if it
+            is the first of more bits.
+        barred: methods that must not be tried: slower than float, not on the user's ladder, or not of its kind.
+        more_bytes: its size by another method, less its size by its own; 0 for a method that is missing.
     """
 
     name: str
     method: str
     extra_bytes: int
     sqnr_db: Mapping[str, float]
-    too_slow: frozenset[str] = frozenset()
+    barred: frozenset[str] = frozenset()
+    more_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def rungs(self) -> list[tuple[str, float]]:
-        """The methods to try, from the layer's own up, with their SQNR; ``float`` is the last."""
+        """The methods to try, from the layer's own up, with their SQNR; ``float`` is the last unless it is barred."""
         own = LADDER.index(self.method)
         found: list[tuple[str, float]] = []
         for method in LADDER[own:-1]:
-            if method in self.too_slow:
+            if method in self.barred and method != self.method:
                 continue
             db = self.sqnr_db.get(method, math.inf)
             db = -math.inf if math.isnan(db) else db
-            if not found or db >= found[-1][1] + _RUNG_DB:
+            unknown = method not in self.sqnr_db and METHODS[method].bits > METHODS[self.method].bits
+            if not found or db >= found[-1][1] + _RUNG_DB or (unknown and found[-1][0] == self.method):
                 found.append((method, db))
-        return [*found, ("float", math.inf)]
+        return found if "float" in self.barred else [*found, ("float", math.inf)]
+
+    def added(self, method: str) -> int:
+        """The bytes that the layer takes more by a method than by its own."""
+        return self.extra_bytes if method == "float" else self.more_bytes.get(method, 0)
 
 
 @dataclass(frozen=True)
@@ -139,11 +144,13 @@ def search(
 ) -> Search:
     """Find a plan within the budget that gives up as little as possible.
 
-    Each layer can move up: w8a8 → w8a16 → w8a32 → float. The steps of all layers are sorted by the output
-    SQNR of the method they leave, the smallest first. Bisection finds the least number of steps, from the
-    beginning, with which the metric is within the budget. Then the layers of that plan are moved down again
-    in groups, those with the most bytes first, as long as the metric stays within the budget. At least one
-    layer stays int8; if no such plan is within the budget, the one that loses least is chosen.
+    Each layer can move up the ladder: w4a8 → w4a16 → w4a32 → w8a8 → w8a16 → w8a32 → float, past methods that
+    improve its output by less than a decibel. The steps of all layers are sorted by the output SQNR of the method
+    they leave, the smallest first; where there are layers of four bits, by the error that a step removes for each
+    byte that it adds, so that those that add none come first. Bisection finds the least number of steps, from the
+    beginning, with which the metric is within the budget. Then those of them that are needed are found by bisection
+    too, one after the other, and the layers of the others are moved down again. At least one layer stays quantized;
+    if no such plan is within the budget, the one that loses least is chosen.
 
     The float model and the plan that was asked for have been measured before; with these and the pass that
     measured the layers, there are at most :func:`evaluation_limit` evaluations. The same values give the
@@ -186,58 +193,78 @@ class _Searcher:
         self._stopped_by: str | None = None
 
     def run(self, value: float) -> Search:
-        asked = [0] * len(self._layers)
-        self._note(asked, value)
+        self._note({}, value)
         if not self._within(0):
             try:
-                if found := self._bisect():
-                    self._let_down(*found)
+                if steps := self._bisect():
+                    self._let_down(steps)
             except _StopError as stop:
                 self._stopped_by = stop.reason
         return Search(tuple(self._trials), self._best(), self._allowed, self._stopped_by)
 
-    def _bisect(self) -> tuple[list[int], int] | None:
-        """The levels after the fewest steps within the budget, and the layer of the last step; None if none are."""
-        steps = [(rungs[at][1], index, at) for index, rungs in enumerate(self._rungs) for at in range(len(rungs) - 1)]
-        order = [index for _, index, _ in sorted(steps)][:-1]  # with the last step no layer would be int8
-        fails, passes = 0, len(order) + 1
+    def _bisect(self) -> list[int] | None:
+        """The fewest steps within the budget, each as the layer that it moves; None if there are none."""
+        steps = self._order()
+        fewest = self._fewest(lambda count: self._climbed(steps[:count]), len(steps) + 1)
+        return steps[:fewest] if fewest <= len(steps) else None
+
+    def _fewest(self, levels: Callable[[int], list[int]], passes: int) -> int:
+        """The least count whose levels are within the budget; none is too few, and ``passes`` is taken to be enough."""
+        fails = 0
         while passes - fails > 1:
             middle = (fails + passes) // 2
-            if self._try(self._climbed(order[:middle])):
+            if self._try(levels(middle)):
                 passes = middle
             else:
                 fails = middle
-        return (self._climbed(order[:passes]), order[passes - 1]) if passes <= len(order) else None
+        return passes
+
+    def _order(self) -> list[int]:
+        """The layers in the order of their steps, each as often as it has steps."""
+        steps = []
+        for index, rungs in enumerate(self._rungs):
+            worst = -math.inf  # the steps of a layer keep their order
+            for at in range(len(rungs) - 1):
+                worst = max(worst, rungs[at][1] + self._bytes_db(index, at))
+                steps.append((worst, index, at))
+        order = [index for _, index, _ in sorted(steps)]
+        # with the last step no layer would be quantized
+        return order[:-1] if all(rungs[-1][0] == "float" for rungs in self._rungs) else order
+
+    def _bytes_db(self, index: int, at: int) -> float:
+        """The bytes that a step adds, in dB; 0 where all layers have eight bits and no step below float adds any."""
+        if all(METHODS[layer.method].bits == 8 for layer in self._layers):
+            return 0
+        layer, rungs = self._layers[index], self._rungs[index]
+        return 10 * math.log10(max(1, layer.added(rungs[at + 1][0]) - layer.added(rungs[at][0])))
 
     def _climbed(self, steps: Sequence[int]) -> list[int]:
         return [steps.count(index) for index in range(len(self._layers))]
 
-    def _let_down(self, levels: list[int], last: int) -> None:
-        """Move layers one step down, in groups that are halved when the budget is exceeded; ``last`` must stay up."""
-        groups = [self._by_gain([index for index, level in enumerate(levels) if level and index != last], levels)]
-        while groups:
-            group = groups.pop(0)
-            lower = [level - (index in group) for index, level in enumerate(levels)]
-            if not group:
-                continue
-            if self._try(lower):
-                levels = lower
-                groups.append(self._by_gain([index for index in group if levels[index]], levels))
-            elif len(group) > 1:
-                half = (len(group) + 1) // 2
-                groups[:0] = [group[:half], group[half:]]
+    def _also_climbed(self, steps: Sequence[int], needed: Sequence[int], count: int) -> list[int]:
+        return [max(pair) for pair in zip(self._climbed(steps[:count]), needed, strict=True)]
 
-    def _by_gain(self, group: list[int], levels: Sequence[int]) -> list[int]:
-        """The layers with the most bytes first, then those that lose least by a step down."""
+    def _let_down(self, steps: list[int]) -> None:
+        """Find which of the steps are needed, the last first; each costs the logarithm of those that are in question.
 
-        def gain(index: int) -> tuple[int, float, int]:
-            rungs, level = self._rungs[index], levels[index]
-            saved = self._layers[index].extra_bytes if rungs[level][0] == "float" else 0
-            return -saved, -rungs[level - 1][1], index
-
-        return sorted(group, key=gain)
+        The last is needed, because without it the budget is exceeded. With the needed ones alone the budget may be
+        met; else the fewest of the others, from the beginning, are sought that are enough with them, and the last of
+        these is needed too.
+        """
+        needed = [0] * len(self._layers)
+        while steps:
+            needed[steps[-1]] = max(needed[steps[-1]], steps.count(steps[-1]))
+            steps = steps[:-1]
+            if self._try(needed):
+                return
+            steps = steps[: self._fewest(partial(self._also_climbed, steps, needed), len(steps))]
 
     def _try(self, levels: Sequence[int]) -> bool:
+        """Whether a plan is within the budget; a plan that was measured before is not measured again."""
+        changes = dict(self._changes(levels))
+        known = next((trial for trial in self._trials if trial.changes == changes), None)
+        if known is not None:
+            return known.lost <= self._allowed
         made = len(self._trials) - 1
         if self._budget.max_evals is not None and made >= self._budget.max_evals:
             raise _StopError("max_evals")
@@ -245,12 +272,11 @@ class _Searcher:
             raise _StopError("max_seconds")
         if len(self._trials) >= self._limit:
             raise _StopError(None)
-        self._note(levels, self._measure(dict(self._changes(levels))))
+        self._note(changes, self._measure(changes))
         return self._within(-1)
 
-    def _note(self, levels: Sequence[int], value: float) -> None:
-        changes = dict(self._changes(levels))
-        extra = sum(layer.extra_bytes for layer in self._layers if changes.get(layer.name) == "float")
+    def _note(self, changes: Changes, value: float) -> None:
+        extra = sum(layer.added(changes[layer.name]) for layer in self._layers if layer.name in changes)
         self._trials.append(Trial(changes, value, self._budget.lost(self._float_value, value), extra))
 
     def _changes(self, levels: Sequence[int]) -> Iterator[tuple[str, str]]:

@@ -1,22 +1,23 @@
 """All that needs a Trainer: the user's loop run on other weights, which float weights, checks before training."""
 
-from tinyq_lightning.trainer.checks import check_before_fit, check_budget
+from tinyq_lightning.trainer.before_fit import check_before_fit
+from tinyq_lightning.trainer.checks import check_budget, refuse_mixed_packages
 from tinyq_lightning.trainer.exports import export_beside_file
 from tinyq_lightning.trainer.failures import step_after_run, tell_of_interrupt
 from tinyq_lightning.trainer.float_weights import (
     FloatWeights,
     choose_float_weights,
     files_before_fit,
-    folder_of,
     tested_weights,
 )
 from tinyq_lightning.trainer.isolation import preserved
 from tinyq_lightning.trainer.launched import registered, return_to_main_process
 from tinyq_lightning.trainer.methods_run import Measured, MethodsRun
 from tinyq_lightning.trainer.quantized_start import QuantizedStart
-from tinyq_lightning.trainer.ranks import refuse_sharding, write_on_rank_zero
+from tinyq_lightning.trainer.ranks import is_sharded, refuse_sharding, write_on_rank_zero
 from tinyq_lightning.trainer.results import Results, compare, numbers
-from tinyq_lightning.trainer.saving import SaveAs, save_quantized
+from tinyq_lightning.trainer.saving import save_quantized
+from tinyq_lightning.trainer.sharded import QuantizedShards, quantize_sharded
 from tinyq_lightning.trainer.test_run import TestRun, at_test_epoch_end, forget_test_start, note_test_start
 from tinyq_lightning.trainer.validated import WatchesValidation
 
@@ -24,9 +25,9 @@ __all__ = [
     "FloatWeights",
     "Measured",
     "MethodsRun",
+    "QuantizedShards",
     "QuantizedStart",
     "Results",
-    "SaveAs",
     "TestRun",
     "WatchesValidation",
     "at_test_epoch_end",
@@ -36,11 +37,13 @@ __all__ = [
     "compare",
     "export_beside_file",
     "files_before_fit",
-    "folder_of",
     "forget_test_start",
+    "is_sharded",
     "note_test_start",
     "numbers",
     "preserved",
+    "quantize_sharded",
+    "refuse_mixed_packages",
     "refuse_sharding",
     "registered",
     "return_to_main_process",

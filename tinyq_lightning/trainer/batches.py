@@ -49,6 +49,8 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _bytes_of(leaf: Any) -> bytes:
     if isinstance(leaf, Tensor):
+        if hasattr(leaf, "to_local"):  # a DTensor: the part that this process holds
+            leaf = leaf.to_local()
         if leaf.is_meta or leaf.is_nested or leaf.layout != torch.strided:
             return str(leaf.dtype).encode()
         flat = leaf.detach().flatten()

@@ -6,22 +6,24 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
 from tinyq_lightning.file import check_folder, check_state, typed_entries, why_not_writable
+from tinyq_lightning.namespaces import derives_from, is_overridden, namespace_of, refuse_other_namespace
 from tinyq_lightning.plan import check_model, sites_for, weights_of, why_stays_float
 from tinyq_lightning.spec import Budget, Mode, QuantizationSpec, nearest, wanted_method
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
 from tinyq_lightning.trainer.results import directions, logged_names
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
 __all__ = [
     "check_before_fit",
@@ -30,6 +32,7 @@ __all__ = [
     "checkpoint_callbacks",
     "known_mode",
     "logged_per_dataloader",
+    "refuse_mixed_packages",
     "refuse_without_validation",
     "why_never_validated",
 ]
@@ -143,6 +146,19 @@ def _check_hyper_parameters(trainer: Trainer, module: LightningModule) -> list[s
     return told
 
 
+def refuse_mixed_packages(trainer: Trainer) -> None:
+    """Refuse a data module and callbacks of the other package, which the Trainer would not know for what they are.
+
+    Callbacks of the user's own and loggers may be of either: the Trainer only calls their methods.
+
+    Raises:
+        TrainerError: there is one; the error says what to import instead.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    known = [each for each in callbacks if derives_from(type(each), "Checkpoint", "ModelSummary", "ProgressBar")]
+    refuse_other_namespace(trainer, trainer.datamodule, *known)  # type: ignore[attr-defined]
+
+
 def why_never_validated(trainer: Trainer, module: LightningModule) -> str | None:
     """As :func:`why_no_validation`, for use before the dataloaders exist."""
     if not is_overridden("validation_step", module):
@@ -160,12 +176,14 @@ def refuse_without_validation(spec: QuantizationSpec, why_not: str | None) -> No
         why_not: why the validation loop cannot be run, or None.
 
     Raises:
-        EvaluationError: ``why_not`` is given, and the spec has a budget or ``never_slower``.
+        EvaluationError: ``why_not`` is given, and the spec has a budget, ``never_slower`` or ``calibrate``.
     """
     if spec.budget and why_not:
         raise EvaluationError(f"the budget's metric {spec.budget.monitor!r} cannot be measured: {why_not}")
     if spec.never_slower and why_not:
         raise EvaluationError(f"never_slower times layers at the row counts of the validation loop, but {why_not}")
+    if spec.calibrate and why_not:
+        raise EvaluationError(f"calibrate chooses codes by the batches of the validation loop, but {why_not}")
 
 
 def known_mode(
@@ -246,4 +264,5 @@ def _meant(monitor: str, names: Iterable[str]) -> str:
 
 def checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
     """The ModelCheckpoints of the run."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
+    kind = namespace_of(trainer).pytorch.callbacks.ModelCheckpoint
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]

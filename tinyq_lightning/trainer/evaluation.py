@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.namespaces import is_overridden, namespace_of
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
+from tinyq_lightning.trainer.callback_base import CallbackOfBoth
 from tinyq_lightning.trainer.checks import checkpoint_callbacks, why_never_validated
 from tinyq_lightning.trainer.inner_trainer import (
     Moment,
@@ -31,6 +30,10 @@ from tinyq_lightning.trainer.inner_trainer import (
 )
 from tinyq_lightning.trainer.isolation import Snapshot
 from tinyq_lightning.trainer.results import directions, numbers
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.utilities import CombinedLoader
 
 __all__ = [
     "Evaluation",
@@ -92,16 +95,23 @@ class LoopWatch:
             )
 
 
-class _Watch(Callback):
+class _Watch(CallbackOfBoth):
     """The callback of an inner Trainer: times the loop, and keeps an eye on batches and weights."""
 
-    def __init__(self, module: LightningModule, stage: Stage, known: Mapping[str, Any], cut_short: bool) -> None:
+    def __init__(
+        self,
+        module: LightningModule,
+        stage: Stage,
+        known: Mapping[str, Any],
+        cut_short: bool,
+        each_batch: Callable[[], object],
+    ) -> None:
         self.loop = LoopWatch()
         self.higher_is_better: dict[str, bool] = {}
         self.metrics: dict[str, float] = {}
         self.other_weights = False
         self._module, self._step = module, "validation_step" if stage == "validate" else "test_step"
-        self._known, self._cut_short = known, cut_short
+        self._known, self._cut_short, self._each_batch = known, cut_short, each_batch
         self._weights = weights_digest(module)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,6 +120,7 @@ class _Watch(Callback):
     def _batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kw: Any) -> None:
         if not self.loop.digests:
             self.other_weights = weights_digest(pl_module) != self._weights
+        self._each_batch()
         self.loop.batch_started(batch, _flat(_loop(trainer)._combined_loader))
 
     def _batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -191,6 +202,8 @@ def run_evaluation(
     start: Snapshot | None = None,
     swap: Swap | None = None,
     moment: Moment | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    each_batch: Callable[[], object] = do_nothing,
 ) -> Evaluation:
     """What the user's loop logs on the weights that ``module`` holds now.
 
@@ -207,6 +220,8 @@ def run_evaluation(
         start: begin with this former state instead of the present one.
         swap: layers to put in for the loop; None: those that are in the module then.
         moment: the epoch and step that the loop is told; None: those of the user's Trainer now.
+        attributes: of the user's Trainer, for what the user has put there; None: as they are now.
+        each_batch: called before each batch.
 
     Returns:
         What was logged, and how long it took; the same on every process, for them to decide alike.
@@ -216,10 +231,10 @@ def run_evaluation(
     """
     combined = _combined_loader(trainer, stage)
     assert combined is not None
-    loaders = CombinedLoader(combined.iterables, combined._mode)
+    loaders = namespace_of(trainer).pytorch.utilities.CombinedLoader(combined.iterables, combined._mode)
     known = dict(trainer.callback_metrics) if stage == "validate" else {}
-    watch = _Watch(module, stage, known, batches is not None)
-    inner = inner_trainer(trainer, watch, stage, batches, moment)
+    watch = _Watch(module, stage, known, batches is not None, each_batch)
+    inner = inner_trainer(trainer, watch, stage, batches, moment, attributes)
     data: dict[str, Any] = {"dataloaders": loaders}
     shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, do_nothing))]
     if (datamodule := _datamodule(trainer)) is not None:  # for its transfer hooks, and for `self.trainer.datamodule`
@@ -262,12 +277,13 @@ def _isolated(
 ) -> Iterator[None]:
     """Begin with the state ``start``, put everything back after the block, and warn of what cannot be."""
     roots = state_roots(trainer, module)
-    snapshot = Snapshot(*roots, data=dataloaders(trainer, stage), weights=weights, also=start)
+    snapshot = Snapshot(*roots, data=dataloaders(trainer, stage), weights=weights, also=start, outside=True)
     try:
         if start is not None:
             start.put_back(files=False)
         yield
     finally:
+        outside = snapshot.changed_outside()
         changed = snapshot.put_back()
         if start is not None:
             trainer.strategy.model_to_device()  # an inner Trainer leaves the module on the CPU
@@ -275,6 +291,11 @@ def _isolated(
             rank_zero_warn(
                 f"TinyQ: the {_NAMES[stage]} loop changed what cannot be put back ({', '.join(changed)}), so a run of "
                 "it with other weights may not see what it saw"
+            )
+        if outside:
+            rank_zero_warn(
+                f"TinyQ: the {_NAMES[stage]} loop changed what is not put back ({', '.join(outside)}). If a metric "
+                "depends on it, float and quantized metrics mix: keep it on the module, where each model has its own"
             )
 
 

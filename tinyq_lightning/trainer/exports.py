@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -13,6 +12,9 @@ from tinyq_lightning.handover import ExportReport, export_beside
 from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.trainer.failures import Failing, step_after_run
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "copy_of_batch",

@@ -6,14 +6,15 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.trainer.ranks import agreed_on_failure, as_tinyq_error
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = [
     "Failing",
@@ -58,7 +59,7 @@ def step_after_run(owner: Failing, trainer: Trainer, name: str) -> Iterator[None
             raise
         if owner.error is not None and str(reason) == str(owner.error):  # of a step inside this one
             raise owner.error from owner.error.__cause__
-        stage = "fit" if trainer.state.fn == TrainerFn.FITTING else "test"
+        stage = "fit" if trainer.state.fn == "fit" else "test"
         error = _failure(name, reason, stage, owner.float_path)
         error.__cause__ = reason
         owner.error = owner.error or error

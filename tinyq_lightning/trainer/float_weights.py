@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import CheckpointError
-from tinyq_lightning.file import HookView, file_exists, file_sha256, stem_of, why_not_writable, without_training_entries
+from tinyq_lightning.file import (
+    HookView,
+    file_exists,
+    file_sha256,
+    open_checkpoint,
+    stem_of,
+    why_not_writable,
+    without_training_entries,
+)
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
-from tinyq_lightning.trainer.inner_trainer import Moment
+from tinyq_lightning.trainer.inner_trainer import Moment, shadowed
+from tinyq_lightning.trainer.ranks import is_sharded
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "FloatWeights",
@@ -32,10 +44,12 @@ class FloatWeights:
 
     Attributes:
         path: the checkpoint that holds them; None if the module holds them.
-        checkpoint: its content; after :meth:`load_into`, without what only training needs.
+        checkpoint: its content; after :meth:`load_into`, without what only training needs. Empty for the checkpoint
+            of a sharded model.
         stem: the part of the quantized file's name that names these weights.
         folder: default folder of the quantized file.
         note: where the weights come from, as shown to the user.
+        trusted: whether the checkpoint may hold objects, since this run has written it.
     """
 
     path: str | None
@@ -43,6 +57,7 @@ class FloatWeights:
     stem: str
     folder: str
     note: str
+    trusted: bool = True
 
     @property
     def base(self) -> dict[str, Any]:
@@ -56,7 +71,7 @@ class FloatWeights:
 
     def moment(self, trainer: Trainer) -> Moment:
         """The epoch and step that these weights were saved in; of the current ones, the last of the fit."""
-        last = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # the fit has counted past it
+        last = _last_epoch(trainer)
         epoch, step = (self.checkpoint.get(name) for name in ("epoch", "global_step"))
         return Moment(
             min(last, epoch) if isinstance(epoch, int) else last, step if isinstance(step, int) else trainer.global_step
@@ -107,15 +122,14 @@ def choose_float_weights(
     Raises:
         CheckpointError: such a file holds objects.
     """
-    chosen = _best_or_last(trainer, wanted, monitor) if trainer.is_global_zero else None
-    chosen = trainer.strategy.broadcast(chosen)
+    chosen = _chosen(trainer, wanted, monitor, before)
     if chosen is None:
-        why = "" if wanted == "current" else f": no {wanted} checkpoint was saved"
-        return current_weights(trainer, f"the weights at the end of training{why}")
-    path, note = chosen
-    own = trainer.strategy.broadcast(path not in before or before[path] != _version(path))
+        return current_weights(trainer, _note_on_current(wanted))
+    path, note, own = chosen
+    if is_sharded(trainer):  # the strategy would load the checkpoint into the module
+        return FloatWeights(path, {}, stem_of(path), os.path.dirname(path), note, own)
     try:  # a file that this run wrote may hold objects of the user's classes
-        checkpoint = dict(trainer.strategy.load_checkpoint(path, weights_only=not own))
+        checkpoint = _read(trainer, path, own)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: this run did not write the file, but only resumed from a checkpoint that names it, so it is read "
@@ -123,6 +137,31 @@ def choose_float_weights(
             "Trainer.test(model, ckpt_path=..., weights_only=False) with TinyQCallback(..., when='test_start')"
         ) from error
     return FloatWeights(path, checkpoint, stem_of(path), os.path.dirname(path), note)
+
+
+def _read(trainer: Trainer, path: str, trust: bool) -> dict[str, Any]:
+    load = trainer.strategy.load_checkpoint
+    if "weights_only" in inspect.signature(load).parameters:
+        return dict(load(path, weights_only=not trust))
+    if trust:
+        return dict(load(path))
+    with open_checkpoint(path) as source:  # before 2.6 Lightning cannot be told that a file is not trusted
+        return dict(source.read_all(source.content))
+
+
+def _note_on_current(wanted: str) -> str:
+    why = "" if wanted == "current" else f": no {wanted} checkpoint was saved"
+    return f"the weights at the end of training{why}"
+
+
+def _chosen(
+    trainer: Trainer, wanted: str, monitor: str | None, before: Mapping[str, object]
+) -> tuple[str, str, bool] | None:
+    """Path and note of the checkpoint that rank 0 chooses, and whether this run has written it; or None."""
+    chosen = _best_or_last(trainer, wanted, monitor) if trainer.is_global_zero else None
+    own = chosen is not None and (chosen[0] not in before or before[chosen[0]] != _version(chosen[0]))
+    told: tuple[str, str, bool] | None = trainer.strategy.broadcast(chosen and (*chosen, own))
+    return told
 
 
 def _best_or_last(trainer: Trainer, wanted: str, monitor: str | None) -> tuple[str, str] | None:
@@ -141,9 +180,18 @@ def _best_or_last(trainer: Trainer, wanted: str, monitor: str | None) -> tuple[s
 
 def current_weights(trainer: Trainer, note: str) -> FloatWeights:
     """The weights that the module holds."""
-    base = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    no_state = [(trainer.strategy, {"lightning_module_state_dict": dict})] if is_sharded(trainer) else []
+    with shadowed(no_state):  # no process is to hold all of a sharded one
+        base = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    if trainer.state.fn == "fit":
+        base["epoch"] = _last_epoch(trainer)
     stem = f"epoch={base['epoch']}-step={base['global_step']}"
     return FloatWeights(None, base, stem, trainer.default_root_dir, note)
+
+
+def _last_epoch(trainer: Trainer) -> int:
+    """The epoch that a fit ran last, as ModelCheckpoint counts it: at the end the Trainer has counted past it."""
+    return max(0, trainer.fit_loop.epoch_progress.current.ready - 1)
 
 
 def tested_weights(trainer: Trainer, restored: Mapping[str, Any] | None) -> FloatWeights:

@@ -7,20 +7,23 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from tinyq_lightning.namespaces import NAMESPACES, derives_from, namespace_of
 from tinyq_lightning.trainer.ranks import JoinedDDPStrategy
 from tinyq_lightning.trainer.state import package_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.strategies import Strategy
+else:
+    DummyLogger = Trainer = object
 
 __all__ = [
     "Moment",
@@ -34,8 +37,6 @@ __all__ = [
 ]
 
 Stage = Literal["validate", "test"]
-
-_HOOKS = [name for name in vars(Callback) if name.startswith("on_") or name in ("setup", "teardown")]
 
 _PREFIX = {"validate": "on_validation", "test": "on_test"}
 
@@ -55,7 +56,12 @@ class Moment(NamedTuple):
 
 
 def inner_trainer(
-    trainer: Trainer, watch: Callback, stage: Stage, batches: int | None, moment: Moment | None
+    trainer: Trainer,
+    watch: Callback,
+    stage: Stage,
+    batches: int | None,
+    moment: Moment | None,
+    attributes: Mapping[str, Any] | None = None,
 ) -> Trainer:
     """A Trainer that runs a loop of ``trainer`` again: same precision, limits, processes; nothing written or shown.
 
@@ -69,6 +75,7 @@ def inner_trainer(
         stage: which loop.
         batches: at most so many of each dataloader; None: as many as the user's Trainer takes.
         moment: the epoch and step that it tells; None: those of the user's Trainer.
+        attributes: of the user's Trainer, of which those of the user's own are taken; None: as they are now.
     """
     limit_name = "limit_val_batches" if stage == "validate" else "limit_test_batches"
     limit = getattr(trainer, limit_name)
@@ -76,19 +83,20 @@ def inner_trainer(
         limit = min(limit, batches) if isinstance(limit, int) else batches
     strategy: Strategy | str = "auto"
     devices: Any = trainer.num_devices if trainer.strategy.root_device.type == "cpu" else trainer.device_ids
-    if isinstance(trainer.strategy, DDPStrategy):
-        strategy = JoinedDDPStrategy(
+    lightning = namespace_of(trainer)
+    if isinstance(trainer.strategy, lightning.pytorch.strategies.DDPStrategy):
+        strategy = lightning.derived(JoinedDDPStrategy)(
             cluster_environment=trainer.strategy.cluster_environment,
             process_group_backend=trainer.strategy.process_group_backend,
         )
     with quiet(), _without_settings_of_the_environment():
-        inner = _SilentTrainer(
+        inner: Trainer = lightning.derived(_SilentTrainer)(
             accelerator=trainer.accelerator,
             devices=devices,
             num_nodes=trainer.num_nodes,
             strategy=strategy,
             plugins=[trainer.precision_plugin],
-            logger=[_SilentLogger(logger) for logger in trainer.loggers],
+            logger=[lightning.derived(_SilentLogger)(logger) for logger in trainer.loggers],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -97,10 +105,11 @@ def inner_trainer(
             use_distributed_sampler=False,  # the loaders have theirs already
             default_root_dir=trainer.default_root_dir,
         )
-    inner.outer, inner.moment = trainer, moment
-    for name, value in vars(trainer).items():  # settings, and what users put there
-        if name not in vars(inner) or type(value) in (bool, int, float, str, type(None)):
-            vars(inner)[name] = value
+    vars(inner).update(outer=trainer, moment=moment)
+    present = dict(vars(trainer))
+    settings = {name: value for name, value in present.items() if type(value) in (bool, int, float, str, type(None))}
+    own = {name: value for name, value in (attributes or present).items() if name not in vars(inner)}
+    vars(inner).update({name: value for name, value in settings.items() if name in vars(inner)} | own)
     setattr(inner, limit_name, limit)
     for name in ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs"):
         setattr(inner.strategy, name, getattr(trainer.strategy, name))
@@ -111,6 +120,7 @@ def inner_trainer(
 class _SilentTrainer(Trainer):
     """Says of a run's files, and of how far it has come, what the user's Trainer says, or said at a moment."""
 
+    derives = "Trainer"
     outer: Trainer
     moment: Moment | None
 
@@ -136,6 +146,8 @@ class _SilentTrainer(Trainer):
 
 class _SilentLogger(DummyLogger):
     """Takes what the user's hooks log and drops it, but has the name, version and folders of a logger of theirs."""
+
+    derives = "loggers.logger.DummyLogger"
 
     def __init__(self, logger: Logger) -> None:
         super().__init__()
@@ -181,16 +193,18 @@ def _callbacks(trainer: Trainer, stage: Stage, watch: Callback) -> Iterator[Call
     ``watch`` is where the first callback of ours is, so that it sees the batches that this one sees.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    known = vars(namespace_of(trainer).pytorch.Callback)
+    hooks = [name for name in known if name.startswith("on_") or name in ("setup", "teardown")]
     ours = [index for index, callback in enumerate(callbacks) if _is_ours(callback)]
     for index, callback in enumerate(callbacks):
         if index == min(ours, default=0):
             yield watch
         kept = _PREFIX[stage] if _changes_batches(callback, stage) else "no hook"
-        muted = {name: do_nothing for name in _HOOKS if not name.startswith(kept)}
+        muted = {name: do_nothing for name in hooks if not name.startswith(kept)}
         with suppress(TypeError):  # a class that cannot be derived from
             copied: Any = object.__new__(type(type(callback).__name__, (type(callback),), muted))
             vars(copied).update({name: value for name, value in vars(callback).items() if name not in muted})
-            yield cast(Callback, copied)
+            yield cast("Callback", copied)
 
 
 def _is_ours(callback: Callback) -> bool:
@@ -200,9 +214,11 @@ def _is_ours(callback: Callback) -> bool:
 def _changes_batches(callback: Callback, stage: Stage) -> bool:
     """Whether it is a callback of the user's with a hook before each batch."""
     hook = f"{_PREFIX[stage]}_batch_start"
-    definer = next((kind for kind in type(callback).__mro__ if hook in vars(kind)), Callback)
-    return package_of(definer) not in ("lightning", "pytorch_lightning", "tinyq_lightning") and not isinstance(
-        callback, Checkpoint | EarlyStopping | ProgressBar
+    definer = next((kind for kind in type(callback).__mro__ if hook in vars(kind)), None)
+    return (
+        package_of(definer) not in ("lightning", "pytorch_lightning", "tinyq_lightning")
+        and definer is not None
+        and not derives_from(type(callback), "Checkpoint", "EarlyStopping", "ProgressBar")
     )
 
 
@@ -262,18 +278,27 @@ def _unless_to_path(save: Callable[..., Any]) -> Callable[..., Any]:
     return saved
 
 
+def _advice() -> list[type[Warning]]:
+    """The class of Lightning's advice on settings, of each package that is imported."""
+    modules = (sys.modules.get(f"{each.fabric_name}.utilities.warnings") for each in NAMESPACES)
+    return [module.PossibleUserWarning for module in modules if module is not None]
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """No notes of the second Trainer's on hardware, loggers and workers: the user has read them once."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities")]
-    loggers += [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("lightning.")]
+    roots = [*(name for each in NAMESPACES for name in (each.name, each.fabric_name)), "lightning_utilities"]
+    below = tuple(f"{root}." for root in roots)
+    loggers = [logging.getLogger(name) for name in roots]
+    loggers += [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(below)]
     levels = [(logger, logger.level) for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=PossibleUserWarning)
-            warnings.filterwarnings("ignore", module=r"lightning\.|tinyq_lightning\.trainer")
+            for category in _advice():
+                warnings.filterwarnings("ignore", category=category)
+            warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning(_fabric)?\.|tinyq_lightning\.trainer")
             yield
     finally:
         for logger, level in levels:

@@ -9,15 +9,17 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from tinyq_lightning.namespaces import derives_from
 from tinyq_lightning.trainer.held import is_frame
+from tinyq_lightning.trainer.outside import Outside
 from tinyq_lightning.trainer.state import class_state, package_of, state_of
 from tinyq_lightning.trainer.values import CONSTANT_TYPES, is_written
 
@@ -29,7 +31,7 @@ __all__ = [
 # Containers of more items are not copied where they belong to datasets: those are the data, not its state.
 _DATA_ITEMS = 1000
 
-_NO_USERS_CLASSES = {"builtins", "torch", "torchmetrics", "lightning", "pytorch_lightning", "tinyq_lightning"}
+_NO_USERS_CLASSES = {"builtins", "torch", "torchmetrics", *("lightning", "pytorch_lightning"), "tinyq_lightning"}
 
 
 class Snapshot:
@@ -47,6 +49,7 @@ class Snapshot:
             exchanged, but not the values in it.
         also: a former snapshot; every object that it knows is part of this one.
         randomness: the random generators of Python, NumPy and torch belong to the snapshot.
+        outside: watch what functions of the user's can change outside of objects: globals, closures, caches.
     """
 
     def __init__(
@@ -56,10 +59,12 @@ class Snapshot:
         weights: bool = False,
         also: Snapshot | None = None,
         randomness: bool = True,
+        outside: bool = False,
     ) -> None:
         self._restores: list[tuple[str, Callable[[], object]]] = []
         self._written: list[tuple[str, Callable[[], object]]] = []
         self._seen: dict[int, tuple[object, str, bool]] = {}  # holds the objects: an id is theirs while they live
+        self._functions: list[object] = []  # and classes, of the user's
         self._random = _global_random_state() if randomness else []
         pending = [(loader, "dataloader", True) for loader in data]
         pending += [(root, type(root).__name__, False) for root in roots]
@@ -75,11 +80,14 @@ class Snapshot:
                     pending += [
                         (part, f"{name}{way}", is_data) for way, part in parts if type(part) not in CONSTANT_TYPES
                     ]
+        self._outside = Outside(self._functions if outside else (), _is_of_the_user, self._seen)
 
     def _keep(self, value: object, name: str, is_data: bool, weights: bool) -> Iterator[tuple[str, object]]:
         """Note the state of one object, and give what hangs on it."""
         if is_data and (isinstance(value, Tensor | np.ndarray) or is_frame(value) or _size(value) > _DATA_ITEMS):
             return
+        if isinstance(value, FunctionType | MethodType):
+            self._functions.append(value)
         if (state := state_of(value, weights)) is not None:
             (self._written if is_written(value) else self._restores).append((name, state.restore))
             yield from state.parts
@@ -88,6 +96,7 @@ class Snapshot:
         for kind in () if is_data else _classes_of(value):
             if (kind is value or id(kind) not in self._seen) and _is_users(kind):
                 self._seen[id(kind)] = kind, kind.__name__, False
+                self._functions.append(kind)
                 of_class = class_state(kind)
                 self._restores.append((kind.__name__, of_class.restore))
                 yield from of_class.parts
@@ -108,6 +117,10 @@ class Snapshot:
         for restore_random, state in self._random:
             restore_random(state)
         return changed
+
+    def changed_outside(self) -> list[str]:
+        """Where the user's functions changed what belongs to no object and is not put back, such as a global."""
+        return self._outside.changed()
 
 
 @contextmanager
@@ -137,10 +150,22 @@ def _size(value: object) -> int:
 @functools.cache
 def _is_users(kind: type) -> bool:
     """Whether the attributes of a class are the user's state, since the class is the user's own."""
-    if package_of(kind) in _NO_USERS_CLASSES or package_of(kind) in sys.stdlib_module_names - {"__main__"}:
+    if package_of(kind) in _NO_USERS_CLASSES:
         return False
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    return issubclass(kind, LightningModule | LightningDataModule) or "-packages" not in file
+    return derives_from(kind, "LightningModule", "LightningDataModule") or _is_from_users_file(kind.__module__)
+
+
+def _is_of_the_user(value: Any) -> bool:
+    """Whether a class, a function or a module is written by the user."""
+    module = value.__name__ if isinstance(value, ModuleType) else value.__module__
+    return isinstance(module, str) and module.partition(".")[0] not in _NO_USERS_CLASSES and _is_from_users_file(module)
+
+
+@functools.cache
+def _is_from_users_file(module: str) -> bool:
+    if module.partition(".")[0] in sys.stdlib_module_names - {"__main__"}:
+        return False
+    return "-packages" not in (getattr(sys.modules.get(module), "__file__", None) or "")
 
 
 def _global_random_state() -> list[tuple[Callable[[Any], object], Any]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from tinyq_lightning.namespaces import namespace_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
 
 __all__ = [
     "registered",
@@ -43,7 +45,7 @@ def return_to_main_process(trainer: Trainer, key: str, attributes: Callable[[], 
         attributes: called on rank 0 after the run; returns plain data by the name of the attribute.
     """
     launcher = trainer.strategy.launcher
-    if isinstance(launcher, _MultiProcessingLauncher):
+    if isinstance(launcher, namespace_of(trainer).module("strategies.launchers")._MultiProcessingLauncher):
         extra_results = launcher.get_extra_results
 
         def with_attributes(trainer: Trainer) -> dict[str, Any]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from tinyq_lightning.file import HookView, is_quantized, restore_structure, without_training_entries
 from tinyq_lightning.layers import QuantizedLayer
 from tinyq_lightning.plan import Site
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "QuantizedStart",

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
 from torch.distributed import distributed_c10d
 
 from tinyq_lightning.errors import CheckpointError, TinyQError, TrainerError
+from tinyq_lightning.namespaces import namespace_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = [
     "JoinedDDPStrategy",
     "agreed_on_failure",
     "as_tinyq_error",
+    "is_sharded",
     "refuse_sharding",
     "write_on_rank_zero",
 ]
@@ -124,29 +126,40 @@ class _ClosableGroup:
             self._group = None
 
 
-def refuse_sharding(trainer: Any) -> None:
-    """Refuse strategies under which no process holds the whole model.
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the strategy shards the model by FSDP2 or tensor parallelism."""
+    return isinstance(trainer.strategy, namespace_of(trainer).pytorch.strategies.ModelParallelStrategy)
+
+
+def refuse_sharding(trainer: Trainer, when: str) -> None:
+    """Refuse strategies under which the model cannot be quantized or measured.
+
+    Args:
+        trainer: the user's.
+        when: ``fit_end`` or ``test_start``; at the end of a fit the model may be sharded by ModelParallelStrategy.
 
     Raises:
-        TrainerError: the strategy is neither single-device nor DDP, or the Trainer is of ``pytorch_lightning``.
+        TrainerError: the strategy is another than those that are known to work.
     """
-    if not isinstance(trainer, Trainer):
+    strategy, known = trainer.strategy, namespace_of(trainer).pytorch.strategies
+    if is_sharded(trainer) and (when == "fit_end" or trainer.state.fn == "fit"):
+        return
+    unsharded = isinstance(strategy, known.SingleDeviceStrategy | known.DDPStrategy)
+    if not unsharded or isinstance(strategy, known.DeepSpeedStrategy):
         raise TrainerError(
-            f"TinyQCallback works with lightning.pytorch, and this is the Trainer of {type(trainer).__module__}: "
-            "import Trainer and LightningModule from lightning.pytorch"
-        )
-    strategy = trainer.strategy
-    unsharded = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-    if not unsharded:
-        raise TrainerError(
-            f"TinyQCallback does not work with {type(strategy).__name__}: it may shard the model, and quantizing needs "
-            "each layer whole. Train without the callback, then quantize the consolidated checkpoint: "
+            f"TinyQCallback(when={when!r}) does not work with {type(strategy).__name__}: it may shard the model, and "
+            "quantizing needs each layer whole. Train without the callback, then quantize the checkpoint: "
+            "tinyq-lightning quantize CHECKPOINT --model package.module:Class, where CHECKPOINT is a file, or a folder "
+            "of torch.distributed.checkpoint; of DeepSpeed the file that Lightning's "
+            "convert_zero_checkpoint_to_fp32_state_dict makes. To measure both as well: "
             "Trainer(devices=1, callbacks=[TinyQCallback(..., when='test_start')]).test(model, ckpt_path=...)"
         )
 
 
-class JoinedDDPStrategy(DDPStrategy):
+class JoinedDDPStrategy:
     """DDP that uses the existing processes and process group instead of launching new ones."""
+
+    derives = "strategies.DDPStrategy"
 
     def _configure_launcher(self) -> None:
         self._launcher = None

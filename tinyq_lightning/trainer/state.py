@@ -14,10 +14,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.fabric.loggers.logger import Logger
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from tinyq_lightning.namespaces import derives_from
 from tinyq_lightning.trainer.held import HELD, is_frame, of_frame
 from tinyq_lightning.trainer.values import (
     CONSTANT_TYPES,
@@ -82,13 +81,18 @@ def state_of(value: Any, weights: bool) -> State | None:
         return of_tensor(value, weights)
     if (of_kind := _reader(cast(Hashable, type(value)))) is not None:
         return of_kind(value)
-    if isinstance(value, Logger | Trainer) or (
+    if _is_logger_or_trainer(cast(Hashable, type(value))) or (
         package_of(type(value)) in _MACHINERY and not isinstance(value, _TORCH_STATE)
     ):
         return None
     if package_of(type(value)) == "tinyq_lightning":
         return None  # quantized layers are put in and taken out as they are
     return _of_object(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_logger_or_trainer(kind: Hashable) -> bool:
+    return derives_from(cast(type, kind), "Logger", "Trainer")
 
 
 def _of_object(value: Any, contents: Callable[[], object] | None = None, items: Parts = ()) -> State | None:
@@ -253,6 +257,6 @@ def _class_attributes(kind: type) -> dict[str, object]:
         name: value
         for name, value in vars(kind).items()
         if not name.startswith(("__", "_abc_"))
-        and not callable(value)
+        and not isinstance(value, types.BuiltinFunctionType)
         and not any(hasattr(type(value), method) for method in ("__get__", "__set__"))
     }

@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from typing import Any
-
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from typing import TYPE_CHECKING, Any
 
 from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.namespaces import namespace_of
 from tinyq_lightning.plan import Swap, state_bytes
 from tinyq_lightning.search import SIGNAL_BATCHES, BatchTimes, LayerError, Stopwatch, measured_layers
 from tinyq_lightning.spec import QuantizationSpec
+from tinyq_lightning.trainer.calibrating import calibrated_in_test
 from tinyq_lightning.trainer.evaluation import (
     Evaluation,
     LoopWatch,
@@ -30,6 +27,9 @@ from tinyq_lightning.trainer.evaluation import (
 from tinyq_lightning.trainer.inner_trainer import state_roots
 from tinyq_lightning.trainer.isolation import Snapshot
 from tinyq_lightning.trainer.results import Results, compare, numbers
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "TestRun",
@@ -93,6 +93,7 @@ class _TestStart:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self._module, self._loop = trainer, module, trainer.test_loop
         self.snapshot: Snapshot | None = None
+        self._attributes: dict[str, Any] = {}  # of the Trainer
         self.on_epoch_end: list[Callable[[], object]] = []
         self._own = {name: vars(self._loop).get(name) for name in ("reset", "_on_evaluation_epoch_end")}
         vars(self._loop)["reset"] = partial(self._reset, self._loop.reset)
@@ -101,6 +102,7 @@ class _TestStart:
     def _reset(self, own: Callable[[], None]) -> None:
         roots = state_roots(self._trainer, self._module)
         self.snapshot = Snapshot(*roots, data=dataloaders(self._trainer, "test"))
+        self._attributes = dict(vars(self._trainer))
         own()
 
     def _end_epoch(self, own: Callable[[], None]) -> None:
@@ -118,7 +120,9 @@ class _TestStart:
     def evaluation(self, swap: Swap | None) -> Evaluation:
         """Test the layers of ``swap``, or the float ones, from the state that the run began with."""
         assert self.snapshot is not None
-        return run_evaluation(self._trainer, self._module, "test", start=self.snapshot, swap=swap)
+        return run_evaluation(
+            self._trainer, self._module, "test", start=self.snapshot, swap=swap, attributes=self._attributes
+        )
 
     def close(self) -> None:
         """The loop as it was."""
@@ -156,7 +160,7 @@ class TestRun:
         float_seconds: the time of a batch with float layers.
 
     Raises:
-        EvaluationError: ``test_step`` takes an iterator.
+        EvaluationError: ``test_step`` takes an iterator, or there is no validation data to calibrate by.
         ModelError: the model cannot be quantized.
         SpecError: the spec does not fit the model.
     """
@@ -171,7 +175,8 @@ class TestRun:
         first: TestRun | None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
-        if is_param_in_hook_signature(module.test_step, "dataloader_iter", explicit=True):
+        signatures = namespace_of(trainer).module("utilities.signature_utils")
+        if signatures.is_param_in_hook_signature(module.test_step, "dataloader_iter", explicit=True):
             raise EvaluationError(
                 f"{type(module).__name__}.test_step takes a dataloader_iter, so nothing tells whether float and "
                 "quantized model were given the same batches: let it take the batch"
@@ -188,7 +193,7 @@ class TestRun:
         self._watch, self._watching = LoopWatch(), ExitStack()
         self._undecided = stopwatch is not None
         with first.swap.taken_out() if first else nullcontext():
-            self.swap: Swap = Swap(module, spec).or_refuse()
+            self.swap: Swap = calibrated_in_test(trainer, module, Swap(module, spec).or_refuse())
             self.float_bytes = state_bytes(module.state_dict())
             with self.swap:
                 self.bytes = state_bytes(module.state_dict())
@@ -230,7 +235,10 @@ class TestRun:
         several = loop._is_sequential and loop.num_dataloaders > 1
         kwargs = loop._build_kwargs(batch, batch_idx, dataloader_idx if several else None)
         before = Snapshot(batch, *state_roots(trainer, self._module))
-        results, loop._results = loop._results, _ResultCollection(training=False)
+        lightning = namespace_of(trainer)
+        call = lightning.module("trainer.call")
+        collection = lightning.module("trainer.connectors.logger_connector.result")._ResultCollection
+        results, loop._results = loop._results, collection(training=False)
         connector = trainer._logger_connector
         fx, connector._current_fx = connector._current_fx, None
         loop._results.batch, loop._results.dataloader_idx = batch, results.dataloader_idx

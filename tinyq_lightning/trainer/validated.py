@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-
+from tinyq_lightning.trainer.callback_base import CallbackOfBoth
 from tinyq_lightning.trainer.evaluation import weights_digest
 from tinyq_lightning.trainer.exports import copy_of_batch
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "ValidatedWeights",
@@ -40,7 +41,7 @@ class ValidatedWeights:
         return self._exchanged and weights_digest(module) not in self._digests
 
 
-class WatchesValidation(Callback):
+class WatchesValidation(CallbackOfBoth):
     """Notes in ``validated`` which weights the validations of a fit run on.
 
     Attributes:
@@ -61,7 +62,7 @@ class WatchesValidation(Callback):
     ) -> None:
         """At the first batch: all that puts weights in has done so."""
         self.keep_batch(trainer, batch)
-        if batch_idx == dataloader_idx == 0 and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if batch_idx == dataloader_idx == 0 and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.validated.in_validation(pl_module)
 
     def keep_batch(self, trainer: Trainer, batch: Any) -> None:

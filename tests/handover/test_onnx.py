@@ -1,0 +1,253 @@
+"""ONNX files: standard operators on int8 codes, run by ONNX Runtime and OpenVINO as the model runs here."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from exported_nets import NETS
+from torch import nn
+
+from tinyq_lightning import export, quantize
+from tinyq_lightning.errors import ExportError
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.skipif(not hasattr(torch.onnx, "ops"), reason="needs torch 2.8")
+
+WEIGHT_ONLY = ("mlp", "padded", "resnet", "unet", "tied")
+CLOSE = 2e-5
+
+
+def quantized(name, method="w8a8"):
+    torch.manual_seed(0)
+    net, inputs, dynamic = NETS[name]()
+    spec = {"method": method}
+    if name == "experts":
+        spec["rules"] = [{"match": "experts", "method": "w8a32"}]
+    quantize(net.eval(), spec)
+    return net, inputs, dynamic
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A function: the net, the report and the path of an export, which is made once."""
+    found = {}
+
+    def make(name, method="w8a8"):
+        if (name, method) not in found:
+            net, inputs, dynamic = quantized(name, method)
+            path = tmp_path_factory.mktemp(f"{name}-{method}") / "net.onnx"
+            found[name, method] = net, export(net, path, inputs, dynamic=dynamic, max_error=0.05), path
+        return found[name, method]
+
+    return make
+
+
+def graph_of(path):
+    return onnx.load(path).graph
+
+
+def operators(graph):
+    return [node.op_type for node in graph.node]
+
+
+def initializers(graph, kind="INT8"):
+    return [each for each in graph.initializer if onnx.TensorProto.DataType.Name(each.data_type) == kind]
+
+
+def run(path, *inputs):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    return session.run(None, {name: each.numpy() for name, each in zip(names, inputs, strict=True)})
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "w8a8") for name in NETS), ("padded", "w8a16"), ("unet", "w8a16")]
+)
+def test_every_net_computes_the_same_numbers_for_every_size(made, name, method):
+    _, report, _ = made(name, method)
+    assert report.format == "onnx"
+    assert len(report.inputs) == 3
+    assert report.relative_error < CLOSE
+
+
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
+def test_weight_only_layers_are_as_near_as_the_runtime_rounds(made, name):
+    _, report, _ = made(name, "w8a32")
+    assert report.relative_error < 0.03
+    assert any("qdq_matmulnbits_accuracy_level" in note for note in report.notes) == (name != "unet")
+    assert any("disable_quant_qdq" in note for note in report.notes)
+
+
+def test_the_session_option_of_the_note_keeps_activations_in_float32(tmp_path):
+    net, inputs, _ = quantized("mlp", "w8a32")
+    export(net, tmp_path / "net.onnx", inputs)
+    errors = {}
+    for level in ("4", "1"):
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+        session = onnxruntime.InferenceSession(tmp_path / "net.onnx", options, providers=["CPUExecutionProvider"])
+        out = torch.from_numpy(session.run(None, {"input": inputs.numpy()})[0])
+        errors[level] = ((out - net(inputs)).norm() / out.norm()).item()
+    assert errors["1"] < 1e-6 < errors["4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "w8a8") for name in NETS), *((name, "w8a32") for name in WEIGHT_ONLY)]
+)
+def test_files_hold_codes_and_standard_operators_alone(made, name, method):
+    net, _, path = made(name, method)
+    model = onnx.load(path)
+    assert [each.domain for each in model.opset_import] == [""]
+    assert not model.functions
+    assert not {"Gemm", "BatchNormalization"} & set(operators(model.graph))
+    held = sum(np.prod(each.dims) for each in initializers(model.graph))
+    codes = {tensor.data_ptr(): tensor.numel() for tensor in net.state_dict().values() if tensor.dtype == torch.int8}
+    assert held == sum(codes.values())
+    assert not [each.name for each in initializers(model.graph, "FLOAT") if len(each.dims) > 2]
+    content = path.read_bytes()
+    for word in (b"tinyq", b"/site-packages/", b".py"):
+        assert word not in content
+
+
+def test_dimensions_inputs_and_outputs_have_names(made):
+    graph = graph_of(made("padded")[2])
+
+    def shapes(values):
+        return {
+            each.name: [dim.dim_param or dim.dim_value for dim in each.type.tensor_type.shape.dim] for each in values
+        }
+
+    assert shapes(graph.input) == {"ids": ["batch", "tokens"], "padding": ["batch", "tokens"]}
+    assert shapes(graph.output) == {"hidden": ["batch", "tokens", 16], "logits": ["batch", 3]}
+
+
+@pytest.mark.parametrize(("method", "products"), [("w8a8", 1), ("w8a16", 2)])
+def test_products_are_of_uint8_digits_with_the_zero_point_128(made, method, products):
+    graph = graph_of(made("padded", method)[2])
+    found = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(found) == (2 * 4 + 1) * products
+    assert all(node.input[2] == found[0].input[2] for node in found)
+    zero_point = next(each for each in graph.initializer if each.name == found[0].input[2])
+    assert onnx.numpy_helper.to_array(zero_point) == np.uint8(128)
+
+
+def test_weight_only_layers_are_matmul_and_add_of_columns(made):
+    graph = graph_of(made("padded", "w8a32")[2])
+    scaled = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    assert len(scaled) == 2 * 4 + 1
+    assert {node.attribute[0].i for node in scaled} == {1}
+    assert operators(graph).count("MatMul") == len(scaled) + 2 * 2  # and those of attention itself
+
+
+@pytest.mark.parametrize("method", ["w8a16", "w8a8"])
+def test_rows_that_are_not_finite_stay_so_and_zeros_are_zeros(tmp_path, method):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 8, bias=False))
+    quantize(net, method)
+    export(net, tmp_path / "net.onnx", torch.randn(6, 40))
+    x = torch.randn(6, 40)
+    x[1, 20], x[2, 5], x[3], x[5] = torch.nan, -torch.inf, 0, 1e-38
+    (out,) = run(tmp_path / "net.onnx", x)
+    wanted = net(x).detach().numpy()
+    assert not np.isfinite(out[1:3]).any()
+    assert (out[3] == 0).all()
+    np.testing.assert_allclose(out[[0, 4, 5]], wanted[[0, 4, 5]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["w8a8", "w8a32"])
+def test_ties_are_one_initializer(made, method):
+    graph = graph_of(made("tied", method)[2])
+    assert sorted(tuple(each.dims) for each in initializers(graph)) == [(16, 16), (40, 16)]
+
+
+def test_layers_that_share_a_weight_share_it_in_the_file(tmp_path):
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    net[2].weight = net[0].weight
+    quantize(net, "w8a8")
+    export(net, tmp_path / "net.onnx", torch.randn(3, 16))
+    assert len(initializers(onnx.load(tmp_path / "net.onnx").graph)) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [(torch.float16, "w8a8"), (torch.bfloat16, "w8a32"), (torch.float64, "w8a8"), (torch.float64, "w8a32")],
+)
+def test_other_dtypes_come_out_as_they_do_here(tmp_path, dtype, method):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 4)).to(dtype)
+    quantize(net, method)
+    if dtype == torch.bfloat16:  # which NumPy has not: in between only
+        net = nn.Sequential(Cast(dtype), net, Cast(torch.float32))
+    report = export(net, tmp_path / "net.onnx", torch.randn(5, 24, dtype=dtype if dtype != torch.bfloat16 else None))
+    assert report.relative_error < 0.02
+
+
+class Cast(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return x.to(self.dtype)
+
+
+def test_offsets_of_bags_work(tmp_path):
+    net = nn.EmbeddingBag(20, 4, mode="mean")
+    holder = nn.Sequential(net)
+    quantize(holder, "w8a32")
+    inputs = torch.randint(0, 20, (9,)), torch.tensor([0, 2, 7])
+    report = export(holder[0], tmp_path / "net.onnx", inputs, dynamic=False)
+    assert report.relative_error < CLOSE
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_a_projected_lstm_is_refused(tmp_path):
+    net = nn.Sequential(nn.LSTM(6, 8, proj_size=3))
+    quantize(net, "w8a32")
+    kinds = {type(module) for module in net.modules()}
+    with pytest.raises(ExportError, match="proj_size"):
+        export(net, tmp_path / "net.onnx", torch.randn(4, 2, 6))
+    assert not list(tmp_path.iterdir())
+    assert {type(module) for module in net.modules()} == kinds
+
+
+def test_layers_are_of_their_own_classes_again(tmp_path):
+    net, inputs, dynamic = quantized("padded")
+    before = [type(module) for module in net.modules()]
+    out = net(*inputs)["logits"]
+    export(net, tmp_path / "net.onnx", inputs, dynamic=dynamic)
+    assert [type(module) for module in net.modules()] == before
+    assert torch.equal(net(*inputs)["logits"], out)
+
+
+def test_an_older_torch_is_an_error_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.onnx, "ops")
+    net, inputs, _ = quantized("mlp")
+    with pytest.raises(ExportError, match=r"torch 2\.8"):
+        export(net, tmp_path / "net.onnx", inputs)
+
+
+ALONE = """
+import json, sys
+sys.modules.update(dict.fromkeys(("tinyq_lightning", "torch", "lightning")))
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+ids = numpy.arange(1, 9).reshape(2, 4)
+out = session.run(["logits"], {"ids": ids, "padding": ids == 8})
+print(json.dumps(out[0].tolist()))
+"""
+
+
+def test_a_process_without_this_package_runs_the_file(made):
+    net, _, path = made("padded")
+    found = subprocess.run([sys.executable, "-c", ALONE, path], capture_output=True, text=True, check=True)
+    ids = torch.arange(1, 9).view(2, 4)
+    net.encoder.enable_nested_tensor = False
+    torch.testing.assert_close(
+        torch.tensor(json.loads(found.stdout)), net(ids, ids == 8)["logits"], rtol=1e-4, atol=1e-5
+    )

@@ -1,0 +1,144 @@
+"""The graph of a model in ONNX: exported by torch, with int8 codes as initializers, and tidied."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from tinyq_lightning.errors import ExportError
+from tinyq_lightning.handover.onnx_layers import onnx_forms
+from tinyq_lightning.handover.onnx_operators import OPSET
+from tinyq_lightning.handover.onnx_tidying import tidy
+from tinyq_lightning.handover.programs import exported_program, tensors_of
+from tinyq_lightning.handover.request import Request
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = [
+    "input_names",
+    "onnx_graph",
+    "save_graph",
+]
+
+_LARGEST_FILE = 1_900_000_000
+"""Bytes; protobuf refuses messages of 2 GiB."""
+
+
+def onnx_graph(request: Request, rounds: bool) -> onnx_ir.Model:
+    """The model as a graph of standard operators.
+
+    Inputs have the names of the example's tensors, outputs those of the request, and dynamic dimensions their own.
+
+    Args:
+        request: what to export.
+        rounds: whether activations are rounded by standard operators, as each layer's method says.
+
+    Raises:
+        ExportError: torch cannot export the model, or ONNX has no operator for something in it.
+    """
+    if not hasattr(torch.onnx, "ops"):
+        raise ExportError(f"ONNX files are made with torch 2.8 or newer, and this is torch {torch.__version__}")
+    with onnx_forms(request.module, rounds), _tensors_alone(request.module):
+        program = exported_program(request)
+    with _quiet():
+        model: onnx_ir.Model = _translated(program, request).model
+        _name_dimensions(model, request)
+        tidy(model)
+    return model
+
+
+@contextmanager
+def _tensors_alone(module: nn.Module) -> Iterator[None]:
+    """Context manager in which a module returns the tensors of its outputs and nothing else."""
+    own = module.forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(tensors_of(own(*args, **kwargs)))
+
+    former = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if former is not None:
+            vars(module)["forward"] = former
+
+
+def _translated(program: torch.export.ExportedProgram, request: Request) -> Any:
+    try:
+        return torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=input_names(request),
+            output_names=list(request.output_names),
+            optimize=False,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        reasons = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ExportError(f"torch cannot write the model as ONNX: {' '.join(reasons)[:600]}") from error
+
+
+def input_names(request: Request) -> list[str]:
+    """The names of the inputs in the order in which the graph has them."""
+    names = {id(tensor): name for name, tensor in request.example.tensors().items()}
+    leaves = pytree.tree_leaves((request.example.args, request.example.kwargs))
+    return [names[id(leaf)] for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Context manager in which the libraries that make the graph log errors only."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _name_dimensions(model: onnx_ir.Model, request: Request) -> None:
+    """Give dynamic dimensions the user's names instead of torch's (``s77``), in inputs and in all that follows."""
+    import onnx_ir
+
+    named: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for place, name in request.dims.places.get(str(value.name), {}).items():
+            size = value.shape[place] if value.shape is not None else None
+            if isinstance(size, onnx_ir.SymbolicDim) and size.value is not None:
+                named[size.value] = name
+    if not named:
+        return
+    pattern = re.compile("|".join(rf"\b{re.escape(each)}\b" for each in named))
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is None:
+            continue
+        for place, size in enumerate(value.shape):
+            if isinstance(size, onnx_ir.SymbolicDim) and size.value is not None and not value.shape.frozen:
+                value.shape[place] = pattern.sub(lambda found: named[found[0]], size.value)
+
+
+def save_graph(graph: onnx_ir.Model, path: str) -> None:
+    """Write a graph to a file, and its weights to a second one beside it if they are too large."""
+    import onnx_ir
+
+    held = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
+    beside = None if held < _LARGEST_FILE else f"{os.path.basename(path)}.data"
+    onnx_ir.save(graph, path, external_data=beside)

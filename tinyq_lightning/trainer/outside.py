@@ -1,0 +1,130 @@
+"""What an evaluation changes outside of objects: globals, what functions close over, defaults, caches.
+
+It is not put back, because the user may gather there on purpose what every loop did; but it is told.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from tinyq_lightning.plan import globals_read
+
+__all__ = [
+    "Outside",
+]
+
+# Items of a container that are looked at, from its end; levels of containers and objects; functions that are followed.
+_ITEMS, _DEPTH, _FUNCTIONS = 64, 4, 2000
+
+_LRU_CACHE = "_lru_cache_wrapper"
+
+
+class Outside:
+    """Digests of what functions can change outside of objects, to be compared later.
+
+    Args:
+        holders: classes and functions of the user's.
+        is_users: whether a class, function or module is the user's own.
+        known: ids of objects that are put back, and need not be looked at.
+    """
+
+    def __init__(self, holders: Collection[Any], is_users: Callable[[Any], bool], known: Collection[int]) -> None:
+        self._is_users, self._known = is_users, known
+        self._places: dict[str, tuple[Callable[[], Any], int]] = {}
+        for where, read in self._reached(holders):
+            self._places.setdefault(where, (read, self._digest(read(), _DEPTH)))
+
+    def changed(self) -> list[str]:
+        """Where something is other than it was."""
+        return [where for where, (read, before) in self._places.items() if self._digest(read(), _DEPTH) != before]
+
+    def _reached(self, holders: Collection[Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+        pending, seen = deque[Any](holders), set[int]()
+        while pending and len(seen) < _FUNCTIONS:
+            holder: Any = pending.popleft()
+            holder = holder.__func__ if isinstance(holder, MethodType | staticmethod | classmethod) else holder
+            if id(holder) in seen:
+                continue
+            seen.add(id(holder))
+            if isinstance(holder, type):
+                pending += vars(holder).values()
+            elif isinstance(holder, property):
+                pending += (holder.fget, holder.fset)
+            elif type(holder).__name__ == _LRU_CACHE:
+                yield f"the cache of {holder.__name__}", partial(_of_cache, holder)
+                pending.append(holder.__wrapped__)
+            elif isinstance(holder, FunctionType) and self._is_users(holder):
+                for where, read, value in _of_function(holder):
+                    yield where, read
+                    pending.append(value)
+
+    def _digest(self, value: Any, depth: int) -> int:
+        """A number that changes with the value; 0 for what is not looked at."""
+        if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+            return zlib.crc32(repr(value)[:1000].encode())
+        if id(value) in self._known or not depth:
+            return 0
+        if isinstance(value, Tensor):
+            return _of_tensor(value)
+        if isinstance(value, np.ndarray):
+            return zlib.crc32(repr((value.shape, value.ravel()[:: max(1, value.size // 256)].tolist())).encode())
+        parts = self._parts(value)
+        return 0 if parts is None else hash((len(parts), *(self._digest(part, depth - 1) for part in parts[-_ITEMS:])))
+
+    def _parts(self, value: Any) -> list[Any] | None:
+        """What is looked at of a container, or of an object of the user's or of torchmetrics."""
+        if isinstance(value, Mapping):
+            return [part for pair in value.items() for part in pair]
+        if isinstance(value, list | tuple | deque):
+            return list(value)
+        if isinstance(value, set | frozenset):
+            return [len(value)]
+        if isinstance(value, ModuleType):
+            plain = (bool, int, float, str, list, dict, set, deque)
+            return [each for each in vars(value).values() if type(each) in plain] if self._is_users(value) else None
+        if isinstance(value, type | FunctionType) or not (isinstance(value, Metric) or self._is_users(type(value))):
+            return None
+        return [part for pair in getattr(value, "__dict__", {}).items() for part in pair]
+
+
+def _of_function(function: FunctionType) -> Iterator[tuple[str, Callable[[], Any], Any]]:
+    """Where a function can keep something, how that is read, and what it is now."""
+    name, held = function.__qualname__, function.__globals__
+    for key, value in globals_read(function):
+        yield f"the global {key} of {function.__module__}", lambda key=key: held.get(key), value  # type: ignore[misc]
+    for free, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if free != "__class__":
+            yield f"{free}, which {name} closes over", lambda cell=cell: _content(cell), _content(cell)  # type: ignore[misc]
+    yield f"a default of {name}", lambda: (function.__defaults__, function.__kwdefaults__), None
+    yield f"an attribute of {name}", lambda: vars(function), None
+
+
+def _of_cache(cached: Any) -> tuple[int, int]:
+    """What a cache had to compute; of a method, which may have used weights, also what it did not compute anew."""
+    info = cached.cache_info()
+    return info.misses, info.hits if cached.__wrapped__.__code__.co_varnames[:1] == ("self",) else 0
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _of_tensor(value: Tensor) -> int:
+    if value.is_meta or value.layout != torch.strided:
+        return 0
+    if value.is_inference():
+        return zlib.crc32(repr(value.flatten()[:256].tolist()).encode())
+    return hash((value._version, value.data_ptr(), value.shape))

@@ -1,0 +1,152 @@
+"""Quantizes a model that no process holds whole: on rank 0, one layer at a time.
+
+The weights come from the checkpoint, a file or a folder, or from the shards of all processes. Rank 0 holds its shard,
+one float layer and the codes that it writes; the others hold their shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.file import (
+    ByLayer,
+    drop_weak_references,
+    make_checkpoint,
+    open_checkpoint,
+    without_training_entries,
+)
+from tinyq_lightning.plan import Plan, quantize_by_layer, state_bytes
+from tinyq_lightning.spec import QuantizationSpec
+from tinyq_lightning.trainer.checks import checkpoint_callbacks
+from tinyq_lightning.trainer.float_weights import FloatWeights
+from tinyq_lightning.trainer.gather import Gather
+from tinyq_lightning.trainer.twin import unsharded_twin, whole_class
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = [
+    "QuantizedShards",
+    "quantize_sharded",
+    "refuse_measuring_sharded",
+]
+
+
+@dataclass(frozen=True)
+class QuantizedShards:
+    """One method on a sharded model; the same on each rank except for the content.
+
+    Attributes:
+        plan: what was quantized.
+        float_bytes: of the whole float state dict's tensors.
+        bytes: of the whole quantized state dict's tensors.
+        content: of the checkpoint, on rank 0; elsewhere only what it could not hold.
+    """
+
+    plan: Plan
+    float_bytes: int
+    bytes: int
+    content: dict[str, Any]
+
+    def take_content(self) -> dict[str, Any]:
+        """The content, for the file."""
+        return self.content
+
+    def without_tensors(self) -> QuantizedShards:
+        """What the other ranks are told."""
+        return replace(self, content={"tinyq": {"dropped": self.content["tinyq"]["dropped"]}})
+
+
+def refuse_measuring_sharded(trainer: Trainer, spec: QuantizationSpec) -> None:
+    """Refuse before training what would need the quantized model to run.
+
+    Raises:
+        EvaluationError: the spec has a budget, ``never_slower`` or exports.
+    """
+    needs = {"a budget": spec.budget, "never_slower": spec.never_slower, "export": spec.export}
+    wanted = next((name for name, asked in needs.items() if asked), None)
+    if wanted:
+        raise EvaluationError(
+            f"{wanted} needs the quantized model to run, and under {type(trainer.strategy).__name__} no process holds "
+            "it whole. Leave it out here; to have it, test the checkpoint on one device: "
+            "Trainer(devices=1, callbacks=[TinyQCallback(..., when='test_start')]).test(model, ckpt_path=...)"
+        )
+
+
+def quantize_sharded(
+    trainer: Trainer, module: LightningModule, spec: QuantizationSpec, source: FloatWeights
+) -> Iterator[QuantizedShards]:
+    """Each method of the spec, on every rank; then warn that there are no metrics.
+
+    Args:
+        trainer: the user's, at the end of a fit.
+        module: the user's, sharded. It is as before afterwards.
+        spec: one method or several.
+        source: the weights.
+
+    Raises:
+        TinyQError: the module or a weight cannot be quantized, or the checkpoint cannot be read.
+    """
+    for each in spec.each():
+        made = _quantize(trainer, module, each, source)
+        told = trainer.strategy.broadcast(made and made.without_tensors())
+        yield made or cast("QuantizedShards", told)
+    rank_zero_warn(f"TinyQ: quantized without a comparison: {_why_not_measured(trainer, module, source)}")
+
+
+def _why_not_measured(trainer: Trainer, module: LightningModule, source: FloatWeights) -> str:
+    """Which numbers there are not, and how to get them."""
+    recorded = ""
+    for keeper in checkpoint_callbacks(trainer):
+        if keeper.best_model_path == source.path and keeper.monitor and keeper.best_model_score is not None:
+            score = float(keeper.best_model_score)
+            recorded = f" ModelCheckpoint recorded {keeper.monitor} {score:.6g} for the float model."
+    kind = whole_class(module)
+    model = f"{kind.__module__}:{kind.__qualname__}"
+    return (
+        f"under {type(trainer.strategy).__name__} no process holds the whole model, so the metrics of the quantized "
+        f"one were not measured.{recorded} For those of both: tinyq-lightning evaluate --model {model} "
+        f"--data package.module:Data {source.path or 'FLOAT'} QUANTIZED"
+    )
+
+
+def _quantize(
+    trainer: Trainer, module: LightningModule, spec: QuantizationSpec, source: FloatWeights
+) -> QuantizedShards | None:
+    """On rank 0 what was made; the others give it their shards, if it needs them."""
+    gather = None if source.path else Gather(module)
+    if not trainer.is_global_zero:
+        if gather is not None:
+            gather.answer()
+        return None
+    twin = unsharded_twin(module)
+    drop_weak_references(twin)
+    float_bytes = state_bytes(twin.state_dict())
+    with _weights(gather, source) as (read, base):
+        by_layer = ByLayer(twin, read)
+        plan = quantize_by_layer(twin, spec, by_layer.present)
+        by_layer.fill()
+    content = make_checkpoint(base, twin.state_dict(), plan, {}, source.sha256, None)
+    return QuantizedShards(plan, float_bytes, state_bytes(content["state_dict"]), content)
+
+
+@contextmanager
+def _weights(
+    gather: Gather | None, source: FloatWeights
+) -> Iterator[tuple[Callable[[str], Tensor], Mapping[str, Any]]]:
+    """What reads an entry of the state dict, and the rest of the checkpoint."""
+    if gather is not None:
+        yield gather.whole, source.base
+        gather.end()
+        return
+    with open_checkpoint(source.path, source.trusted) as opened:
+        state = opened.content["state_dict"]
+        rest = {key: value for key, value in without_training_entries(opened.content).items() if key != "state_dict"}
+        yield (lambda name: opened.read(state[name])), opened.read_all(rest)
