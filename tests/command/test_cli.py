@@ -23,6 +23,7 @@ COMMANDS = ("quantize", "inspect", "verify", "evaluate", "bench", "export")
 ROOT = Path(__file__).parents[2]
 NETS = """
 import torch
+from lightning.pytorch import LightningDataModule
 from models import Net as Base, loader
 
 
