@@ -19,7 +19,7 @@ from tinyq_lightning.handover.formats import Format, Program, Run, Tensors, form
 from tinyq_lightning.handover.place import move_into_place, refuse_existing, workshop
 from tinyq_lightning.handover.report import ExportReport
 from tinyq_lightning.handover.request import Activations, Request
-from tinyq_lightning.handover.source import callable_module, model_from, on_cpu
+from tinyq_lightning.handover.source import callable_module, model_from, on_cpu, rounding_noise
 from tinyq_lightning.handover.untouched import untouched
 from tinyq_lightning.plan import state_bytes
 from tinyq_lightning.search import Timing
@@ -67,7 +67,8 @@ def export(
             runtimes are faster with; ``static-signed``: likewise, with a zero point of 0, as TensorRT needs it.
         calibration: for static activations: inputs, each like ``example_inputs``.
         max_error: the largest relative error of any output: the norm of the difference, relative to the norm of the
-            model's output. By default what the format is known to keep.
+            model's output. By default what the format is known to keep, and with ``w8a8`` layers 0.15: activations
+            that differ in the last bit may be rounded to another step, and this adds up from layer to layer.
         overwrite: whether to replace files that are there.
         trust: for a path: as in :func:`~tinyq_lightning.load_quantized`.
         init_args: for a path: arguments of the class; they replace the hyper-parameters stored in the file.
@@ -99,7 +100,7 @@ def export(
         names = tuple(output_tensors(_called(module, example)))
         traced = dims.large_enough(example)
         request = Request(module, traced, dims, names, activations, calibration, torch.get_num_threads())
-        bound = wanted.bound(activations) if max_error is None else max_error
+        bound = max(wanted.bound(activations), rounding_noise(model)) if max_error is None else max_error
         return _write_program(wanted, request, example, target, bound, overwrite)
 
 
