@@ -146,7 +146,7 @@ MISTAKES = [
     ({"dynamic": {"y": {0: "batch"}}}, "dynamic names 'y', and the inputs are input"),
     ({"dynamic": {"input": {5: "batch"}}}, "names dimension 5"),
     ({"dynamic": {0: 3}}, "must be a name or a torch.export.Dim"),
-    ({"activations": "static", "calibration": [torch.ones(1, 8)]}, "leave activations='static' out"),
+    ({"activations": "static", "calibration": [torch.ones(1, 8)]}, "leave activations out"),
     ({"calibration": [torch.ones(1, 8)]}, "belong together"),
 ]
 
