@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NAMESPACE := tests/trainer tests/report tests/file/test_reload.py tests/file/test_hyper_parameters.py tests/file/test_trust.py
 OLDER := tests/kernels tests/layers tests/file tests/search
 VERSIONS := tests/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VERSIONS)
 
-.PHONY: demo test test-older test-oldest test-newest test-slow lint format docs bench real-models clean
+.PHONY: demo test test-namespace test-older test-oldest test-newest test-slow lint format docs bench real-models clean
 
 # One stamp for each set of extras: installing again is needed only when the requirements change.
 $(VENV)/installed-%: pyproject.toml $(VERSIONS)
@@ -21,6 +22,9 @@ demo: $(VENV)/installed-examples  ## train on the digits, quantize, reload, comp
 
 test: $(VENV)/installed-test  ## the tests, without the long ones
 	$(BIN)/python -m pytest -n 2
+
+test-namespace: $(VENV)/installed-test  ## a part of the tests with the modules and Trainers of pytorch_lightning
+	TINYQ_TEST_NAMESPACE=pytorch_lightning $(BIN)/python -m pytest -n 2 $(NAMESPACE)
 
 # On a processor with VNNI: what one without does, as far as it can be played. Elsewhere the same as `test` does there.
 test-older: $(VENV)/installed-test  ## kernels, layers, files and budget without int8 instructions

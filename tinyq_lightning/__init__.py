@@ -13,10 +13,18 @@ if TYPE_CHECKING:
     from tinyq_lightning.file import QuantizedCheckpointMixin, load_quantized
     from tinyq_lightning.handover import ExportReport, export
     from tinyq_lightning.kernels import w8_a8_forward, w8_a16_forward, w8_a32_forward
-    from tinyq_lightning.layers import W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
-    from tinyq_lightning.plan import Decision, Plan, quantize, quantized
+    from tinyq_lightning.layers import (
+        W4A8LinearLayer,
+        W4A16LinearLayer,
+        W4A32LinearLayer,
+        W8A8LinearLayer,
+        W8A16LinearLayer,
+        W8A32LinearLayer,
+    )
+    from tinyq_lightning.plan import Decision, Plan, quantized
     from tinyq_lightning.quantizer import Quantizer, replace_linear_with_target_and_quantize
     from tinyq_lightning.report import QuantizedModelSummary, summarize
+    from tinyq_lightning.search import quantize
     from tinyq_lightning.spec import QuantizationSpec
 
 # torch and Lightning take seconds to import, so names are looked up when they are first touched.
@@ -29,12 +37,15 @@ _MODULES = {
     "QuantizedModelSummary": "report",
     "Quantizer": "quantizer",
     "TinyQCallback": "callback",
+    "W4A8LinearLayer": "layers",
+    "W4A16LinearLayer": "layers",
+    "W4A32LinearLayer": "layers",
     "W8A8LinearLayer": "layers",
     "W8A16LinearLayer": "layers",
     "W8A32LinearLayer": "layers",
     "export": "handover",
     "load_quantized": "file",
-    "quantize": "plan",
+    "quantize": "search",
     "quantized": "plan",
     "replace_linear_with_target_and_quantize": "quantizer",
     "summarize": "report",
@@ -56,6 +67,9 @@ __all__ = [
     "Quantizer",
     "TinyQCallback",
     "TinyQError",
+    "W4A8LinearLayer",
+    "W4A16LinearLayer",
+    "W4A32LinearLayer",
     "W8A8LinearLayer",
     "W8A16LinearLayer",
     "W8A32LinearLayer",

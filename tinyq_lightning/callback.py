@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
@@ -90,7 +90,8 @@ class TinyQCallback(WatchesValidation):
     ``ckpt_path`` of ``test``, ``validate`` and ``predict`` may be a quantized checkpoint.
 
     Args:
-        spec: a method (``w8a32``, ``w8a16``, ``w8a8``), several, a path to YAML, a mapping, or a QuantizationSpec.
+        spec: a method (``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16``, ``w4a8``), several, a path to YAML, a
+            mapping, or a QuantizationSpec.
         exclude: patterns of layers to leave float, added to those of the spec.
         kinds: ``all``, or a list of the kinds of layer to quantize; overrides the spec.
         when: ``fit_end`` or ``test_start``; overrides the spec.
@@ -100,6 +101,8 @@ class TinyQCallback(WatchesValidation):
         max_drop: how much the metric may lose, in its unit or as a share of the float value such as ``1%``.
         keep: of several methods ``all``, or with a budget the ``smallest`` within it; overrides the spec.
         never_slower: whether to time the layers, and leave float what int8 makes slower here; overrides the spec.
+        calibrate: choose codes by what they do to the outputs of layers on so many validation batches, a number or
+            ``{"batches": 8}``; overrides the spec. With ``test_start`` too it is validation data, never what is tested.
         save: whether to write the quantized checkpoint.
         dirpath: the folder of the quantized checkpoint; by default that of the float one, or ``default_root_dir``.
         filename: the name of the quantized checkpoint; by default ``<method>-<float stem>.ckpt``.
@@ -140,6 +143,7 @@ class TinyQCallback(WatchesValidation):
         max_drop: float | str | None = None,
         keep: Literal["all", "smallest"] | None = None,
         never_slower: bool | None = None,
+        calibrate: int | Mapping[str, int] | None = None,
         save: bool = True,
         dirpath: str | None = None,
         filename: str | None = None,
@@ -150,8 +154,8 @@ class TinyQCallback(WatchesValidation):
     ) -> None:
         if report not in (True, False, "full"):
             raise SpecError(f"report must be True, False or 'full', not {report!r}")
-        given = {"kinds": kinds, "when": when, "weights": weights, "keep": keep, "never_slower": never_slower}
-        given |= {"export": export}
+        given: dict[str, Any] = {"kinds": kinds, "when": when, "weights": weights, "keep": keep}
+        given |= {"never_slower": never_slower, "calibrate": calibrate, "export": export}
         budget = {"monitor": monitor, "mode": mode, "max_drop": max_drop}
         self.spec = with_arguments(as_spec(spec), exclude, given, budget, {"dirpath": dirpath, "filename": filename})
         self.monitor = self.spec.budget.monitor if self.spec.budget else monitor

@@ -1,4 +1,4 @@
-"""The methods: how finely each holds its activations."""
+"""The methods: how many bits each has for a weight, and how finely it holds activations."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ __all__ = [
     "FORMAT_NAMES",
     "KERNELS",
     "KIND_NAMES",
+    "LADDER",
     "METHODS",
     "KernelName",
     "Method",
+    "with_bits",
 ]
 
 
 @dataclass(frozen=True)
 class Method:
-    """How one method holds its activations.
+    """How one method holds weights and activations.
 
     Attributes:
         name: as users write it.
@@ -26,12 +28,14 @@ class Method:
         rounds: whether activations are rounded to whole steps: by every kernel, or by none. One that multiplies in
             floating point could do without, but what was measured in one batch, on one processor, is to hold in any
             other.
+        bits: of a weight's code: 8, or 4 with a multiplier for each group of weights.
     """
 
     name: str
     steps: int
     digits: int
     rounds: bool = True
+    bits: int = 8
 
 
 METHODS = {
@@ -40,8 +44,20 @@ METHODS = {
         Method("w8a32", 127 * 256 * 256, digits=3, rounds=False),
         Method("w8a16", 127 * 256, digits=2),
         Method("w8a8", 127, digits=1),
+        Method("w4a32", 127 * 256 * 256, digits=3, rounds=False, bits=4),
+        Method("w4a16", 127 * 256, digits=2, bits=4),
+        Method("w4a8", 127, digits=1, bits=4),
     )
 }
+
+
+LADDER = ("w4a8", "w4a16", "w4a32", "w8a8", "w8a16", "w8a32", "float")
+"""The methods by the bytes of a weight, then by how finely they hold activations: the way up of a budget's search."""
+
+
+def with_bits(method: str, bits: int) -> str:
+    """The method that holds activations as ``method`` does, and weights in so many bits: ``w8a16`` → ``w4a16``."""
+    return f"w{bits}a{method.partition('a')[2]}"
 
 
 KernelName = Literal["auto", "compact", "int8", "reference"]

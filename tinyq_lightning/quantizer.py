@@ -16,6 +16,7 @@ from torch import nn
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.file import replace_file
 from tinyq_lightning.layers import LAYERS, QuantizedLinear, float_weight, is_replaceable, kind_of
+from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan import (
     Plan,
     Site,
@@ -23,7 +24,7 @@ from tinyq_lightning.plan import (
     carry_over,
     find_sites,
     put_in,
-    quantize,
+    quantize_by_layer,
     quantized_weights,
     resolve,
     why_not_replaced,
@@ -62,7 +63,7 @@ class Quantizer:
         """Quantize the model in place and return it.
 
         Args:
-            q_method: ``w8a32``, ``w8a16`` or ``w8a8``.
+            q_method: ``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16`` or ``w4a8``.
             module_not_to_quantize: patterns of layers to leave float; names as in the tutorial do.
 
         Returns:
@@ -78,7 +79,7 @@ class Quantizer:
             target = LAYERS[spec.method]
             self.quantized_model = replace_linear_with_target_and_quantize(self.model, target, exclude)
         else:
-            self.plan = quantize(self.model, spec)
+            self.plan = quantize_by_layer(self.model, spec)
             self.quantized_model = self.model
             self.logger.info("quantized %s\n%s", type(self.model).__name__, self.plan.table())
         return self.quantized_model
@@ -162,8 +163,9 @@ def _target_layer(site: Site, target_class: Any, shares: Any) -> nn.Module | Non
         if isinstance(site.module, nn.Linear):
             layer = target_class.from_linear(site.module, shares)
         else:  # tied to one, whose codes it shares
-            codes = quantized_weights(site)[0] if shares is None else shares.coded_weights()
-            layer = site.kind.make(site.module, codes, target_class.method, "auto")
+            method = target_class.method
+            codes = quantized_weights(site, METHODS[method].bits)[0] if shares is None else shares.coded_weights()
+            layer = site.kind.make(site.module, codes, method, "auto")
     elif isinstance(site.module, nn.Linear) and _is_plain(site):
         layer = _foreign_layer(site.module, target_class)
     else:

@@ -24,9 +24,17 @@ from tinyq_lightning.file.archive import Archive
 from tinyq_lightning.file.checkpoint import read_checkpoint
 from tinyq_lightning.file.digest import digest_of
 
-# of tests/data/format-1.ckpt, as it was when it was written
-WRITTEN_OUTPUT = [[0.17648868, -0.06522252, -0.01775025], [0.32393196, 0.05737285, -0.11800747]]
-WRITTEN_DIGEST = "b4beac97087c2234cf6677ba5927a6f67f2534c79af3c259e4f858b28eafe3ca"
+# of tests/data/format-*.ckpt, as each was when it was written: output and digest of its state
+WRITTEN = {
+    "format-1": (
+        [[0.17648868, -0.06522252, -0.01775025], [0.32393196, 0.05737285, -0.11800747]],
+        "b4beac97087c2234cf6677ba5927a6f67f2534c79af3c259e4f858b28eafe3ca",
+    ),
+    "format-2": (
+        [[0.07252203, 0.05078526, -0.09895740], [0.02866781, 0.08039744, -0.12263519]],
+        "64cbd169a205f9b2058edd2d8625f57cfba8ff657b8316f790767b079690d90c",
+    ),
+}
 DATA = Path(__file__).parents[1] / "data"
 
 
@@ -230,7 +238,7 @@ def test_a_newer_format_is_refused_by_its_number(fitted, tmp_path):
     content = torch.load(fitted[0].quantized_path, weights_only=True)
     content["tinyq"]["format_version"] = 7
     torch.save(content, tmp_path / "newer.ckpt")
-    with pytest.raises(CheckpointError, match=r"newer\.ckpt: format version 7 is newer than 1.*upgrade"):
+    with pytest.raises(CheckpointError, match=r"newer\.ckpt: format version 7 is newer than 2.*upgrade"):
         load_quantized(tmp_path / "newer.ckpt", Net)
 
 
@@ -250,8 +258,9 @@ class Small(LightningModule):
 def test_files_of_every_format_version_are_read_for_ever(path):
     module = load_quantized(path, Small)
     output = module(torch.arange(8.0).reshape(2, 4) / 8)
-    assert torch.allclose(output, torch.tensor(WRITTEN_OUTPUT), atol=1e-6)
-    assert digest_of(dict(module.state_dict())) == WRITTEN_DIGEST
+    written, digest = WRITTEN[path.stem]
+    assert torch.allclose(output, torch.tensor(written), atol=1e-6)
+    assert digest_of(dict(module.state_dict())) == digest
 
 
 def test_an_archive_reads_what_torch_saves(tmp_path):

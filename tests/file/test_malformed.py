@@ -8,6 +8,7 @@ import io
 import math
 import random
 import shutil
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -59,6 +60,8 @@ for _ in range(40):
     NESTED = (NESTED,) * 10  # 10⁴⁰ items, were each looked at
 
 MALFORMED = [
+    (("state_dict", "head.int8_weights"), lambda codes: torch.full_like(codes, -128), "head.int8_weights holds -128"),
+    (("state_dict", "head.int8_weights"), lambda codes: codes.to_sparse(), "head.int8_weights holds no codes"),
     (("tinyq", "format_version"), -1, r"tinyq\.format_version"),
     (("tinyq", "format_version"), 0, r"tinyq\.format_version"),
     (("tinyq", "format_version"), True, r"tinyq\.format_version"),
@@ -136,6 +139,24 @@ def test_a_malformed_entry_with_right_digests_is_named(good, tmp_path, way, valu
             with pytest.raises(CheckpointError, match=message) as error:
                 load(strict=strict)
             assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("way", [("more",), ("hyper_parameters", "more")])
+def test_containers_that_are_nested_too_deeply_are_refused(good, tmp_path, way):
+    deep: list = []
+    for _ in range(3000):
+        deep = [deep]
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(100_000)
+        path = changed(good, tmp_path / "deep.ckpt", way, deep)
+    finally:
+        sys.setrecursionlimit(limit)
+    for load in (load_quantized, lambda path, kind: MixedIn.load_from_checkpoint(path)):
+        with pytest.raises(
+            CheckpointError, match=r"deep\.ckpt: the file is damaged: its containers are nested too deep"
+        ):
+            load(path, Net)
 
 
 def test_a_layer_without_codes_is_refused_by_a_trainer_as_well(good, tmp_path):

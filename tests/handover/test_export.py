@@ -177,3 +177,26 @@ def test_the_names_are_public():
 
 def test_every_format_that_the_command_line_offers_can_be_written():
     assert list(FORMATS) == list(FORMAT_NAMES)
+
+
+class Halving(nn.Module):
+    """Takes an even number of rows only."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.layer(x.reshape(-1, 2, 8).sum(1))
+
+
+def test_sizes_that_the_model_itself_does_not_take_are_noted_and_not_tried(tmp_path, monkeypatch):
+    runs = replace(FORMATS["pt2"], write=lambda request, path: open(path, "w").close() or ["fine"])
+    runs = replace(runs, open=lambda path, request: lambda given: [request.module(*given.args)])
+    monkeypatch.setitem(FORMATS, "pt2", runs)
+    model = Halving()
+    quantize(model, "w8a32")
+    report = export(model, tmp_path / "net.pt2", example(4))
+    assert [each["x"] for each in report.inputs] == [(4, 8)]
+    assert report.notes[0] == "fine"
+    assert report.notes[1].startswith("not tried with batch 1: the model failed on inputs of the shapes x [1, 8]")

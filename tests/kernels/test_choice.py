@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import each_method, normal, random_layer, with_products
+from kernel_cases import EIGHT_BITS, each_method, normal, random_layer, with_products
 from torch import nn
 
 from tinyq_lightning.errors import SpecError
@@ -69,7 +69,8 @@ def test_without_vnni_w8a8_takes_digits_in_two_parts_where_nothing_else_is_as_fa
     assert kernels == ["float16", "int8-split", "int8-split"]
     with_products(monkeypatch, has_split=True)
     kernels = {
-        size: [choose_kernel("auto", METHODS[method], size, size).kernel for method in METHODS] for size in (768, 2048)
+        size: [choose_kernel("auto", METHODS[method], size, size).kernel for method in EIGHT_BITS]
+        for size in (768, 2048)
     }
     assert kernels == {768: ["float32", "float32x1", "float32x1"], 2048: ["float32", "float32x1", "int8-split"]}
 
@@ -84,10 +85,10 @@ def test_compact_holds_one_byte_a_weight(method, size, has, monkeypatch):
 
 def test_what_a_layer_holds_for_each_weight_is_what_its_forms_take(monkeypatch):
     with_products(monkeypatch, has_plain=True, has_onednn=True, has_float16=True)
-    held = [choose_kernel("auto", METHODS[method], 384, 384).bytes_a_weight for method in METHODS]
+    held = [choose_kernel("auto", METHODS[method], 384, 384).bytes_a_weight for method in EIGHT_BITS]
     assert held == [5, 1, 1]  # a float copy beside the codes
     with_products(monkeypatch, has_float16=True)
-    held = [choose_kernel("auto", METHODS[method], 2048, 2048).bytes_a_weight for method in METHODS]
+    held = [choose_kernel("auto", METHODS[method], 2048, 2048).bytes_a_weight for method in EIGHT_BITS]
     assert held == [3, 2, 2]
 
 
@@ -108,7 +109,7 @@ def test_without_either_layers_hold_a_float_copy_or_the_formula_runs(method, sha
     with_products(monkeypatch)
     lacking = "no fast and exact int8 product here"
     copied = Choice(
-        "float32" if method == "w8a32" else "float32x1", f"{lacking}: a float copy in memory; the file stays int8"
+        "float32" if method == "w8a32" else "float32x1", f"{lacking}: a float copy in memory; the file stays small"
     )
     assert choose_kernel("auto", METHODS[method], *shape) == copied
     assert choose_kernel("compact", METHODS[method], *shape) == Choice("reference", lacking)
@@ -166,3 +167,21 @@ def test_the_environment_goes_before_a_layers_kernel_in_every_dtype(monkeypatch)
         assert layer(x).shape == (2, 8)
     with pytest.raises(SpecError, match="kernel 'fast': it must be one of auto, compact, int8, reference"):
         layer.kernel = "fast"
+
+
+@pytest.mark.parametrize("size", [384, 768, 2048])
+def test_layers_of_four_bits_take_the_kernels_of_those_of_eight(size):
+    for method in EIGHT_BITS:
+        four = METHODS[method.replace("w8", "w4")]
+        for kernel in ("auto", "int8", "reference"):
+            assert choose_kernel(kernel, four, size, size) == choose_kernel(kernel, METHODS[method], size, size)
+        compact = choose_kernel("compact", four, size, size)
+        assert (compact.kernel, compact.bytes_a_weight) == ("int4", 0.52)
+
+
+def test_only_four_bits_are_expanded_on_each_call(monkeypatch):
+    monkeypatch.setenv("TINYQ_KERNEL", "int4")
+    assert [choose_kernel("auto", METHODS[method], 64, 64).kernel for method in ("w4a8", "w8a8")] == [
+        "int4",
+        "reference",
+    ]

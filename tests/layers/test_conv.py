@@ -217,6 +217,22 @@ def test_channels_stay_last(case, method):
         assert layer.to(memory_format=torch.contiguous_format)(x).is_contiguous()
 
 
+@pytest.mark.parametrize("kernel", ["auto", "int8", "compact", "reference"])
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (lambda: nn.ConvTranspose1d(4, 6, 2, padding=1), (2, 4, 1)),
+        (lambda: nn.ConvTranspose2d(4, 6, 2, padding=1), (2, 4, 1, 3)),
+        (lambda: nn.Conv2d(4, 6, 3), (0, 4, 5, 5)),
+    ],
+)
+def test_an_empty_output_is_that_of_the_float_layer(make, sizes, kernel):
+    conv, x = make(), normal(*sizes)
+    model = nn.Sequential(conv)
+    quantize(model, {"method": "w8a32", "kernel": kernel})
+    assert model(x).shape == conv(x).shape
+
+
 def images():
     """Inputs ``[N, 6, H, W]`` in every order that torch tells apart."""
     last = normal(2, 6, 9, 11).contiguous(memory_format=torch.channels_last)

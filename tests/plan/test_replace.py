@@ -26,13 +26,24 @@ from tinyq_lightning import (
     replace_linear_with_target_and_quantize,
 )
 from tinyq_lightning.errors import CheckpointError, ModelError, SpecError
+from tinyq_lightning.kernels.four_bits import quantize_groups_expanded
 from tinyq_lightning.kernels.weights import quantize_per_row, weight_sqnr_db
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
+from tinyq_lightning.methods import METHODS, with_bits
 from tinyq_lightning.plan.plan import state_bytes
 from tinyq_lightning.plan.sites import Site
 from tinyq_lightning.plan.swap import Swap
 
 each_method = pytest.mark.parametrize("method", LAYERS)
+
+
+def bits(method):
+    return METHODS[method].bits
+
+
+def close(method):
+    """How far outputs may be from those in float, in parts of them."""
+    return 0.05 if bits(method) == 8 else 0.25
 
 
 class Net(nn.Module):
@@ -93,7 +104,8 @@ def test_quantize_replaces_every_linear_in_place(method):
     assert not [m for m in model.modules() if type(m) is nn.Linear]
     for decision in plan:
         layer = model.get_submodule(decision.name)
-        codes, scales = quantize_per_row(weights[decision.name])
+        weight = weights[decision.name]
+        codes, *_, scales = quantize_per_row(weight) if bits(method) == 8 else quantize_groups_expanded(weight)
         assert type(layer) is LAYERS[method]
         assert torch.equal(layer.int8_weights, codes)
         assert torch.equal(layer.scales, scales)
@@ -106,7 +118,7 @@ def test_outputs_are_near_those_of_the_float_model(method):
     x = torch.randn(16, 6)
     before = model(x)
     quantize(model, method)
-    assert (model(x) - before).norm() < 0.05 * before.norm()
+    assert (model(x) - before).norm() < close(method) * before.norm()
 
 
 def test_module_lists_and_dicts_keep_their_order_and_names():
@@ -201,7 +213,7 @@ def test_models_of_other_dtypes_are_quantized_and_run(method, dtype):
     quantize(model, method)
     out = model(x)
     assert out.dtype == dtype
-    assert (out - before).double().norm() < 0.05 * before.double().norm()
+    assert (out - before).double().norm() < close(method) * before.double().norm()
     assert {m.scales.dtype for m in model.modules() if isinstance(m, QuantizedLinear)} == {torch.float32}
 
 
@@ -508,7 +520,7 @@ def test_inside_quantized_and_after_it_the_very_same_objects(method):
     out = model(x)
     with quantized(model, method) as plan:
         assert [d.method for d in plan] == [method] * 5
-        assert all(d.weight_sqnr_db > 30 for d in plan)
+        assert all(d.weight_sqnr_db > (30 if bits(method) == 8 else 15) for d in plan)
         assert not [m for m in model.modules() if type(m) is nn.Linear]
         assert model.stem is model.shared
         inside = model(x)
@@ -651,7 +663,9 @@ def test_any_tree_is_replaced_whole_and_restored_whole(model, method):
         assert {name for d in plan for name in (d.name, *d.aliases)} == set(paths)
         now = dict(model.named_modules(remove_duplicate=False))
         for name, linear in linears.items():
-            assert now[name] is linear if linear.in_features == 1 else type(now[name]) is LAYERS[method]
+            # of few inputs, four bits with their multipliers are no smaller than eight
+            made = with_bits(method, 8 if linear.in_features <= 3 else bits(method))
+            assert now[name] is linear if linear.in_features == 1 else type(now[name]) is LAYERS[made]
         for one, same in paths.items():  # shared before, shared now
             assert all((now[one] is now[other]) == (same == paths[other]) for other in paths)
     assert_untouched(model, before)
@@ -776,7 +790,7 @@ def test_any_target_class_takes_the_place_of_every_linear(target, dtype):
     assert not model.stem.training
     assert torch.equal(model.stem.bias, bias)
     assert model.heads["b"].bias is None
-    assert (model(x) - before).norm() < 0.05 * before.norm()
+    assert (model(x) - before).norm() < close(getattr(target, "method", "w8a32")) * before.norm()
     if target in FOREIGN:
         assert model.stem.made_with["bias"] is True
         assert model.heads["b"].made_with["bias"] is False

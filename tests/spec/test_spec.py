@@ -227,7 +227,7 @@ def test_errors_name_the_file_of_several_that_is_wrong(write):
             "budget: 0.5",
             1,
             "budget",
-            "must be a mapping with the keys monitor, mode, max_drop, max_evals, max_seconds, not",
+            "must be a mapping with the keys monitor, mode, max_drop, max_evals, max_seconds, ladder, not",
         ),
         ("budget:\n  monitor: a\n  mode: max", 1, "budget", "the key 'max_drop' is missing"),
         ("budget:\n  monitor: a\n  mode: mix\n  max_drop: 1", 3, "budget.mode", "'mix' is not a mode. Did you mean "),

@@ -105,3 +105,14 @@ def test_a_twin_has_no_memory_and_the_module_is_as_before():
     assert twin.tied is twin.head
     assert isinstance(twin.head, nn.Linear)
     assert twin.state_dict().keys() == module.state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["best", "current"])
+def test_rank_0_takes_the_codes_and_a_layer_and_the_others_nothing(tmp_path, weights, capsys):
+    done = run_on_ranks("sharded_memory.py", tmp_path, 12, 4096, weights)
+    with capsys.disabled():
+        print(*(line for line in done.stdout.splitlines() if line.startswith("rank")), sep="\n")
+    first, other = written_by_ranks(tmp_path, "memory")
+    assert first["peak_mb"] - first["before_mb"] < first["codes_mb"] + 2 * first["layer_mb"]
+    assert other["peak_mb"] - other["before_mb"] < other["layer_mb"]

@@ -212,7 +212,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _add_spec(command: argparse.ArgumentParser) -> None:
     given = command.add_mutually_exclusive_group()
-    given.add_argument("--method", default="w8a32", help="w8a32 (default), w8a16 or w8a8")
+    given.add_argument("--method", default="w8a32", help="w8a32 (default), w8a16, w8a8, w4a32, w4a16 or w4a8")
     given.add_argument("--spec", metavar="S.yaml", help="a YAML spec instead: method, exclude, rules, …")
     exclude = "layers to leave float: names, paths, globs, or re: and a regular expression; may be repeated"
     kinds = "kinds of layer to quantize: all, or some of linear, attention, conv, embedding, recurrent; may be repeated"

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinyq_lightning.command.answer import Answer, file_size, model_class, progress
+from tinyq_lightning.command.differences import chosen_by_data, differences
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import (
     Archive,
     FloatFile,
     Folder,
     check_format,
-    digest_of,
     escaped,
     file_exists,
     is_quantized,
@@ -135,33 +135,19 @@ def verify(args: Namespace) -> Answer:
         return Answer(text, data)
     plan = _plan(tinyq)
     with open_checkpoint(args.float, args.trust) as source, progress("quantizing again") as around:
-        again = quantize_file(
-            source, model_class(args.model, source, args.trust), plan.to_spec(), args.init, around, args.trust
-        )
+        spec = replace(plan.to_spec(), calibrate=None)  # the data is not here
+        again = quantize_file(source, model_class(args.model, source, args.trust), spec, args.init, around, args.trust)
     if tinyq["float_sha256"] not in (None, again["tinyq"]["float_sha256"]):
         text += f"\n{args.float}: this is not the float file it was made from, by SHA-256"
         return Answer(text, data | {"same": False, "differs": ["float_sha256"]}, good=False)
-    differs = _differences(content, again)
+    differs = differences(content, again)
     if differs:
         text += f"\n{args.float}: quantized again it differs in {', '.join(differs)}"
     else:
         text += f"\n{args.float}: quantized again it gives the same tensors, plan and content, bit by bit"
+        if by_data := chosen_by_data(tinyq):
+            text += f", but for codes and biases of {len(by_data)} layers, which were chosen by data that is not here"
     return Answer(text, data | {"same": not differs, "differs": differs}, good=not differs)
-
-
-def _differences(content: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
-    """Names of tensors and entries that differ. Metrics and versions depend on the run, and are not compared."""
-    pairs = [("state_dict.", content["state_dict"], again["state_dict"])]
-    pairs.append(("tinyq.", {"plan": content["tinyq"]["plan"]}, {"plan": again["tinyq"]["plan"]}))
-    apart = ("state_dict", "tinyq", "pytorch-lightning_version")
-    rest = [{key: value for key, value in each.items() if key not in apart} for each in (content, again)]
-    pairs.append(("", rest[0], rest[1]))
-    return [
-        prefix + name
-        for prefix, one, other in pairs
-        for name in {**one, **other}
-        if name not in one or name not in other or digest_of(one[name]) != digest_of(other[name])
-    ]
 
 
 def _refuse_overwriting(args: Namespace, path: str | None) -> None:

@@ -121,9 +121,12 @@ class Archive:
             A copy of ``content`` with CPU tensors. Tensors that shared memory when they were saved share it again.
 
         Raises:
-            CheckpointError: a tensor claims more than the file holds.
+            CheckpointError: a tensor claims more than the file holds, or containers are nested too deeply.
         """
-        return with_tensors(content, lambda tensor: self._with_values(tensor, self._shared_storage), {})
+        try:
+            return with_tensors(content, lambda tensor: self._with_values(tensor, self._shared_storage), {})
+        except RecursionError as error:
+            raise CheckpointError(f"{self.path}: the file is damaged: its containers are nested too deeply") from error
 
     def _unpickle(self, trust: bool) -> Any:
         name = next((name for name in self._records if name.endswith("data.pkl") and name.count("/") <= 1), None)

@@ -22,12 +22,12 @@ from tinyq_lightning.file.plain import plain, plain_entries, plain_state
 from tinyq_lightning.file.trust import call_with
 from tinyq_lightning.file.typed import typed_entries
 from tinyq_lightning.file.validate import (
-    FORMAT_VERSION,
     HYPER_PARAMETERS,
     HYPER_PARAMETERS_TYPE,
     LIGHTNING_VERSION,
     check_format,
     check_layers,
+    format_of,
     without_training_entries,
 )
 from tinyq_lightning.plan import Plan
@@ -84,7 +84,7 @@ def make_checkpoint(
     configs = {note["path"][0]: note["kind"] for note in types if _is_in_configs(note)}
     content["state_dict"] = plain_state(state_dict)
     tinyq = {
-        "format_version": FORMAT_VERSION,
+        "format_version": format_of(decision.method for decision in plan),
         "label": plan.label,
         "spec": plan.to_spec().to_dict() | {"save": {"dirpath": None, "filename": None}},  # no paths of this machine
         "plan": plan.to_list(),

@@ -24,6 +24,7 @@ from tinyq_lightning.file.weightless import (
     put_value,
     without_weights,
 )
+from tinyq_lightning.layers import Int8Weight
 from tinyq_lightning.namespaces import namespace_of
 from tinyq_lightning.plan import WithValues, find_sites, quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
@@ -73,6 +74,9 @@ def quantize_file(
             yield
 
     plan = quantize_by_layer(model.module, spec, present)
+    for layer in model.module.modules():
+        if isinstance(layer, Int8Weight) and layer.bits == 4:
+            layer.form("int4")  # which holds the codes as the file has them, and the layer no others then
     model.fill()
     base = source.read_all(_apart_from_weights(source.content))
     content = make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)

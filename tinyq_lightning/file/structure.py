@@ -12,8 +12,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from tinyq_lightning.errors import CheckpointError, TrainerError
 from tinyq_lightning.file.checkpoint import check_digests
+from tinyq_lightning.file.codes import CODES
 from tinyq_lightning.file.validate import check_format, check_layers, find_codes, prefixes_of_codes
+from tinyq_lightning.kernels import packed_shapes
 from tinyq_lightning.layers import QuantizedLayer
+from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan import Site, carry_over, find_sites
 
 __all__ = [
@@ -88,10 +91,13 @@ def prepare_structure(
         for weight, here in site.weights_like.items():
             names = [f"{each}.{weight}" for each in site.names] if len(site.weights) > 1 else site.names
             prefix = next(iter(find_codes(prefixes, names)), None)
-            codes = None if prefix is None else state[f"{prefix}int8_weights"]
-            if codes is not None and codes.shape != here.shape:
+            bits = METHODS[entry["method"]].bits
+            codes = None if prefix is None else state[f"{prefix}{CODES[bits]}"]
+            wanted = here.shape if bits == 8 else packed_shapes(site.sizes[weight].rows, site.sizes[weight].columns)[0]
+            if codes is not None and codes.shape != wanted:
+                packed = " packed" if bits == 4 else ""
                 raise CheckpointError(
-                    f"layer {name!r} is {list(codes.shape)} in {source} and {list(here.shape)} in "
+                    f"layer {name!r} is{packed} {list(codes.shape)} in {source} and {list(wanted)} in "
                     f"{type(module).__name__}: build it with the arguments it was trained with"
                 )
         kernel = checkpoint["tinyq"]["spec"].get("kernel", "auto")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from tinyq_lightning.errors import CheckpointError
-from tinyq_lightning.methods import KERNELS
+from tinyq_lightning.file.codes import CODES, why_malformed
+from tinyq_lightning.methods import KERNELS, METHODS
 from tinyq_lightning.spec import METHOD_NAMES
 from tinyq_lightning.version import __version__
 
@@ -20,13 +18,16 @@ __all__ = [
     "check_format",
     "check_layers",
     "find_codes",
+    "format_of",
     "is_quantized",
     "prefixes_of_codes",
     "without_training_entries",
 ]
 
-FORMAT_VERSION = 1
-"""Of the ``tinyq`` block. A reader refuses a newer one and reads every older one."""
+FORMAT_VERSION = 2
+"""The newest of the ``tinyq`` block, of files with codes of four bits. A newer one is refused, every older one read."""
+
+_FORMAT_OF_BITS = {8: 1, 4: 2}
 
 HYPER_PARAMETERS = "hyper_parameters"
 HYPER_PARAMETERS_NAME = "hparams_name"
@@ -49,7 +50,6 @@ _TRAINING_KEYS = {
 _LARGEST = 10**7
 """Values in an entry of ``tinyq``; a small file can refer to the same container very often."""
 
-_CODES = "int8_weights"
 _NOTE_KINDS = {
     "enum": True,
     "namespace": None,
@@ -66,6 +66,11 @@ _NOTE_KINDS = {
     "Size": False,
 }
 """Kinds of notes; True if the note names a class, None if it may."""
+
+
+def format_of(methods: Iterable[str]) -> int:
+    """The format version of a file whose layers have these methods: the first that has such codes."""
+    return max((_FORMAT_OF_BITS[METHODS[method].bits] for method in methods if method != "float"), default=1)
 
 
 def without_training_entries(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,6 +192,8 @@ def _is_decision(value: Any) -> bool:
         and _is_text_or_none(value.get("tied_to"))
         and _is_text(value.get("kind", ""))
         and _is_text_or_none(value.get("asked"))
+        and _is_text_or_none(value.get("uncalibrated"))
+        and (value.get("output_error") is None or _is_number(value["output_error"]))
     )
 
 
@@ -206,8 +213,10 @@ def _is_note(value: Any) -> bool:
 
 
 def prefixes_of_codes(state_dict: Mapping[str, Any]) -> list[str]:
-    """The prefixes, such as ``encoder.linear.``, below which a state dict has ``int8_weights``."""
-    return [key.removesuffix(_CODES) for key in state_dict if f".{key}".endswith(f".{_CODES}")]
+    """The prefixes, such as ``encoder.linear.``, below which a state dict has ``int8_weights`` or ``int4_weights``."""
+    return [
+        key.removesuffix(codes) for key in state_dict for codes in CODES.values() if f".{key}".endswith(f".{codes}")
+    ]
 
 
 def find_codes(prefixes: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -252,24 +261,5 @@ def check_layers(content: Mapping[str, Any], path: str | os.PathLike[str]) -> No
                 f"{entry['method']}: let state_dict() of the module keep them, or exclude the layer in the spec"
             )
         for prefix in found:
-            _check_codes(state, prefix, path)
-
-
-def _check_codes(state: Mapping[str, Any], prefix: str, path: str | os.PathLike[str]) -> None:
-    codes, scales = state[f"{prefix}{_CODES}"], state.get(f"{prefix}scales")
-    wrong = ""
-    if not isinstance(codes, Tensor) or codes.dtype != torch.int8 or codes.dim() < 2 or codes.layout != torch.strided:
-        wrong = f"{_CODES} holds no codes of {torch.int8}"
-    elif not isinstance(scales, Tensor) or scales.dtype != torch.float32 or not _is_one_a_row(scales, codes):
-        wrong = "scales is not one float32 for each row of codes"
-    elif not bool((scales.isfinite() & (scales > 0)).all()):
-        wrong = "scales holds what is no positive number"
-    if wrong:
-        raise CheckpointError(f"{path}: the file is damaged: state_dict.{prefix}{wrong}")
-
-
-def _is_one_a_row(scales: Tensor, codes: Tensor) -> bool:
-    """Whether there is a scale for each row of a matrix, or for each of some equal parts of more dimensions."""
-    if codes.dim() == 2:
-        return scales.shape == codes.shape[:1]
-    return scales.dim() == 1 and bool(scales.numel()) and codes.numel() % scales.numel() == 0
+            if wrong := why_malformed(state, prefix, METHODS[entry["method"]].bits):
+                raise CheckpointError(f"{path}: the file is damaged: layer {entry['name']!r}: state_dict.{wrong}")

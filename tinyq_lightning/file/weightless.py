@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils import swap_tensors
 
+from tinyq_lightning.layers import QuantizedLayer
+
 __all__ = [
     "drop_weak_references",
     "named_tensors",
@@ -88,6 +90,8 @@ def restore_weak_references(module: nn.Module) -> None:
 def take_values(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
     """Give each meta tensor of the module the value of its entry in ``state_dict``, in the module's dtype.
 
+    Codes of four bits get memory of their own, into which ``load_state_dict`` expands what is packed in the entry.
+
     Returns:
         False if a meta tensor has no entry of its name and shape; the module is then only partly filled.
     """
@@ -98,15 +102,24 @@ def take_values(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
         restore_weak_references(module)
 
 
+def _codes_of_four_bits(module: nn.Module) -> set[int]:
+    """The ids of the buffers with expanded codes."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantizedLayer) and layer.bits == 4]
+    return {id(holder._buffers[name]) for layer in layers for holder, name in layer.code_places().values()}
+
+
 def _take_values(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
-    taken = set()
+    packed, taken = _codes_of_four_bits(module), set()
     saved: dict[int, str] = {}
     for name, tensor in named_tensors(module):
-        if tensor.is_meta and name not in state_dict and not saved:  # it may have another name there
+        if tensor.is_meta and not saved and name not in state_dict and id(tensor) not in packed:
+            # it may have another name there
             saved = {id(value): key for key, value in module.state_dict(keep_vars=True).items()}
         value = state_dict.get(name, state_dict.get(saved.get(id(tensor), name)))
         if tensor.is_meta and value is None and not tensor.numel():
             put_value(tensor, torch.empty_like(tensor, device="cpu"))  # a quantized layer's, which no file holds
+        elif tensor.is_meta and id(tensor) in packed:
+            put_value(tensor, torch.zeros_like(tensor, device="cpu"))
         elif tensor.is_meta:
             if not isinstance(value, Tensor) or value.shape != tensor.shape:
                 return False

@@ -147,24 +147,25 @@ def _write_program(
         ms=trial.timing.ms,
         model_ms=trial.timing.float_ms,
         threads=request.threads,
-        notes=tuple(notes),
+        notes=(*notes, *trial.notes),
     )
 
 
 class _Trial(NamedTuple):
-    """What running a file gave: the inputs, the worst errors over them, and times."""
+    """What running a file gave: the inputs, notes on those that were left out, the worst errors, and times."""
 
     cases: list[Example]
+    notes: list[str]
     outputs: list[OutputError]
     timing: Timing
 
 
 def _tried(wanted: Program, request: Request, example: Example, written: str) -> _Trial:
     run: Run = _guarded(wanted, "loaded", lambda: wanted.open(written, request))
-    cases = _cases(request, example)
+    cases, notes = _cases(request, example)
     outputs = _guarded(wanted, "run", lambda: worst([_errors(request, run, case) for case in cases]))
     timing = time_both(lambda: request.module(*example.args, **example.kwargs), lambda: run(example))
-    return _Trial(cases, outputs, timing)
+    return _Trial(cases, notes, outputs, timing)
 
 
 def _guarded(wanted: Format, what: str, step: Any) -> Any:
@@ -176,14 +177,19 @@ def _guarded(wanted: Format, what: str, step: Any) -> Any:
         raise ExportError(f"{wanted.name}: the model could not be {what}: {type(error).__name__}: {error}") from error
 
 
-def _cases(request: Request, example: Example) -> list[Example]:
-    """The example, and random inputs of other sizes that the model itself takes."""
-    others = []
+def _cases(request: Request, example: Example) -> tuple[list[Example], list[str]]:
+    """The example, and random inputs of other sizes; those that the model itself does not take are noted."""
+    cases, notes = [example], []
     for seed, sizes in enumerate(request.dims.other_sizes(example)):
         case = request.dims.resized(example, sizes, seed)
-        _called(request.module, case)
-        others.append(case)
-    return [example, *others]
+        try:
+            _called(request.module, case)
+        except ExportError as error:
+            shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            notes.append(f"not tried with {shown}: {str(error).splitlines()[0]}")
+            continue
+        cases.append(case)
+    return cases, notes
 
 
 def _errors(request: Request, run: Run, case: Example) -> list[OutputError]:

@@ -50,7 +50,7 @@ class LayerShape:
         method: how the layer holds its activations.
         out_features: rows of its weight.
         in_features: columns of its weight.
-        compact: whether the layer is to hold no more than one byte a weight.
+        compact: whether the layer is to hold no more than its codes: one byte a weight, or half of one.
     """
 
     method: Method
@@ -75,9 +75,9 @@ class Choice:
             ``float16``, codes of two bytes each, multiplied in float32; ``float16x2``, the same beside the codes,
             with activations in two parts, as exact as ``nn.Linear``; ``float32``, a float copy of the weights
             beside the codes; ``float32x1``, the same for activations that are rounded; ``exact``, integers summed
-            exactly in float64; ``reference``, the formula. Of convolutions also ``int8-grouped``, as
-            ``int8-onednn`` for several groups, beside the plain codes, and ``windows``, by the kernel of a linear
-            layer whose rows are the windows.
+            exactly in float64; ``int4``, codes of four bits that are expanded on each call; ``reference``, the
+            formula. Of convolutions also ``int8-grouped``, as ``int8-onednn`` for several groups, beside the plain
+            codes, and ``windows``, by the kernel of a linear layer whose rows are the windows.
         reason: in words.
         few_rows: inputs of fewer rows take the kernel ``few`` instead; 0 if none do.
         few: that kernel.
@@ -88,7 +88,7 @@ class Choice:
     reason: str
     few_rows: int = 0
     few: str = "float32"
-    bytes_a_weight: int = field(default=1, compare=False)
+    bytes_a_weight: float = field(default=1, compare=False)
 
     @property
     def label(self) -> str:
@@ -144,7 +144,7 @@ class WeightForm(ABC):
     holds_codes: ClassVar[bool]
     """True if the codes can be unpacked from the form, so that the layer need not keep them beside it."""
 
-    bytes_a_weight: ClassVar[int]
+    bytes_a_weight: ClassVar[float]
     """What the form takes, without the codes beside it."""
 
     @abstractmethod

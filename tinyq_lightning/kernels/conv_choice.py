@@ -17,8 +17,9 @@ from tinyq_lightning.kernels.conv_forms import (
     PointwiseWeights,
     WindowWeights,
 )
+from tinyq_lightning.kernels.conv_int4 import ConvNibbles
 from tinyq_lightning.kernels.conv_onednn import Int8ConvWeights, Int8GroupedWeights, has_int8_convolution
-from tinyq_lightning.kernels.convolution import StraightConvolution
+from tinyq_lightning.kernels.convolution import Geometry, StraightConvolution, quantized_convolution
 from tinyq_lightning.kernels.integer import has_plain_product
 from tinyq_lightning.kernels.onednn import has_onednn_product
 from tinyq_lightning.methods import KernelName, Method
@@ -27,6 +28,7 @@ __all__ = [
     "CONV_FORMS",
     "ConvShape",
     "choose_convolution",
+    "convolve_once",
     "packed_convolution",
 ]
 
@@ -38,6 +40,7 @@ CONV_FORMS: dict[str, type[ConvForm]] = {
     "windows": WindowWeights,
     "float32": FloatConvWeights,
     "float32x1": Float32ConvCodes,
+    "int4": ConvNibbles,
 }
 """The form of the weights that each kernel of convolutions takes; others take the plain codes."""
 
@@ -106,9 +109,15 @@ def choose_convolution(kernel: KernelName, method: Method, shape: ConvShape, dev
 
 
 def _choose(wanted: str, method: Method, shape: ConvShape, device: str) -> Choice:
-    lacking = _why_no_int8(shape, device)
     if wanted == "reference":
         return Choice("reference", "as asked for")
+    if method.bits == 4 and wanted in ("compact", "int4"):
+        return Choice("int4", "half a byte a weight, expanded on each call")
+    return _choose_for_codes(wanted, method, shape, device)
+
+
+def _choose_for_codes(wanted: str, method: Method, shape: ConvShape, device: str) -> Choice:
+    lacking = _why_no_int8(shape, device)
     if wanted == "int8":
         if shape.transposed or lacking:
             return Choice("exact", lacking or "transposed convolutions have no int8 kernel")
@@ -125,9 +134,38 @@ def _choose(wanted: str, method: Method, shape: ConvShape, device: str) -> Choic
     return Choice("float32x1" if keeps else "reference", f"integers in floating point: {why}")
 
 
+def convolve_once(
+    shape: ConvShape,
+    method: Method,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """A convolution by codes that are used once, by the kernel that ``compact`` has for codes of eight bits.
+
+    Args:
+        shape: of the layer.
+        method: how finely activations are held.
+        x: ``[N, in, ...]`` float32.
+        codes: int8 in the shape of the weight.
+        scales: ``[out]`` float32.
+        bias: ``[out]`` floating, or None.
+        geometry: how the convolution moves over its input.
+
+    Returns:
+        ``[N, out, ...]`` float32.
+    """
+    kernel = _choose_for_codes("compact", method, shape, x.device.type).kernel
+    if kernel in CONV_FORMS:
+        return CONV_FORMS[kernel](codes, scales, geometry, x).product(method, x, scales, bias)
+    return quantized_convolution(method, "reference", x, codes, scales, bias, geometry)
+
+
 def _without_rounding(shape: ConvShape, compact: bool) -> Choice:
     if not compact and shape.weights < _KEPT_TO:
-        return Choice("float32", "a float copy in memory, as fast as float; the file stays int8")
+        return Choice("float32", "a float copy in memory, as fast as float; the file stays small")
     reason = "float weights are rebuilt on each call, which costs little"
     unfolds = shape.groups == 1 and not shape.transposed and shape.dims < 3 and shape.summed <= LONGEST_SUM
     if unfolds and has_onednn_product():

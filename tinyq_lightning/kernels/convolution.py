@@ -77,6 +77,9 @@ class Geometry:
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Torch's own convolution: ``[N, in, ...]``, weight ``[out, in / groups, ...]`` → ``[N, out, ...]``."""
     if geometry.transposed:
+        if x.dtype == torch.float64 and 0 in _transposed_sizes(x, weight, geometry):
+            # torch makes an empty output in float32, and raises in float64
+            return convolve(x.float(), weight.float(), None, geometry).to(x.dtype)
         return _TRANSPOSED[x.dim() - 2](
             x,
             weight,
@@ -96,6 +99,13 @@ def output_sizes(sizes: tuple[int, ...], kernel: tuple[int, ...], geometry: Geom
     """The sizes of the output in each dimension, of a convolution that is not transposed."""
     parts = zip(sizes, kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
     return tuple((size + 2 * pad - gap * (width - 1) - 1) // stride + 1 for size, width, stride, pad, gap in parts)
+
+
+def _transposed_sizes(x: Tensor, weight: Tensor, geometry: Geometry) -> list[int]:
+    """The sizes of the output of a transposed convolution in each dimension."""
+    moves = zip(geometry.stride, geometry.padding, geometry.dilation, geometry.output_padding, strict=True)
+    sizes = zip(x.shape[2:], weight.shape[2:], moves, strict=True)
+    return [(n - 1) * stride - 2 * pad + gap * (k - 1) + more + 1 for n, k, (stride, pad, gap, more) in sizes]
 
 
 def per_channel(values: Tensor, dims: int) -> Tensor:

@@ -114,8 +114,9 @@ class Float16Weights(CodeHolder):
         return unpack_float16(self._packed)
 
 
-COPY_PAYS_TO = {"w8a32": 600_000, "w8a16": 512 * 512, "w8a8": 512 * 512}
-"""Layers of at most this many weights are faster with a float32 copy, by method. Measured on AVX2, as what follows."""
+COPY_PAYS_TO = {3: 600_000, 2: 512 * 512, 1: 512 * 512}
+"""Layers of at most this many weights are faster with a float32 copy, by the method's digits. Measured on AVX2, as what
+follows."""
 
 
 # `float16x2` is faster than the formula for at most 16 rows. With more features its integers would be too coarse.
@@ -137,7 +138,7 @@ class _Float16(Kernel):
 
     @override
     def fastest(self, layer: LayerShape, lacking: str) -> Choice | None:
-        if layer.compact or layer.weights <= COPY_PAYS_TO[layer.method.name]:
+        if layer.compact or layer.weights <= COPY_PAYS_TO[layer.method.digits]:
             return None
         if layer.method.rounds:
             return Choice("float16", lacking or "faster than the int8 products of this processor")

@@ -78,10 +78,10 @@ class _Float32(Kernel):
         if layer.compact:
             return None
         if not has_float16_product():  # all else would rebuild the float weights on each call
-            return Choice(self.variant(layer), f"{lacking}: a float copy in memory; the file stays int8")
+            return Choice(self.variant(layer), f"{lacking}: a float copy in memory; the file stays small")
         # The sizes at which a float copy beats the float16 product were measured.
-        if layer.weights <= COPY_PAYS_TO[layer.method.name]:
-            reason = "a float copy in memory, the fastest for layers this small; the file stays int8"
+        if layer.weights <= COPY_PAYS_TO[layer.method.digits]:
+            reason = "a float copy in memory, the fastest for layers this small; the file stays small"
             return Choice(self.variant(layer), reason)
         return None
 

@@ -16,8 +16,8 @@ __all__ = [
 _COPIED_TO = 2**20
 
 
-def choose_lookup_kernel(kernel: KernelName, values: int, dtype: torch.dtype) -> Choice:
-    """Whether a table is looked up in a float copy or in its codes; both give the same bits.
+def choose_lookup_kernel(kernel: KernelName, values: int, dtype: torch.dtype, bits: int = 8) -> Choice:
+    """Whether a table is looked up in a float copy or in its codes, expanded or packed; all give the same bits.
 
     The environment's ``TINYQ_KERNEL`` goes before what was asked for; ``float32`` copies a table of any size.
 
@@ -25,6 +25,7 @@ def choose_lookup_kernel(kernel: KernelName, values: int, dtype: torch.dtype) ->
         kernel: what was asked for.
         values: of the table.
         dtype: floating dtype of what is looked up; a float copy is float32, and of no use to others.
+        bits: of a code.
 
     Raises:
         SpecError: ``TINYQ_KERNEL`` names no kernel.
@@ -34,4 +35,6 @@ def choose_lookup_kernel(kernel: KernelName, values: int, dtype: torch.dtype) ->
         return Choice("float32", "a float copy in memory, as asked for", bytes_a_weight=5)
     if dtype == torch.float32 and wanted == "auto" and values <= _COPIED_TO:
         return Choice("float32", "a float copy in memory, the fastest for tables this small", bytes_a_weight=5)
+    if bits == 4 and wanted in ("compact", "int4"):
+        return Choice("int4", "half a byte a weight: the rows that are needed are expanded", bytes_a_weight=0.52)
     return Choice("reference", "the rows that are needed, each its codes times its scale")

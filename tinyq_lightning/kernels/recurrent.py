@@ -25,7 +25,7 @@ def choose_recurrent_kernel(kernel: KernelName) -> Choice:
     """
     wanted = wanted_kernel(kernel)
     if wanted in ("auto", "float32"):
-        reason = "a float copy in memory, which torch's own kernels take; the file stays int8"
+        reason = "a float copy in memory, which torch's own kernels take; the file stays small"
         return Choice("float32", reason, bytes_a_weight=5)
     if wanted == "reference":
         return Choice("reference", "as asked for: the weights are expanded on each call")

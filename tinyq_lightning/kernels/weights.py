@@ -17,6 +17,8 @@ from tinyq_lightning.errors import ModelError
 
 __all__ = [
     "CODE_MAX",
+    "LARGEST_SCALE",
+    "SMALLEST_SCALE",
     "activation_steps",
     "count_non_finite",
     "dequantize",
@@ -24,6 +26,8 @@ __all__ = [
     "quantize_per_row",
     "quantize_per_row_with_sqnr",
     "quantize_rows_to_steps",
+    "refuse_unfit",
+    "row_blocks",
     "spread_scales",
     "weight_sqnr_db",
 ]
@@ -37,19 +41,19 @@ CODE_MAX = 127
 _BLOCK_WEIGHTS = 262_144
 
 
-# The smallest normal float32. A scale below it would be subnormal, too coarse to divide by.
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""The smallest normal float32. A scale below it would be subnormal, too coarse to divide by."""
 
 
-# The largest that does not overflow float32 when it is multiplied by 127 again.
-_LARGEST_SCALE = torch.finfo(torch.float32).max / CODE_MAX * (1 - torch.finfo(torch.float32).eps)
+LARGEST_SCALE = torch.finfo(torch.float32).max / CODE_MAX * (1 - torch.finfo(torch.float32).eps)
+"""The largest scale that does not overflow float32 when it is multiplied by 127 again."""
 
 
 def _block_rows(weight: Tensor) -> int:
     return max(1, min(weight.shape[0], _BLOCK_WEIGHTS // max(1, weight.shape[1])))
 
 
-def _row_blocks(weight: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def row_blocks(weight: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Blocks of rows, with the same rows of what lies beside; none where there is no weight."""
     if weight.numel() == 0:
         return iter(())
@@ -97,15 +101,24 @@ def quantize_per_row_with_sqnr(weight: Tensor) -> tuple[Tensor, Tensor, float]:
     return codes, _finished(scales, weight), sqnr.db()
 
 
-def _with_outputs(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def refuse_unfit(weight: Tensor) -> None:
+    """Refuse what cannot be quantized whatever its values are.
+
+    Raises:
+        ModelError: the weight is not a floating matrix, or is on the meta device.
+    """
     if weight.dim() != 2:
         raise ModelError(f"a weight must have shape [out, in], this one has {tuple(weight.shape)}")
     if not weight.is_floating_point():
         raise ModelError(f"a weight must be floating point to be quantized, this one is {weight.dtype}")
     if weight.is_meta:
         raise ModelError("the weight is on the meta device and has no values: load the model before quantizing it")
+
+
+def _with_outputs(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_unfit(weight)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.full((len(weight), 1), _SMALLEST_SCALE, dtype=torch.float32, device=weight.device)
+    scales = torch.full((len(weight), 1), SMALLEST_SCALE, dtype=torch.float32, device=weight.device)
     return weight.detach(), codes, scales
 
 
@@ -115,11 +128,11 @@ def _quotients(weight: Tensor, scales: Tensor, codes: Tensor) -> Iterator[tuple[
     The quotients of one block lie where those of the next will be.
     """
     buffer = _buffer(weight)
-    for block, scale, out in _row_blocks(weight, scales, codes):
+    for block, scale, out in row_blocks(weight, scales, codes):
         block = block.to(torch.float32).contiguous()
         # the greatest and the least are only read; absolute values would have to be written before they are
         torch.maximum(block.amax(1, True), block.amin(1, True).neg_(), out=scale)
-        scale.div_(CODE_MAX).clamp_min_(_SMALLEST_SCALE)
+        scale.div_(CODE_MAX).clamp_min_(SMALLEST_SCALE)
         yield torch.div(block, scale, out=buffer[: len(block)]), scale, out
 
 
@@ -127,13 +140,13 @@ def _finished(scales: Tensor, weight: Tensor) -> Tensor:
     if not torch.isfinite(scales).all():
         bad = count_non_finite(weight)
         raise ModelError(f"{bad} of {weight.numel()} weights are not finite (NaN, infinite, or beyond float32)")
-    return scales.clamp_max_(_LARGEST_SCALE).view(-1)
+    return scales.clamp_max_(LARGEST_SCALE).view(-1)
 
 
 def count_non_finite(weight: Tensor) -> int:
     """How many values of ``weight`` are NaN, infinite, or overflow float32."""
     count = 0
-    for (block,) in _row_blocks(weight.detach()):
+    for (block,) in row_blocks(weight.detach()):
         block = block.to(torch.float32)
         # one cheap sum first: it is finite unless a value is not, or the sum itself overflows
         if not math.isfinite(block.sum().item()):
@@ -186,7 +199,7 @@ def weight_sqnr_db(weight: Tensor, codes: Tensor, scales: Tensor) -> float:
     """
     weight, scales = weight.detach(), scales.detach()[:, None]
     sqnr, buffer = _Sqnr(weight), _buffer(weight)
-    for block, code, scale in _row_blocks(weight, codes, scales):
+    for block, code, scale in row_blocks(weight, codes, scales):
         quotients = torch.div(block.to(torch.float32), scale, out=buffer[: len(block)])
         sqnr.add(quotients, code.to(torch.float32), scale)
     return sqnr.db()
@@ -229,7 +242,7 @@ def predicted_sqnr_db(weight: Tensor) -> float:
         The predicted ratio in dB; ``inf`` for a weight of zeros.
     """
     signal = noise = 0.0
-    for (block,) in _row_blocks(weight.detach()):
+    for (block,) in row_blocks(weight.detach()):
         block = block.double()
         signal += block.square().sum().item()
         noise += ((block.abs().amax(1) / CODE_MAX).square() / 12 * block.shape[1]).sum().item()
@@ -246,7 +259,7 @@ def activation_steps(x: Tensor, steps: int | Tensor) -> Tensor:
     Returns:
         ``[..., 1]`` like ``x``, positive; not finite where the row is not.
     """
-    return x.abs().amax(-1, True).div_(steps).clamp_min_(_SMALLEST_SCALE)
+    return x.abs().amax(-1, True).div_(steps).clamp_min_(SMALLEST_SCALE)
 
 
 def quantize_rows_to_steps(x: Tensor, steps: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,21 @@
 from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
 from tinyq_lightning.layers.conv import QuantizedConv
 from tinyq_lightning.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, ScaledQuantizedEmbedding
-from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.kinds import KINDS, has_inner_layers, is_replaceable, kind_of, methods_of, why_closed
-from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear, W8A8LinearLayer, W8A16LinearLayer, W8A32LinearLayer
+from tinyq_lightning.layers.linear import (
+    LAYERS,
+    QuantizedLinear,
+    W4A8LinearLayer,
+    W4A16LinearLayer,
+    W4A32LinearLayer,
+    W8A8LinearLayer,
+    W8A16LinearLayer,
+    W8A32LinearLayer,
+)
 from tinyq_lightning.layers.matrix import Int8Matrix, MatrixKind, MatrixPlace, bare_matrix
+from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.recurrent import (
     QuantizedGRU,
@@ -42,6 +52,9 @@ __all__ = [
     "QuantizedRNNCell",
     "QuantizedRecurrent",
     "ScaledQuantizedEmbedding",
+    "W4A8LinearLayer",
+    "W4A16LinearLayer",
+    "W4A32LinearLayer",
     "W8A8LinearLayer",
     "W8A16LinearLayer",
     "W8A32LinearLayer",

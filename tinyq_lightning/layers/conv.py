@@ -1,4 +1,4 @@
-"""Custom quantized layers that take the place of torch's convolutions, with int8 weights."""
+"""Custom quantized layers that take the place of torch's convolutions, with weights of eight or four bits."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from tinyq_lightning.kernels import (
     WeightForm,
     choose_convolution,
     convolve,
+    convolve_once,
     in_jit_trace,
     in_transform,
     is_channels_last,
@@ -76,8 +77,9 @@ class QuantizedConv(MultiplyingLayer):
     The base of the layers below, each a subclass of the layer of torch that it stands for, as
     :class:`~tinyq_lightning.layers.linear.QuantizedLinear` is of ``nn.Linear``. The buffers are ``int8_weights`` int8,
     in the shape of the float weight, and ``scales`` ``[out]`` float32; ``bias`` ``[out]`` is a parameter if there is
-    one. Activations are used as they are (``w8a32``) or rounded with one step a sample. A transposed convolution takes
-    them as they are.
+    one; with four bits also ``multipliers``, whose groups are of the flattened inputs of an output channel. Activations
+    are used as they are (``w8a32``, ``w4a32``) or rounded with one step a sample. A transposed convolution takes them
+    as they are.
 
     Args:
         conv: the float layer, whose sizes, moves and bias are taken over.
@@ -114,6 +116,8 @@ class QuantizedConv(MultiplyingLayer):
         self._moves = self._moves_without_size()
         self._first: Tensor | None = None  # without values
         self.method = method
+        if METHODS[method].bits == 4:
+            self._hold_four_bits()
         self.kernel: KernelName = "auto"
         self.register_parameter("bias", conv.bias)
         self._keep_a_parameter()
@@ -132,7 +136,8 @@ class QuantizedConv(MultiplyingLayer):
 
     def with_method(self, method: str) -> QuantizedConv:
         """A layer that holds its activations by another method and shares this layer's tensors and hooks."""
-        if self.transposed and method != "w8a32":
+        self._refuse_other_bits(method)
+        if self.transposed and METHODS[method].rounds:
             raise NotImplementedError(f"{type(self).__name__} has no method {method}")
         layer = object.__new__(type(self))
         vars(layer).update(vars(self))
@@ -193,7 +198,7 @@ class QuantizedConv(MultiplyingLayer):
             if isinstance(form, FloatConvWeights):
                 added = bias if bias is None or bias.dtype is torch.float32 else bias.float()
                 return convolve(x, form.weight, added, geometry)
-            if form is not None:
+            if form is not None and output_size is None:
                 return packed_convolution(method, form, x, scales, bias)
         kernel = self._formula_name()
         if not in_transform():  # integers of what is not dense would lie in another order
@@ -217,6 +222,10 @@ class QuantizedConv(MultiplyingLayer):
     def _new_form(self, kernel: str) -> WeightForm:
         geometry, _ = self._moves_of(None, None)
         make = partial(CONV_FORMS[kernel], geometry=geometry, first=cast(Tensor, self._first))
+        if kernel == "int4":
+            size, convolve = weight_size(self), partial(convolve_once, conv_shape(self))
+            rows = {"to_rows": size.to_rows, "from_rows": size.from_rows}
+            make = partial(make, multipliers=self.multipliers, **rows, convolve=convolve)
         return weight_form(f"{kernel} {geometry} {self._channels_last}", self.int8_weights, self.scales, make)
 
     def _in_graph(self, x: Tensor, geometry: Geometry) -> Tensor:

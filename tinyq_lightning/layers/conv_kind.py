@@ -11,10 +11,12 @@ from typing_extensions import override
 
 from tinyq_lightning.kernels import Choice, choose_convolution
 from tinyq_lightning.layers.conv import QuantizedConv
+from tinyq_lightning.layers.conv_inputs import unfolded
 from tinyq_lightning.layers.conv_sizes import conv_shape, weight_size
 from tinyq_lightning.layers.convolutions import CONVOLUTIONS
-from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize
+from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.layers.why_float import why_holds_more, why_more_than, why_weight
 from tinyq_lightning.methods import METHODS, KernelName
 
@@ -28,6 +30,7 @@ class ConvKind(Kind):
 
     name = "conv"
     why_w8a32 = "a transposed convolution takes activations as they are"
+    why_uncalibrated = None
     quantized_class = QuantizedConv
 
     @override
@@ -45,7 +48,7 @@ class ConvKind(Kind):
 
     @override
     def methods_of(self, layer: Any) -> tuple[str, ...]:
-        return ("w8a32",) if layer.transposed else self.methods
+        return ("w8a32", "w4a32") if layer.transposed else self.methods
 
     @override
     def choice(self, layer: Any, method: str, kernel: KernelName) -> Choice | None:
@@ -81,6 +84,14 @@ class ConvKind(Kind):
     @override
     def tokens(self, layer: Any, x: Tensor) -> Tensor | None:
         return x.reshape(len(x) if x.dim() == len(layer.kernel_size) + 2 else 1, -1)
+
+    @override
+    def row_parts(self, layer: Any) -> int:
+        return cast(int, layer.groups)
+
+    @override
+    def row_inputs(self, layer: Any, x: Tensor) -> Iterator[Tensor]:
+        yield from unfolded(layer, x)
 
     @override
     def features(self, layer: Any, output: Tensor) -> Tensor:

@@ -7,9 +7,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.kernels import Choice, Float32Weights, choose_lookup_kernel, in_jit_trace, in_transform
+from tinyq_lightning.kernels import (
+    Choice,
+    Float32Weights,
+    NibbleWeights,
+    choose_lookup_kernel,
+    in_jit_trace,
+    in_transform,
+)
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
+from tinyq_lightning.methods import METHODS
 
 __all__ = [
     "QuantizedEmbedding",
@@ -25,11 +33,20 @@ class _LookUp(Int8Weight):
     embedding_dim: int
     _choice: Choice | None = None
 
+    def __init__(
+        self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None, method: str
+    ) -> None:
+        super().__init__(rows, columns, dtype, device)
+        self.num_embeddings, self.embedding_dim, self.method = rows, columns, method
+        if METHODS[method].bits == 4:
+            self._hold_four_bits()
+
     @property
     def choice(self) -> Choice:
         """Whether the table is looked up in a float copy, and why."""
         if self._choice is None:
-            self._choice = choose_lookup_kernel(self.kernel, self.num_embeddings * self.embedding_dim, self.dtype)
+            values = self.num_embeddings * self.embedding_dim
+            self._choice = choose_lookup_kernel(self.kernel, values, self.dtype, self.bits)
         return self._choice
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -42,9 +59,7 @@ class _LookUp(Int8Weight):
 
     def _float_table(self) -> Tensor | None:
         """A float32 copy of a small table, whose rows have the bits of :meth:`_rows`; None for others."""
-        if self.choice.kernel != "float32":
-            return None
-        if torch.compiler.is_compiling() or in_jit_trace() or in_transform():
+        if self.choice.kernel != "float32" or _is_traced():
             return None
         form = cast("Float32Weights | None", self.form("float32"))
         return None if form is None else form.weight
@@ -52,14 +67,25 @@ class _LookUp(Int8Weight):
     def _rows(self, input: Tensor) -> Tensor:
         """``input`` ``[...]`` of integers → ``[..., dim]`` of the layer's dtype."""
         work = torch.float64 if self.dtype == torch.float64 else torch.float32
-        rows, scales = torch.embedding(self.int8_weights, input), torch.embedding(self.scales[:, None], input)
+        packed = self.form("int4") if self.choice.kernel == "int4" and not _is_traced() else None
+        if packed is None:
+            rows = torch.embedding(self.int8_weights, input)
+        else:
+            rows = cast(NibbleWeights, packed).rows(input.reshape(-1)).view(*input.shape, -1)
+        scales = torch.embedding(self.scales[:, None], input)
         return rows.to(work).mul_(scales).to(self.dtype)  # in place: large batches need no further memory
+
+
+def _is_traced() -> bool:
+    """Whether a graph is made of the call, which is to see plain codes."""
+    return torch.compiler.is_compiling() or in_jit_trace() or in_transform()
 
 
 class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
     """Takes the place of an ``nn.Embedding``, of which it is a subclass as ``QuantizedLinear`` is one of ``nn.Linear``.
 
-    The buffers are ``int8_weights`` ``[num, dim]`` int8 and ``scales`` ``[num]`` float32, shared with a layer
+    The buffers are ``int8_weights`` ``[num, dim]`` int8 and ``scales`` ``[num]`` float32, with four bits also
+    ``multipliers``, shared with a layer
     whose weight the embedding is tied to. A row comes out as its codes times its scale. A look-up reads the rows that
     it needs and no others.
 
@@ -70,6 +96,7 @@ class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
             as ``scale_grad_by_freq`` and ``sparse`` do.
         dtype: floating dtype of what is looked up.
         device: where the layer lives.
+        method: ``w8a32`` or ``w4a32``.
     """
 
     max_norm = None
@@ -84,10 +111,9 @@ class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
         padding_idx: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        method: str = "w8a32",
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, dtype, device)
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
+        super().__init__(num_embeddings, embedding_dim, dtype, device, method)
         self.padding_idx = padding_idx
 
     def forward(self, input: Tensor) -> Tensor:
@@ -116,6 +142,7 @@ class ScaledQuantizedEmbedding(QuantizedEmbedding):
         dtype: floating dtype of what is looked up.
         device: where the layer lives.
         output_scale: what each row is multiplied by.
+        method: ``w8a32`` or ``w4a32``.
     """
 
     def __init__(
@@ -126,8 +153,9 @@ class ScaledQuantizedEmbedding(QuantizedEmbedding):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         output_scale: float = 1.0,
+        method: str = "w8a32",
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, padding_idx, dtype, device)
+        super().__init__(num_embeddings, embedding_dim, padding_idx, dtype, device, method)
         self.output_scale = output_scale
 
     def _look_up(self, input: Tensor) -> Tensor:
@@ -145,11 +173,17 @@ class QuantizedEmbeddingBag(_LookUp, nn.EmbeddingBag):  # type: ignore[override]
         bag: the float layer, whose settings are taken.
         dtype: floating dtype of the result.
         device: where the layer lives.
+        method: ``w8a32`` or ``w4a32``.
     """
 
-    def __init__(self, bag: nn.EmbeddingBag, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
-        super().__init__(bag.num_embeddings, bag.embedding_dim, dtype, device)
-        self.num_embeddings, self.embedding_dim = bag.num_embeddings, bag.embedding_dim
+    def __init__(
+        self,
+        bag: nn.EmbeddingBag,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        method: str = "w8a32",
+    ) -> None:
+        super().__init__(bag.num_embeddings, bag.embedding_dim, dtype, device, method)
         self.max_norm, self.norm_type, self.scale_grad_by_freq = bag.max_norm, bag.norm_type, bag.scale_grad_by_freq
         self.mode, self.sparse, self.include_last_offset = bag.mode, bag.sparse, bag.include_last_offset
         self.padding_idx = bag.padding_idx

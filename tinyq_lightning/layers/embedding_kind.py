@@ -13,11 +13,12 @@ from typing_extensions import override
 from tinyq_lightning.kernels import Choice, choose_lookup_kernel
 from tinyq_lightning.layers.behaviour import computes_scaled_embedding
 from tinyq_lightning.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, ScaledQuantizedEmbedding
-from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
+from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.why_float import is_torchs, why_holds_more, why_more_than, why_own_way, why_weight
-from tinyq_lightning.methods import KernelName
+from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
     "EmbeddingBagKind",
@@ -29,8 +30,9 @@ class _LookUpKind(Kind):
     """Layers that look rows up. They take indices, so that there are no activations to hold by a method."""
 
     name = "embedding"
-    methods = ("w8a32",)
+    methods = ("w8a32", "w4a32")
     why_w8a32 = "a look-up has no activations"
+    why_uncalibrated = "its rows are looked up, not multiplied"
 
     @override
     def candidates(self, module: nn.Module, closed: str | None) -> Iterator[Candidate]:
@@ -44,7 +46,9 @@ class _LookUpKind(Kind):
 
     @override
     def choice(self, layer: Any, method: str, kernel: KernelName) -> Choice | None:
-        return choose_lookup_kernel(kernel, layer.num_embeddings * layer.embedding_dim, float_weight(layer).dtype)
+        return choose_lookup_kernel(
+            kernel, layer.num_embeddings * layer.embedding_dim, float_weight(layer).dtype, METHODS[method].bits
+        )
 
     @override
     def make(self, layer: Any, codes: Mapping[str, Int8Weight], method: str, kernel: KernelName) -> QuantizedLayer:
@@ -53,7 +57,7 @@ class _LookUpKind(Kind):
 
     @override
     def make_empty(self, layer: Any, method: str, kernel: KernelName, device: Any = None) -> QuantizedLayer:
-        made = self.made(layer, device or layer.weight.device)
+        made = self.made(layer, device or layer.weight.device, method)
         made.kernel = kernel
         return made
 
@@ -68,7 +72,7 @@ class _LookUpKind(Kind):
         """Why a module is more than its torch class; None if it is not."""
 
     @abstractmethod
-    def made(self, layer: Any, device: Any) -> QuantizedLayer:
+    def made(self, layer: Any, device: Any, method: str) -> QuantizedLayer:
         """A quantized layer with the settings of a float one."""
 
 
@@ -86,12 +90,12 @@ class EmbeddingKind(_LookUpKind):
         return why_more_than(module, nn.Embedding)
 
     @override
-    def made(self, layer: Any, device: Any) -> QuantizedLayer:
+    def made(self, layer: Any, device: Any, method: str) -> QuantizedLayer:
         (rows, columns), dtype = layer.weight.shape, layer.weight.dtype
         scale = None if is_torchs(layer, nn.Embedding) else computes_scaled_embedding(layer)
         if scale is None or scale == 1:
-            return QuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device)
-        return ScaledQuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device, scale)
+            return QuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device, method)
+        return ScaledQuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device, scale, method)
 
 
 class EmbeddingBagKind(_LookUpKind):
@@ -108,8 +112,8 @@ class EmbeddingBagKind(_LookUpKind):
         return why_own_way(module, nn.EmbeddingBag)
 
     @override
-    def made(self, layer: Any, device: Any) -> QuantizedLayer:
-        return QuantizedEmbeddingBag(layer, layer.weight.dtype, device)
+    def made(self, layer: Any, device: Any, method: str) -> QuantizedLayer:
+        return QuantizedEmbeddingBag(layer, layer.weight.dtype, device, method)
 
     @override
     def size_of_call(self, layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:

@@ -4,56 +4,36 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import Self
 
 from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.kernels import (
     CodeHolder,
+    NibbleWeights,
     WeightForm,
     dequantize,
     in_transform,
     outside_modes,
+    packed_shapes,
+    quantize_groups_expanded,
     quantize_per_row,
     weight_form,
 )
-from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
+from tinyq_lightning.layers.dequantized import WeightSource
+from tinyq_lightning.layers.forms import Forms
+from tinyq_lightning.layers.four_bit_state import load_four_bits, packed_codes
+from tinyq_lightning.layers.moved import follow
 from tinyq_lightning.layers.quantized_layer import PLACEHOLDER, QuantizedLayer
 
 __all__ = [
     "Int8Weight",
-    "float_weight",
-    "follow",
 ]
-
-# The tensor that a buffer was moved to, by the buffer: layers that share it and are moved later take the same one.
-_moved: MutableMapping[Tensor, weakref.ref[Tensor]] = WeakTensorKeyDictionary()
-
-
-class Forms(dict[str, WeightForm]):
-    """The forms that kernels have made of one layer's weights, by kernel.
-
-    Attributes:
-        dequantized: the float weight, while it is kept.
-        keeps_codes: True once the layer was in a graph, which reads the plain codes: they stay beside the forms then.
-    """
-
-    keeps_codes = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dequantized = Dequantized()
-
-    def holder(self) -> CodeHolder | None:
-        """The form that may be the only place of the codes."""
-        return next((cast(CodeHolder, form) for form in self.values() if form.holds_codes), None)
-
 
 # Held while forms are made or codes change their place, so that threads may make the first call at the same time.
 _lock = threading.RLock()
@@ -65,6 +45,10 @@ _packed: weakref.WeakSet[Int8Weight] = weakref.WeakSet()
 
 class Int8Weight(QuantizedLayer):
     """A matrix held as int8 codes with one float32 scale per row; what quantized layers have in common.
+
+    A weight of four bits is held as the int8 codes that it expands to, ``multiplier * code``, which kernels multiply
+    by, and the buffer ``multipliers`` ``[rows, ceil(groups / 2)]`` uint8, by which they are packed again: the state
+    dict has ``int4_weights`` ``[rows, ceil(columns / 2)]`` uint8 in their place.
 
     The buffers ``int8_weights`` ``[rows, columns]`` int8 and ``scales`` ``[rows]`` float32 keep their
     dtypes under ``.half()``, ``.to(torch.bfloat16)`` and every Lightning precision; :attr:`dtype`
@@ -80,6 +64,7 @@ class Int8Weight(QuantizedLayer):
     """
 
     scales: Tensor
+    multipliers: Tensor
     dtype: torch.dtype
     _transposed_groups = 0  # for dequantize
     _layout: torch.memory_format = torch.contiguous_format  # of the dequantized weight in memory
@@ -97,6 +82,25 @@ class Int8Weight(QuantizedLayer):
         """Where its codes are."""
         codes = self._buffers["int8_weights"]
         return (self.scales if codes is None else codes).device
+
+    @property
+    def bits(self) -> int:
+        """Of a weight's code: 8 or 4."""
+        return 8 if self._buffers.get("multipliers") is None else 4
+
+    @property
+    def int4_weights(self) -> Tensor:
+        """The codes of a weight of four bits, two a byte: ``[rows, ceil(columns / 2)]`` uint8, made when it is read.
+
+        Raises:
+            AttributeError: the weight has eight bits.
+        """
+        if self.bits != 4:
+            raise AttributeError(f"{type(self).__name__} has codes of eight bits: int8_weights")
+        holder = self._forms.holder()
+        if isinstance(holder, NibbleWeights) and self._buffers["int8_weights"] is None:
+            return holder.int4_weights
+        return packed_codes(self._to_rows(self.int8_weights), self.multipliers)
 
     @property
     def int8_weights(self) -> Tensor:
@@ -170,7 +174,8 @@ class Int8Weight(QuantizedLayer):
 
     def _new_form(self, kernel: str) -> WeightForm:
         """The form that ``kernel`` takes, which layers that share the weights may have made already."""
-        return weight_form(kernel, self.int8_weights, self.scales)
+        make = partial(NibbleWeights, multipliers=self.multipliers) if kernel == "int4" else None
+        return weight_form(kernel, self.int8_weights, self.scales, make)
 
     def _drop_codes(self) -> None:
         """Let go of the plain codes if a form holds them."""
@@ -179,7 +184,7 @@ class Int8Weight(QuantizedLayer):
             _packed.add(self)
 
     def quantize(self, weight: Tensor) -> Self:
-        """Take ``weight``, of the shape of the codes and any floating dtype, as this layer's weight, quantized to int8.
+        """Take ``weight``, of the shape of the codes and any floating dtype, as this layer's weight, quantized.
 
         The codes are made on the weight's device. Returns the layer.
 
@@ -190,9 +195,37 @@ class Int8Weight(QuantizedLayer):
             wanted = list(self.int8_weights.shape)
             raise ModelError(f"{type(self).__name__} takes a weight of shape {wanted}, got {list(weight.shape)}")
         with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
-            codes, self.scales = quantize_per_row(self._to_rows(weight))
-            self.int8_weights = self._from_rows(codes)
+            if self.bits == 4:
+                codes, multipliers, scales = quantize_groups_expanded(self._to_rows(weight))
+                return self.take_codes(self._from_rows(codes), scales, multipliers)
+            codes, scales = quantize_per_row(self._to_rows(weight))
+            return self.take_codes(self._from_rows(codes), scales)
+
+    def take_codes(self, codes: Tensor, scales: Tensor, multipliers: Tensor | None = None) -> Self:
+        """Hold these tensors: the same memory, not a copy. Returns the layer.
+
+        Args:
+            codes: int8 in the shape of the weight; of a weight of four bits ``multiplier * code``.
+            scales: ``[rows]`` float32.
+            multipliers: ``[rows, ceil(groups / 2)]`` uint8, packed, of a weight of four bits; else None.
+        """
+        with _lock:
+            self._buffers.pop("multipliers", None)
+            if multipliers is not None:
+                self._buffers["multipliers"] = multipliers
+            self.scales = scales
+            self.int8_weights = codes
         return self
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scales and multipliers, as :meth:`take_codes` has them."""
+        return self.int8_weights, self.scales, self._buffers.get("multipliers")
+
+    def _hold_four_bits(self) -> None:
+        """Be a layer whose weight has four bits, with multipliers of 1."""
+        codes = self._to_rows(self.int8_weights)
+        shape = packed_shapes(len(codes), codes.shape[1])[1] if codes.shape[1] else (len(codes), 0)
+        self._buffers["multipliers"] = torch.full(shape, 0x11, dtype=torch.uint8, device=codes.device)
 
     def _to_rows(self, weight: Tensor) -> Tensor:
         """The weight, or codes of it, as a matrix with a row for each scale."""
@@ -209,8 +242,7 @@ class Int8Weight(QuantizedLayer):
     def share(self, other: QuantizedLayer) -> Self:
         """Take the codes and scales of ``other``: the same memory, not a copy. Returns the layer."""
         (holder,) = other.coded_weights().values()
-        self.int8_weights, self.scales = holder.int8_weights, holder.scales
-        return self
+        return self.take_codes(*holder.tensors())
 
     def dequantize(self) -> Tensor:
         """The weight as floats: ``[rows, columns]`` float32 (float64 where the layer's dtype is that)."""
@@ -243,16 +275,23 @@ class Int8Weight(QuantizedLayer):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with _lock:
-            held, codes = self._buffers["int8_weights"], self.int8_weights
+            held = self._buffers["int8_weights"]
+            name = f"int{self.bits}_weights"
+            codes = getattr(self, name)
             super()._save_to_state_dict(destination, prefix, keep_vars)
             destination.pop(f"{prefix}{PLACEHOLDER}", None)
-            destination[f"{prefix}int8_weights"] = codes  # not an alias: layers that share them give the same tensor
+            if self.bits == 4:
+                destination.pop(f"{prefix}int8_weights", None)
+            destination[f"{prefix}{name}"] = codes  # not an alias: layers that share them give the same tensor
             self._buffers["int8_weights"] = held
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
         self._parameters.pop(PLACEHOLDER, None)
-        super()._load_from_state_dict(*args, **kwargs)
+        load = super()._load_from_state_dict
+        if self.bits == 4:
+            load = partial(load_four_bits, load, self._to_rows(self.int8_weights).shape, self._from_rows)
+        load(*args, **kwargs)
         self._keep_a_parameter()
 
     def unpack(self) -> None:
@@ -280,39 +319,10 @@ class Int8Weight(QuantizedLayer):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device)).dtype
         if fn(torch.empty(0, dtype=torch.int8, device=self.scales.device)).device != self.scales.device:
             self.unpack()
-        kept = {name: self._buffers[name] for name in ("int8_weights", "scales")}
+        kept = {name: self._buffers.get(name) for name in ("int8_weights", "scales", "multipliers")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
-            after = self._buffers[name]
+            after = self._buffers.get(name)
             if before is not None and after is not None and after is not before:
                 self._buffers[name] = follow(before, after)
         return self
-
-
-def follow(before: Tensor, after: Tensor) -> Tensor:
-    """Return ``after`` in the dtype of ``before``, or the tensor that another layer's ``before`` was moved to."""
-    if after.dtype != before.dtype:
-        after = before.to(after.device)
-    if after is before:
-        return after
-    first = _moved[before]() if before in _moved else None
-    if first is not None and first.device == after.device:
-        return first
-    _moved[before] = weakref.ref(after)
-    return after
-
-
-def float_weight(module: nn.Module, name: str = "weight") -> Tensor:
-    """A weight that a float layer uses. A parametrized one is computed in eval mode, which changes no state."""
-    if not parametrize.is_parametrized(module, name):
-        return getattr(module, name)  # type: ignore[no-any-return]
-    below = list(module.parametrizations.modules())  # type: ignore[union-attr]
-    modes = [each.training for each in below]
-    try:
-        for each in below:
-            each.training = False  # in training mode, spectral_norm would make a step of its power iteration
-        with torch.no_grad():
-            return getattr(module, name)  # type: ignore[no-any-return]
-    finally:
-        for each, mode in zip(below, modes, strict=True):
-            each.training = mode

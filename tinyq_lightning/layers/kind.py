@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tinyq_lightning.kernels import Choice, dequantize
-from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.kernels import Choice, dequantize, four_bit_bytes
+from tinyq_lightning.layers.int8_weight import Int8Weight
+from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
-from tinyq_lightning.methods import METHODS, KernelName
+from tinyq_lightning.methods import METHODS, KernelName, with_bits
 
 __all__ = [
     "Candidate",
@@ -48,9 +49,14 @@ class WeightSize:
         return math.prod(self.shape)
 
     @property
-    def bytes(self) -> int:
-        """Of codes and scales."""
-        return self.count + _SCALE_BYTES * self.rows
+    def columns(self) -> int:
+        """The number of values that share a scale."""
+        return self.count // self.rows
+
+    def bytes(self, bits: int) -> int:
+        """Of codes of so many bits and of scales; of four bits with the multipliers."""
+        codes = self.count if bits == 8 else four_bit_bytes(self.rows, self.columns)
+        return codes + _SCALE_BYTES * self.rows
 
     def to_rows(self, weight: Tensor) -> Tensor:
         """A weight or codes of :attr:`shape` → ``[rows, columns]``, one row for each scale."""
@@ -93,9 +99,11 @@ class Kind(ABC):
 
     Attributes:
         name: as specs, plans and errors call it; one of ``methods.KIND_NAMES``.
-        methods: those that its quantized layers have. Another that is asked for becomes ``w8a32``.
+        methods: those that its quantized layers have. Another that is asked for becomes ``w4a32``, if it has four bits
+            and the kind has them, or else ``w8a32``.
         why_w8a32: why it becomes that, for the plan.
         is_called: whether its quantized layers are called, so that there are inputs, outputs and times of them.
+        why_uncalibrated: why its codes are not chosen with data; None if they are, by :meth:`row_inputs`.
         quantized_class: of its quantized layers.
         left_behind: attributes of a float layer that its quantized layer is not given.
     """
@@ -104,6 +112,7 @@ class Kind(ABC):
     methods: ClassVar[tuple[str, ...]] = tuple(METHODS)
     why_w8a32: ClassVar[str] = "its activations stay as they are"
     is_called: ClassVar[bool] = True
+    why_uncalibrated: ClassVar[str | None] = "its outputs are not the products of its inputs and a weight"
     quantized_class: ClassVar[type[QuantizedLayer]]
     left_behind: ClassVar[frozenset[str]] = frozenset()
 
@@ -134,7 +143,10 @@ class Kind(ABC):
         """The method of a float layer for which ``wanted`` is asked, and why it is another; None if it is the same."""
         if wanted in self.methods_of(layer):
             return wanted, None
-        return "w8a32", self.why_w8a32
+        plain = with_bits("w8a32", METHODS[wanted].bits)
+        if plain in self.methods_of(layer):
+            return plain, self.why_w8a32
+        return "w8a32", "its codes have eight bits" if wanted == plain else self.why_w8a32
 
     def choice(self, layer: Any, method: str, kernel: KernelName) -> Choice | None:
         """The kernel that the quantized layer of a float one would take on this CPU; None if there is no choice."""
@@ -224,6 +236,19 @@ class Kind(ABC):
     def features(self, layer: Any, output: Tensor) -> Tensor:
         """An output as ``[places, features]``."""
         return output.reshape(-1, output.shape[-1] if output.dim() else 1)
+
+    def row_parts(self, layer: Any) -> int:
+        """In how many equal parts the rows of the weight are, each multiplied with inputs of its own."""
+        return 1
+
+    def row_inputs(self, layer: Any, x: Tensor) -> Iterator[Tensor]:
+        """What the rows of the weight are multiplied with, block by block: ``[parts, n, columns]`` each.
+
+        Args:
+            layer: float or quantized.
+            x: the input of a call.
+        """
+        yield x.reshape(1, -1, x.shape[-1])
 
     def float_weights(self, layer: nn.Module) -> dict[str, Tensor]:
         """The weights that a float layer uses, by their names."""

@@ -17,10 +17,11 @@ from tinyq_lightning.layers.behaviour import (
 )
 from tinyq_lightning.layers.conv_kind import ConvKind
 from tinyq_lightning.layers.embedding_kind import EmbeddingBagKind, EmbeddingKind
-from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
 from tinyq_lightning.layers.matrix import MatrixKind
+from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.recurrent_kind import RecurrentKind
 from tinyq_lightning.layers.why_float import (
@@ -47,6 +48,7 @@ class LinearKind(Kind):
     """``nn.Linear``, and subclasses of it that do what it does."""
 
     name = "linear"
+    why_uncalibrated = None
     quantized_class = QuantizedLinear
 
     def finds(self, module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Custom quantized layers that take the place of ``nn.Linear``, with int8 weights."""
+"""Custom quantized layers that take the place of ``nn.Linear``, with weights of eight or four bits."""
 
 from __future__ import annotations
 
@@ -27,14 +27,18 @@ from tinyq_lightning.kernels import (
     takes_integers,
     wanted_kernel,
 )
-from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import leaf_call
 from tinyq_lightning.layers.multiplying import MultiplyingLayer
+from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
     "LAYERS",
     "QuantizedLinear",
+    "W4A8LinearLayer",
+    "W4A16LinearLayer",
+    "W4A32LinearLayer",
     "W8A8LinearLayer",
     "W8A16LinearLayer",
     "W8A32LinearLayer",
@@ -44,9 +48,9 @@ __all__ = [
 class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
     """A linear layer that holds its weight as int8 codes with one float32 scale per output row.
 
-    The base of the layers below, which differ in their activations only. It holds
+    The base of the layers below, which differ in their activations and in the bits of their codes only. It holds
     ``int8_weights`` ``[out, in]`` int8 and ``scales`` ``[out]`` float32 as buffers, and ``bias``
-    ``[out]`` as a parameter if there is one.
+    ``[out]`` as a parameter if there is one; with four bits also ``multipliers``.
 
     It is a subclass of ``nn.Linear``, because other people's code asks ``isinstance(layer, nn.Linear)`` to decide what
     to do with a layer (scvi-tools concatenates covariates before each of them, PEFT puts adapters on them), and a
@@ -80,6 +84,8 @@ class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
         self.kernel: KernelName = "auto"
         self._choices = {}
         self._parts: dict[tuple[int | None, int | None], tuple[TensorSnapshot, TensorSnapshot, QuantizedLinear]] = {}
+        if METHODS[self.method].bits == 4:
+            self._hold_four_bits()
         zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros, requires_grad=False))
         self._keep_a_parameter()
@@ -106,6 +112,7 @@ class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
 
     def with_method(self, method: str) -> QuantizedLinear:
         """A layer that holds its activations by another method and shares this layer's tensors and hooks."""
+        self._refuse_other_bits(method)
         layer = object.__new__(LAYERS[method])
         vars(layer).update(vars(self))
         layer._choices, layer._parts = {}, {}
@@ -193,7 +200,8 @@ class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
         if found is None or not (found[0].matches(codes) and found[1].matches(self.scales)):
             layer = type(self)(self.in_features, len(codes[rows]), bias=False, dtype=self.dtype, device="meta")
             layer.kernel = self.kernel
-            layer.int8_weights, layer.scales = codes[rows], self.scales[rows]
+            multipliers = self.multipliers[rows] if self.bits == 4 else None
+            layer.take_codes(codes[rows], self.scales[rows], multipliers)
             found = self._parts[rows.start, rows.stop] = TensorSnapshot(codes), TensorSnapshot(self.scales), layer
         return found[2]
 
@@ -249,7 +257,33 @@ class W8A8LinearLayer(QuantizedLinear):
     method = "w8a8"
 
 
+class W4A32LinearLayer(QuantizedLinear):
+    """``nn.Linear`` with weights of four bits and 32-bit activations: the activations are used as they come."""
+
+    method = "w4a32"
+
+
+class W4A16LinearLayer(QuantizedLinear):
+    """``nn.Linear`` with weights of four bits and activations quantized to 16 bits, per token, as they come."""
+
+    method = "w4a16"
+
+
+class W4A8LinearLayer(QuantizedLinear):
+    """``nn.Linear`` with weights of four bits and activations quantized to int8, per token, as they come."""
+
+    method = "w4a8"
+
+
 LAYERS: dict[str, type[QuantizedLinear]] = {
-    layer.method: layer for layer in (W8A32LinearLayer, W8A16LinearLayer, W8A8LinearLayer)
+    layer.method: layer
+    for layer in (
+        W8A32LinearLayer,
+        W8A16LinearLayer,
+        W8A8LinearLayer,
+        W4A32LinearLayer,
+        W4A16LinearLayer,
+        W4A8LinearLayer,
+    )
 }
 """The layer of each method."""

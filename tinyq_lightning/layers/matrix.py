@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
+from tinyq_lightning.kernels import wanted_kernel
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize
 from tinyq_lightning.layers.why_float import why_weight
-from tinyq_lightning.methods import KernelName
+from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
     "Int8Matrix",
@@ -36,22 +37,37 @@ class Int8Matrix(Int8Weight):
         size: of the parameter.
         dtype: of what is read.
         device: where it lives.
+        method: ``w8a32`` or ``w4a32``.
     """
 
     _transposed_groups = -1
 
     def __init__(
-        self, parameter: str, size: WeightSize, dtype: torch.dtype, device: torch.device | str | None = None
+        self,
+        parameter: str,
+        size: WeightSize,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        method: str = "w8a32",
     ) -> None:
-        super().__init__(size.rows, size.count // size.rows, dtype, device)
+        super().__init__(size.rows, size.columns, dtype, device)
         self.int8_weights = self.int8_weights.view(size.shape)
-        self.shape, self.parameter = size.shape, parameter
+        self.shape, self.parameter, self.method = size.shape, parameter, method
+        if METHODS[method].bits == 4:
+            self._hold_four_bits()
 
     @override
     def quantize(self, weight: Tensor) -> Self:
         if weight.shape != self.shape:
             raise ModelError(f"{self.parameter} has the shape {list(self.shape)}, got {list(weight.shape)}")
         return super().quantize(weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """As of every quantized layer; with ``kernel: compact`` four bits are expanded whenever values are read."""
+        if self.bits == 4 and wanted_kernel(self.kernel) in ("compact", "int4") and not torch.compiler.is_compiling():
+            self.form("int4")
+        return super().weight
 
     @override
     def _to_rows(self, weight: Tensor) -> Tensor:
@@ -100,9 +116,10 @@ class MatrixKind(Kind):
     """Parameters of two dimensions or more that no layer has: only those that a rule names."""
 
     name = "matrix"
-    methods = ("w8a32",)
+    methods = ("w8a32", "w4a32")
     why_w8a32 = "a matrix that is read has no activations"
     is_called = False
+    why_uncalibrated = "what it is multiplied with is not seen"
     quantized_class = Int8Matrix
 
     @override
@@ -120,11 +137,16 @@ class MatrixKind(Kind):
 
     @override
     def make(self, layer: Any, codes: Mapping[str, Int8Weight], method: str, kernel: KernelName) -> Int8Matrix:
-        return Int8Matrix(layer.name, self.sizes(layer)["weight"], layer.weight.dtype, "meta").share(codes["weight"])
+        made = Int8Matrix(layer.name, self.sizes(layer)["weight"], layer.weight.dtype, "meta", method)
+        made.kernel = kernel
+        return made.share(codes["weight"])
 
     @override
     def make_empty(self, layer: Any, method: str, kernel: KernelName) -> Int8Matrix:
-        return Int8Matrix(layer.name, self.sizes(layer)["weight"], layer.weight.dtype, layer.weight.device)
+        weight = layer.weight
+        made = Int8Matrix(layer.name, self.sizes(layer)["weight"], weight.dtype, weight.device, method)
+        made.kernel = kernel
+        return made
 
 
 @dataclass(frozen=True)

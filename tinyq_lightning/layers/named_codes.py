@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
-from tinyq_lightning.kernels import dequantize, in_transform, outside_modes, quantize_per_row
+from tinyq_lightning.kernels import (
+    dequantize,
+    in_transform,
+    outside_modes,
+    packed_shapes,
+    quantize_groups_expanded,
+    quantize_per_row,
+)
 from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
-from tinyq_lightning.layers.int8_weight import Int8Weight, follow
+from tinyq_lightning.layers.four_bit_state import expanded_codes, packed_codes
+from tinyq_lightning.layers.int8_weight import Int8Weight
+from tinyq_lightning.layers.moved import follow
 from tinyq_lightning.layers.quantized_layer import PLACEHOLDER, QuantizedLayer
 
 __all__ = [
@@ -69,7 +78,9 @@ class NamedCodes(QuantizedLayer):
     A weight ``weight_ih_l0`` ``[rows, columns]`` is held in the buffers ``weight_ih_l0_int8_weights``
     ``[rows, columns]`` int8 and ``weight_ih_l0_scales`` ``[rows]`` float32, which keep their dtypes under ``.half()``,
     ``.to(torch.bfloat16)`` and every Lightning precision; :attr:`dtype` follows. In the state dict they are
-    ``weight_ih_l0.int8_weights`` and ``weight_ih_l0.scales``. Buffers cannot have these names: a dot leads to a
+    ``weight_ih_l0.int8_weights`` and ``weight_ih_l0.scales``. With four bits the codes are ``multiplier * code``, there
+    is a buffer ``weight_ih_l0_multipliers`` ``[rows, ceil(groups / 2)]`` uint8, and the state dict has
+    ``weight_ih_l0.int4_weights`` and ``weight_ih_l0.multipliers``. Buffers cannot have these names: a dot leads to a
     module, and reading ``weight_ih_l0`` gives a tensor, the dequantized weight, as from the float layer.
 
     A layer without another parameter has one of no elements, because people ask ``next(model.parameters())`` for a
@@ -79,10 +90,15 @@ class NamedCodes(QuantizedLayer):
         shapes: rows and columns of each weight, by its name.
         dtype: floating dtype of the dequantized weights.
         device: where the layer lives.
+        bits: of a code.
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device | str | None
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        bits: int = 8,
     ) -> None:
         nn.Module.__init__(self)  # not super(): the next class may be nn.LSTM, which would make float weights
         self.dtype = dtype
@@ -92,11 +108,23 @@ class NamedCodes(QuantizedLayer):
         for name, (rows, columns) in shapes.items():
             self._buffers[_codes(name)] = torch.zeros(rows, columns, dtype=torch.int8, device=device)
             self._buffers[_scales(name)] = torch.ones(rows, dtype=torch.float32, device=device)
+            if bits == 4:
+                groups = packed_shapes(rows, columns)[1]
+                self._buffers[_multipliers(name)] = torch.full(groups, 0x11, dtype=torch.uint8, device=device)
         self._keep_a_parameter()
 
     def codes_of(self, name: str) -> tuple[Tensor, Tensor]:
         """Codes ``[rows, columns]`` int8 and scales ``[rows]`` float32 of a weight."""
         return cast(Tensor, self._buffers[_codes(name)]), cast(Tensor, self._buffers[_scales(name)])
+
+    def multipliers_of(self, name: str) -> Tensor | None:
+        """Packed multipliers of a weight of four bits; None for eight bits."""
+        return self._buffers.get(_multipliers(name))
+
+    @property
+    def bits(self) -> int:
+        """Of a weight's code: 8 or 4."""
+        return 8 if self.multipliers_of(self.weight_names[0]) is None else 4
 
     def sources(self) -> tuple[Tensor, ...]:
         """Codes and scales of each weight, in turn."""
@@ -111,7 +139,7 @@ class NamedCodes(QuantizedLayer):
         """What has the codes and scales of each weight by its name: made for the caller, over the same memory."""
         made = {name: Int8Weight(0, 0, self.dtype, "meta") for name in self.weight_names}
         for name, each in made.items():
-            each.int8_weights, each.scales = self.codes_of(name)
+            each.take_codes(*self.codes_of(name), self.multipliers_of(name))
         return made
 
     def code_places(self) -> dict[str, tuple[nn.Module, str]]:
@@ -121,10 +149,10 @@ class NamedCodes(QuantizedLayer):
     def share(self, other: QuantizedLayer) -> Self:
         """Take the codes and scales of ``other``: the same memory, not a copy. Returns the layer."""
         held = zip(self.weight_names, other.coded_weights().values(), strict=True)
-        return self.take_codes({name: (codes.int8_weights, codes.scales) for name, codes in held})
+        return self.take_codes({name: codes.tensors() for name, codes in held})
 
     def quantize(self, weights: Mapping[str, Tensor]) -> Self:
-        """Take these weights ``[rows, columns]``, any floating dtype, as the layer's own, quantized to int8.
+        """Take these weights ``[rows, columns]``, any floating dtype, as the layer's own, quantized.
 
         The codes are made on the weights' device. Returns the layer; if one of the weights is refused, it is
         unchanged.
@@ -135,7 +163,7 @@ class NamedCodes(QuantizedLayer):
         Raises:
             ModelError: there is no weight of such a name or shape, or one cannot be quantized.
         """
-        made = {}
+        made: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
         for name, weight in weights.items():
             if name not in self.weight_names:
                 raise ModelError(f"{type(self).__name__} has no weight {name!r}: it has {', '.join(self.weight_names)}")
@@ -145,13 +173,19 @@ class NamedCodes(QuantizedLayer):
                     f"{name} of {type(self).__name__} takes a weight of shape {list(wanted)}, got {list(weight.shape)}"
                 )
             with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
-                made[name] = quantize_per_row(weight)
+                if self.bits == 4:
+                    codes, multipliers, scales = quantize_groups_expanded(weight)
+                    made[name] = codes, scales, multipliers
+                else:
+                    made[name] = *quantize_per_row(weight), None
         return self.take_codes(made)
 
-    def take_codes(self, made: Mapping[str, tuple[Tensor, Tensor]]) -> Self:
-        """Hold these codes and scales by name: the same memory, not a copy. Returns the layer."""
-        for name, (codes, scales) in made.items():
+    def take_codes(self, made: Mapping[str, tuple[Tensor, Tensor, Tensor | None]]) -> Self:
+        """Hold these codes, scales and multipliers by name: the same memory, not a copy. Returns the layer."""
+        for name, (codes, scales, multipliers) in made.items():
             self._buffers[_codes(name)], self._buffers[_scales(name)] = codes, scales
+            if multipliers is not None:
+                self._buffers[_multipliers(name)] = multipliers
         self._copies = None
         self._keep_a_parameter()
         return self
@@ -221,15 +255,21 @@ class NamedCodes(QuantizedLayer):
         self._dequantized = {name: Dequantized() for name in self.weight_names}
 
     def _saved_names(self) -> dict[str, str]:
-        """The name in the state dict of each buffer that has codes or scales."""
-        saved = {_codes(name): f"{name}.int8_weights" for name in self.weight_names}
-        return saved | {_scales(name): f"{name}.scales" for name in self.weight_names}
+        """The name in the state dict of each buffer that has codes, scales or multipliers."""
+        saved = {_codes(name): f"{name}.int{self.bits}_weights" for name in self.weight_names}
+        saved |= {_scales(name): f"{name}.scales" for name in self.weight_names}
+        if self.bits == 4:
+            saved |= {_multipliers(name): f"{name}.multipliers" for name in self.weight_names}
+        return saved
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(f"{prefix}{PLACEHOLDER}", None)
         for buffer, saved in self._saved_names().items():
             destination[prefix + saved] = destination.pop(prefix + buffer)
+        for name in self.weight_names if self.bits == 4 else ():
+            key, multipliers = f"{prefix}{name}.int4_weights", cast(Tensor, self.multipliers_of(name))
+            destination[key] = packed_codes(self.codes_of(name)[0], multipliers)
 
     def _load_from_state_dict(
         self,
@@ -242,15 +282,23 @@ class NamedCodes(QuantizedLayer):
         error_msgs: list[str],
     ) -> None:
         saved = {prefix + name: prefix + buffer for buffer, name in self._saved_names().items()}
+        missing, errors, told = list[str](), list[str](), set[str]()
         renamed = {saved.get(name, name): value for name, value in state_dict.items()}
-        missing, errors = list[str](), list[str]()
+        for name in self.weight_names if self.bits == 4 else ():
+            codes, wrong = expanded_codes(state_dict, f"{prefix}{name}.", self.codes_of(name)[0].shape)
+            if codes is not None:
+                renamed[prefix + _codes(name)] = codes
+            elif wrong:
+                del renamed[prefix + _codes(name)]
+                told.add(prefix + _codes(name))
+                errors.append(wrong)
         self._parameters.pop(PLACEHOLDER, None)
         super()._load_from_state_dict(renamed, prefix, local_metadata, strict, missing, unexpected_keys, errors)
         self._keep_a_parameter()
         for name, buffer in saved.items():
             errors = [each.replace(buffer, name) for each in errors]
         names = {buffer: name for name, buffer in saved.items()}
-        missing_keys += [names.get(key, key) for key in missing]
+        missing_keys += [names.get(key, key) for key in missing if key not in told]
         error_msgs += errors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -268,6 +316,10 @@ class NamedCodes(QuantizedLayer):
 
 def _codes(name: str) -> str:
     return f"{name}_int8_weights"
+
+
+def _multipliers(name: str) -> str:
+    return f"{name}_multipliers"
 
 
 def _scales(name: str) -> str:

@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.kernels import Choice
-from tinyq_lightning.methods import KERNELS, KernelName
+from tinyq_lightning.methods import KERNELS, METHODS, KernelName
 
 if TYPE_CHECKING:
     from tinyq_lightning.layers.int8_weight import Int8Weight
@@ -44,6 +44,11 @@ class QuantizedLayer(nn.Module):
         return None
 
     @property
+    def bits(self) -> int:
+        """Of a weight's code: 8 or 4."""
+        return METHODS[self.method].bits
+
+    @property
     def device(self) -> torch.device:
         """Where its codes are."""
         return next(iter(self.coded_weights().values())).scales.device
@@ -61,6 +66,10 @@ class QuantizedLayer(nn.Module):
         if method != self.method:
             raise NotImplementedError(f"{type(self).__name__} has no method {method}")
         return self
+
+    def _refuse_other_bits(self, method: str) -> None:
+        if METHODS[method].bits != METHODS[self.method].bits:
+            raise NotImplementedError(f"the codes of a {self.method} layer are none of {method}: quantize it anew")
 
     def share(self, other: QuantizedLayer) -> Self:
         """Take the codes and scales of ``other``: the same memory, not a copy. Returns the layer."""

@@ -11,9 +11,11 @@ from typing_extensions import Self
 
 from tinyq_lightning.errors import ReadOnlyWeightError
 from tinyq_lightning.kernels import Choice, choose_recurrent_kernel, in_transform
-from tinyq_lightning.layers.int8_weight import Int8Weight, float_weight
+from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 from tinyq_lightning.layers.named_codes import NamedCodes
+from tinyq_lightning.layers.parametrized import float_weight
+from tinyq_lightning.methods import METHODS
 
 __all__ = [
     "RECURRENT",
@@ -43,7 +45,8 @@ class QuantizedRecurrent(NamedCodes):
     """What quantized recurrent layers have in common; each is a subclass of torch's class as well.
 
     A recurrent layer has several weights, each held as ``weight_ih_l0.int8_weights`` ``[rows, columns]`` int8 and
-    ``weight_ih_l0.scales`` ``[rows]`` float32 in the state dict. Activations are used as they come. Outputs are bit
+    ``weight_ih_l0.scales`` ``[rows]`` float32 in the state dict, or with four bits as
+    :class:`~tinyq_lightning.layers.named_codes.NamedCodes` has it. Activations are used as they come. Outputs are bit
     for bit those of the float layer with the dequantized weights, in training mode too, because they are computed by
     torch's own forward. The biases are parameters, and gradients reach them, the input and the hidden state.
 
@@ -52,6 +55,7 @@ class QuantizedRecurrent(NamedCodes):
 
     Args:
         like: a float layer of the same class, whose sizes and settings are taken; on the meta device too.
+        method: ``w8a32`` or ``w4a32``.
 
     Attributes:
         kernel: ``auto`` keeps a float copy of the weights in memory once the layer has run; ``compact``, ``int8`` and
@@ -61,10 +65,11 @@ class QuantizedRecurrent(NamedCodes):
     torch_class: ClassVar[Any]
     _choice: Choice | None
 
-    def __init__(self, like: nn.Module) -> None:
+    def __init__(self, like: nn.Module, method: str = "w8a32") -> None:
         shapes = weight_shapes(like)
         first = float_weight(like, next(iter(shapes)))
-        super().__init__(shapes, first.dtype, first.device)
+        super().__init__(shapes, first.dtype, first.device, METHODS[method].bits)
+        self.method = method
         vars(self).update({name: value for name, value in vars(like).items() if name in _SETTINGS})
         self.kernel = "auto"
         for name in bias_names(like):
@@ -74,21 +79,24 @@ class QuantizedRecurrent(NamedCodes):
         self._keep_a_parameter()
 
     @classmethod
-    def from_float(cls, layer: nn.Module, shares: Mapping[str, Int8Weight] | None = None) -> Self:
+    def from_float(
+        cls, layer: nn.Module, shares: Mapping[str, Int8Weight] | None = None, method: str = "w8a32"
+    ) -> Self:
         """A quantized layer with the weights of ``layer``. Biases are carried over as they are, not copied.
 
         Args:
             layer: the float layer.
             shares: codes and scales of each of its weights by name, to be taken; None to make them.
+            method: ``w8a32`` or ``w4a32``.
 
         Raises:
             ModelError: a weight is not finite, or on the meta device.
         """
-        made = cls(layer)
+        made = cls(layer, method)
         if shares is None:
             made.quantize({name: float_weight(layer, name) for name in made.weight_names})
         else:
-            made.take_codes({name: (codes.int8_weights, codes.scales) for name, codes in shares.items()})
+            made.take_codes({name: codes.tensors() for name, codes in shares.items()})
         for name in bias_names(layer):
             made._parameters[name] = layer._parameters[name]
         return made.train(layer.training)

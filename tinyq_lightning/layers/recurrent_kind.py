@@ -28,8 +28,9 @@ class RecurrentKind(Kind):
     """``nn.RNN``, ``nn.LSTM``, ``nn.GRU``, their cells, and subclasses that do what they do."""
 
     name = "recurrent"
-    methods = ("w8a32",)
+    methods = ("w8a32", "w4a32")
     why_w8a32 = "recurrent layers take activations as they are"
+    why_uncalibrated = "what its weights are multiplied with from step to step is not seen"
     quantized_class = QuantizedRecurrent
     left_behind = frozenset({"_flat_weights", "_flat_weight_refs"})
 
@@ -55,13 +56,13 @@ class RecurrentKind(Kind):
 
     @override
     def make(self, layer: Any, codes: Mapping[str, Int8Weight], method: str, kernel: KernelName) -> QuantizedRecurrent:
-        made = RECURRENT[_torch_class(layer)].from_float(layer, codes)
+        made = RECURRENT[_torch_class(layer)].from_float(layer, codes, method)
         made.kernel = kernel
         return made
 
     @override
     def make_empty(self, layer: Any, method: str, kernel: KernelName) -> QuantizedRecurrent:
-        made = RECURRENT[_torch_class(layer)](layer)
+        made = RECURRENT[_torch_class(layer)](layer, method)
         made.kernel = kernel
         return made
 

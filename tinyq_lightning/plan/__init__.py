@@ -7,7 +7,8 @@ from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, quantized_weights
 from tinyq_lightning.plan.plan import MANY_LAYERS, DecidedBy, Decision, OtherWeight, Plan, state_bytes
 from tinyq_lightning.plan.pretrained import refuse_save_pretrained
-from tinyq_lightning.plan.replace import carry_out, put_in, quantize, quantize_by_layer, quantized
+from tinyq_lightning.plan.recoded import Recoded
+from tinyq_lightning.plan.replace import carry_out, put_in, quantize_by_layer, quantized, warn_of_unkept
 from tinyq_lightning.plan.resolution import WithValues, resolve
 from tinyq_lightning.plan.sites import Site, find_sites, is_metric
 from tinyq_lightning.plan.swap import Swap
@@ -22,6 +23,7 @@ __all__ = [
     "OtherWeight",
     "Plan",
     "QuantizedLayers",
+    "Recoded",
     "Site",
     "Swap",
     "WithValues",
@@ -34,7 +36,6 @@ __all__ = [
     "globals_read",
     "is_metric",
     "put_in",
-    "quantize",
     "quantize_by_layer",
     "quantized",
     "quantized_weights",
@@ -44,6 +45,7 @@ __all__ = [
     "return_freed_memory",
     "sites_for",
     "state_bytes",
+    "warn_of_unkept",
     "weights_of",
     "why_not_replaced",
     "why_stays_float",

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from tinyq_lightning.methods import METHODS
+
 if TYPE_CHECKING:
     from tinyq_lightning.plan.plan import Decision, Plan
 
@@ -54,6 +56,7 @@ class Coverage:
             types are not known. The largest comes first.
         quantized_layers: the number of layers that the plan quantizes.
         layers: the number of layers of the plan, and of the other modules that hold a matrix or more.
+        bits: of the codes, from the fewest; none where nothing is quantized.
     """
 
     label: str
@@ -61,6 +64,7 @@ class Coverage:
     float_bytes: Mapping[str, int]
     quantized_layers: int
     layers: int
+    bits: tuple[int, ...] = (8,)
 
     @property
     def total_bytes(self) -> int:
@@ -70,7 +74,8 @@ class Coverage:
     def __str__(self) -> str:
         """``94.7 % of the weight bytes in int8 (w8a32), 19 of 20 layers; in float 5.3 % Conv2d``."""
         total = self.total_bytes or 1
-        text = f"{_percent(self.quantized_bytes / total)} of the weight bytes in int8 ({self.label}), "
+        held = " and ".join(f"int{bits}" for bits in self.bits) or "int8"
+        text = f"{_percent(self.quantized_bytes / total)} of the weight bytes in {held} ({self.label}), "
         text += f"{self.quantized_layers} of {self.layers} layer{'s' * (self.layers != 1)}"
         named = [(name, size) for name, size in self.float_bytes.items() if name and size]
         shown = [f"{_percent(size / total)} {name}" for name, size in named[:_SHOWN]]
@@ -134,6 +139,7 @@ def coverage_of(plan: Plan, held: Iterable[HeldWeight]) -> Coverage:
         float_bytes=dict(sorted(left.items(), key=lambda item: -item[1])),
         quantized_layers=len(quantized),
         layers=len(plan) + len(others),
+        bits=tuple(sorted({METHODS[decision.method].bits for decision in quantized})),
     )
 
 

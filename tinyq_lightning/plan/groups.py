@@ -27,7 +27,8 @@ def grouped(decisions: Iterable[Decision]) -> list[list[Decision]]:
     for decision in decisions:
         kernel = decision.kernel.label if decision.kernel else ""
         alike = _NUMBER.sub("*", decision.name)
-        key = (alike, decision.kind, decision.method, decision.reason, kernel)
+        why = decision.uncalibrated or ""
+        key = (alike, decision.kind, decision.method, decision.reason, why, kernel)
         groups.setdefault(key, []).append(decision)
     return list(groups.values())
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.kernels import quantize_per_row_with_sqnr
+from tinyq_lightning.kernels import quantize_groups_with_sqnr, quantize_per_row_with_sqnr
 from tinyq_lightning.layers import Int8Weight, QuantizedLayer, WeightSize
+from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan.plan import Plan
 from tinyq_lightning.plan.sites import Site
 
@@ -66,7 +67,7 @@ class QuantizedLayers:
             shared, sqnr = self._made[decision.tied_to]
             codes: Mapping[str, Int8Weight] = dict(zip(site.weights, shared.values(), strict=True))
         else:
-            codes, sqnr = quantized_weights(site)
+            codes, sqnr = quantized_weights(site, METHODS[decision.method].bits)
         self._made[site.name] = codes, sqnr
         layer = site.kind.make(site.module, codes, decision.method, self._plan.spec.kernel)
         carry_over(site, layer)
@@ -74,10 +75,15 @@ class QuantizedLayers:
         return layer
 
 
-def quantized_weights(site: Site) -> tuple[dict[str, Int8Weight], float]:
-    """Codes and scales of each weight for a layer to share, and the SQNR in dB of all of them together."""
+def quantized_weights(site: Site, bits: int = 8) -> tuple[dict[str, Int8Weight], float]:
+    """Codes and scales of each weight for a layer to share, and the SQNR in dB of all of them together.
+
+    Args:
+        site: the float layer.
+        bits: of a code: 8 or 4.
+    """
     weights, sizes = site.kind.float_weights(site.module), site.sizes
-    made = {name: _quantized(weight, sizes[name]) for name, weight in weights.items()}
+    made = {name: _quantized(weight, sizes[name], bits) for name, weight in weights.items()}
     codes = {name: each for name, (each, _) in made.items()}
     if len(made) == 1:
         return codes, next(sqnr for _, sqnr in made.values())
@@ -86,13 +92,16 @@ def quantized_weights(site: Site) -> tuple[dict[str, Int8Weight], float]:
     return codes, 10 * math.log10(sum(signals.values()) / noise) if noise else math.inf
 
 
-def _quantized(weight: Tensor, size: WeightSize) -> tuple[Int8Weight, float]:
+def _quantized(weight: Tensor, size: WeightSize, bits: int) -> tuple[Int8Weight, float]:
     """Codes and scales of one weight, and their SQNR, from one pass over it."""
     codes = Int8Weight(0, 0, weight.dtype, "meta")
     with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
-        made, codes.scales, sqnr = quantize_per_row_with_sqnr(size.to_rows(weight))
-        codes.int8_weights = size.from_rows(made)
-    return codes, sqnr
+        multipliers, rows = None, size.to_rows(weight)
+        if bits == 4:
+            made, multipliers, scales, sqnr = quantize_groups_with_sqnr(rows)
+        else:
+            made, scales, sqnr = quantize_per_row_with_sqnr(rows)
+        return codes.take_codes(size.from_rows(made), scales, multipliers), sqnr
 
 
 def carry_over(site: Site, layer: nn.Module) -> None:

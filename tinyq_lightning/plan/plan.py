@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tinyq_lightning.kernels import Choice
+from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan.coverage import Coverage, HeldWeight, coverage_of
 from tinyq_lightning.plan.groups import group_name, grouped
 from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Rule, RuleBy, deciding_rule, wanted_method
@@ -37,7 +38,7 @@ class Decision:
 
     Attributes:
         name: dotted path of the layer; the first, where it has several.
-        method: ``w8a32``, ``w8a16``, ``w8a8`` or ``float``.
+        method: ``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16``, ``w4a8`` or ``float``.
         reason: why: ``spec``, ``rule 2``, ``excluded``, ``tied to embed.weight``, …
         weight_sqnr_db: signal to quantization noise ratio of the weight in dB; None for a float layer,
             and until the layer has been quantized.
@@ -51,10 +52,15 @@ class Decision:
         kernel: how the layer is computed on this machine's CPU, and why; None for a float layer, for a kind
             without a choice, and in a plan that was read from a file, which knows nothing of machines.
         weights: how many the layer has, those of another left out; 0 in a plan that was read from a file.
-        asked: the method that was asked for, if the layer's kind has it as another one, ``method``; else None.
+        asked: the method that was asked for, if the layer has another one, ``method``, because of its kind or because
+            four bits would not make it smaller; else None.
         decided_by: what the decision comes from: ``spec`` (its method), ``rule``, ``exclude``, ``tie`` (another
             layer with the same weight), ``layer`` (what the layer is), ``budget`` or ``timing`` (what a run
             measured); ``file`` in a plan that was read from one, which does not say.
+        output_error: with codes that were chosen with data, the mean squared error of the outputs on batches that
+            were held out, as a share of that with the codes chosen without; 1 where these stayed. None if no data was
+            there, or :attr:`uncalibrated` tells why it was not used.
+        uncalibrated: why the codes were chosen without the data that was there; else None.
     """
 
     name: str
@@ -70,11 +76,16 @@ class Decision:
     asked: str | None = field(default=None, compare=False)
     weights: int = field(default=0, compare=False)
     decided_by: DecidedBy = field(default="file", compare=False)
+    output_error: float | None = None
+    uncalibrated: str | None = field(default=None, compare=False)
 
     @property
     def memory_bytes(self) -> int:
         """What the layer takes in memory on this machine, once it was called."""
-        return self.bytes + (0 if self.kernel is None else self.kernel.bytes_a_weight - 1) * self.weights
+        if self.kernel is None:
+            return self.bytes
+        expanded = self.kernel.bytes_a_weight - METHODS[self.method].bits / 8
+        return self.bytes + max(0, int(expanded * self.weights))
 
     @property
     def measured(self) -> bool:
@@ -180,6 +191,9 @@ class Plan:
         for decision in self:
             row = asdict(decision) | {"aliases": list(decision.aliases)}
             del row["kernel"], row["weights"], row["decided_by"]
+            for key in ("output_error", "uncalibrated"):  # where no data was there, as in files of earlier versions
+                if row[key] is None:
+                    del row[key]
             rows.append(row)
         return rows
 
@@ -250,15 +264,17 @@ class Plan:
         """
         kernels = any(decision.kernel for decision in self)
         kinds = len({decision.kind for decision in self}) > 1
+        calibrated = any(decision.output_error is not None or decision.uncalibrated for decision in self)
         groups = grouped(self) if group else [[decision] for decision in self]
         rows = [
             [
                 group_name(alike),
                 *([alike[0].kind] if kinds else []),
                 alike[0].method,
-                alike[0].reason,
+                alike[0].reason + (f"; not calibrated: {why}" if (why := alike[0].uncalibrated) else ""),
                 *([alike[0].kernel.label if alike[0].kernel else ""] if kernels else []),
                 _range([each.weight_sqnr_db for each in alike if each.weight_sqnr_db is not None]),
+                *([_change(alike)] if calibrated else []),
                 format_bytes(sum(each.float_bytes for each in alike)),
                 format_bytes(sum(each.bytes for each in alike)),
             ]
@@ -266,8 +282,17 @@ class Plan:
         ]
         before, after = sum(d.float_bytes for d in self), sum(d.bytes for d in self)
         head = ["layer", *(["kind"] if kinds else []), "method", "reason", *(["kernel"] if kernels else [])]
-        total = [f"{len(self)} layers", *[""] * len(head), format_bytes(before), format_bytes(after)]
-        return Table([*head, "SQNR dB", "float", "now"], [*rows, total], left=len(head))
+        figures = ["SQNR dB", *(["output error"] if calibrated else [])]
+        blank = [""] * (len(head) + len(figures) - 1)
+        total = [f"{len(self)} layers", *blank, format_bytes(before), format_bytes(after)]
+        return Table([*head, *figures, "float", "now"], [*rows, total], left=len(head))
+
+
+def _change(alike: Sequence[Decision]) -> str:
+    """How calibration changed the errors of outputs: ``-83…-62 %``, the most and the least; empty if it did not."""
+    shares = [each.output_error for each in alike if each.output_error is not None]
+    ends = dict.fromkeys(f"{100 * (end(shares) - 1):+.0f}" for end in (min, max)) if shares else {}
+    return f"{'…'.join(ends)} %" if ends else ""
 
 
 def _range(values: Sequence[float]) -> str:

@@ -1,6 +1,6 @@
 """Model structure replacement: walk the modules, put quantized layers in the place of float ones.
 
-``quantize`` and ``Quantizer`` do it for good; ``quantized`` puts the float layers back afterwards.
+``quantize_by_layer`` and ``Quantizer`` do it for good; ``quantized`` puts the float layers back afterwards.
 """
 
 from __future__ import annotations
@@ -25,56 +25,47 @@ from tinyq_lightning.spec import QuantizationSpec, SpecLike, as_spec
 __all__ = [
     "carry_out",
     "put_in",
-    "quantize",
     "quantize_by_layer",
     "quantized",
+    "warn_of_unkept",
 ]
 
 
-def quantize(model: nn.Module, spec: SpecLike = "w8a32") -> Plan:
-    """Quantize the layers of any ``nn.Module`` that are of the spec's kinds, in place.
-
-    All is checked first: if the spec or a weight is refused, nothing is changed. Then layers are replaced one at a
-    time, smallest first: peak memory is the float model plus one layer's codes. Layers that share a weight, and the
-    projections of one attention, are replaced together. After an interruption each layer is either float or
-    quantized; call quantize again to finish.
-
-    Args:
-        model: any module with layers of a known kind somewhere below it.
-        spec: a method name, a path to YAML, a mapping, or a ``QuantizationSpec``.
-
-    Returns:
-        The plan that was carried out.
-
-    Raises:
-        SpecError: the spec is wrong or does not fit the model.
-        ModelError: the model is itself a layer, or a weight cannot be quantized.
-    """
-    return quantize_by_layer(model, as_spec(spec), nullcontext)
-
-
-def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, with_values: WithValues) -> Plan:
-    """As :func:`quantize`, for a model whose weights are read one layer at a time.
+def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, with_values: WithValues = nullcontext) -> Plan:
+    """As :func:`~tinyq_lightning.search.quantizing.quantize` without data, one layer at a time.
 
     Args:
         model: any module with layers of a known kind somewhere below it.
         spec: what to quantize, and how.
-        with_values: gives a block in which a layer has its real weights.
+        with_values: gives a block in which a layer has its real weights, where they are read one layer at a time.
     """
     refuse_root(model)
-    _warn_of_budget(spec)
+    warn_of_unkept(spec, 4)
     sites = sites_for(spec, model)
     plan = carry_out(resolve(spec, model, with_values, sites=sites), sites, with_values)
     refuse_save_pretrained(model)
     return plan
 
 
-def _warn_of_budget(spec: QuantizationSpec) -> None:
+def warn_of_unkept(spec: QuantizationSpec, stacklevel: int, calibrated: bool = False) -> None:
+    """Warn of what a spec asks for that takes data, which there is none of.
+
+    Args:
+        spec: what was asked for.
+        stacklevel: for :func:`warnings.warn`.
+        calibrated: whether there is data to choose codes by.
+    """
     if spec.budget:
         warnings.warn(
             f"{spec.origin.where('budget')}: there is no evaluation here to keep a budget by, so the methods of the "
             "spec are carried out as they are. TinyQCallback keeps it, and leaves a spec that gives its plan here too",
-            stacklevel=4,
+            stacklevel=stacklevel,
+        )
+    if spec.calibrate and not calibrated:
+        warnings.warn(
+            f"{spec.origin.where('calibrate')}: there is no data here to choose codes by, so they are chosen without. "
+            "Give quantize(model, spec, calibration=[...]) inputs, or the spec to TinyQCallback",
+            stacklevel=stacklevel,
         )
 
 
@@ -164,6 +155,6 @@ def quantized(model: nn.Module, spec: SpecLike) -> Iterator[Plan]:
         ModelError: the model is itself a layer, or a weight cannot be quantized.
     """
     asked = as_spec(spec)
-    _warn_of_budget(asked)
+    warn_of_unkept(asked, 4)
     with Swap(model, asked) as swap:
         yield swap.plan

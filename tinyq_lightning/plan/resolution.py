@@ -13,7 +13,8 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.kernels import Choice, count_non_finite
 from tinyq_lightning.layers import QuantizedLayer
-from tinyq_lightning.methods import KernelName
+from tinyq_lightning.methods import METHODS, KernelName
+from tinyq_lightning.plan.bits import method_of, with_common_bits
 from tinyq_lightning.plan.checks import check_patterns, is_on, sites_for
 from tinyq_lightning.plan.coverage import held_weights
 from tinyq_lightning.plan.heap import return_freed_memory
@@ -32,11 +33,15 @@ WithValues = Callable[[nn.Module], AbstractContextManager[object]]
 """A function that gives a context manager in which a layer of a model without values has its real weights."""
 
 
+WhyFloat = Callable[[Site, int], "str | None"]
+"""A function that gives why a layer stays float with codes of so many bits; None if it need not."""
+
+
 def resolve(
     spec: QuantizationSpec,
     model: nn.Module,
     with_values: WithValues = nullcontext,
-    why_float: Callable[[Site], str | None] = why_stays_float,
+    why_float: WhyFloat = why_stays_float,
     sites: Sequence[Site] | None = None,
 ) -> Plan:
     """One decision for every layer of ``model`` that is of a known kind; nothing is changed.
@@ -45,7 +50,7 @@ def resolve(
         spec: what was asked for.
         model: any module with layers of a known kind somewhere below it.
         with_values: gives a block in which a layer has its real weights, for a model that is without.
-        why_float: why a layer stays float whatever the spec says; None if it need not.
+        why_float: why a layer stays float whatever the spec says, with codes of so many bits; None if it need not.
         sites: the model's layers, where they have been found already.
 
     Raises:
@@ -87,6 +92,7 @@ def resolve(
             "them so, exclude these layers, or set non_finite: float to leave them as they are"
         )
     decisions: dict[str, Decision] = {}
+    made = with_common_bits(made, by_name)
     for name, site in by_name.items():
         wanted = made[name]
         partners = sorted(site.tied, key=lambda other: -len(by_name[other].methods))
@@ -100,9 +106,7 @@ def resolve(
     return Plan(tuple(decisions.values()), spec, _others(model, found), held_weights(model))
 
 
-def _structural(
-    spec: QuantizationSpec, site: Site, sites: Mapping[str, Site], why_float: Callable[[Site], str | None]
-) -> Wanted:
+def _structural(spec: QuantizationSpec, site: Site, sites: Mapping[str, Site], why_float: WhyFloat) -> Wanted:
     """Method and reason by the spec and by what the layer is, without its values and what its ties leave float."""
     wanted = wanted_method(spec, site.names)
     if isinstance(site.module, QuantizedLayer):
@@ -118,7 +122,8 @@ def _structural(
             wanted = Wanted(other.method, f"tied to {name}.weight{why}", "tie")
     if wanted.method == "float":
         return wanted
-    if (left := why_float(site)) is not None:
+    bits = 8 if site.is_lazy else METHODS[method_of(site, wanted.method)[0]].bits
+    if (left := why_float(site, bits)) is not None:
         return Wanted("float", left, "layer")
     if site.is_lazy:
         kind = type(site.original).__name__
@@ -143,7 +148,7 @@ def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelNam
     method, reason, by = wanted
     asked = None
     if method != "float" and not site.is_quantized:
-        method, why = site.kind.method_for(site.module, method)
+        method, why = method_of(site, method)
         if why is not None:
             reason, asked = f"{reason}; {why}", wanted.method
     return Decision(
@@ -152,7 +157,7 @@ def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelNam
         reason=reason,
         weight_sqnr_db=None,
         float_bytes=float_bytes,
-        bytes=float_bytes if method == "float" else extra + sum(size.bytes for size in sizes),
+        bytes=float_bytes if method == "float" else extra + sum(size.bytes(METHODS[method].bits) for size in sizes),
         aliases=site.names[1:],
         tied_to=tied_to,
         kind=site.kind.name,

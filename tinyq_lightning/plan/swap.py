@@ -12,9 +12,12 @@ from torch import nn
 from tinyq_lightning.errors import ModelError
 from tinyq_lightning.layers import QuantizedLayer
 from tinyq_lightning.methods import METHODS
+from tinyq_lightning.plan.bits import method_of
 from tinyq_lightning.plan.checks import refuse_root, sites_for
+from tinyq_lightning.plan.eight_bits import EightBits
 from tinyq_lightning.plan.make_layers import QuantizedLayers
 from tinyq_lightning.plan.plan import DecidedBy, Decision
+from tinyq_lightning.plan.recoded import Recoded
 from tinyq_lightning.plan.resolution import resolve
 from tinyq_lightning.plan.sites import Site
 from tinyq_lightning.spec import QuantizationSpec
@@ -26,6 +29,8 @@ __all__ = [
 
 class Swap:
     """Quantized layers made beside the float ones, to be put in and taken out again.
+
+    Layers of another number of bits are made when a change of method first asks for them, and kept.
 
     Making it changes nothing in the model. As a context manager it is in inside the block.
 
@@ -48,6 +53,7 @@ class Swap:
         made = ((site, layers.make(site)) for site in sites)
         self._pairs: list[tuple[Site, QuantizedLayer]] = [(site, layer) for site, layer in made if layer is not None]
         self.plan = layers.plan
+        self._eight_bits = EightBits(self.plan, [site for site, _ in self._pairs])
 
     def or_refuse(self) -> Swap:
         """Return this swap; refuse one that would put nothing in.
@@ -62,7 +68,7 @@ class Swap:
         return self
 
     def switched(self, changes: Mapping[str, tuple[str, str]], decided_by: DecidedBy) -> Swap:
-        """A swap of the same int8 codes with other methods; nothing is quantized again.
+        """A swap of the same layers with other methods. Weights of four bits are quantized again if they get eight.
 
         Args:
             changes: method and reason by the name of a layer that this swap quantizes; ``float`` leaves it
@@ -80,13 +86,49 @@ class Swap:
                 partner = next((name for name in site.tied if name in of_all_methods), source)
                 decision = _switched(site, decision, partner, changes[source], decided_by)
                 if decision.method != "float":
-                    layer = layer.with_method(decision.method)
+                    layer = self._with_method(site, layer, decision.method)
                     decision = replace(decision, kernel=layer.choice)
+                    if layer.bits != METHODS[decisions[site.name].method].bits:
+                        decision = replace(self._eight_bits.sized(site.name, decision), output_error=None)
                 decisions[site.name] = decision
             if decision.method != "float":
                 other._pairs.append((site, layer))
         other.plan = replace(self.plan, decisions=tuple(decisions.values()))
         return other
+
+    def recoded(self, found: Mapping[str, Recoded]) -> Swap:
+        """A swap whose layers have other codes and biases of the same weights.
+
+        Args:
+            found: by the name of a layer that this swap quantizes; every other layer is as in this swap.
+        """
+        other, kernel = copy.copy(self), self.plan.spec.kernel
+        other._pairs = [
+            (site, found[site.name].layer(site, layer, kernel) if site.name in found else layer)
+            for site, layer in self._pairs
+        ]
+        decisions = (found[each.name].decision(each) if each.name in found else each for each in self.plan)
+        other.plan = replace(self.plan, decisions=tuple(decisions))
+        return other
+
+    def layer_by(self, name: str, method: str) -> QuantizedLayer:
+        """The quantized layer of this name by another method of its kind, of as many bits or of eight."""
+        site, layer = next((site, layer) for site, layer in self._pairs if site.name == name)
+        return self._with_method(site, layer, method)
+
+    def _with_method(self, site: Site, layer: QuantizedLayer, method: str) -> QuantizedLayer:
+        if METHODS[method].bits != layer.bits:
+            layer = self._eight_bits.layer(site.name)
+        return layer.with_method(method)
+
+    def bytes_by(self, name: str, method: str) -> int:
+        """What a layer takes by another method, which may be ``float``; a shared weight counts for the first alone."""
+        decision = next(each for each in self.plan if each.name == name)
+        if method == "float":
+            return decision.float_bytes
+        if METHODS[method].bits == METHODS[decision.method].bits:
+            return decision.bytes
+        return self._eight_bits.bytes(decision)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -117,6 +159,12 @@ class Swap:
         for site, layer in self._pairs:
             if site.kind.is_called:
                 yield site.name, site.module, layer
+
+    def joint_projections(self) -> Iterator[tuple[str, nn.Module]]:
+        """The names of attention's joint projections, each with the module that may multiply its rows one by one."""
+        for site, _ in self._pairs:
+            if site.attention and site.name.rpartition(".")[2] == "in_proj":
+                yield site.name, site.attention.opened
 
     def put_in(self) -> None:
         """Quantized layers in the model, in the mode (train or eval) of those they stand for."""
@@ -159,9 +207,22 @@ def _switched(site: Site, decision: Decision, partner: str, change: tuple[str, s
     method, reason = change
     if partner != site.name and not _takes_all_methods(site):
         if method != "float":
-            return decision  # it keeps the method that its kind has
+            return _following(site, decision, partner, change)
         by, reason = "tie", f"tied to {partner}.weight ({reason})"
     changed = replace(decision, method=method, reason=reason, asked=None, decided_by=by)
     if method == "float":
-        return replace(changed, weight_sqnr_db=None, bytes=decision.float_bytes, kernel=None)
+        changed = replace(changed, weight_sqnr_db=None, output_error=None, uncalibrated=None)
+        return replace(changed, bytes=decision.float_bytes, kernel=None)
     return changed
+
+
+def _following(site: Site, decision: Decision, partner: str, change: tuple[str, str]) -> Decision:
+    """The decision on a layer that lacks the methods of the one that it shares a weight with: it follows its bits."""
+    method, reason = change
+    kept, why = method_of(site, method)
+    if METHODS[kept].bits == METHODS[decision.method].bits:
+        return decision  # it keeps the method that its kind has
+    named = f" ({reason})" if decision.decided_by == "rule" else ""
+    told = f"tied to {partner}.weight{named}"
+    told, asked = (told, None) if why is None else (f"{told}; {why}", method)
+    return replace(decision, method=kept, reason=told, asked=asked, decided_by="tie")

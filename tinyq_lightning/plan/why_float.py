@@ -12,8 +12,8 @@ __all__ = [
 ]
 
 
-def why_not_replaced(site: Site) -> str | None:
-    """Why a layer cannot be replaced whatever the spec says; None if it can."""
+def why_not_replaced(site: Site, bits: int = 8) -> str | None:
+    """Why a layer cannot be replaced whatever the spec says; None if it can. The bits of its codes do not matter."""
     if site.why_float or site.is_lazy or site.is_quantized:
         return site.why_float
     for name, size in site.sizes.items():
@@ -26,16 +26,22 @@ def why_not_replaced(site: Site) -> str | None:
     return None
 
 
-def why_stays_float(site: Site) -> str | None:
-    """Why a layer stays float whatever the spec says: it cannot be replaced, or a file would not shrink by it."""
+def why_stays_float(site: Site, bits: int = 8) -> str | None:
+    """Why a layer stays float whatever the spec says: it cannot be replaced, or a file would not shrink by it.
+
+    Args:
+        site: the layer.
+        bits: of the codes that it would have.
+    """
     why = why_not_replaced(site)
     if why or site.is_lazy:
         return why
     sizes, itemsize = site.sizes.values(), site.dtype.itemsize
-    after, before = sum(size.bytes for size in sizes), sum(size.count for size in sizes) * itemsize
+    after, before = sum(size.bytes(bits) for size in sizes), sum(size.count for size in sizes) * itemsize
     if after < before:
         return None
     if len(sizes) > 1:
-        return f"int8 is no smaller: {after} bytes, {before} as float"
-    rows, columns = (size := next(iter(sizes))).rows, size.count // size.rows
-    return f"int8 is no smaller: {columns} + {after // rows - columns} bytes a row, {before // rows} as float"
+        return f"int{bits} is no smaller: {after} bytes, {before} as float"
+    rows, codes = (size := next(iter(sizes))).rows, size.bytes(bits) - size.bytes(8) + size.count
+    codes //= rows
+    return f"int{bits} is no smaller: {codes} + {after // rows - codes} bytes a row, {before // rows} as float"

@@ -48,7 +48,7 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     print()
     for each in outcomes:
         coverage = str(each.coverage) if len(outcomes) > 1 else None  # of one method it is in the headline
-        for sentence in filter(None, (coverage, each.verdict(), each.speed_verdict())):
+        for sentence in filter(None, (coverage, each.calibration(), each.verdict(), each.speed_verdict())):
             print(sentence if len(outcomes) == 1 else f"{each.name}: {sentence}")
     if (exports := export_table(outcomes)) is not None:
         _print_table(exports)

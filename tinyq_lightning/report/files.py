@@ -143,6 +143,7 @@ def report_content(outcome: Outcome, outcomes: Sequence[Outcome] = ()) -> dict[s
         "budget": budget,
         "verdict": outcome.verdict(),
         "exports": [_described(each) for each in outcome.exports],
+        "calibration": outcome.calibration(),
         "never_slower": outcome.stopwatch and {"verdict": outcome.speed_verdict()} | outcome.stopwatch.to_dict(),
         "layers": layers,
         "spec": plan.to_spec().to_dict(),
@@ -182,7 +183,9 @@ def resolved_yaml(outcome: Outcome, stem: str) -> str:
     comments += [f'TinyQCallback("{stem}.yaml")']
     for metric, values in outcome.results.items():
         comments.append(f"{metric}: float {values['float']:.6g}, quantized {values[outcome.name]:.6g}")
-    comments += [verdict for verdict in (outcome.verdict(), outcome.speed_verdict()) if verdict]
+    comments += [verdict for verdict in (outcome.verdict(), outcome.speed_verdict(), outcome.calibration()) if verdict]
+    if plan.spec.calibrate:
+        comments.append("It gives the same codes only with the same validation batches: they were chosen by these.")
     lines = [_comment(text) for text in comments]
     lines += ["", _yaml({key: content.pop(key) for key in ("method", "kinds", "exclude")})]
     if rules:

@@ -50,6 +50,8 @@ def _sentences(content: Mapping[str, Any]) -> list[dict[str, str]]:
         found.append({"text": _capital(content["verdict"]), "kind": "met" if content["budget"]["met"] else "missed"})
     if content["never_slower"]:
         found.append({"text": _capital(content["never_slower"]["verdict"]), "kind": ""})
+    if content["calibration"]:
+        found.append({"text": _capital(content["calibration"]), "kind": ""})
     return found
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tinyq_lightning.layers import QuantizedLayer, WeightSize, kind_of
+from tinyq_lightning.methods import METHODS
 from tinyq_lightning.namespaces import namespace_of, of_both
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ __all__ = [
 class QuantizedSummary(Summary):
     """The table of Lightning's ``ModelSummary``, of a module with quantized layers or without.
 
-    An int8 weight counts as one weight that is not trainable, so the counts are those of the float module.
-    Sizes are those of the tensors: one byte for each int8 weight, four for each scale, and the size of its
-    dtype for each parameter. Tensors that share memory count once.
+    A quantized weight counts as one weight that is not trainable, so the counts are those of the float module.
+    Sizes are those of the tensors: one byte for each int8 weight, half of one and the multipliers for each of four bits
+    as in a file, four for each scale, and the size of its dtype for each parameter. Tensors that share memory count
+    once.
 
     Args:
         model: the module.
@@ -48,19 +50,19 @@ class QuantizedSummary(Summary):
     @property
     def param_nums(self) -> list[int]:
         """The number of weights of each row."""
-        return [layer.num_parameters + _int8_count(layer._module) for layer in self._layer_summary.values()]
+        return [layer.num_parameters + _quantized_count(layer._module) for layer in self._layer_summary.values()]
 
     @property
     def total_parameters(self) -> int:
         """The number of weights, float and int8."""
-        return super().total_parameters + _int8_count(self._model)
+        return super().total_parameters + _quantized_count(self._model)
 
     @property
     def model_size(self) -> float:
         """In megabytes (10⁶ bytes)."""
         held = (parameter for parameter in self._model.parameters() if not is_lazy(parameter))
         size = sum(parameter.numel() * parameter.element_size() for parameter in held)
-        return (size + sum(each.bytes for each in _int8_sizes(self._model))) * 1e-6
+        return (size + sum(each.bytes(bits) for each, bits in _quantized_sizes(self._model))) * 1e-6
 
 
 def summarize(module: LightningModule, max_depth: int = 1) -> QuantizedSummary:
@@ -103,12 +105,12 @@ class QuantizedModelSummary(SummaryOfBoth):
         self._summarize(*args, **kwargs)
 
 
-def _int8_count(module: nn.Module) -> int:
-    return sum(each.count for each in _int8_sizes(module))
+def _quantized_count(module: nn.Module) -> int:
+    return sum(each.count for each, _ in _quantized_sizes(module))
 
 
-def _int8_sizes(module: nn.Module) -> Iterator[WeightSize]:
-    """The size of each int8 weight; a weight that several layers share comes once."""
+def _quantized_sizes(module: nn.Module) -> Iterator[tuple[WeightSize, int]]:
+    """The size of each quantized weight and the bits of its codes; a weight that several layers share comes once."""
     seen = set()
     for layer in module.modules():
         if isinstance(layer, QuantizedLayer) and (kind := kind_of(layer)) is not None:
@@ -117,4 +119,4 @@ def _int8_sizes(module: nn.Module) -> Iterator[WeightSize]:
                 place = holder.scales.untyped_storage()._cdata, holder.scales.storage_offset()
                 if place not in seen:
                     seen.add(place)
-                    yield sizes[name]
+                    yield sizes[name], METHODS[layer.method].bits

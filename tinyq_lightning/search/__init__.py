@@ -1,12 +1,13 @@
-"""Decides which layers stay float: the budget's search, layer errors and timings. Nothing here needs Lightning."""
+"""What is decided from measurements: the budget's search, layer errors, timings, calibration; without Lightning."""
 
-from tinyq_lightning.search.budget import LADDER, Changes, Search, SearchedLayer, evaluation_limit, loses, search
+from tinyq_lightning.search.budget import Changes, Search, SearchedLayer, evaluation_limit, loses, search
+from tinyq_lightning.search.calibration import calibrate
 from tinyq_lightning.search.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
+from tinyq_lightning.search.quantizing import quantize
 from tinyq_lightning.search.timer import BatchTimes, Timing, evaluating, time_in_turns
 from tinyq_lightning.search.timing import Stopwatch
 
 __all__ = [
-    "LADDER",
     "SIGNAL_BATCHES",
     "BatchTimes",
     "Changes",
@@ -15,10 +16,12 @@ __all__ = [
     "SearchedLayer",
     "Stopwatch",
     "Timing",
+    "calibrate",
     "evaluating",
     "evaluation_limit",
     "loses",
     "measured_layers",
+    "quantize",
     "search",
     "time_in_turns",
 ]

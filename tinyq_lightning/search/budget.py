@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
+from tinyq_lightning.methods import LADDER, METHODS
 from tinyq_lightning.spec import Budget
 
 __all__ = [
-    "LADDER",
     "SIGNAL_COST",
     "Search",
     "SearchedLayer",
@@ -23,10 +23,6 @@ __all__ = [
     "loses",
     "search",
 ]
-
-LADDER = ("w8a8", "w8a16", "w8a32", "float")
-"""The methods from the least exact to the most; the search moves layers up."""
-
 
 SIGNAL_COST = 1
 """The pass that measures the layers counts as this many evaluations, although it reads only the first batches."""
@@ -47,29 +43,37 @@ class SearchedLayer:
     Attributes:
         name: its dotted path.
         method: of the plan that was asked for.
-        extra_bytes: its size as float, less its size as int8.
-        sqnr_db: output SQNR in dB by method; a method that is missing counts as exact.
-        too_slow: methods that must not be tried.
+        extra_bytes: its size as float, less its size by its method.
+        sqnr_db: output SQNR in dB by method; a method that is missing counts as exact, and is tried nonetheless if it
+            is the first of more bits.
+        barred: methods that must not be tried: slower than float, not on the user's ladder, or not of its kind.
+        more_bytes: its size by another method, less its size by its own; 0 for a method that is missing.
     """
 
     name: str
     method: str
     extra_bytes: int
     sqnr_db: Mapping[str, float]
-    too_slow: frozenset[str] = frozenset()
+    barred: frozenset[str] = frozenset()
+    more_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def rungs(self) -> list[tuple[str, float]]:
-        """The methods to try, from the layer's own up, with their SQNR; ``float`` is the last."""
+        """The methods to try, from the layer's own up, with their SQNR; ``float`` is the last unless it is barred."""
         own = LADDER.index(self.method)
         found: list[tuple[str, float]] = []
         for method in LADDER[own:-1]:
-            if method in self.too_slow:
+            if method in self.barred and method != self.method:
                 continue
             db = self.sqnr_db.get(method, math.inf)
             db = -math.inf if math.isnan(db) else db
-            if not found or db >= found[-1][1] + _RUNG_DB:
+            unknown = method not in self.sqnr_db and METHODS[method].bits > METHODS[self.method].bits
+            if not found or db >= found[-1][1] + _RUNG_DB or (unknown and found[-1][0] == self.method):
                 found.append((method, db))
-        return [*found, ("float", math.inf)]
+        return found if "float" in self.barred else [*found, ("float", math.inf)]
+
+    def added(self, method: str) -> int:
+        """The bytes that the layer takes more by a method than by its own."""
+        return self.extra_bytes if method == "float" else self.more_bytes.get(method, 0)
 
 
 @dataclass(frozen=True)
@@ -140,11 +144,13 @@ def search(
 ) -> Search:
     """Find a plan within the budget that gives up as little as possible.
 
-    Each layer can move up: w8a8 → w8a16 → w8a32 → float. The steps of all layers are sorted by the output
-    SQNR of the method they leave, the smallest first. Bisection finds the least number of steps, from the
+    Each layer can move up the ladder: w4a8 → w4a16 → w4a32 → w8a8 → w8a16 → w8a32 → float, past methods that
+    improve its output by less than a decibel. The steps of all layers are sorted by the output SQNR of the method
+    they leave, the smallest first; where there are layers of four bits, by the error that a step removes for each
+    byte that it adds, so that those that add none come first. Bisection finds the least number of steps, from the
     beginning, with which the metric is within the budget. Then those of them that are needed are found by bisection
-    too, one after the other, and the layers of the others are moved down again. At least one layer stays int8; if
-    no such plan is within the budget, the one that loses least is chosen.
+    too, one after the other, and the layers of the others are moved down again. At least one layer stays quantized;
+    if no such plan is within the budget, the one that loses least is chosen.
 
     The float model and the plan that was asked for have been measured before; with these and the pass that
     measured the layers, there are at most :func:`evaluation_limit` evaluations. The same values give the
@@ -198,8 +204,7 @@ class _Searcher:
 
     def _bisect(self) -> list[int] | None:
         """The fewest steps within the budget, each as the layer that it moves; None if there are none."""
-        found = [(rungs[at][1], index, at) for index, rungs in enumerate(self._rungs) for at in range(len(rungs) - 1)]
-        steps = [index for _, index, _ in sorted(found)][:-1]  # with the last step no layer would be int8
+        steps = self._order()
         fewest = self._fewest(lambda count: self._climbed(steps[:count]), len(steps) + 1)
         return steps[:fewest] if fewest <= len(steps) else None
 
@@ -213,6 +218,25 @@ class _Searcher:
             else:
                 fails = middle
         return passes
+
+    def _order(self) -> list[int]:
+        """The layers in the order of their steps, each as often as it has steps."""
+        steps = []
+        for index, rungs in enumerate(self._rungs):
+            worst = -math.inf  # the steps of a layer keep their order
+            for at in range(len(rungs) - 1):
+                worst = max(worst, rungs[at][1] + self._bytes_db(index, at))
+                steps.append((worst, index, at))
+        order = [index for _, index, _ in sorted(steps)]
+        # with the last step no layer would be quantized
+        return order[:-1] if all(rungs[-1][0] == "float" for rungs in self._rungs) else order
+
+    def _bytes_db(self, index: int, at: int) -> float:
+        """The bytes that a step adds, in dB; 0 where all layers have eight bits and no step below float adds any."""
+        if all(METHODS[layer.method].bits == 8 for layer in self._layers):
+            return 0
+        layer, rungs = self._layers[index], self._rungs[index]
+        return 10 * math.log10(max(1, layer.added(rungs[at + 1][0]) - layer.added(rungs[at][0])))
 
     def _climbed(self, steps: Sequence[int]) -> list[int]:
         return [steps.count(index) for index in range(len(self._layers))]
@@ -252,7 +276,7 @@ class _Searcher:
         return self._within(-1)
 
     def _note(self, changes: Changes, value: float) -> None:
-        extra = sum(layer.extra_bytes for layer in self._layers if changes.get(layer.name) == "float")
+        extra = sum(layer.added(changes[layer.name]) for layer in self._layers if layer.name in changes)
         self._trials.append(Trial(changes, value, self._budget.lost(self._float_value, value), extra))
 
     def _changes(self, levels: Sequence[int]) -> Iterator[tuple[str, str]]:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.layers import QuantizedLayer, first_tensor, kind_of
+from tinyq_lightning.layers import QuantizedLayer, first_tensor, kind_of, methods_of
+from tinyq_lightning.methods import LADDER, METHODS
 from tinyq_lightning.plan import Swap
-from tinyq_lightning.search.budget import LADDER
 from tinyq_lightning.search.timer import brief, evaluating, timed
 
 __all__ = [
@@ -64,7 +64,7 @@ def measured_layers(swap: Swap) -> Iterator[dict[str, LayerError]]:
         A dict that is filled when the block ends: by name, each layer that was called.
     """
     errors: dict[str, LayerError] = {}
-    watches = {name: _Watch(module, layer) for name, module, layer in swap.called()}
+    watches = {name: _Watch(module, layer, _variants(swap, name, layer)) for name, module, layer in swap.called()}
     handles = []
     for name, module, layer in swap.called():
         places = {id(each._forward_hooks): each for each in (module, layer)}  # a Linear shares its hooks with its layer
@@ -77,15 +77,24 @@ def measured_layers(swap: Swap) -> Iterator[dict[str, LayerError]]:
         errors |= {name: found for name, watch in watches.items() if (found := watch.error())}
 
 
+def _variants(swap: Swap, name: str, layer: QuantizedLayer) -> dict[str, QuantizedLayer]:
+    """A layer by each method of its bits; if there is a budget, which may ask for more bits, also by those of more."""
+    climbs = swap.plan.spec.budget is not None
+    return {
+        method: swap.layer_by(name, method)
+        for method in LADDER[:-1]
+        if method in methods_of(layer)
+        and (METHODS[method].bits == layer.bits or (climbs and METHODS[method].bits > layer.bits))
+    }
+
+
 class _Watch:
     """Sums over the calls of one layer."""
 
-    def __init__(self, module: nn.Module, layer: QuantizedLayer) -> None:
+    def __init__(self, module: nn.Module, layer: QuantizedLayer, variants: Mapping[str, QuantizedLayer]) -> None:
         kind = kind_of(layer)
         assert kind is not None
-        self._kind, self._module = kind, module
-        methods = [method for method in LADDER if method in kind.methods_of(layer)]
-        self._layers = {method: layer.with_method(method) for method in methods}
+        self._kind, self._module, self._layers = kind, module, variants
         self._noise = dict.fromkeys(self._layers, 0.0)
         self._sum: Tensor | float = 0.0
         self._squares: Tensor | float = 0.0

@@ -10,7 +10,7 @@ from tinyq_lightning.spec.matching import (
     pattern_matches,
     wanted_method,
 )
-from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Mode, Rule, RuleBy, Save
+from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Calibrate, Mode, Rule, RuleBy, Save
 from tinyq_lightning.spec.places import Origin
 from tinyq_lightning.spec.reader import nearest
 from tinyq_lightning.spec.spec import QuantizationSpec, SpecLike, SpecOrMethods, as_spec
@@ -19,6 +19,7 @@ __all__ = [
     "MEASURED_BY",
     "METHOD_NAMES",
     "Budget",
+    "Calibrate",
     "Mode",
     "Origin",
     "QuantizationSpec",

@@ -9,7 +9,7 @@ from typing import Any
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.spec.places import Origin
 from tinyq_lightning.spec.reader import Reader
-from tinyq_lightning.spec.spec import QuantizationSpec, parse_budget
+from tinyq_lightning.spec.spec import QuantizationSpec, parse_budget, parse_calibrate
 
 __all__ = [
     "with_arguments",
@@ -38,6 +38,8 @@ def with_arguments(
     if isinstance(exclude, str):
         raise SpecError(f"exclude must be a list of patterns, not the text {exclude!r}: write [{exclude!r}]")
     given, limits = _given(keys), _given(budget)
+    if "calibrate" in given:
+        given["calibrate"] = parse_calibrate(given["calibrate"], Reader(Origin()))
     asked = spec.budget
     if asked is not None or "max_drop" in limits:
         below = Reader(Origin(), ("budget",))
@@ -88,6 +90,6 @@ def _refuse_contradictions(spec: QuantizationSpec) -> None:
         )
     if spec.keep == "smallest" and not spec.budget:
         raise SpecError(
-            f"{where('keep')}: keep: smallest needs a budget (monitor and max_drop), since the int8 methods differ in "
-            "accuracy and speed but hardly in size"
+            f"{where('keep')}: keep: smallest needs a budget (monitor and max_drop): without one, the fewest bits "
+            "would always be kept"
         )

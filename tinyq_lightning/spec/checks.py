@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from tinyq_lightning.methods import FORMAT_NAMES, KERNELS, KIND_NAMES, METHODS
-from tinyq_lightning.spec.parts import Budget, Rule, RuleBy, Save
+from tinyq_lightning.methods import FORMAT_NAMES, KERNELS, KIND_NAMES, LADDER, METHODS
+from tinyq_lightning.spec.parts import Budget, Calibrate, Rule, RuleBy, Save
 from tinyq_lightning.spec.reader import Reader, nearest, shown
 
 __all__ = [
@@ -19,10 +19,12 @@ __all__ = [
     "Weights",
     "When",
     "check_budget",
+    "check_calibrate",
     "check_choices",
     "check_export",
     "check_kinds",
     "check_methods",
+    "check_on_ladder",
     "check_rule",
     "check_save",
 ]
@@ -134,7 +136,7 @@ def check_budget(budget: Budget, reader: Reader) -> Budget:
     share = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", drop) if isinstance(drop, str) else None
     if not share and not _is_number(drop):
         reader.fail(f"max_drop must be a number of at least 0 or a share such as '1%', not {shown(drop)}", "max_drop")
-    if evals is not None and not (isinstance(evals, int) and not isinstance(evals, bool) and evals >= 1):
+    if evals is not None and not _is_count(evals):
         reader.fail(f"max_evals must be a whole number of at least 1, not {shown(evals)}", "max_evals")
     if seconds is not None and not (_is_number(seconds) and seconds > 0):
         reader.fail(f"max_seconds must be a number above 0, not {shown(seconds)}", "max_seconds")
@@ -142,7 +144,51 @@ def check_budget(budget: Budget, reader: Reader) -> Budget:
         reader.choice(budget.mode, ("min", "max"), "mode")
     if budget.monitor is None or reader.text(budget.monitor, "monitor") is None:
         reader.fail("the key 'monitor' is missing")
+    if budget.ladder is not None:
+        _check_ladder(budget.ladder, reader)
     return replace(budget, max_drop=drop.strip()) if isinstance(drop, str) else budget
+
+
+def _check_ladder(ladder: Sequence[Any], reader: Reader) -> None:
+    """Refuse a ladder of unknown methods, of none but ``float``, or whose methods do not grow."""
+    below = reader.below("ladder")
+    for index, each in enumerate(ladder):
+        below.choice(each, LADDER, "method", index)
+        if index and LADDER.index(each) <= LADDER.index(ladder[index - 1]):
+            below.fail(
+                f"{each} stands after {ladder[index - 1]}: a ladder goes up, as {' → '.join(LADDER)} does", index
+            )
+    if not ladder or ladder[0] == "float":
+        reader.fail("a ladder begins with a method that is not float", "ladder")
+
+
+def check_on_ladder(budget: Budget, methods: Sequence[str], reader: Reader) -> None:
+    """Refuse a method that is asked for and is not on the budget's ladder."""
+    ladder = budget.ladder or methods
+    for method in methods:
+        if method not in ladder:
+            reader.fail(f"the ladder {', '.join(ladder)} lacks {method}, the method that is asked for", "ladder")
+
+
+def check_calibrate(calibrate: Any, has_four_bits: bool, reader: Reader) -> None:
+    """Refuse what is no number of batches, and a spec without codes of four bits, which alone are chosen with data.
+
+    Args:
+        calibrate: of the spec.
+        has_four_bits: whether the spec names a method of four bits.
+        reader: of the key.
+    """
+    if not isinstance(calibrate, Calibrate):
+        reader.fail(f"calibrate must be a Calibrate, not {shown(calibrate)}: QuantizationSpec.from_dict takes mappings")
+    if not _is_count(calibrate.batches):
+        given = shown(calibrate.batches)
+        reader.fail(f"batches must be a whole number of at least 1, not {given}", "batches")
+    if not has_four_bits:
+        reader.fail("calibrate chooses codes of four bits, and no method here has four: ask for one, or leave it out")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_number(value: Any) -> bool:

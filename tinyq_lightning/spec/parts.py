@@ -1,13 +1,14 @@
-"""The parts of a spec: a rule, a budget, where to save."""
+"""The parts of a spec: a rule, a budget, calibration, where to save."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 __all__ = [
     "MEASURED_BY",
     "Budget",
+    "Calibrate",
     "Mode",
     "Rule",
     "RuleBy",
@@ -31,7 +32,7 @@ class Rule:
 
     Attributes:
         match: the pattern, see :func:`~tinyq_lightning.spec.matching.pattern_matches`.
-        method: ``w8a32``, ``w8a16``, ``w8a8`` or ``float``.
+        method: ``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16``, ``w4a8`` or ``float``.
         reason: what the plan gives as the reason; ``rule N`` where none is given.
         decided_by: ``rule`` for one that a user wrote; ``budget`` or ``timing`` for what a run measured.
     """
@@ -54,6 +55,8 @@ class Budget:
         max_evals: validation loops that the search may run, past those of the float model and of the
             plan as asked for; None: as many as the search ever needs.
         max_seconds: time after which the search begins no further validation loop; None: no limit.
+        ladder: the methods that layers may be given, from the fewest bytes up; ``float`` unless layers are never to
+            stay float. None: all methods from each layer's own up.
     """
 
     monitor: str
@@ -61,6 +64,13 @@ class Budget:
     max_drop: float | str
     max_evals: int | None = None
     max_seconds: float | None = None
+    ladder: tuple[str, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The budget as plain data, with the keys of the YAML."""
+        content = asdict(self)
+        ladder = content.pop("ladder")
+        return content if ladder is None else {**content, "ladder": list(ladder)}
 
     def allowed(self, float_value: float) -> float:
         """The loss allowed, in the metric's unit."""
@@ -71,6 +81,18 @@ class Budget:
     def lost(self, float_value: float, value: float) -> float:
         """How much worse ``value`` is than the float model's; negative where it is better."""
         return float_value - value if self.mode == "max" else value - float_value
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """On how much data codes are chosen.
+
+    Attributes:
+        batches: the first so many of each validation dataloader, or of the inputs that ``quantize`` is given. Every
+            fourth is held out, to judge the codes by.
+    """
+
+    batches: int = 8
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +19,16 @@ from tinyq_lightning.spec.checks import (
     Weights,
     When,
     check_budget,
+    check_calibrate,
     check_choices,
     check_export,
     check_kinds,
     check_methods,
+    check_on_ladder,
     check_rule,
     check_save,
 )
-from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Rule, RuleBy, Save
+from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Calibrate, Rule, RuleBy, Save
 from tinyq_lightning.spec.places import Origin, apply_override, key_path, read_yaml
 from tinyq_lightning.spec.reader import Reader, shown
 
@@ -39,6 +41,7 @@ __all__ = [
     "SpecOrMethods",
     "as_spec",
     "parse_budget",
+    "parse_calibrate",
 ]
 
 
@@ -47,7 +50,8 @@ class QuantizationSpec:
     """A method for every layer of the kinds that it names, exclusions, rules, and what happens when.
 
     Attributes:
-        method: for every layer that nothing below names: ``w8a32``, ``w8a16``, ``w8a8`` or ``float``.
+        method: for every layer that nothing below names: ``w8a32``, ``w8a16``, ``w8a8``, ``w4a32``, ``w4a16``, ``w4a8``
+            or ``float``.
         kinds: the kinds of layer to quantize, of ``methods.KIND_NAMES``. A layer of another kind that shares its
             weight with one of these is quantized along with it; all others stay float.
         exclude: patterns of layers that are never quantized.
@@ -63,6 +67,7 @@ class QuantizationSpec:
         keep: which of several methods' files are written: ``all``, or with a budget the ``smallest``.
         export: the formats that a run is to export each quantized model in, of ``methods.FORMAT_NAMES``.
         never_slower: whether a run is to time the layers, and to leave float those that int8 makes slower.
+        calibrate: on how many batches codes of four bits are to be chosen, or None.
         origin: where each key was written, for errors.
     """
 
@@ -80,6 +85,7 @@ class QuantizationSpec:
     never_slower: bool = False
     kinds: tuple[str, ...] = KIND_NAMES
     export: tuple[str, ...] = ()
+    calibrate: Calibrate | None = None
     origin: Origin = field(default_factory=Origin, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -98,8 +104,18 @@ class QuantizationSpec:
         if self.methods:
             object.__setattr__(self, "method", self.methods[0])
         object.__setattr__(self, "methods", tuple(self.methods) if len(self.methods) > 1 else ())
+        if self.calibrate is not None:
+            check_calibrate(self.calibrate, self.has_four_bits, reader.below("calibrate"))
         if self.budget is not None:
-            object.__setattr__(self, "budget", check_budget(self.budget, reader.below("budget")))
+            below = reader.below("budget")
+            object.__setattr__(self, "budget", check_budget(self.budget, below))
+            check_on_ladder(self.budget, self.methods or (self.method,), below)
+
+    @property
+    def has_four_bits(self) -> bool:
+        """Whether a method that it names has codes of four bits."""
+        named = {self.method, *self.methods, *(rule.method for rule in self.rules)}
+        return any(method in METHODS and METHODS[method].bits == 4 for method in named)
 
     @classmethod
     def from_yaml(cls, path: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> QuantizationSpec:
@@ -163,18 +179,22 @@ class QuantizationSpec:
             "weights": self.weights,
             "kernel": self.kernel,
             "non_finite": self.non_finite,
-            "budget": self.budget and asdict(self.budget),
+            "budget": self.budget and self.budget.to_dict(),
             "save": {"dirpath": self.save.dirpath, "filename": self.save.filename},
             "keep": self.keep,
         }
         # only where it is asked for, which a file's spec never does: what was timed is among its rules
-        exports = {"export": list(self.export)} if self.export else {}
-        return content | exports | ({"never_slower": True} if self.never_slower else {})
+        content |= {"export": list(self.export)} if self.export else {}
+        content |= {"never_slower": True} if self.never_slower else {}
+        return content | ({"calibrate": {"batches": self.calibrate.batches}} if self.calibrate else {})
 
     def each(self) -> tuple[QuantizationSpec, ...]:
         """One spec for each method asked for, without what is a run's to decide among them, to time and to export."""
-        one = replace(self, methods=(), keep="all", never_slower=False, export=())
-        return tuple(replace(one, method=method) for method in self.methods or (self.method,))
+        one = replace(self, methods=(), keep="all", never_slower=False, export=(), calibrate=None)
+        specs = [replace(one, method=method) for method in self.methods or (self.method,)]
+        return tuple(
+            replace(each, calibrate=self.calibrate) if self.calibrate and each.has_four_bits else each for each in specs
+        )
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The spec as YAML text, also written to ``path`` where one is given."""
@@ -225,6 +245,7 @@ _KEYS = (
     "keep",
     "export",
     "never_slower",
+    "calibrate",
 )
 
 
@@ -245,7 +266,9 @@ def _parse(content: Any, origin: Origin) -> QuantizationSpec:
             f"[{', '.join(_FORMER_KINDS)}] to keep that, or kinds: all",
             stacklevel=4,
         )
-    method, methods = given.pop("method", "w8a32"), ()
+    budget = parse_budget(given.pop("budget", None), reader.below("budget"))
+    lowest = budget.ladder[0] if budget and budget.ladder and budget.ladder[0] in METHODS else "w8a32"
+    method, methods = given.pop("method", lowest), ()
     if isinstance(method, list):
         if not method:
             reader.below("method").fail(f"the list of methods is empty. Choose from: {', '.join(METHODS)}")
@@ -254,7 +277,8 @@ def _parse(content: Any, origin: Origin) -> QuantizationSpec:
     return QuantizationSpec(
         method,
         rules=tuple(_parse_rule(rule, reader.below("rules", i)) for i, rule in enumerate(rules)),
-        budget=parse_budget(given.pop("budget", None), reader.below("budget")),
+        budget=budget,
+        calibrate=parse_calibrate(given.pop("calibrate", None), reader),
         save=_parse_save(given.pop("save", None), reader.below("save")),
         methods=methods,
         origin=origin,
@@ -287,7 +311,25 @@ def parse_budget(value: Any, reader: Reader) -> Budget | None:
     """A budget from plain data; None for none."""
     if value is None:
         return None
-    known = ("monitor", "mode", "max_drop", "max_evals", "max_seconds")
+    known = ("monitor", "mode", "max_drop", "max_evals", "max_seconds", "ladder")
     given = reader.mapping(value, known, required=("monitor", "max_drop"))
-    values: Any = [given.get(key) for key in known]
-    return Budget(*values)
+    values: dict[str, Any] = {key: given.get(key) for key in known}
+    if values["ladder"] is not None:
+        values["ladder"] = tuple(reader.items(values["ladder"], "ladder"))
+    return Budget(**values)
+
+
+def parse_calibrate(value: Any, reader: Reader) -> Calibrate | None:
+    """On how much data codes are chosen, from a number of batches or a mapping; None for none.
+
+    Args:
+        value: at the key ``calibrate``.
+        reader: of the spec.
+    """
+    if value is None:
+        return None
+    if isinstance(value, int):
+        value = {"batches": value}
+    below = reader.below("calibrate")
+    given = below.mapping(value, ("batches",), required=("batches",))
+    return Calibrate(given["batches"])

@@ -176,12 +176,14 @@ def refuse_without_validation(spec: QuantizationSpec, why_not: str | None) -> No
         why_not: why the validation loop cannot be run, or None.
 
     Raises:
-        EvaluationError: ``why_not`` is given, and the spec has a budget or ``never_slower``.
+        EvaluationError: ``why_not`` is given, and the spec has a budget, ``never_slower`` or ``calibrate``.
     """
     if spec.budget and why_not:
         raise EvaluationError(f"the budget's metric {spec.budget.monitor!r} cannot be measured: {why_not}")
     if spec.never_slower and why_not:
         raise EvaluationError(f"never_slower times layers at the row counts of the validation loop, but {why_not}")
+    if spec.calibrate and why_not:
+        raise EvaluationError(f"calibrate chooses codes by the batches of the validation loop, but {why_not}")
 
 
 def known_mode(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -98,13 +98,20 @@ class LoopWatch:
 class _Watch(CallbackOfBoth):
     """The callback of an inner Trainer: times the loop, and keeps an eye on batches and weights."""
 
-    def __init__(self, module: LightningModule, stage: Stage, known: Mapping[str, Any], cut_short: bool) -> None:
+    def __init__(
+        self,
+        module: LightningModule,
+        stage: Stage,
+        known: Mapping[str, Any],
+        cut_short: bool,
+        each_batch: Callable[[], object],
+    ) -> None:
         self.loop = LoopWatch()
         self.higher_is_better: dict[str, bool] = {}
         self.metrics: dict[str, float] = {}
         self.other_weights = False
         self._module, self._step = module, "validation_step" if stage == "validate" else "test_step"
-        self._known, self._cut_short = known, cut_short
+        self._known, self._cut_short, self._each_batch = known, cut_short, each_batch
         self._weights = weights_digest(module)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,6 +120,7 @@ class _Watch(CallbackOfBoth):
     def _batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kw: Any) -> None:
         if not self.loop.digests:
             self.other_weights = weights_digest(pl_module) != self._weights
+        self._each_batch()
         self.loop.batch_started(batch, _flat(_loop(trainer)._combined_loader))
 
     def _batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -195,6 +203,7 @@ def run_evaluation(
     swap: Swap | None = None,
     moment: Moment | None = None,
     attributes: Mapping[str, Any] | None = None,
+    each_batch: Callable[[], object] = do_nothing,
 ) -> Evaluation:
     """What the user's loop logs on the weights that ``module`` holds now.
 
@@ -212,6 +221,7 @@ def run_evaluation(
         swap: layers to put in for the loop; None: those that are in the module then.
         moment: the epoch and step that the loop is told; None: those of the user's Trainer now.
         attributes: of the user's Trainer, for what the user has put there; None: as they are now.
+        each_batch: called before each batch.
 
     Returns:
         What was logged, and how long it took; the same on every process, for them to decide alike.
@@ -223,7 +233,7 @@ def run_evaluation(
     assert combined is not None
     loaders = namespace_of(trainer).pytorch.utilities.CombinedLoader(combined.iterables, combined._mode)
     known = dict(trainer.callback_metrics) if stage == "validate" else {}
-    watch = _Watch(module, stage, known, batches is not None)
+    watch = _Watch(module, stage, known, batches is not None, each_batch)
     inner = inner_trainer(trainer, watch, stage, batches, moment, attributes)
     data: dict[str, Any] = {"dataloaders": loaders}
     shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, do_nothing))]

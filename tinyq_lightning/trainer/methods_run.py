@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.layers import methods_of
+from tinyq_lightning.methods import LADDER
 from tinyq_lightning.plan import Plan, Swap, state_bytes
 from tinyq_lightning.search import (
-    LADDER,
     SIGNAL_BATCHES,
     Changes,
     LayerError,
@@ -28,6 +28,7 @@ from tinyq_lightning.search import (
     search,
 )
 from tinyq_lightning.spec import Budget, QuantizationSpec
+from tinyq_lightning.trainer.calibrating import Calibrator
 from tinyq_lightning.trainer.checks import known_mode, refuse_without_validation
 from tinyq_lightning.trainer.evaluation import (
     Evaluation,
@@ -89,6 +90,8 @@ class MethodsRun:
     float. Calls are counted while the float model runs. Where that does not show every layer's (torch's
     fused attention and compiled modules call none), they are counted while the model of the first method
     runs, which is measured anew if it changes.
+
+    With ``calibrate``, codes are chosen first, by the same loop's first batches; what is timed and searched has them.
 
     Making it measures the float model. Wrap it in ``preserved``; the module is float before and after.
 
@@ -178,7 +181,7 @@ class MethodsRun:
 
         A loop that fails only when it is measured costs a warning and the layers not reached, not the file.
         """
-        swap = self._swaps[0]
+        swap = self._calibrated[0]
         with measured_layers(swap) as errors, swap.opened():
             try:
                 self._evaluate(batches=SIGNAL_BATCHES)
@@ -233,14 +236,19 @@ class MethodsRun:
         return [Swap(self._module, spec).or_refuse() for spec in self._spec.each()]
 
     @cached_property
+    def _calibrated(self) -> list[Swap]:
+        calibrator = Calibrator(self._trainer, self._module)
+        return [calibrator.calibrated(swap, self._moment) for swap in self._swaps]
+
+    @cached_property
     def _as_asked(self) -> list[Measured]:
         measured: dict[Swap, Measured] = {}
         if self.stopwatch and not self._trainer.strategy.broadcast(self.stopwatch.saw_all):
             self.stopwatch.calls.clear()
-            first = self._swaps[0]
+            first = self._calibrated[0]
             with self.stopwatch.watching(first):
                 measured[first] = self._measure(first)
-        faster = [self._without_slower(swap) for swap in self._swaps]
+        faster = [self._without_slower(swap) for swap in self._calibrated]
         return [measured.get(swap) or self._measure(swap) for swap in faster]
 
     def _watching_float(self) -> AbstractContextManager[None]:
@@ -293,7 +301,8 @@ class MethodsRun:
     def _within_budget(self, budget: Budget, asked: Measured) -> Measured:
         exceeds = self._lost(budget, asked) > budget.allowed(self._float_value)
         errors = self.layers if exceeds and not self._out_of_time(budget) else {}
-        layers = searched_layers(asked.swap, errors, self._too_slow(asked.swap) if exceeds else {})
+        too_slow = self._too_slow(asked.swap) if exceeds else {}
+        layers = searched_layers(asked.swap, errors, too_slow, budget)
         measured = [asked]
 
         def measure(changes: Changes) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tinyq_lightning.layers import methods_of
+from tinyq_lightning.methods import LADDER, METHODS, with_bits
 from tinyq_lightning.plan import Plan, Swap
-from tinyq_lightning.search import LADDER, LayerError, Search, SearchedLayer, loses
+from tinyq_lightning.search import LayerError, Search, SearchedLayer, loses
 from tinyq_lightning.spec import Budget
 
 __all__ = [
@@ -16,7 +17,7 @@ __all__ = [
 
 
 def searched_layers(
-    swap: Swap, errors: Mapping[str, LayerError], too_slow: Mapping[str, frozenset[str]]
+    swap: Swap, errors: Mapping[str, LayerError], too_slow: Mapping[str, frozenset[str]], budget: Budget
 ) -> list[SearchedLayer]:
     """What the search decides on: each layer, those that share a weight as one, named by that of the most methods.
 
@@ -24,6 +25,7 @@ def searched_layers(
         swap: the layers by the method that was asked for.
         errors: of each layer by its name, where they were measured.
         too_slow: methods that are slower than float, by the name of the layer.
+        budget: whose ladder bars the methods that are not on it.
     """
     decisions = {decision.name: decision for decision in swap.plan}
     ties = swap.ties()
@@ -36,9 +38,20 @@ def searched_layers(
             continue
         extra = sum(decisions[each].float_bytes - decisions[each].bytes for each in group)
         sqnr = errors[lead].output_sqnr_db if lead in errors else {}
-        barred = too_slow.get(lead, frozenset()) | (set(LADDER[:-1]) - set(methods_of(quantized[lead])))
-        layers[lead] = SearchedLayer(lead, quantized[lead].method, extra, sqnr, barred)
+        method, found = quantized[lead].method, methods_of(quantized[lead])
+        on_ladder = _on_ladder(budget.ladder or LADDER, found)
+        barred = too_slow.get(lead, frozenset()) | (set(LADDER) - on_ladder)
+        higher = [each for each in LADDER[LADDER.index(method) + 1 : -1] if each in on_ladder]
+        more = {each: sum(swap.bytes_by(name, each) - swap.bytes_by(name, method) for name in group) for each in higher}
+        layers[lead] = SearchedLayer(lead, method, extra, sqnr, barred, more)
     return list(layers.values())
+
+
+def _on_ladder(ladder: Sequence[str], methods: Sequence[str]) -> set[str]:
+    """The rungs for a layer that has these methods; one that it lacks stands for the one that its kind has instead."""
+    plain = {each: with_bits("w8a32", METHODS[each].bits) for each in ladder if each != "float"}
+    found = {each if each in methods else plain[each] for each in plain}
+    return {each for each in found if each in methods} | ({"float"} & set(ladder))
 
 
 def budget_reasons(

@@ -16,6 +16,7 @@ from tinyq_lightning.namespaces import namespace_of
 from tinyq_lightning.plan import Swap, state_bytes
 from tinyq_lightning.search import SIGNAL_BATCHES, BatchTimes, LayerError, Stopwatch, measured_layers
 from tinyq_lightning.spec import QuantizationSpec
+from tinyq_lightning.trainer.calibrating import calibrated_in_test
 from tinyq_lightning.trainer.evaluation import (
     Evaluation,
     LoopWatch,
@@ -159,7 +160,7 @@ class TestRun:
         float_seconds: the time of a batch with float layers.
 
     Raises:
-        EvaluationError: ``test_step`` takes an iterator.
+        EvaluationError: ``test_step`` takes an iterator, or there is no validation data to calibrate by.
         ModelError: the model cannot be quantized.
         SpecError: the spec does not fit the model.
     """
@@ -192,7 +193,7 @@ class TestRun:
         self._watch, self._watching = LoopWatch(), ExitStack()
         self._undecided = stopwatch is not None
         with first.swap.taken_out() if first else nullcontext():
-            self.swap: Swap = Swap(module, spec).or_refuse()
+            self.swap: Swap = calibrated_in_test(trainer, module, Swap(module, spec).or_refuse())
             self.float_bytes = state_bytes(module.state_dict())
             with self.swap:
                 self.bytes = state_bytes(module.state_dict())

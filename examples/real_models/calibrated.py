@@ -1,0 +1,80 @@
+"""What calibration brings pretrained models: the error of each layer's outputs on data that it never saw, and scores.
+
+python examples/real_models/calibrated.py [--models text dna digits] [--method w4a32]
+
+Of the batches that a model is scored on, 16 are for calibration, and the outputs of layers are compared on 16 others.
+"""
+
+import argparse
+import copy
+import importlib
+import os
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyq_lightning import quantize
+from tinyq_lightning.table import Table
+
+BATCHES = 16
+
+
+def batches_of(model: nn.Module, score: Any) -> list[Any]:
+    """What a model is called with while it is scored: at most 64 samples each."""
+    found: list[Any] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        found.extend([kwargs] if kwargs else args[0].split(64))
+
+    with model.register_forward_pre_hook(note, with_kwargs=True):
+        score(model)
+    return found
+
+
+def some(batches: list[Any]) -> list[Any]:
+    """A few of them, evenly spread."""
+    return [batches[index * len(batches) // BATCHES] for index in range(min(BATCHES, len(batches)))]
+
+
+def output_errors(model: nn.Module, quantized: nn.Module, layers: list[str], batches: list[Any]) -> dict[str, float]:
+    """By layer, the squared error of its outputs, given the inputs that it has in the float model."""
+    errors = dict.fromkeys(layers, 0.0)
+
+    def compare(name: str, _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        errors[name] += (quantized.get_submodule(name)(*args) - out).double().square().sum().item()
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(compare, name)) for name in layers]
+    for batch in batches:
+        model(**batch) if isinstance(batch, dict) else model(batch)
+    for handle in handles:
+        handle.remove()
+    return errors
+
+
+@torch.no_grad()
+def measure(name: str, method: str) -> tuple[list[float], list[dict[str, float]]]:
+    """The share of each layer's error that is left; scores of the float model, without and with calibration."""
+    source = importlib.import_module(name)
+    model = source.load().eval()
+    batches, plain, calibrated = batches_of(model, source.score), copy.deepcopy(model), copy.deepcopy(model)
+    quantize(plain, method)
+    plan = quantize(calibrated, method, calibration=some(batches[::2]))
+    layers = [decision.name for decision in plan if decision.output_error is not None]
+    before, after = (output_errors(model, each, layers, some(batches[1::2])) for each in (plain, calibrated))
+    return [after[each] / before[each] for each in layers], [source.score(each) for each in (model, plain, calibrated)]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["text", "dna", "digits"])
+    parser.add_argument("--method", default="w4a32")
+    args, rows = parser.parse_args(), []
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for name in args.models:
+        left, scores = measure(name, args.method)
+        rows.append([name, f"error of {len(left)} layers", "", "1", f"{median(left):.2f}, at most {max(left):.2f}"])
+        rows += [[name, score, *(f"{each[score]:.4f}" for each in scores)] for score in scores[0]]
+    print(Table(["model", "", "float", args.method, "calibrated"], rows, left=2).text())

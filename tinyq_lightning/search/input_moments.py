@@ -1,0 +1,168 @@
+"""Second moments of what layers are called with while a model runs: of some batches, and of those held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyq_lightning.kernels import Moments
+from tinyq_lightning.layers import QuantizedLayer, first_tensor, kind_of
+from tinyq_lightning.plan import Swap
+from tinyq_lightning.search.timer import brief
+
+__all__ = [
+    "APART",
+    "InputMoments",
+    "InputWatch",
+]
+
+APART = 3
+"""Parts of the rows of attention's joint projection: queries, keys and values."""
+
+
+# Of each of so many batches, one is held out.
+_HELD_OUT = 4
+
+
+class InputWatch:
+    """Sums up the inputs of some layers of a swap, batch by batch. The inputs themselves are not kept.
+
+    Every fourth batch is held out, beginning with the second; of the first batch, the last quarter of its places. So
+    one batch is enough, and nobody has to know how many there are.
+
+    Args:
+        swap: out of the model, which runs :meth:`~tinyq_lightning.plan.swap.Swap.opened`.
+        names: of the layers to watch.
+
+    Attributes:
+        layers: what was summed up, by the name of the layer.
+        batches: how many have begun.
+    """
+
+    def __init__(self, swap: Swap, names: Collection[str]) -> None:
+        self.batches = 0
+        self.layers = {name: InputMoments(layer) for name, _, layer in swap.called() if name in names}
+        self._quantized = {name: layer for name, _, layer in swap.called() if name in names}
+        self._attentions = {name: module for name, module in swap.joint_projections() if name in names}
+
+    def next_batch(self) -> None:
+        """A batch begins."""
+        self.batches += 1
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Sum up what the layers are called with inside the block."""
+        with ExitStack() as stack:
+            for name, moments in self.layers.items():
+                hook = self._guarded(moments, moments.add_call)
+                # hooks are those of the float layer too
+                handle = self._quantized[name].register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+                if name in self._attentions:
+                    hook = self._guarded(moments, moments.add_attention)
+                    handle = self._attentions[name].register_forward_pre_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
+
+    def _guarded(self, moments: InputMoments, add: Callable[..., None]) -> Callable[[nn.Module, Any, Any], None]:
+        """A forward pre-hook that never makes the model's own call fail."""
+
+        def look(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if torch.compiler.is_compiling():
+                moments.failure = "it was called in a compiled graph"
+                return
+            try:
+                with torch.inference_mode(False), torch.no_grad(), _without_autocast():
+                    add(args, kwargs, self.batches)
+            except Exception as error:  # of any kind: it must not reach the user's model, which did nothing wrong
+                moments.failure = brief(error)
+
+        return look
+
+
+class InputMoments:
+    """Moments of one layer's inputs.
+
+    Args:
+        layer: quantized.
+
+    Attributes:
+        chosen_by: of the inputs that codes are chosen by; None until there were some.
+        held_out: of those that codes are judged by; likewise.
+        parts: of the rows, see :meth:`~tinyq_lightning.layers.kind.Kind.row_parts`.
+        taken_apart: whether it is a joint projection of attention whose rows had inputs of their own.
+        failure: why a call could not be summed up, or None.
+    """
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        kind = kind_of(layer)
+        assert kind is not None
+        self._kind, self._layer = kind, layer
+        size = kind.sizes(layer)["weight"]
+        self._columns = size.count // size.rows
+        self.parts = kind.row_parts(layer)
+        self.chosen_by: Moments | None = None
+        self.held_out: Moments | None = None
+        self.taken_apart = False
+        self.failure: str | None = None
+
+    def add_call(self, args: Any, kwargs: Any, batch: int) -> None:
+        """Add a call of the layer, in the batch of this number, from 1."""
+        self._add(first_tensor(args, kwargs), batch)
+
+    def add_attention(self, args: Any, kwargs: Any, batch: int) -> None:
+        """Add a call of the attention that has this joint projection, if that multiplies its rows one by one."""
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        inputs = [given[name] for name in ("query", "key", "value")]
+        if inputs[0] is inputs[1] is inputs[2]:
+            return  # it calls the projection
+        self.take_apart()
+        for part, x in enumerate(inputs):
+            self._add(x, batch, part)
+
+    def take_apart(self) -> None:
+        """Have moments for the rows of queries, of keys and of values."""
+        self.taken_apart = True
+        self.in_parts(APART)
+
+    def in_parts(self, parts: int, device: torch.device | str = "cpu") -> None:
+        """Have moments for so many parts of the rows, empty ones if there are none yet."""
+        chosen_by, held_out = self.chosen_by, self.held_out
+        if chosen_by is None or held_out is None:
+            chosen_by, held_out = (Moments(parts, self._columns, device) for _ in range(2))
+        elif chosen_by.parts != parts:
+            chosen_by, held_out = chosen_by.in_parts(parts), held_out.in_parts(parts)
+        self.parts, self.chosen_by, self.held_out = parts, chosen_by, held_out
+
+    def _add(self, x: Tensor, batch: int, part: int | None = None) -> None:
+        if x.is_nested:
+            x = torch.cat(x.unbind())
+        if not x.numel():
+            return
+        self.in_parts(self.parts, x.device)
+        assert self.chosen_by is not None
+        assert self.held_out is not None
+        for inputs in self._kind.row_inputs(self._layer, x.detach()):
+            if part is None:
+                inputs = inputs.expand(self.parts, -1, -1)
+            places = inputs.shape[1]
+            held = places // _HELD_OUT if batch == 1 else places if batch % _HELD_OUT == 2 else 0
+            for moments, some in (
+                (self.chosen_by, inputs[:, : places - held]),
+                (self.held_out, inputs[:, places - held :]),
+            ):
+                if some.shape[1]:
+                    moments.add(some, part or 0)
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield

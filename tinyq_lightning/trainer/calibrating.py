@@ -1,0 +1,122 @@
+"""Calibration in a run: codes chosen by the user's own validation batches, which their own loop runs the model on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.methods import METHODS
+from tinyq_lightning.plan import Recoded, Swap
+from tinyq_lightning.search import calibrate
+from tinyq_lightning.trainer.checks import why_never_validated
+from tinyq_lightning.trainer.evaluation import dataloaders, run_evaluation
+from tinyq_lightning.trainer.inner_trainer import Moment, quiet, state_roots
+from tinyq_lightning.trainer.isolation import Snapshot
+
+__all__ = [
+    "Calibrator",
+    "calibrated_in_test",
+]
+
+
+class Calibrator:
+    """Calibrates swaps of one module by the first batches of its validation loop.
+
+    With several processes, each reads its own batches, and the sums of all choose the same codes in each. Methods that
+    have the same codes are calibrated once.
+
+    Args:
+        trainer: the user's, whose validation dataloaders are set up.
+        module: the user's, float.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer, self._module = trainer, module
+        self._found: dict[tuple[tuple[str, int], ...], dict[str, Recoded]] = {}
+
+    def calibrated(self, swap: Swap, moment: Moment | None = None) -> Swap:
+        """The swap with codes chosen by data, if its spec asks for that.
+
+        Args:
+            swap: out of the module.
+            moment: the epoch and step that the loop is told; None: those of the user's Trainer now.
+
+        Raises:
+            EvaluationError: the validation loop failed.
+            ModelError: the data cannot be used.
+        """
+        asked = swap.plan.spec.calibrate
+        if asked is None:
+            return swap
+
+        def read(next_batch: Callable[[], None]) -> None:
+            run_evaluation(self._trainer, self._module, "validate", asked.batches, moment=moment, each_batch=next_batch)
+
+        key = tuple(
+            (decision.name, METHODS[decision.method].bits) for decision in swap.plan if decision.method in METHODS
+        )
+        if key not in self._found:
+            self._found[key] = calibrate(swap, read, self._combine if self._trainer.world_size > 1 else None)
+        return swap.recoded(self._found[key])
+
+    def _combine(self, sums: Tensor) -> None:
+        """Add those of all processes, in place."""
+        together = sums.to(self._trainer.strategy.root_device)
+        dist.all_reduce(together)
+        sums.copy_(together)
+
+
+def calibrated_in_test(trainer: Trainer, module: LightningModule, swap: Swap) -> Swap:
+    """As :meth:`Calibrator.calibrated`, at the start of a test: by validation data. The test data is never used.
+
+    Args:
+        trainer: the user's, in ``on_test_start``.
+        module: the user's, float.
+        swap: out of the module.
+
+    Raises:
+        EvaluationError: there is no validation data, or the validation loop failed.
+        ModelError: the data cannot be used.
+    """
+    if swap.plan.spec.calibrate is None:
+        return swap
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if why := why_never_validated(trainer, module):
+        raise EvaluationError(f"calibrate chooses codes by the validation loop, but {why}")
+    before, former = Snapshot(*state_roots(trainer, module)), (loop._combined_loader, loop._max_batches)
+    try:
+        _set_up_validation_data(trainer)
+        return Calibrator(trainer, module).calibrated(swap)
+    finally:
+        loop._combined_loader, loop._max_batches = former
+        before.put_back()
+        trainer.strategy.model_to_device()  # an inner Trainer leaves the module on the CPU
+
+
+def _set_up_validation_data(trainer: Trainer) -> None:
+    """Ask for the validation dataloaders, which a test run does not need itself.
+
+    Raises:
+        EvaluationError: there are none.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    advice = (
+        "calibrate chooses codes by validation data, never by what is tested. Give Trainer.test a datamodule whose "
+        "setup('test') prepares val_dataloader() as well, define val_dataloader() in the module, or calibrate at the "
+        "end of a fit"
+    )
+    if not loop._data_source.is_defined():
+        raise EvaluationError(f"this test run has no validation dataloader: {advice}")
+    try:
+        with quiet():
+            loop.setup_data()
+    except Exception as error:
+        raise EvaluationError(
+            f"the validation dataloader could not be had in this test run ({type(error).__name__}: {error}): {advice}"
+        ) from error
+    if not dataloaders(trainer, "validate"):
+        raise EvaluationError(f"the validation dataloader of this test run is empty: {advice}")
