@@ -115,6 +115,7 @@ BENCHED = {  # part of examples/bench: what it cannot do without
     "lookups": {"float32", "w8a32", "bfloat16"},
     "convolutions": {"float32", "w8a32", "w8a16", "w8a8"},
     "text_encoder": {"float32", "w8a32", "w8a16", "w8a8"},
+    "handover": {"float32", "float32 onnx", "onnx w8a8"},
     "memory": {"in_place", "kept", "file", "load"},
     "quantizing": {"memcpy", "quantize_per_row(weight)", "quantize(model)"},
 }
@@ -126,7 +127,7 @@ def bench(folder, *arguments):
 
 
 @pytest.mark.parametrize(
-    "part", [pytest.param(p, marks=pytest.mark.slow) if p == "text_encoder" else p for p in BENCHED]
+    "part", [pytest.param(p, marks=pytest.mark.slow) if p in ("text_encoder", "handover") else p for p in BENCHED]
 )
 def test_bench_tells_of_each_contender_a_figure_or_why_it_has_none(tmp_path, part):
     shown, written = bench(tmp_path, "--parts", part, "--markdown")

@@ -5,6 +5,7 @@ python examples/bench [--parts layers …] [--grid medium …] [--threads 1 …]
 layers        one layer, shape by shape, for 1 to 256 rows; ``chain``: six in a row, eager and compiled
 recurrent     LSTM, GRU, RNN and a cell over sequences; ``lookups``: rows of embeddings, and bags of them
 convolutions  those of ResNet-18; ``text_encoder``: a pretrained one, as ``examples/real_models`` installs it
+handover      that encoder exported in each format: size, speed, error and memory beside float32 in the same runtime
 memory        what quantizing and a quantized model take; ``quantizing``: GB/s of float32 weights, beside memcpy
 
 Speeds are float32 time / time, above 1 is faster: medians of rounds in which all take turns. The spread, half the
@@ -26,7 +27,17 @@ from contenders import BUILDS, OVER
 from layers import GRIDS
 from machine import describe
 
-PARTS = ("layers", "chain", "convolutions", "recurrent", "lookups", "text_encoder", "memory", "quantizing")
+PARTS = (
+    "layers",
+    "chain",
+    "convolutions",
+    "recurrent",
+    "lookups",
+    "text_encoder",
+    "handover",
+    "memory",
+    "quantizing",
+)
 
 
 def arguments() -> argparse.Namespace:

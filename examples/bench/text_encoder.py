@@ -29,15 +29,24 @@ class Encoder(nn.Module):
         return self.model(input_ids=ids).last_hidden_state
 
 
-@torch.no_grad()
-def measure(args: argparse.Namespace) -> list[dict]:
+def load() -> tuple[Encoder, Tensor]:
+    """The encoder, and token ids of the news: ``[tokens]``.
+
+    Raises:
+        ModuleNotFoundError: the model is not installed.
+    """
     sys.path.append(str(Path(__file__).parents[1] / "real_models"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import text
+    import text
 
-        words = text.tokenizer()(" ".join(text.news()), return_tensors="pt")["input_ids"][0]
-        encoder = Encoder(text.load().eval())
+    words = text.tokenizer()(" ".join(text.news()), return_tensors="pt")["input_ids"][0]
+    return Encoder(text.load().eval()), words
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace) -> list[dict]:
+    try:
+        encoder, words = load()
     except ModuleNotFoundError as error:
         failed = f"{error.name} is not installed, see examples/real_models/wheels.py"
         return [{"part": "text_encoder", "contender": "text_encoder", "failed": failed}]
