@@ -44,7 +44,7 @@ class Writer(LightningModule):
         self.log("val_bits_per_letter", self.training_step(batch, index) / math.log(2), batch_size=len(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=2e-3)
+        return torch.optim.AdamW(self.parameters(), lr=4e-3)
 
 
 def samples(step: int) -> tuple[Dataset, Dataset]:
@@ -67,7 +67,7 @@ def main() -> None:
     tinyq, keeper = TinyQCallback(["w8a32", "w8a16", "w8a8"]), ModelCheckpoint(args.root, monitor="val_bits_per_letter")
     settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_epochs=args.epochs, callbacks=[keeper, tinyq], **settings)
-    trainer.fit(Writer(), DataLoader(train, 32, shuffle=True), DataLoader(val, 32))
+    trainer.fit(Writer(), DataLoader(train, 16, shuffle=True), DataLoader(val, 32))
     net = load_quantized(tinyq.quantized_paths["w8a8"], Writer)
     print(f"\nval_bits_per_letter reloaded {trainer.validate(net, DataLoader(val, 32), verbose=False)[0]}")
 

@@ -163,7 +163,8 @@ def test_bench_measures_errors_against_what_each_layer_is_meant_to_compute(tmp_p
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short(path):
-    assert len(path.read_text().splitlines()) <= 80
+    limit = 80 if path.parent.name == "examples" else 110  # those of a folder are programs of several files
+    assert len(path.read_text().splitlines()) <= limit
 
 
 def test_a_table_is_quantized_within_its_budget(tmp_path):
@@ -177,10 +178,5 @@ def test_a_table_is_quantized_within_its_budget(tmp_path):
 def test_a_tied_transformer_writes_letters_by_three_methods(tmp_path):
     shown = run(tmp_path, ROOT / "examples" / "text.py", "--epochs", 3, "--root", tmp_path)
     bits = float(shown.split("'val_bits_per_letter': ")[1].split("}")[0])
-    assert 2 < bits < 5, "better than chance among the letters of a text"
+    assert 2 < bits < 4.9, "better than chance among the letters of a text"
     assert {path.name.split("-")[0] for path in tmp_path.glob("w8*.ckpt")} == {"w8a32", "w8a16", "w8a8"}
-
-
-def test_the_examples_of_a_task_are_short():
-    for name in ("digits", "digits_resnet", "text", "tabular", "forecasting"):
-        assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 80
