@@ -51,6 +51,7 @@ def test_digits_ends_with_the_table_and_a_reloaded_model_of_the_same_score(digit
     assert len(list(root.rglob("w8a32-*.ckpt"))) == 1
 
 
+@pytest.mark.slow
 def test_a_resnet_of_digits_ends_with_int8_convolutions_of_nearly_the_same_score(tmp_path):
     shown = run(tmp_path, ROOT / "examples" / "digits_resnet.py", "--epochs", 6, "--root", tmp_path)
     assert "w8a32: 99.4 % of the weight bytes in int8 (w8a32), 11 of 11 layers" in shown
@@ -127,7 +128,8 @@ def bench(folder, *arguments):
 
 
 @pytest.mark.parametrize(
-    "part", [pytest.param(p, marks=pytest.mark.slow) if p in ("text_encoder", "handover") else p for p in BENCHED]
+    "part",
+    [pytest.param(p, marks=pytest.mark.slow) if p in ("text_encoder", "handover", "memory") else p for p in BENCHED],
 )
 def test_bench_tells_of_each_contender_a_figure_or_why_it_has_none(tmp_path, part):
     shown, written = bench(tmp_path, "--parts", part, "--markdown")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
@@ -143,6 +144,7 @@ logger.experiment.finish()
 """
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_figures_and_tables_offline(tmp_path):
     (tmp_path / "run.py").write_text(WANDB)
     shown = run(tmp_path, "run.py")
@@ -160,6 +162,7 @@ CELLS = (
 )
 
 
+@pytest.mark.slow
 def test_a_notebook_shows_the_plan_as_a_table_and_fits_on_two_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), *sys.path]))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])

@@ -138,7 +138,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("format", ["pt2", pytest.param("aoti", marks=needs_compiler)])
+@pytest.mark.parametrize("format", ["pt2", pytest.param("aoti", marks=[needs_compiler, pytest.mark.slow])])
 def test_a_process_without_this_package_runs_it(format, tmp_path):
     model, inputs, dynamic = case("padded", "w8a32")
     with torch.no_grad():

@@ -109,7 +109,9 @@ def test_a_compiled_network_gives_gradients(method):
     assert relative_error(mine.grad, theirs.grad.double()) < 1e-5
 
 
-@each_method
+@pytest.mark.parametrize(
+    "method", ["w8a8", *(pytest.param(each, marks=pytest.mark.slow) for each in ("w8a32", "w8a16"))]
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_exported_network_holds_int8_codes_and_runs_without_this_package(method, tmp_path):
