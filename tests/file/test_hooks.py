@@ -106,8 +106,9 @@ class ReadsWeights(Net):
         self.keys = list(state)
 
 
-def test_a_hook_finds_the_float_weights_by_their_names(tmp_path):
-    callback = TinyQCallback("w8a32", report=False)
+@pytest.mark.parametrize("method", ["w8a32", "w4a32"])
+def test_a_hook_finds_the_float_weights_by_their_names(tmp_path, method):
+    callback = TinyQCallback(method, report=False)
     trainer(tmp_path, keeper(tmp_path), callback, max_epochs=1).fit(ReadsWeights(), loader(), loader(seed=1))
     module, run = ReadsWeights(), trainer(tmp_path, TinyQCallback("w8a32", report=False))
     run.validate(module, loader(seed=1), ckpt_path=callback.quantized_path, verbose=False, weights_only=True)
@@ -116,7 +117,7 @@ def test_a_hook_finds_the_float_weights_by_their_names(tmp_path):
         assert each.rows == 4
         assert each.answers == (True, True, False)
         assert torch.equal(each.largest, each.head.weight.abs().max())
-        assert "head.int8_weights" in each.keys
+        assert {"head.int8_weights", "head.int4_weights"}.intersection(each.keys)
         assert "head.weight" not in each.keys
 
 

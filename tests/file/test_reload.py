@@ -68,10 +68,11 @@ class Lazy(Net):
 
 
 @pytest.mark.parametrize("kind", [CompiledBody, Lazy])
-def test_compiled_and_lazy_layers_are_saved_and_load_again(tmp_path, kind):
-    callback, model = TinyQCallback("w8a32", report=False, strict=True), kind()
+@pytest.mark.parametrize("method", ["w8a32", "w4a32"])
+def test_compiled_and_lazy_layers_are_saved_and_load_again(tmp_path, kind, method):
+    callback, model = TinyQCallback(method, report=False, strict=True), kind()
     trainer(tmp_path, keeper(tmp_path), callback, max_epochs=1).fit(model, loader(), loader(seed=1))
-    assert all(decision.method == "w8a32" for decision in callback.plan)
+    assert {decision.method for decision in callback.plan} <= {"w8a32", method}
     again = load_quantized(callback.quantized_path, kind)
     model.load_state_dict(torch.load(callback.float_path, weights_only=True)["state_dict"])
     with quantized(model.eval(), callback.plan.to_spec()), torch.no_grad():

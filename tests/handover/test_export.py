@@ -200,3 +200,9 @@ def test_sizes_that_the_model_itself_does_not_take_are_noted_and_not_tried(tmp_p
     assert [each["x"] for each in report.inputs] == [(4, 8)]
     assert report.notes[0] == "fine"
     assert report.notes[1].startswith("not tried with batch 1: the model failed on inputs of the shapes x [1, 8]")
+
+
+def test_calibration_is_several_inputs(tmp_path):
+    with pytest.raises(ExportError, match=r"write calibration=\[x\]"):
+        export(mlp(), tmp_path / "net.onnx", example(), activations="static", calibration=example())
+    assert not list(tmp_path.iterdir())

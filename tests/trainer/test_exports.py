@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
 from tinyq_lightning.errors import MissingExtraError, SpecError
 from tinyq_lightning.handover import FORMATS
+from tinyq_lightning.search import Stopwatch
 
 
 def fitted(tmp_path, **kwargs):
@@ -162,3 +163,12 @@ def test_a_logger_that_takes_no_files_is_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="no logger of the run takes files as MLflow's does: CSVLogger"):
         run.fit(Net(), loader(), loader(seed=1))
     assert callback.error is None
+
+
+@pytest.mark.filterwarnings("ignore:TinyQ. .*int8 is slower than float here")
+def test_a_model_that_stays_float_is_not_exported_and_that_is_no_failure(tmp_path, monkeypatch):
+    slower = dict.fromkeys(("body.0", "body.2", "head"), ("float", "left float: it is slower"))
+    monkeypatch.setattr(Stopwatch, "slower", lambda self, swap: slower)
+    callback = fitted(tmp_path, export="pt2", never_slower=True, strict=True)
+    assert callback.error is None
+    assert not list(tmp_path.glob("*.pt2"))

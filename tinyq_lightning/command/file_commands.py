@@ -81,7 +81,7 @@ def inspect(args: Namespace) -> Answer:
         "",
         _on_screen(plan),
         "",
-        *_metrics_lines(tinyq, plan.label),
+        *_metrics_lines(tinyq, plan.column_label),
         f"made from   float file with SHA-256 {tinyq['float_sha256'] or 'unknown: weights that were not in a file'}",
         f"made with   {versions}",
         "integrity   not checked: run verify",

@@ -46,6 +46,28 @@ def why_malformed(state: Mapping[str, Any], prefix: str, bits: int) -> str:
     return prefix + wrong if wrong else ""
 
 
+def columns_of(state: Mapping[str, Any], prefix: str, float_bytes: int) -> int | None:
+    """The columns of a weight of four bits, of which packed codes tell all but whether the last one is there.
+
+    Args:
+        state: the state dict.
+        prefix: of the weight, with its dot.
+        float_bytes: of weight and bias, as the plan has them.
+
+    Returns:
+        The columns; None if the bytes fit none.
+    """
+    rows, pairs = state[f"{prefix}{CODES[4]}"].shape
+    biases = int(f"{prefix}bias" in state)
+    fits = (
+        each
+        for each in (2 * pairs, 2 * pairs - 1)
+        for size in (4, 2, 8)
+        if rows * (each + biases) * size == float_bytes
+    )
+    return next(fits, None)
+
+
 def _why_multipliers(multipliers: Any, codes: Tensor) -> str:
     """What is wrong with the packed multipliers of packed codes; empty if nothing is."""
     columns = 2 * codes.shape[1]  # or one less, which has as many groups

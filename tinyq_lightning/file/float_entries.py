@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from tinyq_lightning.kernels import dequantize
+from tinyq_lightning.file.codes import CODES, columns_of
+from tinyq_lightning.kernels import dequantize, expand
 
 __all__ = [
     "FloatEntries",
@@ -21,12 +22,16 @@ class FloatEntries(OrderedDict[str, Any]):
     ``state["head.weight"]`` is computed from ``head.int8_weights`` and ``head.scales``. Its keys are those of the file.
     Only weights with a scale for each entry of the first dimension are answered for.
 
+    Those of four bits are answered for where they are matrices.
+
     Args:
         state_dict: quantized or float.
+        plan: the decisions, as the file has them.
     """
 
-    def __init__(self, state_dict: Mapping[str, Any] = {}) -> None:
+    def __init__(self, state_dict: Mapping[str, Any] = {}, plan: Sequence[Mapping[str, Any]] = ()) -> None:
         super().__init__(state_dict)
+        self._plan = {entry["name"]: entry for entry in plan}
         if hasattr(state_dict, "_metadata"):
             self._metadata = state_dict._metadata
 
@@ -50,7 +55,11 @@ class FloatEntries(OrderedDict[str, Any]):
         prefix = self._prefix(key)
         if prefix is None:
             return None
-        return dequantize(super().__getitem__(f"{prefix}int8_weights"), super().__getitem__(f"{prefix}scales"))
+        entry, scales = super().__getitem__, super().__getitem__(f"{prefix}scales")
+        if f"{prefix}{CODES[4]}" in self.keys():
+            packed, multipliers = entry(f"{prefix}{CODES[4]}"), entry(f"{prefix}multipliers")
+            return dequantize(expand(packed, multipliers, self._columns(prefix)), scales)
+        return dequantize(entry(f"{prefix}{CODES[8]}"), scales)
 
     def _prefix(self, key: str) -> str | None:
         """Of the codes of a float weight: ``head.`` for ``head.weight``, ``a.in_proj.`` for ``a.in_proj_weight``."""
@@ -58,7 +67,17 @@ class FloatEntries(OrderedDict[str, Any]):
             codes, scales = (super(FloatEntries, self).get(f"{prefix}{each}") for each in ("int8_weights", "scales"))
             if isinstance(codes, Tensor) and isinstance(scales, Tensor) and _is_plain(codes, scales):
                 return prefix
+            if f"{prefix}{CODES[4]}" in self.keys() and self._columns(prefix):
+                return prefix
         return None
+
+    def _columns(self, prefix: str) -> int:
+        """Of a matrix of four bits; 0 for what is none, or of an unknown size."""
+        entry = self._plan.get(prefix[:-1], {})
+        entry = self._plan.get(entry.get("tied_to"), entry)
+        if not entry or entry["kind"] == "conv":
+            return 0
+        return columns_of(self, prefix, entry["float_bytes"]) or 0
 
 
 def _is_plain(codes: Tensor, scales: Tensor) -> bool:

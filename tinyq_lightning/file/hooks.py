@@ -43,7 +43,7 @@ class HookView(dict[str, Any]):
     ) -> None:
         super().__init__(checkpoint)
         if "tinyq" in checkpoint and isinstance(checkpoint.get("state_dict"), Mapping):
-            super().__setitem__("state_dict", FloatEntries(checkpoint["state_dict"]))
+            super().__setitem__("state_dict", FloatEntries(checkpoint["state_dict"], checkpoint["tinyq"]["plan"]))
         self._class, self._source = module_class, source
         for key, empty in _EMPTY_TRAINING.items():
             self.setdefault(key, empty())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from tinyq_lightning.errors import CheckpointError, TrainerError
 from tinyq_lightning.file.checkpoint import check_digests
-from tinyq_lightning.file.codes import CODES
+from tinyq_lightning.file.codes import CODES, columns_of
 from tinyq_lightning.file.validate import check_format, check_layers, find_codes, prefixes_of_codes
 from tinyq_lightning.kernels import packed_shapes
 from tinyq_lightning.layers import QuantizedLayer
@@ -117,10 +118,18 @@ def _materialize(model: nn.Module, entries: Sequence[Mapping[str, Any]], state: 
         layer: Any = modules.get(entry["name"])
         found = find_codes(prefixes, [entry["name"]])
         if found and issubclass(type(layer), LazyModuleMixin) and layer.has_uninitialized_params():
-            shape = list(state[f"{found[0]}int8_weights"].shape)
-            linear, transposed = len(shape) == 2, getattr(layer, "transposed", False)
-            channels = shape[1] if linear else shape[0] if transposed else shape[1] * layer.groups
-            layer._infer_parameters(layer, (torch.empty(1, channels, *[1] * (len(shape) - 2)),))
+            kernel, transposed = getattr(layer, "kernel_size", ()), getattr(layer, "transposed", False)
+            if METHODS[entry["method"]].bits == 4:
+                columns = columns_of(state, found[0], entry["float_bytes"])
+                if columns is None:
+                    raise CheckpointError(
+                        f"the size of the lazy layer {entry['name']!r} is not known: call the module once"
+                    )
+                channels = columns // math.prod(kernel) * getattr(layer, "groups", 1)
+            else:
+                shape = state[f"{found[0]}{CODES[8]}"].shape
+                channels = shape[0] if transposed else shape[1] * getattr(layer, "groups", 1)
+            layer._infer_parameters(layer, (torch.empty(1, channels, *[1] * len(kernel)),))
 
 
 def fill_what_is_still_held(made: Sequence[tuple[Site, QuantizedLayer]]) -> Callable[[], None]:

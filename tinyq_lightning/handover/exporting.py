@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinyq_lightning.errors import ExportError, TinyQError
 from tinyq_lightning.file import digest_of, file_bytes, read_content
@@ -114,6 +114,8 @@ def _check_activations(wanted: Program, activations: str, calibration: Iterable[
             "static activations and calibration belong together: give activations='static' and "
             "calibration=[inputs, …], from which the ranges are taken"
         )
+    if isinstance(calibration, Tensor | Mapping | str):
+        raise ExportError("calibration must be several inputs, such as a list: write calibration=[x] for a single one")
 
 
 def _called(module: nn.Module, example: Example) -> Any:
@@ -180,7 +182,9 @@ def _guarded(wanted: Format, what: str, step: Any) -> Any:
 
 def _cases(request: Request, example: Example) -> tuple[list[Example], list[str]]:
     """The example, and random inputs of other sizes; those that the model itself does not take are noted."""
-    cases, notes = [example], []
+    cases, notes = [example], list[str]()
+    if request.activations != "dynamic":  # random inputs would lie outside of the ranges
+        return cases, ["compared on the example alone, since random inputs need not be like the calibration"]
     for seed, sizes in enumerate(request.dims.other_sizes(example)):
         case = request.dims.resized(example, sizes, seed)
         try:

@@ -57,7 +57,7 @@ def static_graph(request: Request, runner: Runner) -> onnx_ir.Model:
 
 def _feeds(request: Request) -> Iterator[dict[str, Any]]:
     names = input_names(request)
-    for index, given in enumerate(request.calibration or ()):
+    for index, given in enumerate(() if request.calibration is None else request.calibration):
         args, kwargs = as_arguments(given)
         if kwargs.keys() == request.example.kwargs.keys():
             kwargs = {name: kwargs[name] for name in request.example.kwargs}

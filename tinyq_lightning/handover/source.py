@@ -12,6 +12,7 @@ from torch import nn
 from tinyq_lightning.errors import ExportError, ModelError
 from tinyq_lightning.file import as_factory, load_content
 from tinyq_lightning.layers import QuantizedLayer
+from tinyq_lightning.methods import METHODS
 
 __all__ = [
     "Method",
@@ -95,7 +96,7 @@ def rounding_noise(model: nn.Module) -> float:
     and the layers after it see other inputs: measured on MiniLM, the outputs are apart by 0.05, near the error of 0.07
     that int8 activations have themselves.
     """
-    coarse = any(isinstance(each, QuantizedLayer) and each.method == "w8a8" for each in model.modules())
+    coarse = any(isinstance(each, QuantizedLayer) and METHODS[each.method].digits == 1 for each in model.modules())
     return _COARSE if coarse else 0.0
 
 

@@ -59,7 +59,7 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     for path in paths:
         print(f"quantized  {path}")
     for export in (export for each in outcomes for export in each.exports):
-        print(f"{export.format:<11}{export.path}")
+        print(f"{export.format:<10} {export.path}")
     print("" if paths else "no file was written\n", end="\n" if paths else "")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tinyq_lightning.handover import ExportReport, export_beside
+from tinyq_lightning.layers import QuantizedLayer
 from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.trainer.failures import Failing, step_after_run
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
@@ -49,6 +51,9 @@ def export_beside_file(
     Returns:
         The reports on rank 0; nothing on other ranks.
     """
+    if owner.spec.export and not any(isinstance(each, QuantizedLayer) for each in module.modules()):
+        rank_zero_info("TinyQ: nothing was exported, since all layers stay float")
+        return ()
     reports: list[ExportReport] = []
     for name in owner.spec.export:
 
