@@ -187,6 +187,7 @@ def plain_net():
     return Plain(12)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch.compile imports it
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("factory", ["Plain", "plain_net"])
 def test_a_state_dict_of_plain_pytorch_is_quantized_by_the_command(tmp_path, capsys, factory, compiled):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightnings import LightningDataModule, LightningModule
 from models import Blobs, Net, keeper, loader, trainer
 from ranks import run_on_ranks, written_by_ranks
 from torch.utils.data import DataLoader, Dataset

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
+from lightnings import CSVLogger, MLFlowLogger
 from models import FEATURES, Net, keeper, loader, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
