@@ -361,7 +361,7 @@ class TinyQCallback(WatchesValidation):
             taken = {path for callback in _tinyq_callbacks(trainer) for path in callback.quantized_paths.values()}
             path, self._told = save_quantized(trainer, source, outcome.plan, content, taken, self._told)
             self.quantized_paths[outcome.name] = path
-            exports = () if module is None else export_beside_file(self, trainer, module, path)
+            exports = () if module is None else export_beside_file(self, trainer, module, outcome.plan, path)
             return replace(outcome, quantized_path=path, exports=exports)
         return outcome
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -118,7 +118,7 @@ def _load(args: Namespace, path: str) -> LightningModule:
     with open_checkpoint(path, args.trust) as source:
         factory = model_class(args.model, source, args.trust)
         if is_quantized(source.content):
-            module: Any = load_quantized(path, factory, trust=args.trust, **args.init)
+            module = load_quantized(path, factory, trust=args.trust, **args.init)
         else:
             model = FloatFile(source, factory, args.init, args.trust)
             model.fill()
@@ -127,5 +127,4 @@ def _load(args: Namespace, path: str) -> LightningModule:
         raise ModelError(
             f"{args.model} makes a {type(module).__name__}, which is no LightningModule, and has no test loop"
         )
-    loaded: LightningModule = module
-    return loaded
+    return cast("LightningModule", module)

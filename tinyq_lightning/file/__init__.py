@@ -25,7 +25,7 @@ from tinyq_lightning.file.state import check_state
 from tinyq_lightning.file.structure import restore_structure
 from tinyq_lightning.file.trust import import_class, import_lightning_class, import_named
 from tinyq_lightning.file.typed import escaped, typed_entries
-from tinyq_lightning.file.validate import check_format, is_quantized, without_training_entries
+from tinyq_lightning.file.validate import apart_from_weights, check_format, is_quantized, without_training_entries
 from tinyq_lightning.file.weightless import drop_weak_references
 from tinyq_lightning.file.writable import why_not_writable
 
@@ -36,6 +36,7 @@ __all__ = [
     "Folder",
     "HookView",
     "QuantizedCheckpointMixin",
+    "apart_from_weights",
     "as_factory",
     "build",
     "check_folder",

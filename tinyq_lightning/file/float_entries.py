@@ -20,9 +20,7 @@ class FloatEntries(OrderedDict[str, Any]):
     """A copy of a quantized state dict that also answers for the float weights, by the names that those had.
 
     ``state["head.weight"]`` is computed from ``head.int8_weights`` and ``head.scales``. Its keys are those of the file.
-    Only weights with a scale for each entry of the first dimension are answered for.
-
-    Those of four bits are answered for where they are matrices.
+    Only weights with a scale for each entry of the first dimension are answered for, and matrices of four bits.
 
     Args:
         state_dict: quantized or float.
@@ -64,7 +62,7 @@ class FloatEntries(OrderedDict[str, Any]):
     def _prefix(self, key: str) -> str | None:
         """Of the codes of a float weight: ``head.`` for ``head.weight``, ``a.in_proj.`` for ``a.in_proj_weight``."""
         for prefix in (key.removesuffix("weight"), f"{key}.", f"{key.removesuffix('_weight')}."):
-            codes, scales = (super(FloatEntries, self).get(f"{prefix}{each}") for each in ("int8_weights", "scales"))
+            codes, scales = (super(FloatEntries, self).get(f"{prefix}{each}") for each in (CODES[8], "scales"))
             if isinstance(codes, Tensor) and isinstance(scales, Tensor) and _is_plain(codes, scales):
                 return prefix
             if f"{prefix}{CODES[4]}" in self.keys() and self._columns(prefix):

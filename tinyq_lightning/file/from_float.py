@@ -18,7 +18,7 @@ from tinyq_lightning.file.factory import is_lightning_class, name_of, overrides
 from tinyq_lightning.file.folder import Folder
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
-from tinyq_lightning.file.validate import is_quantized, without_training_entries
+from tinyq_lightning.file.validate import apart_from_weights, is_quantized, without_training_entries
 from tinyq_lightning.file.weightless import (
     drop_weak_references,
     named_tensors,
@@ -78,7 +78,7 @@ def quantize_file(
         if isinstance(layer, Int8Weight) and layer.bits == 4:
             layer.form("int4")  # which holds the codes as the file has them, and the layer no others then
     model.fill()
-    base = source.read_all(_apart_from_weights(model.content))
+    base = source.read_all(apart_from_weights(model.content))
     content = make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)
     warn_of_left_out(content)
     return content
@@ -135,7 +135,7 @@ class FloatFile:
     def _weightless(self, factory: Callable[..., nn.Module], init_args: Mapping[str, Any]) -> nn.Module | None:
         try:
             with without_weights():
-                content = self._source.read_all(_apart_from_weights(self.content))
+                content = self._source.read_all(apart_from_weights(self.content))
                 module = build(factory, content, init_args, self._trust, self._source.path)
             state_dict = _named_as_in(module, self.content["state_dict"])
             if not _loads_as_it_stands(module, state_dict):
@@ -192,10 +192,6 @@ def _named_as_in(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[st
     own = module.state_dict(keep_vars=True).keys()
     renamed = {name.replace(_OF_COMPILE, ""): value for name, value in state_dict.items()}
     return renamed if own != state_dict.keys() and own == renamed.keys() else state_dict
-
-
-def _apart_from_weights(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in without_training_entries(content).items() if key != "state_dict"}
 
 
 def _loads_as_it_stands(module: nn.Module, state_dict: Mapping[str, Any]) -> bool:

@@ -19,8 +19,9 @@ import torch
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedValueType
 
+from tinyq_lightning.file.factory import is_lightning_class
 from tinyq_lightning.file.plain import plain
-from tinyq_lightning.namespaces import derives_from, namespace_of
+from tinyq_lightning.namespaces import namespace_of
 
 __all__ = [
     "ClassUnknown",
@@ -222,7 +223,7 @@ def restored(
 
 def _attribute_dict(value: Any, module_class: Any) -> Any:
     """As LightningModule's ``hparams`` has it; of plain PyTorch, a dict whose items are attributes."""
-    if not (isinstance(module_class, type) and derives_from(module_class, "LightningModule")):
+    if not is_lightning_class(module_class):
         return _Attributes(value)
     return namespace_of(module_class).module("utilities.parsing").AttributeDict(value)
 

@@ -15,6 +15,7 @@ from tinyq_lightning.version import __version__
 
 __all__ = [
     "FORMAT_VERSION",
+    "apart_from_weights",
     "check_format",
     "check_layers",
     "find_codes",
@@ -76,6 +77,11 @@ def format_of(methods: Iterable[str]) -> int:
 def without_training_entries(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint without optimizer states, loops and the like."""
     return {key: value for key, value in checkpoint.items() if key not in _TRAINING_KEYS}
+
+
+def apart_from_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint without what :func:`without_training_entries` leaves out, and without its state dict."""
+    return {key: value for key, value in without_training_entries(checkpoint).items() if key != "state_dict"}
 
 
 def is_quantized(checkpoint: Any) -> bool:

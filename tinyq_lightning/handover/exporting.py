@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tinyq_lightning.errors import ExportError, TinyQError
 from tinyq_lightning.file import digest_of, file_bytes, read_content
@@ -22,7 +22,7 @@ from tinyq_lightning.handover.request import Activations, Request
 from tinyq_lightning.handover.source import callable_module, model_from, on_cpu, rounding_noise
 from tinyq_lightning.handover.untouched import untouched
 from tinyq_lightning.plan import state_bytes
-from tinyq_lightning.search import Timing
+from tinyq_lightning.search import Timing, is_one_input
 
 __all__ = [
     "export",
@@ -114,7 +114,7 @@ def _check_activations(wanted: Program, activations: str, calibration: Iterable[
             "static activations and calibration belong together: give activations='static' and "
             "calibration=[inputs, …], from which the ranges are taken"
         )
-    if isinstance(calibration, Tensor | Mapping | str):
+    if calibration is not None and is_one_input(calibration):
         raise ExportError("calibration must be several inputs, such as a list: write calibration=[x] for a single one")
 
 

@@ -156,14 +156,19 @@ class Plan:
         return (methods if len(methods) == 1 else asked or {self.spec.method}).pop()
 
     @property
+    def is_float(self) -> bool:
+        """Whether every layer stays float."""
+        return all(decision.method == "float" for decision in self)
+
+    @property
     def column_label(self) -> str:
         """What a column of results is named by: the label, or ``all float`` if a run found that better everywhere."""
-        return self.label if any(decision.method != "float" for decision in self) else "all float"
+        return "all float" if self.is_float else self.label
 
     @property
     def file_label(self) -> str:
         """What a file is named by: the label, or ``float`` if a run found every layer better off in float."""
-        return self.label if any(decision.method != "float" for decision in self) else "float"
+        return "float" if self.is_float else self.label
 
     def to_spec(self) -> QuantizationSpec:
         """A spec that resolves to exactly this plan on the same model, without a search or any timing.

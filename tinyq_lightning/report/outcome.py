@@ -130,7 +130,7 @@ class Outcome:
         """Sentences to show as warnings."""
         if self.search is not None and not self.search.met:
             yield str(self.verdict())
-        if self.stopwatch and all(decision.method == "float" for decision in self.plan):
+        if self.stopwatch and self.plan.is_float:
             yield "int8 is slower than float here in every layer, so never_slower has left all of them float"
 
 

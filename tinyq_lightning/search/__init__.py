@@ -3,7 +3,7 @@
 from tinyq_lightning.search.budget import Changes, Search, SearchedLayer, evaluation_limit, loses, search
 from tinyq_lightning.search.calibration import calibrate
 from tinyq_lightning.search.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
-from tinyq_lightning.search.quantizing import quantize
+from tinyq_lightning.search.quantizing import is_one_input, quantize
 from tinyq_lightning.search.timer import BatchTimes, Timing, evaluating, time_in_turns
 from tinyq_lightning.search.timing import Stopwatch
 
@@ -19,6 +19,7 @@ __all__ = [
     "calibrate",
     "evaluating",
     "evaluation_limit",
+    "is_one_input",
     "loses",
     "measured_layers",
     "quantize",

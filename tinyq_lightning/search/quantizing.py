@@ -23,6 +23,7 @@ from tinyq_lightning.search.timer import evaluating
 from tinyq_lightning.spec import SpecLike, as_spec
 
 __all__ = [
+    "is_one_input",
     "quantize",
 ]
 
@@ -93,8 +94,13 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32", calibration: Iterable[A
     return plan
 
 
+def is_one_input(calibration: object) -> bool:
+    """Whether this is one input, or none, where an iterable of inputs is wanted."""
+    return isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable)
+
+
 def _refuse_one_input(calibration: object) -> None:
-    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
+    if is_one_input(calibration):
         raise ModelError(
             f"calibration must be several inputs, such as a list, not a {type(calibration).__name__}: write "
             "calibration=[x] for a single one"

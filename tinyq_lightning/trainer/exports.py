@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tinyq_lightning.handover import ExportReport, export_beside
-from tinyq_lightning.layers import QuantizedLayer
+from tinyq_lightning.plan import Plan
 from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.trainer.failures import Failing, step_after_run
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
@@ -38,7 +38,7 @@ class _Exporting(Failing, Protocol):
 
 
 def export_beside_file(
-    owner: _Exporting, trainer: Trainer, module: LightningModule, quantized_path: str
+    owner: _Exporting, trainer: Trainer, module: LightningModule, plan: Plan, quantized_path: str
 ) -> tuple[ExportReport, ...]:
     """Write the exports that the owner's spec asks for; each may fail alone, with a warning.
 
@@ -46,12 +46,13 @@ def export_beside_file(
         owner: its ``error`` is set if one fails.
         trainer: the user's.
         module: with the quantized layers in it.
+        plan: what was quantized; nothing is exported where every layer stays float.
         quantized_path: of the checkpoint, which is written already.
 
     Returns:
         The reports on rank 0; nothing on other ranks.
     """
-    if owner.spec.export and not any(isinstance(each, QuantizedLayer) for each in module.modules()):
+    if owner.spec.export and plan.is_float:
         rank_zero_info("TinyQ: nothing was exported, since all layers stay float")
         return ()
     reports: list[ExportReport] = []

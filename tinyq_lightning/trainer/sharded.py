@@ -17,10 +17,10 @@ from torch import Tensor
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.file import (
     ByLayer,
+    apart_from_weights,
     drop_weak_references,
     make_checkpoint,
     open_checkpoint,
-    without_training_entries,
 )
 from tinyq_lightning.plan import Plan, quantize_by_layer, state_bytes
 from tinyq_lightning.spec import QuantizationSpec
@@ -148,5 +148,4 @@ def _weights(
         return
     with open_checkpoint(source.path, source.trusted) as opened:
         state = opened.content["state_dict"]
-        rest = {key: value for key, value in without_training_entries(opened.content).items() if key != "state_dict"}
-        yield (lambda name: opened.read(state[name])), opened.read_all(rest)
+        yield (lambda name: opened.read(state[name])), opened.read_all(apart_from_weights(opened.content))
