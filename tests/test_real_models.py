@@ -13,7 +13,7 @@ from tinyq_lightning import quantize
 from tinyq_lightning.plan.plan import state_bytes
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "real_models"
-# points of the score: a probe of 200 sentences moves by 0.005 for each, and two may move either way
+# points of the score: a probe of 200 encoder moves by 0.005 for each, and two may move either way
 ALLOWED = {"w8a32": 0.002, "w8a16": 0.0025, "w8a8": 0.005, "w4a32": 0.01}
 MORE_ALLOWED = {"polarity": 0.01, "median cents off": 0.2}
 FOUR_BITS = {("w4a32", "word accuracy"): 0.04, ("w4a32", "Lee rho"): 0.04, ("w4a32", "median cents off"): 1.0}
@@ -21,7 +21,7 @@ FOUR_BITS = {("w4a32", "word accuracy"): 0.04, ("w4a32", "Lee rho"): 0.04, ("w4a
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of packages that are not ours
-@pytest.mark.parametrize("name", ["text", "dna", "digits", "phonemes", "pitch"])
+@pytest.mark.parametrize("name", ["encoder", "dna", "digits", "phonemes", "pitch"])
 def test_a_pretrained_model_keeps_its_scores_and_loses_its_weight(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.syspath_prepend(SCRIPT)
@@ -38,7 +38,7 @@ def test_a_pretrained_model_keeps_its_scores_and_loses_its_weight(name, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of packages that are not ours
-@pytest.mark.parametrize("name", ["text", "dna", "digits"])
+@pytest.mark.parametrize("name", ["encoder", "dna", "digits"])
 def test_calibration_leaves_less_error_in_each_layer_and_scores_that_are_as_good(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.syspath_prepend(SCRIPT)

@@ -37,10 +37,10 @@ def load() -> tuple[Encoder, Tensor]:
     """
     sys.path.append(str(Path(__file__).parents[1] / "real_models"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import text
+    import encoder
 
-    words = text.tokenizer()(" ".join(text.news()), return_tensors="pt")["input_ids"][0]
-    return Encoder(text.load().eval()), words
+    words = encoder.tokenizer()(" ".join(encoder.news()), return_tensors="pt")["input_ids"][0]
+    return Encoder(encoder.load().eval()), words
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """What quantizing costs pretrained models, on data most of which they never saw: all of it comes inside PyPI wheels.
 
-python examples/real_models [--models text dna digits phonemes pitch] [--methods float w8a32 w8a16 w8a8] [--threads 1]
+python examples/real_models [--models encoder dna digits phonemes pitch] [--methods float w8a32 …] [--threads 1]
 
-text    all-MiniLM-L6-v2 (BERT, 6 layers): Spearman's rho with human similarity judgements (Lee's 50 news texts,
+encoder all-MiniLM-L6-v2 (BERT, 6 layers): Spearman's rho with human similarity judgements (Lee's 50 news texts,
         SimLex-999, WordSim-353), and accuracy of a linear probe for the polarity of 200 film reviews, 10-fold
 dna     Tiara's first stage, an MLP on k-mer frequencies: accuracy on 464 contigs of five kinds of organism
 digits  a small CNN trained on MNIST: accuracy on the 1,797 digits of scikit-learn, which are another data set
@@ -31,7 +31,7 @@ from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan.plan import state_bytes
 from tinyq_lightning.table import Table, format_bytes
 
-MODELS = ("text", "dna", "digits", "phonemes", "pitch")
+MODELS = ("encoder", "dna", "digits", "phonemes", "pitch")
 DEFAULT = ("float", "w8a32", "w8a16", "w8a8")
 
 

@@ -1,6 +1,6 @@
 """What calibration brings pretrained models: the error of each layer's outputs on data that it never saw, and scores.
 
-python examples/real_models/calibrated.py [--models text dna digits] [--method w4a32]
+python examples/real_models/calibrated.py [--models encoder dna digits] [--method w4a32]
 
 Of the batches that a model is scored on, 16 are for calibration, and the outputs of layers are compared on 16 others.
 """
@@ -69,7 +69,7 @@ def measure(name: str, method: str) -> tuple[list[float], list[dict[str, float]]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["text", "dna", "digits"])
+    parser.add_argument("--models", nargs="+", default=["encoder", "dna", "digits"])
     parser.add_argument("--method", default="w4a32")
     args, rows = parser.parse_args(), []
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import logging
 import os
 import sys
 import warnings
@@ -16,7 +15,6 @@ import yaml
 
 from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.methods import FORMAT_NAMES
-from tinyq_lightning.namespaces import NAMESPACES
 from tinyq_lightning.version import __version__
 
 __all__ = [
@@ -88,8 +86,6 @@ def _command(name: str) -> Callable[[argparse.Namespace], Any]:
     modules = {"evaluate": "run_commands", "bench": "run_commands", "export": "export_command"}
     found = importlib.import_module(f"tinyq_lightning.command.{modules.get(name, 'file_commands')}")
     command: Callable[[argparse.Namespace], Any] = getattr(found, name)
-    for package in NAMESPACES:
-        logging.getLogger(package.name).setLevel(logging.ERROR)
     return command
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, cast
@@ -43,8 +44,11 @@ def evaluate(args: Namespace) -> Answer:
     for path in args.checkpoints:
         module = _load(args, path)
         refuse_other_namespace(module, data_class)
+        pytorch = namespace_of(module).pytorch
+        # not before its import, which sets the level: without what a Trainer tells of devices, and its tips
+        logging.getLogger(pytorch.__name__).setLevel(logging.ERROR)
         try:
-            trainer = namespace_of(module).pytorch.Trainer(
+            trainer = pytorch.Trainer(
                 accelerator=args.accelerator,
                 devices=1,
                 logger=False,

@@ -51,7 +51,7 @@ class WeightSize:
     @property
     def columns(self) -> int:
         """The number of values that share a scale."""
-        return self.count // self.rows
+        return self.count // max(self.rows, 1)
 
     def bytes(self, bits: int) -> int:
         """Of codes of so many bits and of scales; of four bits with the multipliers."""
