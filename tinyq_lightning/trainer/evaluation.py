@@ -278,12 +278,13 @@ def _isolated(
     """Begin with the state ``start``, put everything back after the block, and warn of what cannot be."""
     roots = state_roots(trainer, module)
     snapshot = Snapshot(*roots, data=dataloaders(trainer, stage), weights=weights, also=start, outside=True)
+    before = start.changed_outside() if start else []  # by the user's own run, of another model
     try:
         if start is not None:
             start.put_back(files=False)
         yield
     finally:
-        outside = snapshot.changed_outside()
+        outside = list(dict.fromkeys([*before, *snapshot.changed_outside()]))
         changed = snapshot.put_back()
         if start is not None:
             trainer.strategy.model_to_device()  # an inner Trainer leaves the module on the CPU
