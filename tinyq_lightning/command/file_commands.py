@@ -21,13 +21,13 @@ from tinyq_lightning.file import (
     Folder,
     check_format,
     escaped,
-    file_exists,
     float_content,
     is_quantized,
     open_checkpoint,
     quantize_file,
     quantized_path,
     read_checkpoint,
+    refuse_existing,
     stem_of,
     write_checkpoint,
 )
@@ -45,7 +45,8 @@ __all__ = [
 def quantize(args: Namespace) -> Answer:
     """Quantize a float checkpoint to a file."""
     spec = _spec(args)
-    _refuse_overwriting(args, args.output)
+    if args.output is not None:
+        refuse_existing(args.output, args.overwrite)
     with open_checkpoint(args.checkpoint, args.trust) as source, progress("quantizing") as around:
         content = quantize_file(
             source, model_class(args.model, source, args.trust), spec, args.init, around, args.trust
@@ -53,7 +54,7 @@ def quantize(args: Namespace) -> Answer:
     plan = _plan(content["tinyq"])
     folder = os.path.dirname(source.path)
     path = args.output or quantized_path(spec.save, folder, stem_of(source.path), plan.file_label)
-    _refuse_overwriting(args, path)
+    refuse_existing(path, args.overwrite)
     write_checkpoint(content, path)
     before, after = sum(d.float_bytes for d in plan), sum(d.bytes for d in plan)
     text = (
@@ -147,11 +148,6 @@ def verify(args: Namespace) -> Answer:
         if by_data := chosen_by_data(tinyq):
             text += f", but for codes and biases of {len(by_data)} layers, which were chosen by data that is not here"
     return Answer(text, data | {"same": not differs, "differs": differs}, good=not differs)
-
-
-def _refuse_overwriting(args: Namespace, path: str | None) -> None:
-    if path is not None and not args.overwrite and file_exists(path):
-        raise CheckpointError(f"{path}: there is such a file already: give --overwrite or another --output")
 
 
 def _spec(args: Namespace) -> QuantizationSpec:
