@@ -118,9 +118,9 @@ def multipliers_of(packed: Tensor, columns: int) -> Tensor:
     return unpack_nibbles(packed, group_count(columns))
 
 
-# Both groups' multipliers for each byte that holds two, as they lie beside the codes: 64 int8, copied as 16 words.
-_BOTH_GROUPS = torch.stack((torch.arange(256) & 15, torch.arange(256) >> 4), 1).to(torch.int8).repeat_interleave(GROUP, 1)
-_BOTH_GROUPS_WORDS = _BOTH_GROUPS.view(torch.int32)
+# For each byte that holds two multipliers, the 64 int8 that they are beside the codes, as 16 words to copy.
+_BYTES = torch.arange(256)
+_BOTH_GROUPS = torch.stack((_BYTES & 15, _BYTES >> 4), 1).to(torch.int8).repeat_interleave(GROUP, 1).view(torch.int32)
 
 
 def _repeated(multipliers: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def _repeated(multipliers: Tensor) -> Tensor:
     if type(multipliers) is not Tensor or not multipliers.is_cpu:
         return unpack_nibbles(multipliers, 2 * multipliers.shape[1]).view(torch.int8).repeat_interleave(GROUP, 1)
     rows, width = multipliers.shape[0], 2 * GROUP * multipliers.shape[1]
-    found = _BOTH_GROUPS_WORDS.index_select(0, multipliers.to(torch.int32).view(-1))
+    found = _BOTH_GROUPS.index_select(0, multipliers.to(torch.int32).view(-1))
     return found.view(torch.int8).view(rows, width)
 
 
