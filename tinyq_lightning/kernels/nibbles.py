@@ -128,7 +128,7 @@ def _repeated(multipliers: Tensor) -> Tensor:
 
     A look-up takes a quarter of the time of a product that is broadcast over groups as short as these.
     """
-    if type(multipliers) is not Tensor or not multipliers.is_cpu:
+    if type(multipliers) is not Tensor or not multipliers.is_cpu or torch.compiler.is_compiling():
         return unpack_nibbles(multipliers, 2 * multipliers.shape[1]).view(torch.int8).repeat_interleave(GROUP, 1)
     rows, width = multipliers.shape[0], 2 * GROUP * multipliers.shape[1]
     found = _BOTH_GROUPS.index_select(0, multipliers.to(torch.int32).view(-1))
