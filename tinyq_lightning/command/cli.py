@@ -96,7 +96,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, *
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinyq-lightning",
-        description="Post-training int8 quantization of PyTorch Lightning checkpoints.",
+        description="Post-training quantization of PyTorch Lightning checkpoints, to eight or four bits.",
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(
         commands,
         "quantize",
-        "a float checkpoint to an int8 one, without a Trainer, one layer in memory at a time",
+        "a float checkpoint to a quantized one, without a Trainer, one layer in memory at a time",
         "tinyq-lightning quantize epoch=7.ckpt --model nets:Net --method w8a32 --exclude head",
     )
     command.add_argument("checkpoint", metavar="FLOAT.ckpt", help="the float checkpoint, or a saved state dict")
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(
         commands,
         "evaluate",
-        "your test loop on each file, float or int8, in one table",
+        "your test loop on each file, float or quantized, in one table",
         "tinyq-lightning evaluate --model nets:Net --data nets:Data epoch=7.ckpt w8a32-epoch=7.ckpt",
     )
     command.add_argument("checkpoints", metavar="FILE.ckpt", nargs="+", help="float and quantized checkpoints")
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(
         commands,
         "bench",
-        "time, throughput and memory of float and int8 on this machine",
+        "time, throughput and memory of float and quantized on this machine",
         "tinyq-lightning bench w8a32-epoch=7.ckpt --model nets:Net --batch 1 32 --layers",
     )
     command.add_argument("checkpoint", metavar="Q.ckpt", help="the quantized checkpoint")

@@ -73,7 +73,7 @@ def evaluate(args: Namespace) -> Answer:
 
 
 def bench(args: Namespace) -> Answer:
-    """Compare float and int8: time, throughput, memory."""
+    """Compare float and quantized: time, throughput, memory."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     with Archive(args.checkpoint) as source:
@@ -101,16 +101,16 @@ def bench(args: Namespace) -> Answer:
         for name, batch, timing in timings
     ]
     weights = [state_bytes(model.state_dict()) for model in (float_model, quantized)]
-    table = Table(["", "batch", "float ms", "int8 ms", "speedup", "float /s", "int8 /s"], rows)
+    table = Table(["", "batch", "float ms", "quantized ms", "speedup", "float /s", "quantized /s"], rows)
     text = (
-        f"{table.text()}\n\nweights  float {format_bytes(weights[0])}, int8 {format_bytes(weights[1])}\n"
+        f"{table.text()}\n\nweights  float {format_bytes(weights[0])}, quantized {format_bytes(weights[1])}\n"
         f"medians of {args.runs} runs, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     data = [
-        {"layer": name, "batch": batch, "float_ms": timing.float_ms, "int8_ms": timing.ms}
+        {"layer": name, "batch": batch, "float_ms": timing.float_ms, "quantized_ms": timing.ms}
         for name, batch, timing in timings
     ]
-    return Answer(text, {"timings": data, "bytes": {"float": weights[0], "int8": weights[1]}})
+    return Answer(text, {"timings": data, "bytes": {"float": weights[0], "quantized": weights[1]}})
 
 
 def _load(args: Namespace, path: str) -> LightningModule:
