@@ -46,7 +46,7 @@ class Watched(TorchDispatchMode):
         if name == "_int_mm" and given[0].is_cuda:
             (rows, features), outputs = given[0].shape, given[1].shape[1]
             assert rows > 16, f"cuBLAS refuses {rows} rows"
-            assert features and outputs, "cuBLAS refuses empty products"
+            assert features * outputs, "cuBLAS refuses empty products"
             assert not features % 8, f"cuBLAS refuses {features} features"
             assert not outputs % 8, f"cuBLAS refuses {outputs} outputs"
             assert given[0].is_contiguous(), "cuBLAS is given digits by rows"

@@ -1,4 +1,4 @@
-"""Layers on a GPU that is played by fake tensors: where each operator computes, in which dtype, and what it is given."""
+"""Layers on a GPU that fake tensors play: where each operator computes, in which dtype, and what it is given."""
 
 import copy
 
