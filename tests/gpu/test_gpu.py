@@ -1,4 +1,4 @@
-"""Layers and runs on a GPU; skipped where there is none. `tests/gpu/check.sh` runs these and prints times and memory."""
+"""Layers and runs on a GPU, skipped without one. `tests/gpu/check.sh` runs these and prints times and memory."""
 
 import copy
 
