@@ -93,8 +93,8 @@ def test_several_go_to_a_folder_of_their_own_but_never_to_one_name(folder, capsy
 def test_the_summary_is_a_table_and_reasons_are_on_stderr(folder, capsys):
     assert main(["quantize", *FILES[:2], "--model", "models:Net"]) == 1
     told = capsys.readouterr()
-    assert told.out.splitlines()[0].split() == "checkpoint result method layers float now seconds".split()
-    assert told.out.splitlines()[2].split()[:6] == "a/net.ckpt quantized w8a32 3 of 3".split()
+    assert told.out.splitlines()[0].split() == ["checkpoint", "result", "method", "layers", "float", "now", "seconds"]
+    assert told.out.splitlines()[2].split()[:6] == ["a/net.ckpt", "quantized", "w8a32", "3", "of", "3"]
     assert told.out.splitlines()[-1] == "1 quantized, 1 failed"
     assert told.err.startswith("failed: b/bad.ckpt: the file is truncated")
     with pytest.raises(SystemExit, match="2"):
