@@ -22,6 +22,7 @@ __all__ = [
 _NARROWEST = 8  # Characters; no column of text is made narrower to fit a screen.
 _COMFORTABLE = 12  # Nor than so many, if the table can be cut in parts instead, or a word is so long.
 _SHORT_REASON = 20  # A reason of so many characters stays in its row.
+_LONG = 30  # Characters from which a cell of HTML is a sentence that wraps.
 _NAMED = 3  # Rows that a reason below the table names.
 _GAP = "  "
 
@@ -162,7 +163,7 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def html(self) -> str:
-        """A ``<table>``; cells are escaped. Columns aligned to the left have the class ``left``."""
+        """A ``<table>``; cells are escaped. Those aligned to the left have the class ``left``, and sentences ``long``."""
         body = "".join(f"<tr>{self._html_cells(row, 'td')}</tr>" for row in self.rows)
         head = self._html_cells(self.header, "th")
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -171,7 +172,8 @@ class Table:
         shown = []
         for column, cell in enumerate(cells):
             if column < self.left:
-                shown.append(f"<{tag} class=left>{escape(cell)}</{tag}>")
+                kind = "left" if len(cell) <= _LONG or not column else '"left long"'
+                shown.append(f"<{tag} class={kind}>{escape(cell)}</{tag}>")
             else:
                 number = cell.replace("-", "−") if tag == "td" else cell
                 shown.append(f"<{tag}>{escape(number)}</{tag}>")
