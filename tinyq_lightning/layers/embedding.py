@@ -143,9 +143,8 @@ class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
         packed = self._packed_rows(input)
         if packed is not None and input.numel():
             try:
-                rows = (
-                    packed.rows(input) if input.dim() == 1 else packed.rows(input.reshape(-1)).unflatten(0, input.shape)
-                )
+                rows = packed.rows(input.reshape(-1))
+                rows = rows if input.dim() == 1 else rows.view(*input.shape, -1)
             except RuntimeError:
                 pass  # an index is beyond the table, which is told below
             else:
