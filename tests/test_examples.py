@@ -51,6 +51,23 @@ def test_digits_ends_with_the_table_and_a_reloaded_model_of_the_same_score(digit
     assert len(list(root.rglob("w8a32-*.ckpt"))) == 1
 
 
+def outline(line: str) -> str:
+    """A line without what another processor, torch or number of epochs changes: figures, kernels and times."""
+    line = re.sub(r"(float32 to [\d,]+ rows, )?int8 (?= *\d\d\.\d )", "", line)
+    line = re.sub(r"[-+−]?\d[\d.,]*(e-\d+)?%?", "#", line).replace("±", "")
+    return " ".join(re.sub("─+", "─", line).split())
+
+
+def test_the_readme_shows_what_the_example_prints(digits):
+    page = (ROOT / "README.md").read_text().partition("`make demo` ends with this")[2]
+    shown = page.partition("```\n")[2].partition("```\n")[0].replace("runs/digits/", "")
+    printed = {outline(line.replace(f"{digits[1]}/", "")) for line in digits[0].splitlines()}
+    machine = ("kernel ", "in memory, ", "ms per batch", "layer ")  # of which the first has no kernels elsewhere
+    lines = [line for line in shown.splitlines() if not line.startswith(machine) and "─" not in line]
+    assert len(lines) > 20
+    assert [line for line in lines if outline(line) not in printed] == []
+
+
 @pytest.mark.slow
 def test_a_resnet_of_digits_ends_with_int8_convolutions_of_nearly_the_same_score(tmp_path):
     shown = run(tmp_path, ROOT / "examples" / "digits_resnet.py", "--epochs", 6, "--root", tmp_path)

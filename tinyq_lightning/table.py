@@ -163,7 +163,7 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def html(self) -> str:
-        """A ``<table>`` of escaped cells. Those aligned to the left have the class ``left``, sentences ``long``."""
+        """A ``<table>``; cells are escaped. Those aligned to the left have the class ``left``, long ones ``long``."""
         body = "".join(f"<tr>{self._html_cells(row, 'td')}</tr>" for row in self.rows)
         head = self._html_cells(self.header, "th")
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
