@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.programs import exported_program, tensors_of
 from tinyq_lightning.handover.request import Request
-from tinyq_lightning.kernels import exporting_for_this_processor, has_int8_product
+from tinyq_lightning.kernels import (
+    compiles_packed_product,
+    exporting_for_this_processor,
+    has_int8_product,
+    packing_in_graphs,
+)
 
 __all__ = [
     "open_aoti",
@@ -25,18 +33,51 @@ def write_aoti(request: Request, path: str) -> Sequence[str]:
     Raises:
         ExportError: there is no C++ compiler, or the path does not end in ``.pt2``.
     """
-    import torch._inductor
-
     if not path.endswith(".pt2"):
         raise ExportError(f"{os.path.basename(path)}: torch loads an AOTInductor package only if its name ends in .pt2")
     _check_compiler()
-    with exporting_for_this_processor():
-        program = exported_program(request)
-    torch._inductor.aoti_compile_and_package(program, package_path=path)
+    if compiles_packed_product():
+        with packing_in_graphs(), _casts_at_run_time():
+            _compile(request, path, PACKED)
+    else:
+        _compile(request, path, {})
     notes = ["the package is machine code for processors with the vector instructions of this one"]
     if has_int8_product():
         notes.append("its int8 products are exact on processors with VNNI, as this one; without, they saturate")
     return notes
+
+
+# An activation function is read by the largest value of a row and by its rounding. With a threshold of 4, which is the
+# compiler's own, it would be computed for each of them.
+PACKED = {
+    "freezing": True,
+    "max_autotune_gemm": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "autotune_num_choices_displayed": 0,
+    "realize_reads_threshold": 3,
+}
+"""Options of the compiler that packs weights: constants are computed, and products tried, while it compiles."""
+
+
+def _compile(request: Request, path: str, options: dict[str, Any]) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    with exporting_for_this_processor(), torch.no_grad():
+        program = exported_program(request)
+        aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+
+
+@contextmanager
+def _casts_at_run_time() -> Iterator[None]:
+    """Return a context manager in which the compiler leaves int8 codes as they are where floats are made of them."""
+    from torch._inductor.constant_folding import _dont_constant_fold, add_dont_constant_fold
+
+    before = list(_dont_constant_fold)
+    add_dont_constant_fold(torch.ops.prims.convert_element_type.default)
+    try:
+        yield
+    finally:
+        _dont_constant_fold[:] = before
 
 
 def _check_compiler() -> None:

@@ -31,6 +31,7 @@ from tinyq_lightning.kernels.integer import takes_integers
 from tinyq_lightning.kernels.lookup import choose_lookup_kernel
 from tinyq_lightning.kernels.moments import Moments, moments_bytes
 from tinyq_lightning.kernels.nibbles import collapse, expand, four_bit_bytes, multipliers_of, packed_shapes
+from tinyq_lightning.kernels.onednn import compiles_packed_product, packing_in_graphs
 from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
 from tinyq_lightning.kernels.recurrent import choose_recurrent_kernel
 from tinyq_lightning.kernels.tracing import (
@@ -74,6 +75,7 @@ __all__ = [
     "choose_lookup_kernel",
     "choose_recurrent_kernel",
     "collapse",
+    "compiles_packed_product",
     "convolve",
     "convolve_once",
     "count_non_finite",
@@ -99,6 +101,7 @@ __all__ = [
     "packed_convolution",
     "packed_linear",
     "packed_shapes",
+    "packing_in_graphs",
     "quantize_groups_expanded",
     "quantize_groups_with_sqnr",
     "quantize_per_row",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tinyq_lightning.kernels.base import SUM_MAX, WeightForm
 from tinyq_lightning.kernels.conv_layout import LAYOUTS
-from tinyq_lightning.kernels.integer import digits_of_integers, int_mm, integer_sums, put_together
+from tinyq_lightning.kernels.integer import digits_of_integers, int_mm, put_together, scaled_sums
 from tinyq_lightning.kernels.tracing import in_transform, is_exporting
 from tinyq_lightning.kernels.weights import CODE_MAX, dequantize, divisor
 from tinyq_lightning.methods import Method
@@ -337,5 +337,5 @@ def _pointwise_sums(integers: Tensor, codes: Tensor, scales: Tensor, method: Met
     """As :func:`_sums` for a kernel of one place, no padding and one group, of the input at the windows alone."""
     samples, channels, *sizes = integers.shape
     rows = integers.flatten(2).transpose(1, 2).reshape(-1, channels)
-    sums = integer_sums(rows, codes.flatten(1), method)
-    return (sums * scales).view(samples, -1, len(codes)).transpose(1, 2).reshape(samples, len(codes), *sizes)
+    out = scaled_sums(rows, codes.flatten(1), scales, method)
+    return out.view(samples, -1, len(codes)).transpose(1, 2).reshape(samples, len(codes), *sizes)

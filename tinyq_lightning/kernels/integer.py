@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tinyq_lightning.kernels.base import LONGEST_SUM, BesideCodes
+from tinyq_lightning.kernels.base import LONGEST_SUM, SUM_MAX, BesideCodes
 from tinyq_lightning.kernels.fixed_point import digits_product
+from tinyq_lightning.kernels.onednn import compiles_packed_product, onednn_sums, pack_onednn
 from tinyq_lightning.kernels.probe import has_vnni, holds, is_hidden
-from tinyq_lightning.kernels.weights import quantize_rows_to_steps
+from tinyq_lightning.kernels.tracing import is_exporting_for_this_processor
+from tinyq_lightning.kernels.weights import CODE_MAX, quantize_rows_to_steps
 from tinyq_lightning.methods import Method
 
 __all__ = [
@@ -28,10 +30,10 @@ __all__ = [
     "has_plain_product",
     "int_mm",
     "integer_product",
-    "integer_sums",
     "multiplies_exactly",
     "padded_int_mm",
     "put_together",
+    "scaled_sums",
     "takes_integers",
 ]
 
@@ -97,14 +99,20 @@ def integer_product(x: Tensor, int8_weights: Tensor, scales: Tensor, method: Met
         ``[..., out]`` float32. A row with NaN or infinity gives no finite value.
     """
     integers, step = quantize_rows_to_steps(x.reshape(-1, x.shape[-1]), method.steps)
-    sums = integer_sums(integers, int8_weights, method)
-    return (sums * scales * step).view(*x.shape[:-1], int8_weights.shape[0])
+    out = scaled_sums(integers, int8_weights, scales, method) * step
+    return out.view(*x.shape[:-1], int8_weights.shape[0])
 
 
-def integer_sums(integers: Tensor, int8_weights: Tensor, method: Method) -> Tensor:
-    """``integers @ qᵀ``: ``[rows, in]`` integers as floats → ``[rows, out]`` likewise, each digit's sums exact."""
-    sums = int_mm(digits_of_integers(integers, method.digits), int8_weights)
-    return put_together(sums.to(integers.dtype), method.digits)
+def scaled_sums(integers: Tensor, int8_weights: Tensor, scales: Tensor, method: Method) -> Tensor:
+    """``integers @ (q * s)ᵀ``: ``[rows, in]`` integers as floats → ``[rows, out]`` likewise, each digit's sums exact.
+
+    A package that is compiled for this processor holds packed codes.
+    """
+    if is_exporting_for_this_processor() and _is_packed_in_packages(method, int8_weights.shape[1]):
+        sums = _packed_sums(integers, int8_weights, scales, method.digits)
+    else:
+        sums = int_mm(digits_of_integers(integers, method.digits), int8_weights).to(integers.dtype)
+    return put_together(sums, method.digits) * scales
 
 
 def put_together(sums: Tensor, count: int) -> Tensor:
@@ -113,6 +121,24 @@ def put_together(sums: Tensor, count: int) -> Tensor:
     for place, part in enumerate(higher, 1):
         low = low + part * 256.0**place
     return low
+
+
+def _is_packed_in_packages(method: Method, in_features: int) -> bool:
+    """Whether a package holds packed codes. Its products of digits plus 128 are float32 before 128 is taken off again.
+
+    Sums beyond 2²⁴ lose their last bits by that: nothing beside the rounding of activations to one digit, but too much
+    for the upper digits of finer ones.
+    """
+    return compiles_packed_product() and (method.digits == 1 or 255 * CODE_MAX * in_features < SUM_MAX)
+
+
+def _packed_sums(integers: Tensor, int8_weights: Tensor, scales: Tensor, count: int) -> Tensor:
+    """The sums of all digits, lowest first: ``[rows, in]`` integers as floats → ``[count * rows, out]`` likewise."""
+    words = integers.to(torch.int32) + 0x808080 % 256**count  # their bytes are the digits plus 128
+    digits = [(words >> 8 * place & 255).to(torch.uint8) for place in range(count)]
+    # The compiler must know these while it compiles: it does of what is computed from scales, not of torch.ones.
+    ones, zero_points = scales / scales, (scales - scales).view(torch.int32)
+    return onednn_sums(torch.cat(digits), pack_onednn(int8_weights), ones, zero_points)
 
 
 def int_mm(digits: Tensor, codes: Tensor) -> Tensor:

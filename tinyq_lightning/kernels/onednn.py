@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from tinyq_lightning.methods import Method
 
 __all__ = [
     "OnednnWeights",
+    "compiles_packed_product",
     "has_onednn_product",
     "onednn_sums",
     "pack_onednn",
+    "packing_in_graphs",
     "unpack_onednn",
 ]
 
@@ -63,6 +66,30 @@ def onednn_sums(digits: Tensor, packed: Packed, ones: Tensor, zero_points: Tenso
 @functools.cache
 def _operator() -> Callable[..., Tensor]:
     return torch.ops.onednn.qlinear_pointwise.default
+
+
+@functools.cache
+def compiles_packed_product() -> bool:
+    """Return True if torch's compiler writes machine code of its own for the packed product on this processor.
+
+    It does so for AVX512-VNNI, where the weights are known while it compiles. That code has no cost of a call, which
+    for few rows is as much as the product's.
+    """
+    if not (has_onednn_product() and torch.cpu.get_capabilities().get("avx512_vnni")):
+        return False
+    from torch._inductor import constant_folding, lowering  # noqa: F401 - what follows cannot be imported before it
+    from torch._inductor.codegen import cpp_micro_gemm
+
+    return hasattr(cpp_micro_gemm, "CppMicroGemmAVX512VNNI") and hasattr(constant_folding, "add_dont_constant_fold")
+
+
+@contextmanager
+def packing_in_graphs() -> Iterator[None]:
+    """Return a context manager in which graphs can hold :func:`pack_onednn`, whose result torch cannot trace else."""
+    with torch.library._scoped_library("onednn", "IMPL") as library:
+        with suppress(RuntimeError):  # a torch that traces it itself
+            torch.library.register_fake("onednn::qlinear_prepack", lambda codes, shape: codes.t(), lib=library)
+        yield
 
 
 class OnednnWeights(CodeHolder):

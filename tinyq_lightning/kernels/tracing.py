@@ -16,6 +16,7 @@ __all__ = [
     "in_transform",
     "is_exporting",
     "is_exporting_for_any_processor",
+    "is_exporting_for_this_processor",
     "outside_modes",
 ]
 
@@ -51,6 +52,11 @@ def exporting_for_this_processor() -> Iterator[None]:
         yield
     finally:
         _for_this_processor.reset(token)
+
+
+def is_exporting_for_this_processor() -> bool:
+    """Return True inside ``torch.export``, if it is :func:`exporting_for_this_processor`."""
+    return is_exporting() and _for_this_processor.get()
 
 
 def is_exporting_for_any_processor() -> bool:
