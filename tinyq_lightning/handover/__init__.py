@@ -1,6 +1,7 @@
 """A quantized model written for other runtimes, which is then run there and compared with the model."""
 
 from tinyq_lightning.handover.beside import check_formats, export_beside
+from tinyq_lightning.handover.calls import recorded_calls
 from tinyq_lightning.handover.example import import_example
 from tinyq_lightning.handover.exporting import export
 from tinyq_lightning.handover.formats import FORMATS, Format, Program, Tensors
@@ -17,5 +18,6 @@ __all__ = [
     "export",
     "export_beside",
     "import_example",
+    "recorded_calls",
     "session_forward",
 ]

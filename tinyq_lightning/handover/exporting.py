@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,9 +18,10 @@ from tinyq_lightning.handover.example import Example, example_for
 from tinyq_lightning.handover.formats import Format, Program, Run, Tensors, format_for
 from tinyq_lightning.handover.place import move_into_place, refuse_existing, workshop
 from tinyq_lightning.handover.report import ExportReport
-from tinyq_lightning.handover.request import Activations, Request
+from tinyq_lightning.handover.request import Request
 from tinyq_lightning.handover.source import callable_module, model_from, on_cpu, rounding_noise
 from tinyq_lightning.handover.untouched import untouched
+from tinyq_lightning.methods import ACTIVATIONS, Activations
 from tinyq_lightning.plan import state_bytes
 from tinyq_lightning.search import Timing, is_one_input
 
@@ -105,8 +106,8 @@ def export(
 
 
 def _check_activations(wanted: Program, activations: str, calibration: Iterable[Any] | None) -> None:
-    if activations not in get_args(Activations):
-        raise ExportError(f"activations must be one of {', '.join(get_args(Activations))}, not {activations!r}")
+    if activations not in ACTIVATIONS:
+        raise ExportError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}")
     if activations != "dynamic" and not wanted.static:
         raise ExportError(f"the format {wanted.name} rounds activations as they come: leave activations out")
     if (activations == "dynamic") != (calibration is None):
