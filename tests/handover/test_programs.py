@@ -190,6 +190,24 @@ def test_the_example_of_a_lightning_module_is_taken_and_one_row_does(tmp_path):
     assert run(torch.randn(17, 8)).shape == (17, 4)
 
 
+@pytest.mark.parametrize(
+    ("dynamic", "tried"),
+    [({0: "n"}, [(1, 8), (1, 8), (4, 8)]), ({0: torch.export.Dim("n", min=1, max=3)}, [(1, 8), (1, 8), (3, 8)])],
+)
+def test_one_row_of_a_dimension_of_any_name_is_compared_with_more_rows(tmp_path, dynamic, tried):
+    model = nn.Sequential(nn.Linear(8, 4))
+    quantize(model, "w8a8")
+    report = export(model, tmp_path / "net.pt2", torch.randn(1, 8), dynamic=dynamic)
+    assert [each["input"] for each in report.inputs] == tried
+
+
+def test_one_place_of_a_further_dimension_is_compared_with_more(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 4))
+    quantize(model, "w8a8")
+    report = export(model, tmp_path / "net.pt2", torch.randn(2, 1, 8), dynamic={0: "batch", 1: "steps"})
+    assert [each["input"] for each in report.inputs] == [(2, 1, 8), (1, 4, 8), (5, 4, 8)]
+
+
 def test_sizes_that_are_not_dynamic_are_fixed(tmp_path):
     model, inputs, _ = case("padded", "w8a32")
     export(model, tmp_path / "net.pt2", inputs)

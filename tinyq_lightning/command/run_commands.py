@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from tinyq_lightning.command.answer import Answer, file_size, model_class
+from tinyq_lightning.command.answer import Answer, file_size, is_safetensors, model_class, quantized_source
 from tinyq_lightning.command.bench import example_input, time_layers, time_model
+from tinyq_lightning.command.loop import made_data, run_loop
 from tinyq_lightning.errors import EvaluationError, ModelError
 from tinyq_lightning.file import (
-    Archive,
     FloatFile,
     build,
-    check_format,
     import_lightning_class,
     is_quantized,
     load_quantized,
     open_checkpoint,
-    read_checkpoint,
 )
-from tinyq_lightning.namespaces import derives_from, namespace_of, refuse_other_namespace
+from tinyq_lightning.handover import import_example
+from tinyq_lightning.namespaces import derives_from
 from tinyq_lightning.plan import state_bytes
 from tinyq_lightning.search import Timing
 from tinyq_lightning.table import Table, format_bytes
@@ -43,25 +40,9 @@ def evaluate(args: Namespace) -> Answer:
     metrics: dict[str, dict[str, float]] = {}
     for path in args.checkpoints:
         module = _load(args, path)
-        refuse_other_namespace(module, data_class)
-        pytorch = namespace_of(module).pytorch
-        # not before its import, which sets the level: without what a Trainer tells of devices, and its tips
-        logging.getLogger(pytorch.__name__).setLevel(logging.ERROR)
-        try:
-            trainer = pytorch.Trainer(
-                accelerator=args.accelerator,
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                enable_progress_bar=sys.stderr.isatty() and not args.json,
-                limit_test_batches=args.limit_batches,
-            )
-            logged = trainer.test(module, datamodule=data_class(**args.data_init), verbose=False)
-        except Exception as error:
-            message = f"{path}: the test loop could not be run: {type(error).__name__}: {error}"
-            raise EvaluationError(message) from error
-        metrics[path] = {name: float(value) for each in logged for name, value in each.items()}
+        data = made_data(data_class, args.data, args.data_init)
+        limits = {"accelerator": args.accelerator, "limit": args.limit_batches}
+        metrics[path] = run_loop(module, data, "test", path, shows=not args.json, **limits)
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     if not names:
         raise EvaluationError(f"test_step of {args.model or 'the model'} logs no metric")
@@ -76,14 +57,14 @@ def bench(args: Namespace) -> Answer:
     """Compare float and int8: time, throughput, memory."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    with Archive(args.checkpoint) as source:
-        check_format(source.content, args.checkpoint)
-        module_class = model_class(args.model, source, args.trust)
+    source = quantized_source(args.checkpoint)
+    module_class = model_class(args.model, source, args.trust)
     quantized = load_quantized(args.checkpoint, module_class, trust=args.trust, **args.init)
-    float_model = build(module_class, read_checkpoint(args.checkpoint), args.init, args.trust, args.checkpoint).eval()
+    float_model = build(module_class, source.content, args.init, args.trust, args.checkpoint).eval()
+    given = import_example(args.example) if args.example else None
     timings: list[tuple[str | None, int, Timing]] = []  # of a layer, or None for the model; at a batch size
     for batch in args.batch:
-        arguments = example_input(quantized, args.shape, batch)
+        arguments = example_input(quantized, args.shape, batch, given)
         timings.append((None, batch, time_model(quantized, float_model, arguments, args.runs)))
         if args.layers:
             layers = time_layers(quantized, float_model, arguments, args.runs)
@@ -119,7 +100,7 @@ def _load(args: Namespace, path: str) -> LightningModule:
     Raises:
         ModelError: it is no LightningModule, which has a test loop.
     """
-    with open_checkpoint(path, args.trust) as source:
+    with quantized_source(path) if is_safetensors(path) else open_checkpoint(path, args.trust) as source:
         factory = model_class(args.model, source, args.trust)
         if is_quantized(source.content):
             module = load_quantized(path, factory, trust=args.trust, **args.init)

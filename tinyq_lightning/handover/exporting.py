@@ -37,6 +37,7 @@ def export(
     *,
     to: str | None = None,
     module_class: Any = None,
+    part: str = "",
     method: str = "forward",
     dynamic: Dynamic = True,
     activations: Activations = "dynamic",
@@ -59,6 +60,7 @@ def export(
             default the ``example_input_array`` of a LightningModule.
         to: the format, if the ending of ``path`` does not tell: see :data:`~tinyq_lightning.handover.FORMATS`.
         module_class: for a path: the class it was made from, as in :func:`~tinyq_lightning.load_quantized`.
+        part: for a path: the attribute that ``module_class`` makes, as in :func:`~tinyq_lightning.load_quantized`.
         method: name of the method to export.
         dynamic: ``True``: the size of the batch, the first dimension of the inputs, may change. ``False``: no size
             may. Or names of dimensions: ``{0: "batch", 1: "tokens"}`` of every input that has them, or
@@ -90,8 +92,7 @@ def export(
         return _export_tensors(model_or_path, target, wanted, overwrite)
     assert isinstance(wanted, Program)
     if isinstance(model_or_path, str | os.PathLike):
-        content = read_content(model_or_path)
-        model_or_path = model_from(content, module_class, init_args or {}, os.fspath(model_or_path), trust)
+        model_or_path = model_from(os.fspath(model_or_path), module_class, init_args or {}, part, trust)
     model = on_cpu(model_or_path)
     example = example_for(model, example_inputs, method)
     dims = dynamic_dims(example, dynamic)

@@ -15,6 +15,7 @@ from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.request import Request
 
 __all__ = [
+    "arranged",
     "exported_program",
     "open_pt2",
     "tensors_of",
@@ -62,5 +63,23 @@ def write_pt2(request: Request, path: str) -> Sequence[str]:
 
 def open_pt2(path: str, request: Request) -> Callable[[Example], Sequence[Tensor]]:
     """Load a ``.pt2`` file."""
-    module = torch.export.load(path).module()
-    return lambda example: tensors_of(module(*example.args, **example.kwargs))
+    program = torch.export.load(path)
+    module, structure = program.module(), program.call_spec.in_spec
+
+    def run(example: Example) -> Sequence[Tensor]:
+        args, kwargs = arranged(example, structure)
+        return tensors_of(module(*args, **kwargs))
+
+    return run
+
+
+def arranged(example: Example, structure: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments as a program takes them: by name those that it was exported with by name, the others by place.
+
+    Args:
+        example: the arguments, in whatever way they were given.
+        structure: torch's ``TreeSpec`` of the program's arguments.
+    """
+    names = list(structure.children()[1].context)
+    by_place = [value for name, value in example.parameters.items() if name not in names]
+    return by_place, {name: example.parameters[name] for name in names if name in example.parameters}
