@@ -98,7 +98,7 @@ TENSOR_FORMATS = ("safetensors", "ckpt")
 
 
 Activations = Literal["dynamic", "static", "static-signed"]
-"""How what is exported rounds activations: as they come, by ranges to uint8, or by ranges to int8 without zero point."""
+"""How what is exported rounds activations: as they come; by ranges to uint8; by ranges to int8 with zero point 0."""
 
 
 ACTIVATIONS: tuple[str, ...] = get_args(Activations)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightnings import CSVLogger, LightningDataModule, MLFlowLogger
+from lightnings import CSVLogger, LightningDataModule, MLFlowLogger, WandbLogger
 from models import FEATURES, Net, keeper, loader, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -157,6 +157,31 @@ def test_mlflow_gets_all_files_if_asked(tmp_path):
     assert sent[f"{stem}.ckpt"] == Path(callback.quantized_path).read_bytes()
 
 
+def test_weights_and_biases_gets_all_files_if_asked(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_SILENT"):
+        monkeypatch.setenv(name, "offline" if name == "WANDB_MODE" else "true")
+    sent = {}
+    log = wandb.sdk.wandb_run.Run.log_artifact
+
+    def noted(self, artifact, *args, **kwargs):
+        sent[artifact.name] = {
+            name: Path(entry.local_path).read_bytes() for name, entry in artifact.manifest.entries.items()
+        }
+        return log(self, artifact, *args, **kwargs)
+
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log_artifact", noted)
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    callback = TinyQCallback("w8a8", export="pt2", log_files=True)
+    trainer(tmp_path, keeper(tmp_path), callback, logger=logger).fit(Net(), loader(), loader(seed=1))
+    wandb.finish()
+    assert callback.error is None
+    stem = Path(callback.quantized_path).stem
+    (files,) = (files for name, files in sent.items() if name.startswith("tinyq-w8a8-"))
+    assert set(files) == {f"{stem}{ending}" for ending in (".ckpt", ".pt2", ".json", ".html", ".yaml")}
+    assert files[f"{stem}.ckpt"] == Path(callback.quantized_path).read_bytes()
+
+
 def test_a_logger_that_takes_no_files_is_a_warning(tmp_path):
     callback = TinyQCallback("w8a8", log_files=True, report=False)
     run = trainer(tmp_path, keeper(tmp_path), callback, logger=CSVLogger(tmp_path), log_every_n_steps=2)
@@ -236,8 +261,14 @@ def test_a_module_whose_forward_is_never_called_gives_no_ranges_and_the_rest_sta
 @pytest.mark.parametrize(
     ("export", "message"),
     [
-        ({"to": "pt2", "activations": "static"}, r"export\.activations\): the format pt2 rounds activations as they come"),
-        ([{"to": "onnx", "activation": "static"}], r"export\.0\.activation\): unknown key.* Did you mean 'activations'"),
+        (
+            {"to": "pt2", "activations": "static"},
+            r"export\.activations\): the format pt2 rounds activations as they come",
+        ),
+        (
+            [{"to": "onnx", "activation": "static"}],
+            r"export\.0\.activation\): unknown key.* Did you mean 'activations'",
+        ),
         ({"to": "onnx", "activations": "fixed"}, r"'fixed' is not a way to round activations"),
         ({"to": "onnx", "activations": "static", "batches": 0}, "at least 1, not int 0"),
         ({"to": "safetensors", "measure": True}, "does not run, so it cannot be measured"),

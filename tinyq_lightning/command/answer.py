@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.file import Archive, Folder, as_factory, read_content
+from tinyq_lightning.file import Archive, Folder, as_factory
 from tinyq_lightning.plan import WithValues
 from tinyq_lightning.table import format_bytes
 
@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
-    "Source",
     "file_size",
     "is_safetensors",
     "model_class",
     "progress",
-    "quantized_source",
 ]
 
 
@@ -45,40 +43,12 @@ class Answer:
     good: bool = True
 
 
-@dataclass(frozen=True)
-class Source:
-    """The whole content of a quantized file; a context manager as an open checkpoint is one.
-
-    Attributes:
-        path: of the file.
-        content: that of the checkpoint.
-    """
-
-    path: str
-    content: dict[str, Any]
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Nothing is open."""
-
-
 def is_safetensors(path: str) -> bool:
     """True for the name of a safetensors file."""
     return path.lower().endswith(".safetensors")
 
 
-def quantized_source(path: str) -> Source:
-    """The content of a quantized checkpoint, or of a safetensors file made from one.
-
-    Raises:
-        CheckpointError: there is no such file, it is damaged, or it is none of these.
-    """
-    return Source(path, read_content(path))
-
-
-def model_class(path: str | None, source: Archive | Folder | Source, trust: bool) -> Any:
+def model_class(path: str | None, source: Archive | Folder, trust: bool) -> Any:
     """The class or function at ``path``; if that is None and the file is trusted, what LightningCLI noted in the file.
 
     Raises:

@@ -191,7 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--part", default="", metavar="NAME", help="the attribute that --model makes, such as net")
     how = "dynamic (default): rounded as they come; static, static-signed: by ranges of the validation data"
     command.add_argument("--activations", choices=ACTIVATIONS, default="dynamic", help=how)
-    data = "the LightningDataModule class: its validation batches give the ranges, and your loop measures what was written"
+    data = (
+        "the LightningDataModule class: its validation batches give the ranges, and your loop measures what was written"
+    )
     command.add_argument("--data", metavar="M:CLASS", help=data)
     _add_init(command, "--data-init", "an argument of the data module")
     command.add_argument("--batches", type=_count, default=8, metavar="N", help="to take ranges from (default: 8)")

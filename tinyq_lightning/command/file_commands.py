@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tinyq_lightning.command.answer import Answer, file_size, is_safetensors, model_class, progress, quantized_source
+from tinyq_lightning.command.answer import Answer, file_size, is_safetensors, model_class, progress
 from tinyq_lightning.command.differences import chosen_by_data, differences
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import (
@@ -27,6 +27,7 @@ from tinyq_lightning.file import (
     open_checkpoint,
     quantize_file,
     quantized_path,
+    read_content,
     stem_of,
     write_checkpoint,
 )
@@ -68,7 +69,7 @@ def inspect(args: Namespace) -> Answer:
     """Describe a quantized file, or what would be quantized of a float one."""
     kind = "safetensors file of a quantized checkpoint" if is_safetensors(args.checkpoint) else "quantized checkpoint"
     if is_safetensors(args.checkpoint):
-        content = quantized_source(args.checkpoint).content
+        content = read_content(args.checkpoint)
     else:
         with open_checkpoint(args.checkpoint, args.trust) as source:
             if not is_quantized(source.content):
@@ -128,7 +129,7 @@ def _inspect_float(args: Namespace, source: Archive | Folder) -> Answer:
 
 def verify(args: Namespace) -> Answer:
     """Check that a quantized file is intact and, given the float file, that quantizing it again gives the same."""
-    content = quantized_source(args.checkpoint).content
+    content = read_content(args.checkpoint)
     tinyq = content["tinyq"]
     count = len(content["state_dict"])
     text = f"{args.checkpoint}: intact, format {tinyq['format_version']}, {count} tensors, all digests agree"

@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from tinyq_lightning.command.answer import Answer, file_size, is_safetensors, model_class, quantized_source
+from tinyq_lightning.command.answer import Answer, file_size, model_class
 from tinyq_lightning.command.bench import example_input, time_layers, time_model
 from tinyq_lightning.command.loop import made_data, run_loop
 from tinyq_lightning.errors import EvaluationError, ModelError
 from tinyq_lightning.file import (
+    Archive,
     FloatFile,
     build,
+    check_format,
     import_lightning_class,
     is_quantized,
     load_quantized,
     open_checkpoint,
+    read_checkpoint,
 )
 from tinyq_lightning.handover import import_example
 from tinyq_lightning.namespaces import derives_from
@@ -57,10 +60,11 @@ def bench(args: Namespace) -> Answer:
     """Compare float and int8: time, throughput, memory."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    source = quantized_source(args.checkpoint)
-    module_class = model_class(args.model, source, args.trust)
+    with Archive(args.checkpoint) as source:
+        check_format(source.content, args.checkpoint)
+        module_class = model_class(args.model, source, args.trust)
     quantized = load_quantized(args.checkpoint, module_class, trust=args.trust, **args.init)
-    float_model = build(module_class, source.content, args.init, args.trust, args.checkpoint).eval()
+    float_model = build(module_class, read_checkpoint(args.checkpoint), args.init, args.trust, args.checkpoint).eval()
     given = import_example(args.example) if args.example else None
     timings: list[tuple[str | None, int, Timing]] = []  # of a layer, or None for the model; at a batch size
     for batch in args.batch:
@@ -100,7 +104,7 @@ def _load(args: Namespace, path: str) -> LightningModule:
     Raises:
         ModelError: it is no LightningModule, which has a test loop.
     """
-    with quantized_source(path) if is_safetensors(path) else open_checkpoint(path, args.trust) as source:
+    with open_checkpoint(path, args.trust) as source:
         factory = model_class(args.model, source, args.trust)
         if is_quantized(source.content):
             module = load_quantized(path, factory, trust=args.trust, **args.init)

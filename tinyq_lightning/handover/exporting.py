@@ -121,8 +121,9 @@ def _check_activations(wanted: Program, activations: str, calibration: Iterable[
 
 
 def _called(module: nn.Module, example: Example) -> Any:
+    given = example.fresh()
     try:
-        return module(*example.args, **example.kwargs)
+        return module(*given.args, **given.kwargs)
     except Exception as error:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in example.tensors().items())
         raise ExportError(
@@ -136,7 +137,7 @@ def _write_program(
     with workshop(target) as written:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of libraries, about themselves
-            notes = _guarded(wanted, "written", lambda: wanted.write(request, written))
+            notes = _guarded(wanted, request.module, "written", lambda: wanted.write(request, written))
             trial = _tried(wanted, request, example, written)
         _refuse_errors(wanted, trial.outputs, bound)
         files = move_into_place(written, target, overwrite)
@@ -166,20 +167,24 @@ class _Trial(NamedTuple):
 
 
 def _tried(wanted: Program, request: Request, example: Example, written: str) -> _Trial:
-    run: Run = _guarded(wanted, "loaded", lambda: wanted.open(written, request))
+    run: Run = _guarded(wanted, request.module, "loaded", lambda: wanted.open(written, request))
     cases, notes = _cases(request, example)
-    outputs = _guarded(wanted, "run", lambda: worst([_errors(request, run, case) for case in cases]))
-    timing = time_both(lambda: request.module(*example.args, **example.kwargs), lambda: run(example))
+    outputs = _guarded(wanted, request.module, "run", lambda: worst([_errors(request, run, case) for case in cases]))
+    timed = example.fresh()
+    timing = time_both(lambda: request.module(*timed.args, **timed.kwargs), lambda: run(timed))
     return _Trial(cases, notes, outputs, timing)
 
 
-def _guarded(wanted: Format, what: str, step: Any) -> Any:
+def _guarded(wanted: Format, module: nn.Module, what: str, step: Any) -> Any:
     try:
         return step()
     except TinyQError:
         raise
     except Exception as error:  # of a library, which may raise anything
-        raise ExportError(f"{wanted.name}: the model could not be {what}: {type(error).__name__}: {error}") from error
+        narrow = {each.dtype for each in module.parameters()} & {torch.float16, torch.bfloat16}
+        advice = f". It computes in {narrow.pop()}, which not every runtime can: export model.float()" if narrow else ""
+        reason = f"{type(error).__name__}: {error}"
+        raise ExportError(f"{wanted.name}: the model could not be {what}: {reason}{advice}") from error
 
 
 def _cases(request: Request, example: Example) -> tuple[list[Example], list[str]]:
@@ -200,8 +205,8 @@ def _cases(request: Request, example: Example) -> tuple[list[Example], list[str]
 
 
 def _errors(request: Request, run: Run, case: Example) -> list[OutputError]:
-    wanted = output_tensors(request.module(*case.args, **case.kwargs))
-    return output_errors(wanted, run(case))
+    wanted = output_tensors(_called(request.module, case))
+    return output_errors(wanted, run(case.fresh()))
 
 
 def _refuse_errors(wanted: Format, outputs: list[OutputError], bound: float) -> None:

@@ -68,7 +68,9 @@ def _feeds(request: Request) -> Iterator[dict[str, Any]]:
                 f"calibration input {index} has {len(tensors)} tensors, and the example {len(names)}: "
                 f"{', '.join(names)}; each is to be like example_inputs"
             )
-        yield {name: each.detach().to("cpu", kind).numpy() for name, kind, each in zip(names, kinds, tensors, strict=True)}
+        yield {
+            name: each.detach().to("cpu", kind).numpy() for name, kind, each in zip(names, kinds, tensors, strict=True)
+        }
 
 
 def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

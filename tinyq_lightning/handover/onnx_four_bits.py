@@ -1,4 +1,4 @@
-"""Codes of four bits in a graph: int4 initializers, which runtimes multiply by or expand to int8 when they load them."""
+"""Codes of four bits in a graph: int4 initializers, which runtimes multiply by, or expand when they load them."""
 
 from __future__ import annotations
 

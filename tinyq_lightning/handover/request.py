@@ -16,6 +16,7 @@ __all__ = [
     "Request",
 ]
 
+
 @dataclass(frozen=True)
 class Request:
     """A quantized model and the call to write.

@@ -49,9 +49,9 @@ from tinyq_lightning.kernels.weights import (
 )
 
 __all__ = [
-    "GROUP",
     "CONV_FORMS",
     "FORMS",
+    "GROUP",
     "INPUT_DTYPES",
     "LAYOUTS",
     "LONGEST_SUM",
