@@ -23,7 +23,7 @@ _PLACES = {
         "WeightAveraging",
     ),
     "cli": ("LightningCLI",),
-    "loggers": ("CSVLogger", "MLFlowLogger", "TensorBoardLogger"),
+    "loggers": ("CSVLogger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"),
     "strategies": ("FSDPStrategy", "ModelParallelStrategy"),
     "utilities": ("CombinedLoader",),
     "utilities.model_summary": ("summarize",),

@@ -109,7 +109,8 @@ class TinyQCallback(WatchesValidation):
         report: whether to print the comparison and the layers, log them to loggers that take tables or text, and write
             ``.json``, ``.html`` and ``.yaml`` beside the checkpoint. ``full`` adds output SQNR, crest factor and time.
         export: a format, or several, in which each quantized model is exported beside its checkpoint; overrides the
-            spec. Inputs are the ``example_input_array``, or else those of the first batch. Failing is a warning.
+            spec. ``{"to": "onnx", "activations": "static"}`` takes ranges from validation batches, and measures the
+            export. Inputs are the ``example_input_array``, or those of the first batch. Failing is a warning.
         log_files: whether to give checkpoints, exports and reports to loggers that take artifacts.
         strict: whether an error after training or testing is raised. By default it is a warning with the reason,
             ``error`` holds it, and the run ends as without the callback. What is wrong before training is raised.
@@ -148,7 +149,7 @@ class TinyQCallback(WatchesValidation):
         dirpath: str | None = None,
         filename: str | None = None,
         report: bool | Literal["full"] = True,
-        export: str | Sequence[str] | None = None,
+        export: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
         log_files: bool = False,
         strict: bool = False,
     ) -> None:
@@ -203,7 +204,7 @@ class TinyQCallback(WatchesValidation):
         """Refuse strategies that cannot work, and let ``ckpt_path`` be a quantized checkpoint."""
         refuse_mixed_packages(trainer)
         refuse_sharding(trainer, self.spec.when)
-        check_formats(self.spec.export)
+        check_formats(each.to for each in self.spec.export)
         earlier = takewhile(lambda each: each is not self, _tinyq_callbacks(trainer))
         self._earlier = [each for each in earlier if each.spec.when == self.spec.when]
         self._quantized_start = QuantizedStart(trainer, pl_module)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 __all__ = [
+    "ACTIVATIONS",
     "FORMAT_NAMES",
     "KERNELS",
     "KIND_NAMES",
     "LADDER",
     "METHODS",
+    "STATIC_FORMATS",
+    "TENSOR_FORMATS",
+    "Activations",
     "KernelName",
     "Method",
     "with_bits",
@@ -83,3 +87,18 @@ FORMAT_NAMES = {
 }
 """The formats that a model is exported in, each in a line. They are here, since the command line's help tells them
 without importing torch; :data:`tinyq_lightning.handover.FORMATS` has what writes and runs each."""
+
+
+STATIC_FORMATS = ("onnx", "openvino")
+"""Those that can hold ranges of activations."""
+
+
+TENSOR_FORMATS = ("safetensors", "ckpt")
+"""Those that hold tensors alone and do not run."""
+
+
+Activations = Literal["dynamic", "static", "static-signed"]
+"""How what is exported rounds activations: as they come; by ranges to uint8; by ranges to int8 with zero point 0."""
+
+
+ACTIVATIONS: tuple[str, ...] = get_args(Activations)

@@ -23,7 +23,10 @@ EXPORTS = [
     ("onnx", "w8a32"),
     ("onnx", "w8a16"),
     ("onnx", "w8a8"),
+    ("onnx", "w4a32"),
+    ("onnx", "w4a8"),
     ("openvino", "w8a8"),
+    ("openvino", "w4a32"),
     ("pt2", "w8a8"),
     ("aoti", "w8a8"),
 ]
@@ -64,6 +67,7 @@ def _written(encoder: Encoder, ids: Tensor, folder: Path, exports: list) -> tupl
     )
     if ("openvino", "w8a8") in exports:
         files["float32 openvino"] = "openvino", place
+        files |= _compressed(place, folder)
     for kind, method in exports:
         name, network = f"{kind} {method}", copy.deepcopy(encoder)
         quantize(network, method)
@@ -74,6 +78,18 @@ def _written(encoder: Encoder, ids: Tensor, folder: Path, exports: list) -> tupl
         except TinyQError as failure:
             failed.append({"part": "handover", "contender": name, "failed": str(failure).splitlines()[0]})
     return files, failed
+
+
+def _compressed(place: Path, folder: Path) -> dict:
+    """OpenVINO's own way to int8 weights, if it is installed."""
+    try:
+        import nncf
+        import openvino
+    except ModuleNotFoundError:
+        return {}
+    model = nncf.compress_weights(openvino.Core().read_model(place), mode=nncf.CompressWeightsMode.INT8_SYM)
+    openvino.save_model(model, folder / "nncf.xml", compress_to_fp16=False)
+    return {"nncf openvino": ("openvino", folder / "nncf.xml")}
 
 
 def _resident(kind: str, path: Path) -> int:
@@ -87,7 +103,8 @@ def _of(cell: dict, files: dict, held: dict) -> dict:
     kind, path = files.get(cell["contender"], ("", None))
     if path is None:
         return cell
-    size = sum(each.stat().st_size for each in {path, path.with_suffix(".bin")} if each.exists())
+    parts = {path, path.with_suffix(".bin")} if path.suffix == ".xml" else {path}
+    size = sum(each.stat().st_size for each in parts)
     return cell | {"kind": kind, "bytes": size, "resident": held[cell["contender"]]}
 
 

@@ -40,6 +40,17 @@ class Data(LightningDataModule):
 
     def test_dataloader(self):
         return loader(seed=2, batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        return loader(seed=1, batch_size=self.batch_size)
+
+
+def example():
+    return {"x": torch.zeros(3, 8)}
+
+
+def calibration():
+    return [torch.randn(16, 8) for _ in range(3)]
 """
 
 
@@ -289,6 +300,50 @@ def test_evaluate_takes_a_state_dict_and_a_safetensors_file(folder, capsys):
     assert metrics["q.safetensors"] == metrics["w8a32-epoch=7.ckpt"]
     assert main(["evaluate", "--data", "nets:Data", "q.safetensors"]) == 1
     assert "q.safetensors does not say which class it was made from: give --model" in capsys.readouterr().err
+
+
+def test_bench_takes_an_example(folder, capsys):
+    command = [
+        "bench",
+        "w8a32-epoch=7.ckpt",
+        "--model",
+        "nets:Net",
+        "--example",
+        "nets:example",
+        "--runs",
+        "2",
+        "--json",
+    ]
+    assert main([*command, "--batch", "1", "5"]) == 0
+    assert [each["batch"] for each in json.loads(capsys.readouterr().out)["timings"]] == [1, 5]
+
+
+def test_safetensors_of_a_checkpoint_are_inspected_and_verified(folder, capsys):
+    assert main(["export", "w8a32-epoch=7.ckpt", "--output", "w8a32.safetensors"]) == 0
+    assert main(["inspect", "w8a32.safetensors", "--json"]) == 0
+    told = capsys.readouterr().out
+    assert main(["inspect", "w8a32-epoch=7.ckpt", "--json"]) == 0
+    first, other = (json.loads(text[text.index("{") :]) for text in (told, capsys.readouterr().out))
+    assert first["tinyq"] == other["tinyq"]
+    assert main(["verify", "w8a32.safetensors", "--float", "epoch=7.ckpt", "--model", "nets:Net"]) == 0
+    assert "all digests agree" in capsys.readouterr().out
+    content = Path("w8a32.safetensors").read_bytes()
+    Path("w8a32.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert main(["verify", "w8a32.safetensors"]) == 1
+
+
+def test_export_with_static_activations_is_measured_by_the_validation_loop(folder, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    command = ["export", "w8a32-epoch=7.ckpt", "--model", "nets:Net", "--activations", "static", "--json"]
+    data = ["--data", "nets:Data", "--data-init", "batch_size=16", "--batches", "2"]
+    assert main([*command, *data, "--output", "static.onnx"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["metrics"].keys() == told["model_metrics"].keys() >= {"val_acc"}
+    assert told["metrics"] == pytest.approx(told["model_metrics"], abs=0.1)
+    assert told["metrics"] != told["model_metrics"]
+    assert main([*command, "--calibration", "nets:calibration", "--output", "other.onnx"]) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"] == {}
 
 
 def test_the_class_that_lightning_cli_noted_is_imported_only_with_trust(folder, capsys):

@@ -151,6 +151,11 @@ def test_stored_hyper_parameters_are_given_to_what_takes_them(server):
         load_quantized("whole.ckpt", makes, width=8)
 
 
+def test_a_part_that_is_a_single_layer_is_an_error_that_names_the_module_above(server):
+    with pytest.raises(CheckpointError, match=r"'net\.lstm' is a single quantized layer .*part='net' loads"):
+        load_quantized("task.ckpt", lambda: torch.nn.LSTM(8, 8), part="net.lstm")
+
+
 def test_a_part_is_asked_for_by_name(server):
     with pytest.raises(
         CheckpointError, match=r"no layer of that name\..*this one as its part 'net', give .*part='net'"

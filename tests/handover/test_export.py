@@ -12,8 +12,8 @@ from torch import nn
 import tinyq_lightning
 from tinyq_lightning import TinyQError, export, quantize
 from tinyq_lightning.errors import ExportError, MissingExtraError, ModelError
-from tinyq_lightning.handover import FORMATS
-from tinyq_lightning.methods import FORMAT_NAMES
+from tinyq_lightning.handover import FORMATS, Program
+from tinyq_lightning.methods import FORMAT_NAMES, STATIC_FORMATS, TENSOR_FORMATS
 
 
 class Counting(nn.Module):
@@ -177,6 +177,8 @@ def test_the_names_are_public():
 
 def test_every_format_that_the_command_line_offers_can_be_written():
     assert list(FORMATS) == list(FORMAT_NAMES)
+    assert tuple(name for name, each in FORMATS.items() if not isinstance(each, Program)) == TENSOR_FORMATS
+    assert tuple(name for name, each in FORMATS.items() if getattr(each, "static", False)) == STATIC_FORMATS
 
 
 class Halving(nn.Module):

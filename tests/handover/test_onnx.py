@@ -196,6 +196,14 @@ class Cast(nn.Module):
         return x.to(self.dtype)
 
 
+def test_what_a_runtime_cannot_compute_in_bfloat16_is_an_error_with_advice(tmp_path):
+    net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4)).bfloat16()
+    quantize(net, "w8a8")
+    with pytest.raises(ExportError, match=r"computes in torch\.bfloat16.*export model\.float\(\)"):
+        export(net, tmp_path / "net.onnx", torch.randn(3, 16).bfloat16())
+    assert not list(tmp_path.iterdir())
+
+
 def test_offsets_of_bags_work(tmp_path):
     net = nn.EmbeddingBag(20, 4, mode="mean")
     holder = nn.Sequential(net)
@@ -230,6 +238,59 @@ def test_an_older_torch_is_an_error_that_says_so(tmp_path, monkeypatch):
     net, inputs, _ = quantized("mlp")
     with pytest.raises(ExportError, match=r"torch 2\.8"):
         export(net, tmp_path / "net.onnx", inputs)
+
+
+FOUR = {
+    "linear": lambda: (nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 8)), torch.randn(3, 64)),
+    "conv": lambda: (nn.Sequential(nn.Conv2d(32, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), torch.randn(2, 32, 5, 5)),
+    "tied": lambda: (wide_tied(), torch.randint(0, 40, (3, 5))),
+}
+
+
+def wide_tied():
+    net = NETS["tied"]()[0]
+    net.embed, net.middle, net.out = nn.Embedding(40, 64), nn.Linear(64, 64), nn.Linear(64, 40)
+    net.out.weight = net.embed.weight
+    return net
+
+
+@pytest.mark.parametrize("method", ["w4a32", "w4a8"])
+@pytest.mark.parametrize("name", FOUR)
+def test_codes_of_four_bits_are_int4_where_rows_are_whole_groups(tmp_path, name, method):
+    torch.manual_seed(0)
+    net, inputs = FOUR[name]()
+    quantize(net.eval(), method)
+    report = export(net, tmp_path / "net.onnx", inputs)
+    assert report.relative_error < (0.02 if method == "w4a32" else CLOSE)
+    graph = graph_of(tmp_path / "net.onnx")
+    packed = [tuple(each.dims) for each in initializers(graph, "INT4")]
+    whole = [each for each in initializers(graph) if len(each.dims) > 1]
+    assert (
+        sum(np.prod(each) for each in packed) == {"linear": 64 * 48, "conv": 8 * 32 * 9, "tied": 64 * (64 + 40)}[name]
+    )
+    assert sum(np.prod(each.dims) for each in whole) == {"linear": 48 * 8, "conv": 8 * 4, "tied": 0}[name]
+    blocks = [node for node in graph.node if any(each.name == "block_size" for each in node.attribute)]
+    assert len(blocks) == {"linear": 1, "conv": 0, "tied": 1}[name] * (method == "w4a32")
+
+
+def test_openvino_runs_a_file_with_codes_of_four_bits(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    net, inputs = FOUR["linear"]()
+    quantize(net.eval(), "w4a32")
+    export(net, tmp_path / "net.onnx", inputs)
+    assert export(net, tmp_path / "net.xml", inputs).relative_error < 0.05
+    core = openvino.Core()
+    properties = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0", "INFERENCE_PRECISION_HINT": "f32"}
+    for name in ("net.onnx", "net.xml"):
+        out = core.compile_model(tmp_path / name, "CPU", properties)([inputs.numpy()])[0]
+        torch.testing.assert_close(torch.from_numpy(out), net(inputs), rtol=1e-4, atol=1e-5)
+    constants = [each for each in core.read_model(tmp_path / "net.xml").get_ops() if each.get_type_name() == "Constant"]
+    assert sum(torch.Size(each.get_output_shape(0)).numel() for each in constants if is_int4(each)) == 64 * 48
+
+
+def is_int4(constant):
+    return constant.get_element_type().get_type_name() == "i4"
 
 
 ALONE = """

@@ -16,6 +16,7 @@ from transformer import LENGTH, WORDS, Language
 
 from tinyq_lightning import export, quantize
 from tinyq_lightning.errors import ExportError
+from tinyq_lightning.handover import session_forward
 
 METHODS = ("w8a32", "w8a16", "w8a8")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -188,6 +189,81 @@ def test_the_example_of_a_lightning_module_is_taken_and_one_row_does(tmp_path):
     assert [each["x"] for each in report.inputs] == [(1, 8), (1, 8), (4, 8)]
     run = torch.export.load(tmp_path / "net.pt2").module()
     assert run(torch.randn(17, 8)).shape == (17, 4)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "tried"),
+    [({0: "n"}, [(1, 8), (1, 8), (4, 8)]), ({0: torch.export.Dim("n", min=1, max=3)}, [(1, 8), (1, 8), (3, 8)])],
+)
+def test_one_row_of_a_dimension_of_any_name_is_compared_with_more_rows(tmp_path, dynamic, tried):
+    model = nn.Sequential(nn.Linear(8, 4))
+    quantize(model, "w8a8")
+    report = export(model, tmp_path / "net.pt2", torch.randn(1, 8), dynamic=dynamic)
+    assert [each["input"] for each in report.inputs] == tried
+
+
+def test_one_place_of_a_further_dimension_is_compared_with_more(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 4))
+    quantize(model, "w8a8")
+    report = export(model, tmp_path / "net.pt2", torch.randn(2, 1, 8), dynamic={0: "batch", 1: "steps"})
+    assert [each["input"] for each in report.inputs] == [(2, 1, 8), (1, 4, 8), (5, 4, 8)]
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x, scale=None):
+        return self.layer(x) if scale is None else self.layer(x) * scale
+
+
+def test_a_program_in_the_place_of_forward_takes_arguments_by_name_and_by_place(tmp_path):
+    model, x, scale = Scaled(), torch.randn(3, 8), torch.tensor(2.0)
+    quantize(model, "w8a8")
+    export(model, tmp_path / "net.pt2", {"x": x, "scale": scale})
+    with torch.no_grad(), session_forward(model, tmp_path / "net.pt2"):
+        outs = model(x, scale), model(x, scale=scale), model(scale=scale, x=x)
+    for out in outs:
+        torch.testing.assert_close(out, model(x, scale))
+
+
+class Returning(nn.Module):
+    """Returns its input, one tensor twice, nothing, and if asked text; changes an input; and may take a branch."""
+
+    def __init__(self, text="", branches=False):
+        super().__init__()
+        self.layer, self.text, self.branches = nn.Linear(8, 4), text, branches
+
+    def forward(self, x, y):
+        out = self.layer(x) + y.add_(1)
+        if self.branches and out.sum() > 0:
+            out = -out
+        return {"x": x, "outs": (out, [out, None])} | ({"text": self.text} if self.text else {})
+
+
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+def test_inputs_may_be_returned_and_changed(tmp_path, ending):
+    pytest.importorskip("onnxruntime" if ending == "onnx" else "torch")
+    model = Returning()
+    quantize(model, "w8a8")
+    y = torch.zeros(3, 4)
+    report = export(model, tmp_path / f"net.{ending}", (torch.randn(3, 8), y))
+    assert report.relative_error < 1e-4
+    assert [each.name for each in report.outputs] == ["x", "outs.0", "outs.1.0"]
+    assert torch.equal(y, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [({"text": "scores"}, "returns the text 'scores'"), ({"branches": True}, "torch.where")]
+)
+def test_what_no_program_can_hold_is_an_error_in_words(tmp_path, capfd, given, message):
+    model = Returning(**given)
+    quantize(model, "w8a8")
+    with pytest.raises(ExportError, match=message):
+        export(model, tmp_path / "net.pt2", (torch.randn(3, 8), torch.zeros(3, 4)))
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr().err == ""
 
 
 def test_sizes_that_are_not_dynamic_are_fixed(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightnings import CSVLogger, MLFlowLogger
+from lightnings import CSVLogger, LightningDataModule, MLFlowLogger, WandbLogger
 from models import FEATURES, Net, keeper, loader, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -157,6 +157,31 @@ def test_mlflow_gets_all_files_if_asked(tmp_path):
     assert sent[f"{stem}.ckpt"] == Path(callback.quantized_path).read_bytes()
 
 
+def test_weights_and_biases_gets_all_files_if_asked(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_SILENT"):
+        monkeypatch.setenv(name, "offline" if name == "WANDB_MODE" else "true")
+    sent = {}
+    log = wandb.sdk.wandb_run.Run.log_artifact
+
+    def noted(self, artifact, *args, **kwargs):
+        sent[artifact.name] = {
+            name: Path(entry.local_path).read_bytes() for name, entry in artifact.manifest.entries.items()
+        }
+        return log(self, artifact, *args, **kwargs)
+
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log_artifact", noted)
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    callback = TinyQCallback("w8a8", export="pt2", log_files=True)
+    trainer(tmp_path, keeper(tmp_path), callback, logger=logger).fit(Net(), loader(), loader(seed=1))
+    wandb.finish()
+    assert callback.error is None
+    stem = Path(callback.quantized_path).stem
+    (files,) = (files for name, files in sent.items() if name.startswith("tinyq-w8a8-"))
+    assert set(files) == {f"{stem}{ending}" for ending in (".ckpt", ".pt2", ".json", ".html", ".yaml")}
+    assert files[f"{stem}.ckpt"] == Path(callback.quantized_path).read_bytes()
+
+
 def test_a_logger_that_takes_no_files_is_a_warning(tmp_path):
     callback = TinyQCallback("w8a8", log_files=True, report=False)
     run = trainer(tmp_path, keeper(tmp_path), callback, logger=CSVLogger(tmp_path), log_every_n_steps=2)
@@ -172,3 +197,95 @@ def test_a_model_that_stays_float_is_not_exported_and_that_is_no_failure(tmp_pat
     callback = fitted(tmp_path, export="pt2", never_slower=True, strict=True)
     assert callback.error is None
     assert not list(tmp_path.glob("*.pt2"))
+
+
+class Plain(Net):
+    """Without an example of its inputs, so that they come from the calls of its validation."""
+
+    def __init__(self):
+        super().__init__()
+        self.example_input_array = None
+
+
+@pytest.mark.parametrize("when", ["fit_end", "test_start"])
+def test_static_activations_take_ranges_from_validation_and_are_measured(tmp_path, when, capsys):
+    pytest.importorskip("onnxruntime")
+    export = {"to": "onnx", "activations": "static", "batches": 2}
+    callback = TinyQCallback("w8a8", when=when, export=["onnx", export])
+    run = trainer(tmp_path, keeper(tmp_path), callback)
+    data = Data()
+    run.fit(Plain(), datamodule=data)
+    if when == "test_start":
+        run.test(run.lightning_module, datamodule=data, verbose=False)
+    assert callback.error is None
+    path = Path(callback.quantized_path)
+    dynamic, static = json.loads(path.with_suffix(".json").read_text())["exports"]
+    assert [dynamic["path"], static["path"]] == [f"{path.stem}.onnx", f"{path.stem}-static.onnx"]
+    assert b"QuantizeLinear" in path.with_name(static["path"]).read_bytes()
+    metrics = {name: values["w8a8"] for name, values in callback.results.items()}
+    assert dynamic["metrics"] == {}
+    assert static["metrics"] == pytest.approx(metrics, abs=0.05)
+    assert static["metrics"] != metrics
+    assert "forward" not in vars(run.lightning_module)
+    assert f"{path.stem}-static.onnx" in capsys.readouterr().out
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return loader(shuffle=True)
+
+    def val_dataloader(self):
+        return loader(seed=1)
+
+    def test_dataloader(self):
+        return loader(seed=2)
+
+
+class NeverCalled(Net):
+    def training_step(self, batch, index):
+        return nn.functional.cross_entropy(Net.forward(self, batch[0]), batch[1])
+
+    def validation_step(self, batch, index):
+        self.log("val_acc", -self.training_step(batch, index))
+
+
+def test_a_module_whose_forward_is_never_called_gives_no_ranges_and_the_rest_stands(tmp_path):
+    pytest.importorskip("onnxruntime")
+    callback = TinyQCallback("w8a8", export=[{"to": "onnx", "activations": "static"}, "pt2"], report=False)
+    run = trainer(tmp_path, keeper(tmp_path), callback)
+    with pytest.warns(UserWarning, match=r"Exporting to onnx failed(?s:.*)never calls self\(\.\.\.\)"):
+        run.fit(NeverCalled(), loader(), loader())
+    assert Path(callback.quantized_path).with_suffix(".pt2").is_file()
+
+
+@pytest.mark.parametrize(
+    ("export", "message"),
+    [
+        (
+            {"to": "pt2", "activations": "static"},
+            r"export\.activations\): the format pt2 rounds activations as they come",
+        ),
+        (
+            [{"to": "onnx", "activation": "static"}],
+            r"export\.0\.activation\): unknown key.* Did you mean 'activations'",
+        ),
+        ({"to": "onnx", "activations": "fixed"}, r"'fixed' is not a way to round activations"),
+        ({"to": "onnx", "activations": "static", "batches": 0}, "at least 1, not int 0"),
+        ({"to": "safetensors", "measure": True}, "does not run, so it cannot be measured"),
+        (["onnx", {"to": "onnx", "batches": 3}], r"export\.1\): 'onnx' is in the list twice"),
+        ({"activations": "static"}, "the key 'to' is missing"),
+    ],
+)
+def test_a_wrong_export_is_an_error_with_its_place(export, message):
+    with pytest.raises(SpecError, match=message):
+        TinyQCallback("w8a8", export=export)
+    with pytest.raises(SpecError, match=message):
+        QuantizationSpec.from_dict({"method": "w8a8", "export": export})
+
+
+def test_exports_of_the_yaml_come_back(tmp_path):
+    asked = ["pt2", {"to": "onnx", "activations": "static-signed", "batches": 3}, {"to": "aoti", "measure": True}]
+    spec = QuantizationSpec.from_dict({"method": "w8a8", "export": asked})
+    assert spec.to_dict()["export"] == asked
+    spec.to_yaml(tmp_path / "spec.yaml")
+    assert QuantizationSpec.from_yaml(tmp_path / "spec.yaml") == spec

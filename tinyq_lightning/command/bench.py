@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.handover import as_arguments
 from tinyq_lightning.plan import find_sites
 from tinyq_lightning.search import Timing, time_in_turns
 
@@ -22,38 +24,45 @@ __all__ = [
 _WARM_UP = 3
 
 
-def example_input(module: nn.Module, shape: Sequence[int] | None, batch: int) -> tuple[Any, ...]:
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Those of a call: the positional ones, and those by name."""
+
+
+def example_input(module: nn.Module, shape: Sequence[int] | None, batch: int, given: Any = None) -> Arguments:
     """Arguments of ``forward`` for ``batch`` samples.
 
     Args:
-        module: with an ``example_input_array``, unless a shape is given.
+        module: with an ``example_input_array``, unless a shape or an example is given.
         shape: of one sample, which is drawn at random as float32.
-        batch: how many samples.
+        batch: how many samples. Tensors of the example with as many places in the first dimension as the first tensor
+            has are cut or repeated.
+        given: an example: a tensor, a tuple of arguments, or a dict of arguments by name.
 
     Raises:
-        EvaluationError: there is neither.
+        EvaluationError: there is none of these.
     """
     if shape is not None:
-        return (torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)),)
-    given = getattr(module, "example_input_array", None)  # only a LightningModule has it
+        return (torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)),), {}
+    given = getattr(module, "example_input_array", None) if given is None else given
     if given is None:
         raise EvaluationError(
-            f"{type(module).__name__} has no example_input_array: set it in __init__, or give the shape of one sample "
-            "with --shape"
+            f"{type(module).__name__} has no example_input_array: set it in __init__, give the shape of one sample "
+            "with --shape, or a function that returns the arguments of one call with --example"
         )
-    if isinstance(given, Mapping):
-        raise EvaluationError("an example_input_array that is a mapping is not supported: give --shape")
-    return tuple(_of_size(each, batch) for each in (given if isinstance(given, tuple) else (given,)))
+    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.dim()]
+    rows = len(tensors[0]) if tensors else 0
+    sized: Arguments = pytree.tree_map(partial(_of_size, rows=rows, batch=batch), as_arguments(given))
+    return sized
 
 
-def _of_size(value: Any, batch: int) -> Any:
-    """The first ``batch`` samples of ``value``, repeated if it has fewer."""
-    if not isinstance(value, Tensor) or not value.dim():
+def _of_size(value: Any, rows: int, batch: int) -> Any:
+    """The first ``batch`` samples of a tensor of so many rows, repeated if it has fewer."""
+    if not isinstance(value, Tensor) or not value.dim() or len(value) != rows or not rows:
         return value
-    return value.repeat(-(-batch // len(value)), *[1] * (value.dim() - 1))[:batch]
+    return value.repeat(-(-batch // rows), *[1] * (value.dim() - 1))[:batch]
 
 
-def time_model(quantized: nn.Module, float_model: nn.Module, arguments: tuple[Any, ...], runs: int) -> Timing:
+def time_model(quantized: nn.Module, float_model: nn.Module, arguments: Arguments, runs: int) -> Timing:
     """Median time of ``forward``, the two models taking turns.
 
     Args:
@@ -65,7 +74,8 @@ def time_model(quantized: nn.Module, float_model: nn.Module, arguments: tuple[An
     Raises:
         EvaluationError: ``forward`` does not take such an input.
     """
-    return _time_pair(partial(float_model, *arguments), partial(quantized, *arguments), runs)
+    args, kwargs = arguments
+    return _time_pair(partial(float_model, *args, **kwargs), partial(quantized, *args, **kwargs), runs)
 
 
 def _time_pair(float_run: partial[Any], run: partial[Any], runs: int) -> Timing:
@@ -75,15 +85,14 @@ def _time_pair(float_run: partial[Any], run: partial[Any], runs: int) -> Timing:
                 float_run()
                 run()
         except Exception as error:
-            shapes = ", ".join(str(list(each.shape)) for each in run.args if isinstance(each, Tensor))
+            given = pytree.tree_leaves((run.args, run.keywords))
+            shapes = ", ".join(str(list(each.shape)) for each in given if isinstance(each, Tensor))
             name = type(float_run.func).__name__
             raise EvaluationError(f"forward of {name} failed on an input of shape {shapes}: {error}") from error
         return time_in_turns([(float_run, run)], lambda rounds: rounds < runs)
 
 
-def time_layers(
-    quantized: nn.Module, float_model: nn.Module, arguments: tuple[Any, ...], runs: int
-) -> dict[str, Timing]:
+def time_layers(quantized: nn.Module, float_model: nn.Module, arguments: Arguments, runs: int) -> dict[str, Timing]:
     """As :func:`time_model` for each layer that was quantized, by its name, on the inputs it gets inside the model.
 
     A layer that runs several times in one forward pass is timed on its last input.
@@ -94,7 +103,7 @@ def time_layers(
     changed = [name for name, layer in sites.items() if name in floats and type(floats[name]) is not type(layer)]
     handles = [sites[name].register_forward_pre_hook(_note(calls, name), with_kwargs=True) for name in changed]
     with torch.inference_mode():
-        quantized(*arguments)
+        quantized(*arguments[0], **arguments[1])
     for handle in handles:
         handle.remove()
     timings = {}

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tinyq_lightning.errors import TinyQError
-from tinyq_lightning.methods import FORMAT_NAMES
+from tinyq_lightning.methods import ACTIVATIONS, FORMAT_NAMES
 from tinyq_lightning.version import __version__
 
 __all__ = [
@@ -168,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch", type=_count, nargs="+", default=[1], metavar="N", help="batch sizes (default: 1)")
     shape = "of one sample, where the model has no example_input_array: --shape 3 224 224"
     command.add_argument("--shape", type=_count, nargs="+", metavar="N", help=shape)
+    example = "returns the arguments of one call; tensors are cut or repeated to each batch size"
+    command.add_argument("--example", metavar="M:FUNCTION", help=example)
     command.add_argument("--layers", action="store_true", help="each quantized layer as well")
     command.add_argument(
         "--runs", type=_count, default=20, metavar="N", help="runs to take the median of (default: 20)"
@@ -184,7 +186,8 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint", metavar="FILE", help="a quantized checkpoint, or a safetensors file made from one"
     )
     formats = "; ".join(f"{name}: {what}" for name, what in FORMAT_NAMES.items())
-    command.add_argument("--to", choices=tuple(FORMAT_NAMES), required=True, help=f"the format wanted. {formats}")
+    wanted = f"the format wanted (default: by the ending of --output). {formats}"
+    command.add_argument("--to", choices=tuple(FORMAT_NAMES), help=wanted)
     command.add_argument("--output", metavar="FILE", help="default: the same name with the other ending")
     command.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
     _add_model(command)
@@ -194,6 +197,18 @@ def _parser() -> argparse.ArgumentParser:
     dynamic = "names of the inputs' first dimensions, whose sizes may change (default: batch), or none"
     command.add_argument("--dynamic", nargs="+", metavar="NAME", help=dynamic)
     command.add_argument("--max-error", type=float, metavar="X", help="largest relative error allowed")
+    command.add_argument("--part", default="", metavar="NAME", help="the attribute that --model makes, such as net")
+    how = "dynamic (default): rounded as they come; static, static-signed: by ranges of the validation data"
+    command.add_argument("--activations", choices=ACTIVATIONS, default="dynamic", help=how)
+    data = (
+        "the LightningDataModule class: its validation batches give the ranges, and your loop measures what was written"
+    )
+    command.add_argument("--data", metavar="M:CLASS", help=data)
+    _add_init(command, "--data-init", "an argument of the data module")
+    command.add_argument("--batches", type=_count, default=8, metavar="N", help="to take ranges from (default: 8)")
+    command.add_argument("--limit-batches", type=_limit, metavar="N", help="measure on the first batches only")
+    calibration = "returns a list of inputs to take the ranges from, instead of --data"
+    command.add_argument("--calibration", metavar="M:FUNCTION", help=calibration)
     return parser
 
 

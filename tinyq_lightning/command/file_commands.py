@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tinyq_lightning.command.answer import Answer, file_size, model_class, progress
+from tinyq_lightning.command.answer import Answer, file_size, is_safetensors, model_class, progress
 from tinyq_lightning.command.differences import chosen_by_data, differences
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import (
@@ -24,7 +24,7 @@ from tinyq_lightning.file import (
     is_quantized,
     open_checkpoint,
     quantize_file,
-    read_checkpoint,
+    read_content,
 )
 from tinyq_lightning.plan import MANY_LAYERS, Decision, Plan, file_coverage, resolve
 from tinyq_lightning.spec import QuantizationSpec, as_spec
@@ -42,15 +42,19 @@ __all__ = [
 
 def inspect(args: Namespace) -> Answer:
     """Describe a quantized file, or what would be quantized of a float one."""
-    with open_checkpoint(args.checkpoint, args.trust) as source:
-        if not is_quantized(source.content):
-            return _inspect_float(args, source)
-        content = source.content
-        check_format(content, args.checkpoint)
+    kind = "safetensors file of a quantized checkpoint" if is_safetensors(args.checkpoint) else "quantized checkpoint"
+    if is_safetensors(args.checkpoint):
+        content = read_content(args.checkpoint)
+    else:
+        with open_checkpoint(args.checkpoint, args.trust) as source:
+            if not is_quantized(source.content):
+                return _inspect_float(args, source)
+            content = source.content
+            check_format(content, args.checkpoint)
     tinyq, plan = content["tinyq"], plan_of(content["tinyq"])
     versions = ", ".join(f"{name} {version}" for name, version in tinyq["versions"].items())
     lines = [
-        f"{args.checkpoint}: quantized Lightning checkpoint, {file_size(args.checkpoint)}",
+        f"{args.checkpoint}: {kind}, {file_size(args.checkpoint)}",
         f"format {tinyq['format_version']}, epoch {content.get('epoch')}, step {content.get('global_step')}",
         str(file_coverage(plan, content["state_dict"])),
         "",
@@ -100,7 +104,7 @@ def _inspect_float(args: Namespace, source: Archive | Folder) -> Answer:
 
 def verify(args: Namespace) -> Answer:
     """Check that a quantized file is intact and, given the float file, that quantizing it again gives the same."""
-    content = read_checkpoint(args.checkpoint)
+    content = read_content(args.checkpoint)
     tinyq = content["tinyq"]
     count = len(content["state_dict"])
     text = f"{args.checkpoint}: intact, format {tinyq['format_version']}, {count} tensors, all digests agree"

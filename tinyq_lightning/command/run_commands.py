@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from tinyq_lightning.command.answer import Answer, file_size, model_class
+from tinyq_lightning.command.answer import Answer, file_size, is_safetensors, model_class
 from tinyq_lightning.command.bench import example_input, time_layers, time_model
 from tinyq_lightning.command.file_commands import spec_of
+from tinyq_lightning.command.loop import made_data, run_loop
 from tinyq_lightning.errors import EvaluationError, ModelError
 from tinyq_lightning.file import (
     FloatFile,
@@ -25,7 +24,8 @@ from tinyq_lightning.file import (
     open_checkpoint,
     read_content,
 )
-from tinyq_lightning.namespaces import derives_from, namespace_of, refuse_other_namespace
+from tinyq_lightning.handover import import_example
+from tinyq_lightning.namespaces import derives_from
 from tinyq_lightning.plan import state_bytes
 from tinyq_lightning.search import Timing, quantize
 from tinyq_lightning.table import Table, format_bytes, screen_width
@@ -45,25 +45,9 @@ def evaluate(args: Namespace) -> Answer:
     metrics: dict[str, dict[str, float]] = {}
     for path in args.checkpoints:
         module = _load(args, path)
-        refuse_other_namespace(module, data_class)
-        pytorch = namespace_of(module).pytorch
-        # not before its import, which sets the level: without what a Trainer tells of devices, and its tips
-        logging.getLogger(pytorch.__name__).setLevel(logging.ERROR)
-        try:
-            trainer = pytorch.Trainer(
-                accelerator=args.accelerator,
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                enable_progress_bar=sys.stderr.isatty() and not args.json,
-                limit_test_batches=args.limit_batches,
-            )
-            logged = trainer.test(module, datamodule=data_class(**args.data_init), verbose=False)
-        except Exception as error:
-            message = f"{path}: the test loop could not be run: {type(error).__name__}: {error}"
-            raise EvaluationError(message) from error
-        metrics[path] = {name: float(value) for each in logged for name, value in each.items()}
+        data = made_data(data_class, args.data, args.data_init)
+        limits = {"accelerator": args.accelerator, "limit": args.limit_batches}
+        metrics[path] = run_loop(module, data, "test", path, shows=not args.json, **limits)
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     if not names:
         raise EvaluationError(f"test_step of {args.model or 'the model'} logs no metric")
@@ -79,9 +63,10 @@ def bench(args: Namespace) -> Answer:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     quantized, float_model, label = _pair(args)
+    given = import_example(args.example) if args.example else None
     timings: list[tuple[str | None, int, Timing]] = []  # of a layer, or None for the model; at a batch size
     for batch in args.batch:
-        arguments = example_input(quantized, args.shape, batch)
+        arguments = example_input(quantized, args.shape, batch, given)
         timings.append((None, batch, time_model(quantized, float_model, arguments, args.runs)))
         if args.layers:
             layers = time_layers(quantized, float_model, arguments, args.runs)
@@ -129,7 +114,7 @@ def _pair(args: Namespace) -> tuple[nn.Module, nn.Module, str]:
 
 def _factory(args: Namespace, path: str) -> tuple[Any, bool]:
     """What makes the module of a file, and whether the file is quantized."""
-    if path.lower().endswith(".safetensors"):
+    if is_safetensors(path):
         if args.model is None:
             raise ModelError(f"{path} does not say which class it was made from: give --model package.module:Class")
         return as_factory(args.model), True

@@ -19,6 +19,7 @@ from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.loading import load_content, load_quantized, read_content
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
 from tinyq_lightning.file.names import check_folder, file_bytes, file_exists, quantized_path, refuse_existing, stem_of
+from tinyq_lightning.file.part import content_of_part
 from tinyq_lightning.file.plain import plain
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
 from tinyq_lightning.file.state import check_state
@@ -42,6 +43,7 @@ __all__ = [
     "check_folder",
     "check_format",
     "check_state",
+    "content_of_part",
     "digest_of",
     "drop_weak_references",
     "escaped",

@@ -24,10 +24,18 @@ def content_of_part(content: Mapping[str, Any], part: str, source: str) -> dict[
         source: the file's name, for the error.
 
     Raises:
-        CheckpointError: the model has no such attribute with tensors.
+        CheckpointError: the model has no such attribute with tensors, or it is a quantized layer itself.
     """
     prefix = f"{part}."
     state = content["state_dict"]
+    for entry in content["tinyq"]["plan"]:
+        if part in (entry["name"], *entry.get("aliases", ())) and entry["method"] != "float":
+            above = part.rpartition(".")[0]
+            advice = f"part={above!r} loads the module that holds it" if above else "load the whole model without part"
+            raise CheckpointError(
+                f"{source}: the part {part!r} is a single quantized layer ({entry['method']}), and layers are put into "
+                f"the module that holds them: {advice}"
+            )
     kept: OrderedDict[str, Any] = OrderedDict(
         (name.removeprefix(prefix), value) for name, value in state.items() if name.startswith(prefix)
     )

@@ -1,9 +1,10 @@
 """A quantized model written for other runtimes, which is then run there and compared with the model."""
 
 from tinyq_lightning.handover.beside import check_formats, export_beside
-from tinyq_lightning.handover.example import import_example
+from tinyq_lightning.handover.calls import recorded_calls
+from tinyq_lightning.handover.example import as_arguments, import_example
 from tinyq_lightning.handover.exporting import export
-from tinyq_lightning.handover.formats import FORMATS, Format, Program, Tensors
+from tinyq_lightning.handover.formats import FORMATS, Format, Program, Tensors, format_for
 from tinyq_lightning.handover.report import ExportReport
 from tinyq_lightning.handover.session import session_forward
 
@@ -13,9 +14,12 @@ __all__ = [
     "Format",
     "Program",
     "Tensors",
+    "as_arguments",
     "check_formats",
     "export",
     "export_beside",
+    "format_for",
     "import_example",
+    "recorded_calls",
     "session_forward",
 ]

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.example import Example
-from tinyq_lightning.handover.programs import exported_program, tensors_of
+from tinyq_lightning.handover.programs import arranged, exported_program, tensors_of
 from tinyq_lightning.handover.request import Request
 from tinyq_lightning.kernels import (
     compiles_packed_product,
@@ -98,4 +99,10 @@ def open_aoti(path: str, request: Request) -> Callable[[Example], Sequence[Tenso
     import torch._inductor
 
     package = torch._inductor.aoti_load_package(path)
-    return lambda example: tensors_of(package(*example.args, **example.kwargs))
+    structure = pytree.treespec_loads(package.loader.get_call_spec()[0])  # type: ignore[attr-defined]
+
+    def run(example: Example) -> Sequence[Tensor]:
+        args, kwargs = arranged(example, structure)
+        return tensors_of(package(*args, **kwargs))
+
+    return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from tinyq_lightning.handover.formats import FORMATS, Program
 from tinyq_lightning.handover.report import ExportReport
 from tinyq_lightning.handover.source import on_cpu
 from tinyq_lightning.handover.untouched import untouched
+from tinyq_lightning.methods import Activations
 
 __all__ = [
     "check_formats",
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 
-def check_formats(names: tuple[str, ...]) -> None:
+def check_formats(names: Iterable[str]) -> None:
     """Check that the libraries of some formats are installed.
 
     Raises:
@@ -32,7 +33,14 @@ def check_formats(names: tuple[str, ...]) -> None:
         FORMATS[name].check_installed()
 
 
-def export_beside(module: nn.Module, quantized_path: str, to: str, batch: Any) -> ExportReport:
+def export_beside(
+    module: nn.Module,
+    quantized_path: str,
+    to: str,
+    batch: Any,
+    activations: Activations = "dynamic",
+    calls: Sequence[Any] = (),
+) -> ExportReport:
     """Export a module beside its quantized checkpoint, replacing an earlier export.
 
     Args:
@@ -40,25 +48,29 @@ def export_beside(module: nn.Module, quantized_path: str, to: str, batch: Any) -
         quantized_path: of the checkpoint, which is written already.
         to: name of the format.
         batch: what a loader gave, for the inputs of a module without ``example_input_array``; None for none.
+        activations: as of :func:`~tinyq_lightning.export`; static ones have it in the name of the file.
+        calls: inputs that ``forward`` was called with, for the ranges of static activations.
 
     Raises:
         TinyQError: it could not be exported; the message says what to do.
     """
     wanted = FORMATS[to]
-    path = f"{quantized_path.removesuffix('.ckpt')}{wanted.ending}"
+    is_static = activations != "dynamic"
+    path = f"{quantized_path.removesuffix('.ckpt')}{f'-{activations}' if is_static else ''}{wanted.ending}"
     if not isinstance(wanted, Program):
         return export(quantized_path, path, to=to, overwrite=True)
     model = on_cpu(module)
     given = getattr(module, "example_input_array", None)
-    if given is None and batch is not None:
-        given = _inputs_from(model, batch)
+    if given is None:
+        given = calls[0] if calls else None if batch is None else _inputs_from(model, batch)
     if given is None:
         raise ModelError(
             f"there is no example of the inputs of {type(module).__name__}.forward, and it cannot be called with what "
             f"the first batch holds: set self.example_input_array in __init__. {os.path.basename(quantized_path)} can "
             "be exported later: tinyq-lightning export, with --example"
         )
-    return export(model, path, given, to=to, overwrite=True)
+    static: dict[str, Any] = {"activations": activations, "calibration": calls} if is_static else {}
+    return export(model, path, given, to=to, overwrite=True, **static)
 
 
 def _inputs_from(model: nn.Module, batch: Any) -> Any:

@@ -87,14 +87,18 @@ class DynamicDims:
         return self.resized(example, small) if small else example
 
     def other_sizes(self, example: Example) -> list[dict[str, int]]:
-        """Sizes that the example does not have: one row, and three rows more; shorter in other dimensions."""
+        """Sizes that the example does not have: one row, and three rows more; shorter in other dimensions.
+
+        Rows are the dimension ``batch``, or without one of that name the first ones. What cannot be shorter is longer.
+        """
         now = self.sizes_of(example)
         if not now:
             return []
-        shorter = {name: self._within(name, max(1, 2 * size // 3)) for name, size in now.items() if name != BATCH}
-        more = {name: self._within(name, size + 3) for name, size in now.items() if name == BATCH}
-        one = {name: self._within(name, 1) for name in more}
-        return [shorter | one, shorter | more] if more else [shorter]
+        rows = {BATCH} if BATCH in now else {places[0] for places in self.places.values() if 0 in places}
+        shorter = {name: 2 * size // 3 or size + 3 for name, size in now.items() if name not in rows}
+        cases = [shorter | dict.fromkeys(rows, 1), shorter | {name: now[name] + 3 for name in rows}]
+        bounded = [{name: self._within(name, size) for name, size in case.items()} for case in cases]
+        return bounded if rows else bounded[:1]
 
     def _within(self, name: str, size: int) -> int:
         least, most = self.bounds.get(name, (1, None))

@@ -40,6 +40,10 @@ class Example:
     kwargs: dict[str, Any]
     parameters: dict[str, Any]
 
+    def fresh(self) -> Example:
+        """The same call with copies of all tensors, for a model that changes its inputs in place."""
+        return self.with_tensors(lambda _, tensor: tensor.clone())
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name: of the parameter, and the way into it (``x``, ``batch.image``, ``states.0``)."""
         leaves = flat_names(self.parameters)
@@ -117,7 +121,7 @@ def example_for(model: nn.Module, given: Any, method: str) -> Example:
             f"{name}.{method} is to be exported and there is no example of its inputs: {advice}give example_inputs "
             "(--example package.module:function): a tensor, a tuple of arguments, or a dict of arguments by name"
         )
-    given = pytree.tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, given)
+    given = pytree.tree_map(lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf, given)
     args, kwargs = as_arguments(given)
     function = getattr(model, method, None)
     if not callable(function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,9 +18,10 @@ from tinyq_lightning.handover.example import Example, example_for
 from tinyq_lightning.handover.formats import Format, Program, Run, Tensors, format_for
 from tinyq_lightning.handover.place import move_into_place, workshop
 from tinyq_lightning.handover.report import ExportReport
-from tinyq_lightning.handover.request import Activations, Request
+from tinyq_lightning.handover.request import Request
 from tinyq_lightning.handover.source import callable_module, model_from, on_cpu, rounding_noise
 from tinyq_lightning.handover.untouched import untouched
+from tinyq_lightning.methods import ACTIVATIONS, Activations
 from tinyq_lightning.plan import state_bytes
 from tinyq_lightning.search import Timing, is_one_input
 
@@ -36,6 +37,7 @@ def export(
     *,
     to: str | None = None,
     module_class: Any = None,
+    part: str = "",
     method: str = "forward",
     dynamic: Dynamic = True,
     activations: Activations = "dynamic",
@@ -58,6 +60,7 @@ def export(
             default the ``example_input_array`` of a LightningModule.
         to: the format, if the ending of ``path`` does not tell: see :data:`~tinyq_lightning.handover.FORMATS`.
         module_class: for a path: the class it was made from, as in :func:`~tinyq_lightning.load_quantized`.
+        part: for a path: the attribute that ``module_class`` makes, as in :func:`~tinyq_lightning.load_quantized`.
         method: name of the method to export.
         dynamic: ``True``: the size of the batch, the first dimension of the inputs, may change. ``False``: no size
             may. Or names of dimensions: ``{0: "batch", 1: "tokens"}`` of every input that has them, or
@@ -89,8 +92,7 @@ def export(
         return _export_tensors(model_or_path, target, wanted, overwrite)
     assert isinstance(wanted, Program)
     if isinstance(model_or_path, str | os.PathLike):
-        content = read_content(model_or_path)
-        model_or_path = model_from(content, module_class, init_args or {}, os.fspath(model_or_path), trust)
+        model_or_path = model_from(os.fspath(model_or_path), module_class, init_args or {}, part, trust)
     model = on_cpu(model_or_path)
     example = example_for(model, example_inputs, method)
     dims = dynamic_dims(example, dynamic)
@@ -105,8 +107,8 @@ def export(
 
 
 def _check_activations(wanted: Program, activations: str, calibration: Iterable[Any] | None) -> None:
-    if activations not in get_args(Activations):
-        raise ExportError(f"activations must be one of {', '.join(get_args(Activations))}, not {activations!r}")
+    if activations not in ACTIVATIONS:
+        raise ExportError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}")
     if activations != "dynamic" and not wanted.static:
         raise ExportError(f"the format {wanted.name} rounds activations as they come: leave activations out")
     if (activations == "dynamic") != (calibration is None):
@@ -119,8 +121,9 @@ def _check_activations(wanted: Program, activations: str, calibration: Iterable[
 
 
 def _called(module: nn.Module, example: Example) -> Any:
+    given = example.fresh()
     try:
-        return module(*example.args, **example.kwargs)
+        return module(*given.args, **given.kwargs)
     except Exception as error:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in example.tensors().items())
         raise ExportError(
@@ -134,7 +137,7 @@ def _write_program(
     with workshop(target) as written:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of libraries, about themselves
-            notes = _guarded(wanted, "written", lambda: wanted.write(request, written))
+            notes = _guarded(wanted, request.module, "written", lambda: wanted.write(request, written))
             trial = _tried(wanted, request, example, written)
         _refuse_errors(wanted, trial.outputs, bound)
         files = move_into_place(written, target, overwrite)
@@ -164,20 +167,24 @@ class _Trial(NamedTuple):
 
 
 def _tried(wanted: Program, request: Request, example: Example, written: str) -> _Trial:
-    run: Run = _guarded(wanted, "loaded", lambda: wanted.open(written, request))
+    run: Run = _guarded(wanted, request.module, "loaded", lambda: wanted.open(written, request))
     cases, notes = _cases(request, example)
-    outputs = _guarded(wanted, "run", lambda: worst([_errors(request, run, case) for case in cases]))
-    timing = time_both(lambda: request.module(*example.args, **example.kwargs), lambda: run(example))
+    outputs = _guarded(wanted, request.module, "run", lambda: worst([_errors(request, run, case) for case in cases]))
+    timed = example.fresh()
+    timing = time_both(lambda: request.module(*timed.args, **timed.kwargs), lambda: run(timed))
     return _Trial(cases, notes, outputs, timing)
 
 
-def _guarded(wanted: Format, what: str, step: Any) -> Any:
+def _guarded(wanted: Format, module: nn.Module, what: str, step: Any) -> Any:
     try:
         return step()
     except TinyQError:
         raise
     except Exception as error:  # of a library, which may raise anything
-        raise ExportError(f"{wanted.name}: the model could not be {what}: {type(error).__name__}: {error}") from error
+        narrow = {each.dtype for each in module.parameters()} & {torch.float16, torch.bfloat16}
+        advice = f". It computes in {narrow.pop()}, which not every runtime can: export model.float()" if narrow else ""
+        reason = f"{type(error).__name__}: {error}"
+        raise ExportError(f"{wanted.name}: the model could not be {what}: {reason}{advice}") from error
 
 
 def _cases(request: Request, example: Example) -> tuple[list[Example], list[str]]:
@@ -198,8 +205,8 @@ def _cases(request: Request, example: Example) -> tuple[list[Example], list[str]
 
 
 def _errors(request: Request, run: Run, case: Example) -> list[OutputError]:
-    wanted = output_tensors(request.module(*case.args, **case.kwargs))
-    return output_errors(wanted, run(case))
+    wanted = output_tensors(_called(request.module, case))
+    return output_errors(wanted, run(case.fresh()))
 
 
 def _refuse_errors(wanted: Format, outputs: list[OutputError], bound: float) -> None:

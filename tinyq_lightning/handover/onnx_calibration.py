@@ -57,14 +57,21 @@ def static_graph(request: Request, runner: Runner) -> onnx_ir.Model:
 
 def _feeds(request: Request) -> Iterator[dict[str, Any]]:
     names = input_names(request)
+    kinds = [tensor.dtype for tensor in _tensors(request.example.args, request.example.kwargs)]
     for index, given in enumerate(() if request.calibration is None else request.calibration):
         args, kwargs = as_arguments(given)
         if kwargs.keys() == request.example.kwargs.keys():
             kwargs = {name: kwargs[name] for name in request.example.kwargs}
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors(args, kwargs)
         if len(tensors) != len(names):
             raise ExportError(
                 f"calibration input {index} has {len(tensors)} tensors, and the example {len(names)}: "
                 f"{', '.join(names)}; each is to be like example_inputs"
             )
-        yield {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+        yield {
+            name: each.detach().to("cpu", kind).numpy() for name, kind, each in zip(names, kinds, tensors, strict=True)
+        }
+
+
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

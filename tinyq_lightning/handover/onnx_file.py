@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.onnx_calibration import static_graph
+from tinyq_lightning.handover.onnx_four_bits import pack_four_bits
 from tinyq_lightning.handover.onnx_graph import onnx_graph, save_graph
 from tinyq_lightning.handover.request import Request
 
@@ -48,6 +49,8 @@ def write_onnx(request: Request, path: str) -> Sequence[str]:
 
     is_static = request.activations != "dynamic"
     graph = static_graph(request, _float_runner) if is_static else onnx_graph(request, rounds=True)
+    if not is_static:
+        pack_four_bits(graph, request.module, expands=True)
     save_graph(graph, path)
     onnx.checker.check_model(path, full_check=True)
     return _notes(graph, request.activations)

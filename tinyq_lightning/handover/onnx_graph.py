@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.onnx_layers import onnx_forms
 from tinyq_lightning.handover.onnx_operators import OPSET
 from tinyq_lightning.handover.onnx_tidying import tidy
-from tinyq_lightning.handover.programs import exported_program, tensors_of
+from tinyq_lightning.handover.programs import errors_logged_alone, exported_program, tensors_of
 from tinyq_lightning.handover.request import Request
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def onnx_graph(request: Request, rounds: bool) -> onnx_ir.Model:
         raise ExportError(f"ONNX files are made with torch 2.8 or newer, and this is torch {torch.__version__}")
     with onnx_forms(request.module, rounds), _tensors_alone(request.module):
         program = exported_program(request)
-    with _quiet():
+    with errors_logged_alone("torch.onnx", "onnxscript", "onnx_ir"):
         model: onnx_ir.Model = _translated(program, request).model
         _name_dimensions(model, request)
         tidy(model)
@@ -59,12 +58,20 @@ def onnx_graph(request: Request, rounds: bool) -> onnx_ir.Model:
 
 @contextmanager
 def _tensors_alone(module: nn.Module) -> Iterator[None]:
-    """Context manager in which a module returns the tensors of its outputs and nothing else."""
+    """Context manager in which a module returns the tensors of its outputs and nothing else.
+
+    An input that it returns, or a tensor that it returns twice, is a copy: each output of a graph has its own name.
+    """
     own = module.forward
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        return tuple(tensors_of(own(*args, **kwargs)))
+        taken = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
+        outputs = []
+        for tensor in tensors_of(own(*args, **kwargs)):
+            outputs.append(tensor.clone() if id(tensor) in taken else tensor)
+            taken.add(id(tensor))
+        return tuple(outputs)
 
     former = vars(module).get("forward")
     vars(module)["forward"] = forward
@@ -97,20 +104,6 @@ def input_names(request: Request) -> list[str]:
     names = {id(tensor): name for name, tensor in request.example.tensors().items()}
     leaves = pytree.tree_leaves((request.example.args, request.example.kwargs))
     return [names[id(leaf)] for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Context manager in which the libraries that make the graph log errors only."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _name_dimensions(model: onnx_ir.Model, request: Request) -> None:

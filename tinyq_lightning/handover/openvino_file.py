@@ -13,6 +13,7 @@ from torch import Tensor
 from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.onnx_calibration import static_graph
+from tinyq_lightning.handover.onnx_four_bits import pack_four_bits
 from tinyq_lightning.handover.onnx_graph import onnx_graph, save_graph
 from tinyq_lightning.handover.request import Request
 
@@ -46,6 +47,8 @@ def write_openvino(request: Request, path: str) -> Sequence[str]:
         onnx_path = os.path.join(folder, "model.onnx")
         is_static = request.activations != "dynamic"
         graph = static_graph(request, _float_runner) if is_static else onnx_graph(request, rounds=False)
+        if not is_static:
+            pack_four_bits(graph, request.module, expands=False)
         save_graph(graph, onnx_path)
         model = openvino.Core().read_model(onnx_path)
         openvino.save_model(model, path, compress_to_fp16=False)

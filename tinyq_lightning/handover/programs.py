@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -15,6 +19,8 @@ from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.request import Request
 
 __all__ = [
+    "arranged",
+    "errors_logged_alone",
     "exported_program",
     "open_pt2",
     "tensors_of",
@@ -31,8 +37,19 @@ def exported_program(request: Request) -> ExportedProgram:
     example = request.example
     shapes = request.dims.for_torch(example)
     try:
-        return torch.export.export(request.module, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+        # of a graph that it could not finish torch prints what it has
+        with redirect_stderr(io.StringIO()), errors_logged_alone("torch.fx.experimental.symbolic_shapes"):
+            return torch.export.export(
+                request.module, example.args, example.kwargs, dynamic_shapes=shapes, strict=False
+            )
     except Exception as error:  # of torch, or of the model when it is traced
+        if type(error).__name__ == "GuardOnDataDependentSymNode":
+            place = re.search(r"Caused by: \((.*?)\)", str(error))
+            raise ExportError(
+                "torch.export cannot export the model: it takes a branch or a size from the values of a tensor (if, "
+                f"while, int(x), x.item()){f', at {place[1]}' if place else ''}, and a graph is the same for all "
+                "values: write torch.where, or export a method without it"
+            ) from error
         advice = (
             f". If the sizes of {', '.join(request.dims.names)} may not change, give dynamic=False, or name only "
             "the dimensions that may, with their bounds as torch.export.Dim has them"
@@ -41,6 +58,20 @@ def exported_program(request: Request) -> ExportedProgram:
         )
         message = f"torch.export cannot export the model: {type(error).__name__}: {_shortened(str(error))}{advice}"
         raise ExportError(message) from error
+
+
+@contextmanager
+def errors_logged_alone(*names: str) -> Iterator[None]:
+    """Context manager in which some loggers of libraries log errors only."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _shortened(message: str) -> str:
@@ -55,12 +86,38 @@ def tensors_of(outputs: Any) -> Sequence[Tensor]:
 
 
 def write_pt2(request: Request, path: str) -> Sequence[str]:
-    """Write a ``.pt2`` file, see ``torch.export.save``."""
-    torch.export.save(exported_program(request), path)
+    """Write a ``.pt2`` file, see ``torch.export.save``.
+
+    Raises:
+        ExportError: the model returns text.
+    """
+    program = exported_program(request)
+    for output in program.graph_signature.output_specs:
+        if isinstance(value := getattr(output.arg, "value", None), str):
+            raise ExportError(f"the model returns the text {value!r}, which a file of torch.export cannot hold")
+    torch.export.save(program, path)
     return ()
 
 
 def open_pt2(path: str, request: Request) -> Callable[[Example], Sequence[Tensor]]:
     """Load a ``.pt2`` file."""
-    module = torch.export.load(path).module()
-    return lambda example: tensors_of(module(*example.args, **example.kwargs))
+    program = torch.export.load(path)
+    module, structure = program.module(), program.call_spec.in_spec
+
+    def run(example: Example) -> Sequence[Tensor]:
+        args, kwargs = arranged(example, structure)
+        return tensors_of(module(*args, **kwargs))
+
+    return run
+
+
+def arranged(example: Example, structure: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments as a program takes them: by name those that it was exported with by name, the others by place.
+
+    Args:
+        example: the arguments, in whatever way they were given.
+        structure: torch's ``TreeSpec`` of the program's arguments.
+    """
+    names = list(structure.child(1).context if hasattr(structure, "child") else structure.children_specs[1].context)
+    by_place = [value for name, value in example.parameters.items() if name not in names]
+    return by_place, {name: example.parameters[name] for name in names if name in example.parameters}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tinyq_lightning.handover.comparison import OutputError
@@ -31,6 +32,8 @@ class ExportReport:
         model_ms: the same of the quantized model in this process, the two taking turns.
         threads: of both.
         notes: what the runtime does that the model does not.
+        metrics: what the user's own loop gave with what was exported in the place of ``forward``; empty if it was not
+            run so.
     """
 
     path: str
@@ -45,6 +48,7 @@ class ExportReport:
     model_ms: float | None = None
     threads: int = 1
     notes: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def relative_error(self) -> float | None:
@@ -79,6 +83,7 @@ class ExportReport:
             parts.append(f"error {self.relative_error:.2g} (bound {self.max_error:g})")
         if self.ms is not None and self.model_ms is not None:
             parts.append(f"{self.ms:.3g} ms, the model here {self.model_ms:.3g} ms")
+        parts += [f"{name} {value:.6g}" for name, value in self.metrics.items()]
         return ", ".join(parts)
 
     def __str__(self) -> str:

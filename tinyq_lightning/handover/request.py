@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from tinyq_lightning.handover.dynamic import DynamicDims
 from tinyq_lightning.handover.example import Example
+from tinyq_lightning.methods import Activations
 
 __all__ = [
-    "Activations",
     "Request",
 ]
-
-Activations = Literal["dynamic", "static", "static-signed"]
 
 
 @dataclass(frozen=True)

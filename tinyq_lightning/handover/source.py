@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tinyq_lightning.errors import ExportError, ModelError
-from tinyq_lightning.file import as_factory, load_content
+from tinyq_lightning.file import as_factory, content_of_part, load_content, read_content
 from tinyq_lightning.layers import QuantizedLayer
 from tinyq_lightning.methods import METHODS
 
@@ -51,20 +51,20 @@ class Method(nn.Module):
         self.training = module.training
 
 
-def model_from(
-    content: Mapping[str, Any], module_class: Any, init_args: Mapping[str, Any], source: str, trust: bool
-) -> nn.Module:
-    """A model with the content of a file.
+def model_from(source: str, module_class: Any, init_args: Mapping[str, Any], part: str, trust: bool) -> nn.Module:
+    """A model with the content of a quantized file.
 
     Raises:
         ExportError: no class is given.
-        CheckpointError: the file does not fit the class.
+        CheckpointError: there is no such file, or it does not fit the class.
     """
+    content = read_content(source)
     if module_class is None:
         raise ExportError(
             f"{source} holds the tensors of a model and not what to compute with them: give module_class "
             "(--model package.module:Class), the class it was made from"
         )
+    content = content_of_part(content, part, source) if part else content
     model: nn.Module = load_content(content, as_factory(module_class), init_args, source, trust=trust)
     return model.eval()
 

@@ -30,7 +30,7 @@ from tinyq_lightning.kernels.int8 import has_int8_product
 from tinyq_lightning.kernels.integer import takes_integers
 from tinyq_lightning.kernels.lookup import choose_lookup_kernel
 from tinyq_lightning.kernels.moments import Moments, moments_bytes
-from tinyq_lightning.kernels.nibbles import collapse, expand, four_bit_bytes, multipliers_of, packed_shapes
+from tinyq_lightning.kernels.nibbles import GROUP, collapse, expand, four_bit_bytes, multipliers_of, packed_shapes
 from tinyq_lightning.kernels.onednn import compiles_packed_product, packing_in_graphs
 from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
 from tinyq_lightning.kernels.recurrent import choose_recurrent_kernel
@@ -53,6 +53,7 @@ from tinyq_lightning.kernels.weights import (
 __all__ = [
     "CONV_FORMS",
     "FORMS",
+    "GROUP",
     "INPUT_DTYPES",
     "LAYOUTS",
     "LONGEST_SUM",

@@ -82,7 +82,9 @@ def kind_table(plan: Plan) -> Table:
 
 
 def export_table(outcomes: Sequence[Outcome]) -> Table | None:
-    """Size, error and time of each export; None if there is none."""
+    """Size, error and time of each export, and the metrics of those that the user's loop was run on; None for none."""
+    exports = [each for outcome in outcomes for each in outcome.exports]
+    metrics = list(dict.fromkeys(name for each in exports for name in each.metrics))
     rows = [
         [
             os.path.basename(each.path),
@@ -91,11 +93,11 @@ def export_table(outcomes: Sequence[Outcome]) -> Table | None:
             "" if each.relative_error is None else f"{each.relative_error:.2g}",
             "" if each.ms is None else f"{each.ms:.3g}",
             "" if each.model_ms is None else f"{each.model_ms:.3g}",
+            *(f"{each.metrics[name]:.6g}" if name in each.metrics else "" for name in metrics),
         ]
-        for outcome in outcomes
-        for each in outcome.exports
+        for each in exports
     ]
-    return Table(["export", "format", "size", "error", "ms", "here ms"], rows, 2) if rows else None
+    return Table(["export", "format", "size", "error", "ms", "here ms", *metrics], rows, 2) if rows else None
 
 
 def layer_table(outcome: Outcome) -> Table:

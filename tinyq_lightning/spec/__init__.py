@@ -10,7 +10,7 @@ from tinyq_lightning.spec.matching import (
     pattern_matches,
     wanted_method,
 )
-from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Calibrate, Mode, Rule, RuleBy, Save
+from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Calibrate, Export, Mode, Rule, RuleBy, Save
 from tinyq_lightning.spec.places import Origin
 from tinyq_lightning.spec.reader import nearest
 from tinyq_lightning.spec.spec import QuantizationSpec, SpecLike, SpecOrMethods, as_spec
@@ -20,6 +20,7 @@ __all__ = [
     "METHOD_NAMES",
     "Budget",
     "Calibrate",
+    "Export",
     "Mode",
     "Origin",
     "QuantizationSpec",

@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal, get_args
 
-from tinyq_lightning.methods import FORMAT_NAMES, KERNELS, KIND_NAMES, LADDER, METHODS
-from tinyq_lightning.spec.parts import Budget, Calibrate, Rule, RuleBy, Save
+from tinyq_lightning.methods import (
+    ACTIVATIONS,
+    FORMAT_NAMES,
+    KERNELS,
+    KIND_NAMES,
+    LADDER,
+    METHODS,
+    STATIC_FORMATS,
+    TENSOR_FORMATS,
+)
+from tinyq_lightning.spec.parts import Budget, Calibrate, Export, Rule, RuleBy, Save
 from tinyq_lightning.spec.reader import Reader, nearest, shown
 
 __all__ = [
@@ -80,14 +89,40 @@ def check_kinds(kinds: Any, reader: Reader) -> tuple[str, ...]:
     return tuple(name for name in KIND_NAMES if name in given)
 
 
-def check_export(given: Any, reader: Reader) -> tuple[str, ...]:
-    """The formats, from the name of one or a list of some."""
-    names, below = [given] if isinstance(given, str) else reader.items(given, "export"), reader.below("export")
-    for index, each in enumerate(names):
-        below.choice(each, EXPORTS, "format", index)
-        if each in names[:index]:
-            below.fail(f"{each!r} is in the list twice", index)
-    return tuple(names)
+def check_export(given: Any, reader: Reader) -> tuple[Export, ...]:
+    """The exports, from the name of a format, a mapping, or a list of some."""
+    one = isinstance(given, str | Mapping | Export)
+    asked, below = [given] if one else reader.items(given, "export"), reader.below("export")
+    found: list[Export] = []
+    for index, each in enumerate(asked):
+        if not isinstance(each, Mapping | Export):
+            reader.choice(each, EXPORTS, "format", "export") if one else below.choice(each, EXPORTS, "format", index)
+            each = Export(each)
+        place = below if one else below.below(index)
+        made = _export_of(each, place)
+        if any((made.to, made.activations) == (other.to, other.activations) for other in found):
+            place.fail(f"{made.to!r} is in the list twice")
+        found.append(made)
+    return tuple(found)
+
+
+def _export_of(given: Mapping[str, Any] | Export, reader: Reader) -> Export:
+    if isinstance(given, Mapping):
+        given = Export(**reader.mapping(dict(given), [field.name for field in fields(Export)], required=("to",)))
+    reader.choice(given.to, EXPORTS, "format", "to")
+    reader.choice(given.activations, ACTIVATIONS, "way to round activations", "activations")
+    if given.is_static and given.to not in STATIC_FORMATS:
+        reader.fail(
+            f"the format {given.to} rounds activations as they come. Static ones: {', '.join(STATIC_FORMATS)}",
+            "activations",
+        )
+    if isinstance(given.batches, bool) or not isinstance(given.batches, int) or given.batches < 1:
+        reader.fail(f"batches must be a whole number of at least 1, not {shown(given.batches)}", "batches")
+    if given.measure is not None:
+        reader.flag(given.measure, "measure")
+    if given.measure and given.to in TENSOR_FORMATS:
+        reader.fail(f"the format {given.to} does not run, so it cannot be measured", "measure")
+    return given
 
 
 def check_methods(method: Any, methods: Sequence[Any], reader: Reader) -> None:

@@ -9,6 +9,7 @@ __all__ = [
     "MEASURED_BY",
     "Budget",
     "Calibrate",
+    "Export",
     "Mode",
     "Rule",
     "RuleBy",
@@ -93,6 +94,41 @@ class Calibrate:
     """
 
     batches: int = 8
+
+
+@dataclass(frozen=True)
+class Export:
+    """One export of each quantized model of a run.
+
+    Attributes:
+        to: the format, of ``methods.FORMAT_NAMES``.
+        activations: ``dynamic``: rounded as they come; ``static`` or ``static-signed``: by ranges from the first
+            validation batches.
+        batches: of each validation dataloader, to take these ranges from.
+        measure: whether the user's own loop is run once more, with what was exported in the place of ``forward``; None:
+            where activations are static.
+    """
+
+    to: str
+    activations: str = "dynamic"
+    batches: int = 8
+    measure: bool | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it needs ranges of activations."""
+        return self.activations != "dynamic"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the user's loop is run on it."""
+        return self.is_static if self.measure is None else self.measure
+
+    def to_plain(self) -> str | dict[str, Any]:
+        """As the YAML has it: the name of the format, if nothing else was asked for."""
+        default = Export(self.to)
+        other = {key: value for key, value in asdict(self).items() if value != getattr(default, key)}
+        return {"to": self.to, **other} if other else self.to
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ from tinyq_lightning.spec.checks import (
     check_rule,
     check_save,
 )
-from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Calibrate, Rule, RuleBy, Save
+from tinyq_lightning.spec.parts import MEASURED_BY, Budget, Calibrate, Export, Rule, RuleBy, Save
 from tinyq_lightning.spec.places import Origin, apply_override, key_path, read_yaml
 from tinyq_lightning.spec.reader import Reader, shown
 
 __all__ = [
     "Budget",
+    "Export",
     "QuantizationSpec",
     "Rule",
     "Save",
@@ -65,7 +66,7 @@ class QuantizationSpec:
         save: where the file goes.
         methods: where a run is to compare several methods, all of them, ``method`` the first; else empty.
         keep: which of several methods' files are written: ``all``, or with a budget the ``smallest``.
-        export: the formats that a run is to export each quantized model in, of ``methods.FORMAT_NAMES``.
+        export: what a run is to export each quantized model in; names of ``methods.FORMAT_NAMES`` are read as such.
         never_slower: whether a run is to time the layers, and to leave float those that are slower quantized.
         calibrate: on how many batches codes of four bits are to be chosen, or None.
         origin: where each key was written, for errors.
@@ -84,7 +85,7 @@ class QuantizationSpec:
     keep: Keep = "all"
     never_slower: bool = False
     kinds: tuple[str, ...] = KIND_NAMES
-    export: tuple[str, ...] = ()
+    export: tuple[Export, ...] = ()
     calibrate: Calibrate | None = None
     origin: Origin = field(default_factory=Origin, compare=False, repr=False)
 
@@ -184,7 +185,7 @@ class QuantizationSpec:
             "keep": self.keep,
         }
         # only where it is asked for, which a file's spec never does: what was timed is among its rules
-        content |= {"export": list(self.export)} if self.export else {}
+        content |= {"export": [each.to_plain() for each in self.export]} if self.export else {}
         content |= {"never_slower": True} if self.never_slower else {}
         return content | ({"calibrate": {"batches": self.calibrate.batches}} if self.calibrate else {})
 

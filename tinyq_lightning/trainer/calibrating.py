@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Calibrator",
     "calibrated_in_test",
+    "validation_data_in_test",
 ]
 
 
@@ -87,20 +89,36 @@ def calibrated_in_test(trainer: Trainer, module: LightningModule, swap: Swap) ->
     """
     if swap.plan.spec.calibrate is None:
         return swap
+    with validation_data_in_test(trainer, module, "calibrate chooses codes by"):
+        return Calibrator(trainer, module).calibrated(swap)
+
+
+@contextmanager
+def validation_data_in_test(trainer: Trainer, module: LightningModule, needs: str) -> Iterator[None]:
+    """Context manager in which a test run has its validation dataloaders; then module and Trainer are as before.
+
+    Args:
+        trainer: the user's, in a test.
+        module: the user's.
+        needs: what needs them, as the beginning of a sentence that goes on with "validation data".
+
+    Raises:
+        EvaluationError: there are none.
+    """
     loop = trainer.fit_loop.epoch_loop.val_loop
     if why := why_never_validated(trainer, module):
-        raise EvaluationError(f"calibrate chooses codes by the validation loop, but {why}")
+        raise EvaluationError(f"{needs} the validation loop, but {why}")
     before, former = Snapshot(*state_roots(trainer, module)), (loop._combined_loader, loop._max_batches)
     try:
-        _set_up_validation_data(trainer)
-        return Calibrator(trainer, module).calibrated(swap)
+        _set_up_validation_data(trainer, needs)
+        yield
     finally:
         loop._combined_loader, loop._max_batches = former
         before.put_back()
         trainer.strategy.model_to_device()  # an inner Trainer leaves the module on the CPU
 
 
-def _set_up_validation_data(trainer: Trainer) -> None:
+def _set_up_validation_data(trainer: Trainer, needs: str) -> None:
     """Ask for the validation dataloaders, which a test run does not need itself.
 
     Raises:
@@ -108,9 +126,8 @@ def _set_up_validation_data(trainer: Trainer) -> None:
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
     advice = (
-        "calibrate chooses codes by validation data, never by what is tested. Give Trainer.test a datamodule whose "
-        "setup('test') prepares val_dataloader() as well, define val_dataloader() in the module, or calibrate at the "
-        "end of a fit"
+        f"{needs} validation data, never by what is tested. Give Trainer.test a datamodule whose setup('test') "
+        "prepares val_dataloader() as well, define val_dataloader() in the module, or do it at the end of a fit"
     )
     if not loop._data_source.is_defined():
         raise EvaluationError(f"this test run has no validation dataloader: {advice}")

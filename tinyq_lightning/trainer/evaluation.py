@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +13,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.namespaces import is_overridden, namespace_of
-from tinyq_lightning.plan import Swap
 from tinyq_lightning.search import BatchTimes, waiting_for
 from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
 from tinyq_lightning.trainer.callback_base import CallbackOfBoth
@@ -207,7 +206,7 @@ def run_evaluation(
     stage: Stage,
     batches: int | None = None,
     start: Snapshot | None = None,
-    swap: Swap | None = None,
+    swap: AbstractContextManager[Any] | None = None,
     moment: Moment | None = None,
     attributes: Mapping[str, Any] | None = None,
     each_batch: Callable[[], object] = do_nothing,
@@ -225,7 +224,7 @@ def run_evaluation(
         batches: at most so many of each dataloader, without the hooks that come after the last, and without metrics;
             None: as many as the user's Trainer takes.
         start: begin with this former state instead of the present one.
-        swap: layers to put in for the loop; None: those that are in the module then.
+        swap: what to put in for the loop, a Swap for example; None: as the module is then.
         moment: the epoch and step that the loop is told; None: those of the user's Trainer now.
         attributes: of the user's Trainer, for what the user has put there; None: as they are now.
         each_batch: called before each batch.

@@ -1,0 +1,52 @@
+"""The inputs that a module is called with while the user's own code runs it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "recorded_calls",
+]
+
+
+@contextmanager
+def recorded_calls(module: nn.Module, method: str = "forward") -> Iterator[list[Any]]:
+    """Context manager in which the inputs of each call of a method are noted.
+
+    Args:
+        module: the module; it computes what it does without.
+        method: name of the method.
+
+    Returns:
+        A list that grows with each call: of inputs as :func:`~tinyq_lightning.export` takes them, on the CPU: a tuple
+        of arguments, or a dict by name if some were given by name.
+    """
+    own, calls = getattr(module, method), list[Any]()
+    signature = inspect.signature(own)
+
+    @functools.wraps(own)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        args_here, kwargs_here = pytree.tree_map(_on_cpu, (args, kwargs))
+        calls.append(dict(signature.bind(*args_here, **kwargs_here).arguments) if kwargs else args_here)
+        return own(*args, **kwargs)
+
+    former = vars(module).get(method)
+    vars(module)[method] = noting
+    try:
+        yield calls
+    finally:
+        del vars(module)[method]
+        if former is not None:
+            vars(module)[method] = former
+
+
+def _on_cpu(leaf: Any) -> Any:
+    """A copy, since a step may change its inputs."""
+    return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf
