@@ -252,6 +252,14 @@ class WeakReference(Pair):
         return self.held()
 
 
+class WeakProxy(Pair):
+    def hold(self):
+        self.held = [weakref.proxy(self.first)]
+
+    def reached(self):
+        return self.held[0]
+
+
 REGISTRY = {}
 
 
@@ -271,7 +279,7 @@ class HookThatClosesOverIt(Pair):
 
 FIXED = [
     *(InATuple, PartialArgument, BoundMethod, Closure, DefaultArgument, CompiledFunction, CompiledBesides),
-    *(InSlots, CachedByItsClass, WeakReference, HookThatClosesOverIt),
+    *(InSlots, CachedByItsClass, WeakReference, WeakProxy, HookThatClosesOverIt),
 ]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
-from weakref import ReferenceType
+from weakref import ProxyTypes, ReferenceType, getweakrefs
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,7 @@ def find_references(model: nn.Module, layers: Collection[nn.Module]) -> Mapping[
     """
     found: dict[int, list[Reference]] = defaultdict(list)
     wanted, modules = {id(layer) for layer in layers}, {id(each) for each in model.modules()}
+    proxies = {id(each): id(layer) for layer in layers for each in getweakrefs(layer) if type(each) in ProxyTypes}
     seen: set[int] = set()
     pending: deque[_Held] = deque()
     for path, module in model.named_modules():
@@ -129,6 +130,8 @@ def find_references(model: nn.Module, layers: Collection[nn.Module]) -> Mapping[
         value = held.value
         if id(value) in wanted:
             found[id(value)].append(Reference(held.where, held.place))
+        elif id(value) in proxies:
+            found[proxies[id(value)]].append(Reference(held.where, None))
         elif id(value) not in seen and id(value) not in modules and _is_followed(type(value)):
             seen.add(id(value))
             pending.extend(islice(_below(held), _MOST_OBJECTS))
