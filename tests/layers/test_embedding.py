@@ -199,6 +199,21 @@ class TestPackedRows:
         assert model[0].int8_weights is model[1].int8_weights
         assert len({value.data_ptr() for name, value in model.state_dict().items() if "int8" in name}) == 1
 
+    def test_a_bag_has_the_same_bits_alone_and_among_others_whatever_the_strides_of_its_indices(self):
+        model, bags = nn.Sequential(nn.EmbeddingBag(50, 16)), torch.randint(50, (6, 4)).t()
+        quantize(model)
+        assert torch.equal(model(bags)[1:2], model(bags[1:2]))
+        assert torch.equal(model(bags), model(bags.contiguous()))
+
+    @pytest.mark.parametrize("method", ["w8a32", "w8a8"])
+    def test_the_plan_counts_what_a_tied_layer_holds_in_memory_besides(self, method):
+        model = nn.Sequential(nn.Embedding(200, 64), nn.Linear(64, 200, bias=False))
+        model[1].weight = model[0].weight
+        words, head = quantize(model, {"method": method, "kernel": "compact"})
+        codes, scales = 200 * 64, 4 * 200
+        assert words.memory_bytes == codes + scales
+        assert head.memory_bytes == codes  # packed rows are in no product's form
+
     @pytest.mark.parametrize("wrong", [[0, 20], [-1]])
     def test_an_index_beyond_the_table_is_told_as_without_them(self, wrong):
         for layer, error in ((nn.Embedding(20, 8), IndexError), (nn.EmbeddingBag(20, 8), (IndexError, RuntimeError))):
@@ -251,6 +266,14 @@ def test_a_large_table_takes_one_byte_a_value(table):
     model[0](torch.arange(1000))
     assert all(form.holds_codes for form in model[0]._forms.values())
     assert (model[0]._buffers["int8_weights"] is None) == bool(model[0]._forms)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "compact"])
+@pytest.mark.parametrize("method", ["w8a32", "w4a32"])
+def test_no_indices_give_no_rows(table, method, kernel):
+    model = nn.Sequential(nn.Embedding(50, 64))
+    quantize(model, {"method": method, "kernel": kernel})
+    assert model(torch.zeros(3, 0, dtype=torch.long)).shape == (3, 0, 64)
 
 
 def test_a_float_copy_is_kept_of_float32_tables_and_of_large_ones_if_it_is_asked_for(monkeypatch, unpacked):

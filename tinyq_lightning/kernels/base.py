@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, cast
 
@@ -87,6 +87,8 @@ class Choice:
         few_rows: inputs of fewer rows take the kernel ``few`` instead; 0 if none do.
         few: that kernel.
         bytes_a_weight: what the layer holds in memory for each weight, once it has seen few rows and many.
+        forms: of that, what each form takes that layers with the same codes share, by its name.
+        keeps_codes: whether the plain codes are held as well.
     """
 
     kernel: str
@@ -94,6 +96,8 @@ class Choice:
     few_rows: int = 0
     few: str = "float32"
     bytes_a_weight: float = field(default=1, compare=False)
+    forms: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
+    keeps_codes: bool = field(default=True, compare=False, repr=False)
 
     @property
     def label(self) -> str:
@@ -103,13 +107,21 @@ class Choice:
         most = self.few_rows - 1
         return f"{self.few} to {most:,} row{'s' * (most > 1)}, {self.kernel}"
 
+    def bytes_beside(self, others: Sequence[Choice]) -> float:
+        """What a layer holds for each weight, beside what other layers hold that have the same codes."""
+        shared = {name for other in others for name in other.forms}
+        alone = self.bytes_a_weight - self.keeps_codes - sum(self.forms.values())
+        plain = self.keeps_codes and not any(other.keeps_codes for other in others)
+        return alone + plain + sum(taken for name, taken in self.forms.items() if name not in shared)
+
 
 def with_memory(choice: Choice, forms: Mapping[str, type[WeightForm]]) -> Choice:
     """The choice with what its forms take; the plain codes lie beside those that do not hold them."""
     names = {choice.kernel, choice.few} if choice.few_rows else {choice.kernel}
-    taken = [forms[name] for name in names if name in forms]
-    held = sum(form.bytes_a_weight for form in taken) + (not any(form.holds_codes for form in taken))
-    return replace(choice, bytes_a_weight=held)
+    taken = {name: forms[name] for name in names if name in forms}
+    plain = not any(form.holds_codes for form in taken.values())
+    by_name = {name: form.bytes_a_weight for name, form in taken.items()}
+    return replace(choice, bytes_a_weight=sum(by_name.values()) + plain, forms=by_name, keeps_codes=plain)
 
 
 class TensorSnapshot:

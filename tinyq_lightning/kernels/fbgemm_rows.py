@@ -22,6 +22,10 @@ __all__ = [
 _ZERO = 128
 
 
+# The numbers up to so many are kept from one look-up to the next, because to make them takes a fifth of it.
+_KEPT = 1024
+
+
 # The scale and what is added, float32 both, follow the bytes of a row.
 _MORE_BYTES = 8
 
@@ -74,8 +78,10 @@ class FbgemmRows(CodeHolder):
         """
         begins = self._begins
         if begins.shape != index.shape or begins.dtype != index.dtype:
-            begins = self._begins = torch.arange(len(index), dtype=index.dtype, device=index.device)
-        return _operator()(self._packed, index, begins)
+            begins = torch.arange(len(index), dtype=index.dtype, device=index.device)
+            if len(index) <= _KEPT:
+                self._begins = begins
+        return _operator()(self._packed, index.contiguous(), begins)
 
     def sums(
         self, index: Tensor, offsets: Tensor, weights: Tensor | None = None, includes_last: bool = False
@@ -94,7 +100,9 @@ class FbgemmRows(CodeHolder):
         Raises:
             RuntimeError: an index is beyond the table, or a bag beyond the indices.
         """
-        return _operator()(self._packed, index, offsets, False, 0, False, weights, None, includes_last)
+        return _operator()(
+            self._packed, index.contiguous(), offsets.contiguous(), False, 0, False, weights, None, includes_last
+        )
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

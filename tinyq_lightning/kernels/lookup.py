@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from tinyq_lightning.kernels.base import Choice
+from tinyq_lightning.kernels.base import Choice, WeightForm, with_memory
 from tinyq_lightning.kernels.choice import wanted_kernel
-from tinyq_lightning.kernels.fbgemm_rows import has_fbgemm_rows
+from tinyq_lightning.kernels.fbgemm_rows import FbgemmRows, has_fbgemm_rows
+from tinyq_lightning.kernels.float32 import Float32Weights
+from tinyq_lightning.kernels.int4 import NibbleWeights
 from tinyq_lightning.methods import KernelName
 
 __all__ = [
@@ -15,6 +17,9 @@ __all__ = [
 
 # To call the operators of a look-up in plain codes takes longer than the one look-up of a few float rows.
 _COPIED_TO = 2**20
+
+
+_FORMS: dict[str, type[WeightForm]] = {"int8-rows": FbgemmRows, "float32": Float32Weights, "int4": NibbleWeights}
 
 
 def choose_lookup_kernel(kernel: KernelName, values: int, dtype: torch.dtype, bits: int = 8) -> Choice:
@@ -31,15 +36,16 @@ def choose_lookup_kernel(kernel: KernelName, values: int, dtype: torch.dtype, bi
     Raises:
         SpecError: ``TINYQ_KERNEL`` names no kernel.
     """
-    wanted = wanted_kernel(kernel)
-    if wanted == "reference":
-        return Choice("reference", "as asked for")
+    return with_memory(_choose(wanted_kernel(kernel), values, dtype, bits), _FORMS)
+
+
+def _choose(wanted: str, values: int, dtype: torch.dtype, bits: int) -> Choice:
     if bits == 4 and wanted in ("compact", "int4"):
-        return Choice("int4", "half a byte a weight: the rows that are needed are expanded", bytes_a_weight=0.52)
+        return Choice("int4", "half a byte a weight: the rows that are needed are expanded")
     if dtype == torch.float32 and wanted == "float32":
-        return Choice("float32", "a float copy in memory, as asked for", bytes_a_weight=5)
-    if dtype != torch.float64 and values and has_fbgemm_rows():
+        return Choice("float32", "a float copy in memory, as asked for")
+    if wanted != "reference" and dtype != torch.float64 and values and has_fbgemm_rows():
         return Choice("int8-rows", "the rows that are needed, read and expanded in one pass")
     if dtype == torch.float32 and wanted == "auto" and values <= _COPIED_TO:
-        return Choice("float32", "a float copy in memory, the fastest for tables this small", bytes_a_weight=5)
+        return Choice("float32", "a float copy in memory, the fastest for tables this small")
     return Choice("reference", "the rows that are needed, each its codes times its scale")

@@ -88,7 +88,7 @@ class _LookUp(Int8Weight):
         if packed is None:
             rows = torch.embedding(self.int8_weights, input)
         else:
-            rows = cast(NibbleWeights, packed).rows(input.reshape(-1)).view(*input.shape, -1)
+            rows = cast(NibbleWeights, packed).rows(input.reshape(-1)).view(*input.shape, self.embedding_dim)
         scales = torch.embedding(self.scales[:, None], input)
         return rows.to(work).mul_(scales).to(self.dtype)  # in place: large batches need no further memory
 
@@ -143,11 +143,11 @@ class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
         packed = self._packed_rows(input)
         if packed is not None and input.numel():
             try:
-                rows = packed.rows(input.reshape(-1))
-                rows = rows if input.dim() == 1 else rows.view(*input.shape, -1)
+                flat = packed.rows(input.reshape(-1))
             except RuntimeError:
                 pass  # an index is beyond the table, which is told below
             else:
+                rows = flat if input.dim() == 1 else flat.view(*input.shape, self.embedding_dim)
                 return rows if self.dtype is torch.float32 else rows.to(self.dtype)
         table = self._float_table()
         return self._rows(input) if table is None else nn.functional.embedding(input, table)

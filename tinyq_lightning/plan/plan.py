@@ -52,6 +52,7 @@ class Decision:
         kernel: how the layer is computed on this machine's CPU, and why; None for a float layer, for a kind
             without a choice, and in a plan that was read from a file, which knows nothing of machines.
         weights: how many the layer has, those of another left out; 0 in a plan that was read from a file.
+        shared_bytes: what its kernel holds in memory for the weights of another, beside what that one's holds.
         asked: the method that was asked for, if the layer has another one, ``method``, because of its kind or because
             four bits would not make it smaller; else None.
         decided_by: what the decision comes from: ``spec`` (its method), ``rule``, ``exclude``, ``tie`` (another
@@ -75,6 +76,7 @@ class Decision:
     kernel: Choice | None = field(default=None, compare=False)
     asked: str | None = field(default=None, compare=False)
     weights: int = field(default=0, compare=False)
+    shared_bytes: int = field(default=0, compare=False)
     decided_by: DecidedBy = field(default="file", compare=False)
     output_error: float | None = None
     uncalibrated: str | None = field(default=None, compare=False)
@@ -85,7 +87,7 @@ class Decision:
         if self.kernel is None:
             return self.bytes
         expanded = self.kernel.bytes_a_weight - METHODS[self.method].bits / 8
-        return self.bytes + max(0, int(expanded * self.weights))
+        return self.bytes + max(0, int(expanded * self.weights)) + self.shared_bytes
 
     @property
     def measured(self) -> bool:

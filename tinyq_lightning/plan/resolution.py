@@ -101,8 +101,8 @@ def resolve(
             measured = made[stays_float].decided_by in MEASURED_BY
             against = f", against {wanted.reason}" if wanted.decided_by == "rule" and not measured else ""
             wanted = Wanted("float", f"tied to {stays_float}.weight ({made[stays_float].reason}){against}", "tie")
-        tied_to = next((other for other in site.tied if other in decisions), None)
-        decisions[name] = _decision(site, wanted, tied_to, spec.kernel)
+        before = [decisions[other] for other in site.tied if other in decisions]
+        decisions[name] = _decision(site, wanted, before, spec.kernel)
     return Plan(tuple(decisions.values()), spec, _others(model, found), held_weights(model))
 
 
@@ -136,14 +136,14 @@ def _rank(spec: QuantizationSpec, site: Site) -> tuple[bool, int]:
     return is_on(spec, site), len(site.methods)
 
 
-def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelName) -> Decision:
+def _decision(site: Site, wanted: Wanted, tied: Sequence[Decision], kernel: KernelName) -> Decision:
     held = {name: getattr(site.module, name, None) for name in (*site.module._parameters, "bias")}
     extra = sum(
         kept.numel() * kept.element_size()
         for name, kept in held.items()
         if name not in site.weights and isinstance(kept, Tensor) and not isinstance(kept, UninitializedParameter)
     )
-    sizes = list(site.sizes.values()) if tied_to is None else []
+    sizes = [] if tied else list(site.sizes.values())
     float_bytes = extra + sum(size.count for size in sizes) * site.dtype.itemsize
     method, reason, by = wanted
     asked = None
@@ -151,6 +151,9 @@ def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelNam
         method, why = method_of(site, method)
         if why is not None:
             reason, asked = f"{reason}; {why}", wanted.method
+    choice = _kernel(site, method, kernel)
+    others = [each.kernel for each in tied if each.kernel is not None]
+    beside = choice.bytes_beside(others) if others and choice is not None else 0
     return Decision(
         name=site.name,
         method=method,
@@ -159,11 +162,12 @@ def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelNam
         float_bytes=float_bytes,
         bytes=float_bytes if method == "float" else extra + sum(size.bytes(METHODS[method].bits) for size in sizes),
         aliases=site.names[1:],
-        tied_to=tied_to,
+        tied_to=tied[0].name if tied else None,
         kind=site.kind.name,
-        kernel=_kernel(site, method, kernel),
+        kernel=choice,
         asked=asked,
         weights=sum(size.count for size in sizes),
+        shared_bytes=int(beside * sum(size.count for size in site.sizes.values())),
         decided_by=cast(DecidedBy, by),
     )
 
