@@ -9,6 +9,7 @@ from models import Net, keeper, loader, trainer
 from torch import nn
 
 from tinyq_lightning import TinyQCallback, load_quantized, quantize
+from tinyq_lightning.kernels.fused import _is_right, has_fused_product
 from tinyq_lightning.kernels.integer import has_cuda_product, int_mm
 from tinyq_lightning.methods import METHODS
 
@@ -24,6 +25,7 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 LAYERS = {
     "linear": (nn.Linear(200, 304), (7, 200)),
+    "many rows": (nn.Linear(200, 304), (100, 200)),
     "odd linear": (nn.Linear(37, 21), (3, 37)),
     "conv1d": (nn.Conv1d(6, 10, 3, padding=1), (3, 6, 50)),
     "conv2d": (nn.Conv2d(16, 24, 3, stride=2, padding=1), (2, 16, 19, 20)),
@@ -68,6 +70,12 @@ def test_the_int8_product_is_found_exact():
     assert has_cuda_product()
 
 
+def test_the_fused_product_compiles_and_is_right():
+    pytest.importorskip("triton")
+    assert _is_right(GPU)  # which raises what keeps layers from it
+    assert has_fused_product()
+
+
 @pytest.mark.parametrize("rows", [1, 16, 17, 31, 33, 300])
 @pytest.mark.parametrize("features", [1, 20, 64, 4096])
 def test_sums_of_integers_are_exact(rows, features):
@@ -97,7 +105,7 @@ CONVOLUTIONS = [layer for layer, _ in LAYERS.values() if not isinstance(layer, n
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["w8a32", "w8a16", "w8a8", "w4a16"])
-@pytest.mark.parametrize("name", ["linear", "conv2d"])
+@pytest.mark.parametrize("name", ["linear", "many rows", "conv2d"])
 def test_half_precision_and_autocast_round_the_result_alone(name, method, dtype):
     layer, shape = LAYERS[name]
     model, x = quantized(layer, method), torch.randn(shape).to(dtype)
