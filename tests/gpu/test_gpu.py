@@ -11,6 +11,7 @@ from torch import nn
 from tinyq_lightning import TinyQCallback, load_quantized, quantize
 from tinyq_lightning.kernels.fused import _is_right, has_fused_product
 from tinyq_lightning.kernels.integer import has_cuda_product, int_mm
+from tinyq_lightning.layers import QuantizedLinear
 from tinyq_lightning.methods import METHODS
 
 pytestmark = [
@@ -202,31 +203,42 @@ def test_a_layer_holds_one_byte_a_weight():
     assert torch.cuda.memory_allocated() - before < 1.1 * 4096 * 4096
 
 
+SEEN = []  # beside the module, whose attributes a run puts back
+
+
 class Watching(Net):
     """Notes where validation computes, and how much of the GPU's memory is taken then."""
 
-    def __init__(self, width=512):
-        super().__init__(width)
-        self.seen = []
-
     def validation_step(self, batch, batch_idx):
-        layers = [each for each in self.modules() if hasattr(each, "bias")]
-        self.seen.append({batch[0].device.type, *(each.bias.device.type for each in layers if each.bias is not None)})
+        devices = {each.device.type for each in (batch[0], *self.body.parameters(), *self.body.buffers())}
+        quantized = any(isinstance(each, QuantizedLinear) for each in self.modules())
+        SEEN.append((quantized, devices, torch.cuda.memory_allocated()))
         super().validation_step(batch, batch_idx)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("method", ["w8a32", "w8a8", "w4a8"])
 def test_a_fit_measures_on_the_gpu_and_leaves_a_file_for_any_device(method, precision, tmp_path):
+    SEEN.clear()
     module, callback = Watching(), TinyQCallback(method, report="full", strict=True)
     run = trainer(tmp_path, keeper(tmp_path), callback, accelerator="gpu", precision=precision)
     run.fit(module, loader(shuffle=True), loader(seed=1))
-    assert all(devices == {GPU} for devices in module.seen)
+    assert {quantized for quantized, _, _ in SEEN} == {False, True}
+    assert all(devices == {GPU} for _, devices, _ in SEEN)
     assert callback.error is None
     assert all(len(values) == 3 for values in callback.results.values())
     x = next(iter(loader(seed=1)))[0]
     outs = [load_quantized(callback.quantized_path, Net).to(device)(x.to(device)) for device in ("cpu", GPU)]
     assert error(outs[1], outs[0].detach()) < 2e-3
+
+
+def test_float_weights_and_codes_are_not_on_the_gpu_together(tmp_path):
+    SEEN.clear()
+    callback = TinyQCallback("w8a32", strict=True)
+    run = trainer(tmp_path, keeper(tmp_path), callback, accelerator="gpu", max_epochs=1)
+    run.fit(Watching(4096), loader(), loader(seed=1))
+    taken = {quantized: memory for quantized, _, memory in SEEN}  # in the last batch of each evaluation
+    assert taken[False] - taken[True] > 0.9 * 3 * 4096 * 4096
 
 
 def test_a_test_run_quantizes_on_the_gpu(tmp_path):
