@@ -60,7 +60,7 @@ class QuantizedRecurrent(NamedCodes):
 
     Attributes:
         kernel: ``auto`` keeps a float copy of the weights in memory once the layer has run; ``compact``, ``int8`` and
-            ``reference`` expand them on each call.
+            ``reference`` expand them on each call. With ``compact``, codes of four bits are held two a byte.
     """
 
     torch_class: ClassVar[Any]
@@ -106,7 +106,7 @@ class QuantizedRecurrent(NamedCodes):
     def choice(self) -> Choice:
         """Whether the layer keeps a float copy, and why."""
         if self._choice is None:
-            self._choice = choose_recurrent_kernel(self.kernel)
+            self._choice = choose_recurrent_kernel(self.kernel, self.bits)
         return self._choice
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -142,6 +142,10 @@ class QuantizedRecurrent(NamedCodes):
         """Whether the float weights that the layer has run on are held for its next call."""
         return self.choice.kernel == "float32"
 
+    def holds_packed(self) -> bool:
+        """Whether codes of four bits are held two a byte."""
+        return self.bits == 4 and self.choice.kernel == "int4"
+
     def _float_weights(self, weights: dict[str, Tensor]) -> dict[str, Any]:
         """The attributes in which torch's forward looks for weights."""
         raise NotImplementedError
@@ -166,6 +170,7 @@ class QuantizedRecurrent(NamedCodes):
         super().__setattr__(name, value)
         if name == "kernel":
             self._copies = self._choice = None
+            self._hold()
         if (copies := self.__dict__.get("_copies")) is not None:
             copies.layer = None  # which has the former value
 

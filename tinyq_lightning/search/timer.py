@@ -1,4 +1,4 @@
-"""The one timer: how long a call takes, and float beside int8 with the two taking turns."""
+"""The one timer: how long a call takes, and float beside quantized with the two taking turns."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def time_in_turns(
 ) -> Timing:
     """Medians over all pairs and rounds.
 
-    Float and int8 take turns call by call, so that a change of the machine's load or clock meets both.
+    Float and quantized take turns call by call, so that a change of the machine's load or clock meets both.
 
     Args:
         pairs: calls with float and with quantized layers.

@@ -285,12 +285,13 @@ def _isolated(
     """Begin with the state ``start``, put everything back after the block, and warn of what cannot be."""
     roots = state_roots(trainer, module)
     snapshot = Snapshot(*roots, data=dataloaders(trainer, stage), weights=weights, also=start, outside=True)
+    before = start.changed_outside() if start else []  # by the user's own run, of another model
     try:
         if start is not None:
             start.put_back(files=False)
         yield
     finally:
-        outside = snapshot.changed_outside()
+        outside = list(dict.fromkeys([*before, *snapshot.changed_outside()]))
         changed = snapshot.put_back()
         if start is not None:
             trainer.strategy.model_to_device()  # an inner Trainer leaves the module on the CPU
@@ -331,10 +332,10 @@ def check_comparable(trainer: Trainer, before: Evaluation, after: Evaluation) ->
         rank_zero_warn(f"TinyQ: the quantized model did not log {', '.join(missing)}, which the float model logged")
 
 
-def best_score(trainer: Trainer, metrics: Mapping[str, float]) -> tuple[str, float] | None:
-    """What ModelCheckpoint monitors and the score it recorded; None unless there is one best checkpoint of the run."""
-    keepers = [keeper for keeper in checkpoint_callbacks(trainer) if keeper.best_model_path]
-    if len(keepers) != 1:
+def best_score(trainer: Trainer, path: str | None, metrics: Mapping[str, float]) -> tuple[str, float] | None:
+    """What a ModelCheckpoint monitors and the score it recorded for a file; None unless that is its best checkpoint."""
+    keepers = [keeper for keeper in checkpoint_callbacks(trainer) if path and keeper.best_model_path == path]
+    if not keepers:
         return None
     monitor, score = keepers[0].monitor, keepers[0].best_model_score
     return None if monitor not in metrics or monitor is None or score is None else (monitor, float(score))

@@ -101,7 +101,7 @@ class _TestStart:
 
     def _reset(self, own: Callable[[], None]) -> None:
         roots = state_roots(self._trainer, self._module)
-        self.snapshot = Snapshot(*roots, data=dataloaders(self._trainer, "test"))
+        self.snapshot = Snapshot(*roots, data=dataloaders(self._trainer, "test"), outside=True)
         self._attributes = dict(vars(self._trainer))
         own()
 
