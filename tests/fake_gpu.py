@@ -51,6 +51,7 @@ class Watched(TorchDispatchMode):
             assert not outputs % 8, f"cuBLAS refuses {outputs} outputs"
             assert given[0].is_contiguous(), "cuBLAS is given digits by rows"
             assert given[1].t().is_contiguous(), "cuBLAS is given codes by rows"
+            assert not any(each.storage_offset() % 256 for each in given), "cuBLAS is given an odd address"
         return out
 
 

@@ -9,7 +9,9 @@ from models import Net, keeper, loader, trainer
 from torch import nn
 
 from tinyq_lightning import TinyQCallback, load_quantized, quantize
+from tinyq_lightning.kernels.fused import _is_right, has_fused_product
 from tinyq_lightning.kernels.integer import has_cuda_product, int_mm
+from tinyq_lightning.layers import QuantizedLinear
 from tinyq_lightning.methods import METHODS
 
 pytestmark = [
@@ -24,6 +26,7 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 LAYERS = {
     "linear": (nn.Linear(200, 304), (7, 200)),
+    "many rows": (nn.Linear(200, 304), (100, 200)),
     "odd linear": (nn.Linear(37, 21), (3, 37)),
     "conv1d": (nn.Conv1d(6, 10, 3, padding=1), (3, 6, 50)),
     "conv2d": (nn.Conv2d(16, 24, 3, stride=2, padding=1), (2, 16, 19, 20)),
@@ -68,6 +71,12 @@ def test_the_int8_product_is_found_exact():
     assert has_cuda_product()
 
 
+def test_the_fused_product_compiles_and_is_right():
+    pytest.importorskip("triton")
+    assert _is_right(GPU)  # which raises what keeps layers from it
+    assert has_fused_product()
+
+
 @pytest.mark.parametrize("rows", [1, 16, 17, 31, 33, 300])
 @pytest.mark.parametrize("features", [1, 20, 64, 4096])
 def test_sums_of_integers_are_exact(rows, features):
@@ -97,7 +106,7 @@ CONVOLUTIONS = [layer for layer, _ in LAYERS.values() if not isinstance(layer, n
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["w8a32", "w8a16", "w8a8", "w4a16"])
-@pytest.mark.parametrize("name", ["linear", "conv2d"])
+@pytest.mark.parametrize("name", ["linear", "many rows", "conv2d"])
 def test_half_precision_and_autocast_round_the_result_alone(name, method, dtype):
     layer, shape = LAYERS[name]
     model, x = quantized(layer, method), torch.randn(shape).to(dtype)
@@ -194,31 +203,42 @@ def test_a_layer_holds_one_byte_a_weight():
     assert torch.cuda.memory_allocated() - before < 1.1 * 4096 * 4096
 
 
+SEEN = []  # beside the module, whose attributes a run puts back
+
+
 class Watching(Net):
     """Notes where validation computes, and how much of the GPU's memory is taken then."""
 
-    def __init__(self, width=512):
-        super().__init__(width)
-        self.seen = []
-
     def validation_step(self, batch, batch_idx):
-        layers = [each for each in self.modules() if hasattr(each, "bias")]
-        self.seen.append({batch[0].device.type, *(each.bias.device.type for each in layers if each.bias is not None)})
+        devices = {each.device.type for each in (batch[0], *self.body.parameters(), *self.body.buffers())}
+        quantized = any(isinstance(each, QuantizedLinear) for each in self.modules())
+        SEEN.append((quantized, devices, torch.cuda.memory_allocated()))
         super().validation_step(batch, batch_idx)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("method", ["w8a32", "w8a8", "w4a8"])
 def test_a_fit_measures_on_the_gpu_and_leaves_a_file_for_any_device(method, precision, tmp_path):
+    SEEN.clear()
     module, callback = Watching(), TinyQCallback(method, report="full", strict=True)
     run = trainer(tmp_path, keeper(tmp_path), callback, accelerator="gpu", precision=precision)
     run.fit(module, loader(shuffle=True), loader(seed=1))
-    assert all(devices == {GPU} for devices in module.seen)
+    assert {quantized for quantized, _, _ in SEEN} == {False, True}
+    assert all(devices == {GPU} for _, devices, _ in SEEN)
     assert callback.error is None
     assert all(len(values) == 3 for values in callback.results.values())
     x = next(iter(loader(seed=1)))[0]
     outs = [load_quantized(callback.quantized_path, Net).to(device)(x.to(device)) for device in ("cpu", GPU)]
     assert error(outs[1], outs[0].detach()) < 2e-3
+
+
+def test_float_weights_and_codes_are_not_on_the_gpu_together(tmp_path):
+    SEEN.clear()
+    callback = TinyQCallback("w8a32", strict=True)
+    run = trainer(tmp_path, keeper(tmp_path), callback, accelerator="gpu", max_epochs=1)
+    run.fit(Watching(4096), loader(), loader(seed=1))
+    taken = {quantized: memory for quantized, _, memory in SEEN}  # in the last batch of each evaluation
+    assert taken[False] - taken[True] > 0.9 * 3 * 4096 * 4096
 
 
 def test_a_test_run_quantizes_on_the_gpu(tmp_path):

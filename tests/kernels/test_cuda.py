@@ -101,6 +101,16 @@ def test_convolutions_of_windows_are_those_of_float64(name, method, monkeypatch)
         torch.testing.assert_close(mine, exact, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("kernel", ["integer", "exact"])
+def test_integers_of_half_precision_are_whole(kernel):
+    width, geometry, sizes = GEOMETRIES["2d"]
+    x, scales = normal(2, 3, *sizes).bfloat16(), normal(5).abs()
+    codes = integers(5, 3, *width)
+    out = quantized_convolution(METHODS["w8a32"], kernel, x, codes, scales, None, geometry)
+    expected = quantized_convolution(METHODS["w8a32"], "exact", x.float(), codes, scales, None, geometry)
+    torch.testing.assert_close(out, expected.bfloat16(), rtol=1e-2, atol=1e-4)
+
+
 def test_windows_keep_channels_last():
     kernel, geometry, sizes = GEOMETRIES["2d"]
     x = normal(2, 3, *sizes).contiguous(memory_format=torch.channels_last)

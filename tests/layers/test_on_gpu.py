@@ -90,6 +90,16 @@ def test_convolutions_stay_on_the_gpu(name, method, monkeypatch):
             assert (out.device, out.dtype, out.shape) == (GPU, dtype, expected.shape)
 
 
+def test_digits_and_codes_are_given_by_rows_from_even_addresses(monkeypatch):
+    attention = quantized(nn.MultiheadAttention(24, 4), "w8a8")
+    linear = quantized(nn.Linear(24, 40), "w8a8")
+    with fake_gpu(monkeypatch, linear) as on_gpu, Watched():
+        assert on_gpu(torch.empty(24, 64, device=GPU).t()).shape == (64, 40)
+    with fake_gpu(monkeypatch, attention) as on_gpu, Watched():
+        query, key, value = torch.empty(3, 5, 2, 24, device=GPU)
+        assert on_gpu[0](query, key, value)[0].device == GPU
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_layers_stay_on_the_gpu(name, monkeypatch):
     layer, inputs = OTHERS[name]

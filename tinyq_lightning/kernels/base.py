@@ -78,8 +78,9 @@ class Choice:
             ``float16``, codes of two bytes each, multiplied in float32; ``float16x2``, the same beside the codes,
             with activations in two parts, as exact as ``nn.Linear``; ``float32``, a float copy of the weights
             beside the codes; ``float32x1``, the same for activations that are rounded; ``exact``, integers summed
-            exactly in float64; ``int8-cuda``, integers summed exactly by a GPU's int8 products; ``int4``, codes of
-            four bits that are expanded on each call; ``reference``, the formula. Of convolutions also
+            exactly in float64; ``int8-cuda``, integers summed exactly by a GPU's int8 products; ``fused``, codes
+            expanded within a GPU's product of floats; ``int4``, codes of four bits that are expanded on each call;
+            ``reference``, the formula. Of convolutions also
             ``int8-grouped``, as ``int8-onednn`` for several groups, beside the plain codes, and ``windows``, by the
             kernel of a linear layer whose rows are the windows. Of look-ups ``int8-rows``, codes packed by a library
             with the scale of each row.
@@ -163,6 +164,9 @@ class WeightForm(ABC):
 
     bytes_a_weight: ClassVar[float]
     """What the form takes, without the codes beside it."""
+
+    any_dtype: ClassVar[bool] = False
+    """True if the product takes float16 and bfloat16 too, and gives what it is given."""
 
     @abstractmethod
     def __init__(self, codes: Tensor, scales: Tensor) -> None: ...

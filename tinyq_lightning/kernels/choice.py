@@ -15,6 +15,7 @@ from tinyq_lightning.kernels.base import Choice, Kernel, LayerShape, WeightForm,
 from tinyq_lightning.kernels.float16 import FLOAT16
 from tinyq_lightning.kernels.float32 import FLOAT32
 from tinyq_lightning.kernels.formula import FORMULA
+from tinyq_lightning.kernels.fused import FUSED
 from tinyq_lightning.kernels.int4 import INT4
 from tinyq_lightning.kernels.int8 import INT8
 from tinyq_lightning.kernels.tracing import outside_modes
@@ -29,7 +30,7 @@ __all__ = [
     "weight_form",
 ]
 
-KERNEL_LIST: tuple[Kernel, ...] = (INT4, INT8, FLOAT16, FLOAT32, FORMULA)
+KERNEL_LIST: tuple[Kernel, ...] = (INT4, INT8, FLOAT16, FLOAT32, FUSED, FORMULA)
 """All kernels, in the order in which they are asked; the last runs every layer on every device."""
 
 

@@ -176,7 +176,7 @@ def quantized_convolution(
     autocast = available and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast and input.dtype != torch.float64 else input.dtype
     work = torch.float64 if input.dtype == torch.float64 else torch.float32
-    if not method.rounds and kernel != "exact":
+    if not method.rounds and kernel == "reference":
         work = dtype
     with torch.autocast(device, enabled=False) if available else nullcontext():
         x, added = input.to(work), None if bias is None else bias.to(work)

@@ -42,6 +42,10 @@ __all__ = [
 _FEWEST_ROWS, _MULTIPLE = 32, 8
 
 
+# It may take any address for a multiple of so many bytes, as those of whole tensors are.
+_ALIGNMENT = 256
+
+
 @functools.cache
 def has_plain_product() -> bool:
     """Return True if ``torch._int_mm`` is fast and exact on this processor."""
@@ -147,15 +151,25 @@ def int_mm(digits: Tensor, codes: Tensor) -> Tensor:
 
 
 def padded_int_mm(digits: Tensor, codes: Tensor) -> Tensor:
-    """As :func:`int_mm`, with zeros around digits and codes where a GPU's library refuses their sizes."""
+    """As :func:`int_mm`, with zeros around digits and codes where a GPU's library refuses their sizes.
+
+    Both are given to it by rows, and from addresses that it may expect.
+    """
     (rows, features), outputs = digits.shape, codes.shape[0]
     more_rows, more_features, more_outputs = max(0, _FEWEST_ROWS - rows), _missing(features), _missing(outputs)
     if more_rows or more_features:
         digits = nn.functional.pad(digits, (0, more_features, 0, more_rows))
     if more_outputs or more_features:
         codes = nn.functional.pad(codes, (0, more_features, 0, more_outputs))
-    sums = torch._int_mm(digits, codes.t())
+    sums = torch._int_mm(_aligned(digits), _aligned(codes).t())
     return sums[:rows, :outputs] if more_rows or more_outputs else sums
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    matrix = matrix.contiguous()
+    if torch.compiler.is_compiling():  # graphs cannot ask for addresses
+        return matrix
+    return matrix.clone() if matrix.storage_offset() % _ALIGNMENT else matrix
 
 
 def _missing(size: int) -> int:

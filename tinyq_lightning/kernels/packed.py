@@ -31,15 +31,16 @@ def packed_linear(method: Method, form: WeightForm, input: Tensor, scales: Tenso
         bias: ``[out]`` floating, or None.
 
     Returns:
-        ``[..., out]`` of the input's dtype, or autocast's; computed in float32.
+        ``[..., out]`` of the input's dtype, or autocast's; summed in float32.
     """
     device = "cpu" if input.is_cpu else input.device.type
     if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            out = packed_linear(method, form, input.float(), scales, bias)
-        return out.to(torch.get_autocast_dtype(device))
+            out = packed_linear(method, form, input.to(dtype) if form.any_dtype else input.float(), scales, bias)
+        return out.to(dtype)
     dtype = input.dtype
-    x = input if dtype is torch.float32 else input.float()
+    x = input if dtype is torch.float32 or form.any_dtype else input.float()
     if torch.is_grad_enabled():
         out = _with_gradients(x, method, form, scales, bias)
     else:
@@ -50,7 +51,7 @@ def packed_linear(method: Method, form: WeightForm, input: Tensor, scales: Tenso
 
 
 def _product(x: Tensor, form: WeightForm, scales: Tensor, method: Method, bias: Tensor | None) -> Tensor:
-    """``[..., in]`` float32 → ``[..., out]`` float32."""
+    """``[..., in]`` → ``[..., out]``, float32 or what else the form takes."""
     if x.dim() == 2 and x.shape[0] and x.is_contiguous():
         return form.product(method, x, scales, bias)
     *batch, in_features = x.shape

@@ -169,7 +169,10 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
         Like ``codes``, of ``dtype``.
     """
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    return torch.mul(codes.to(work), spread_scales(codes, scales, groups)).to(dtype)
+    factors = spread_scales(codes, scales, groups)
+    if codes.is_cuda:  # which multiplies by what it converts on the way
+        return torch.mul(codes, factors.to(work)).to(dtype)
+    return torch.mul(codes.to(work), factors).to(dtype)
 
 
 def spread_scales(codes: Tensor, scales: Tensor, groups: int = 0) -> Tensor:
