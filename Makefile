@@ -7,7 +7,7 @@ OLDER := tests/kernels tests/layers tests/file tests/search
 VERSIONS := tests/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VERSIONS)
 
-.PHONY: demo test test-namespace test-older test-oldest test-newest test-slow lint format docs bench real-models clean
+.PHONY: demo test test-namespace test-older test-oldest test-newest test-slow test-forecasters lint format docs bench real-models clean
 
 # One stamp for each set of extras: installing again is needed only when the requirements change.
 $(VENV)/installed-%: pyproject.toml $(VERSIONS)
@@ -36,6 +36,12 @@ test-oldest test-newest: test-%:  ## the tests with the oldest and the newest re
 
 test-slow: $(VENV)/installed-test $(VENV)/installed-models $(VENV)/pretrained  ## the long ones
 	$(BIN)/python -m pytest -m slow
+
+# In an environment of its own; the constraints keep pip from fetching another torch.
+test-forecasters:  ## models of darts and neuralforecast, which train with pytorch_lightning
+	$(MAKE) .venv-forecasters/installed-test VENV=.venv-forecasters
+	.venv-forecasters/bin/pip install --quiet --disable-pip-version-check --constraint $(VERSIONS) darts neuralforecast
+	.venv-forecasters/bin/python -m pytest tests/test_forecasters.py
 
 lint: $(VENV)/installed-test $(VENV)/installed-lint  ## what CI and pre-commit check
 	$(BIN)/ruff format --check .

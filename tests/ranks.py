@@ -15,12 +15,12 @@ import torch.distributed as dist
 HERE = Path(__file__).parent
 
 
-def run_on_ranks(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a file of ``scripts`` to its end; what it printed is in the result."""
+def run_on_ranks(script: str, *arguments: object, fails: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a file of ``scripts`` to its end, which is to be an error if ``fails``; what it printed is in the result."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
     command = [sys.executable, "-W", "ignore", str(HERE / "scripts" / script), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert bool(done.returncode) == fails, done.stdout + done.stderr
     return done
 
 

@@ -5,9 +5,11 @@ python sharded_run.py ROOT fsdp|tensor|both
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightnings import ModelCheckpoint, ModelParallelStrategy, seed_everything
 from models import trainer
 from ranks import leave_group_at_exit
@@ -15,7 +17,7 @@ from sharded_net import Points, ShardedNet
 from torch.distributed.tensor import DTensor
 
 from tinyq_lightning import TinyQCallback
-from tinyq_lightning.trainer import gather
+from tinyq_lightning.trainer import gather, ranks, sharded
 
 
 class FailsOnRankOne(gather.Gather):
@@ -24,6 +26,20 @@ class FailsOnRankOne(gather.Gather):
     def answer(self):
         gather._broadcast(None)
         raise KeyError("answer on rank 1")
+
+
+class PartFailsOnRankOne(gather.Gather):
+    """Cannot give a part of a tensor."""
+
+    def _part(self, name):
+        if dist.get_rank() == 1:
+            raise KeyError("part on rank 1")
+        return super()._part(name)
+
+
+def fails_in_the_end(module):
+    """Called by rank 0 alone, while the other waits to be asked."""
+    raise KeyError("twin on rank 0")
 
 
 def fit(root, name, how, weights, distributed=True, **arguments):
@@ -35,7 +51,11 @@ def fit(root, name, how, weights, distributed=True, **arguments):
     run = trainer(folder, keeper, callback, strategy=strategy, devices=2, max_epochs=1)
     seed_everything(1, verbose=False)
     module = ShardedNet(how=how)
-    run.fit(module, datamodule=Points())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run.fit(module, datamodule=Points())
+    said = [str(each.message) for each in told if "without a comparison" in str(each.message)]
+    (folder / f"said-{run.global_rank}.json").write_text(json.dumps(said))
     state = module.state_dict()
     parts = [key for key, value in state.items() if isinstance(value, DTensor)]
     whole = {key: value.full_tensor() if key in parts else value for key, value in state.items()}
@@ -62,10 +82,13 @@ def main() -> None:
     fit(root, "file", how, "best", distributed=False)
     fit(root, "current", how, "current")
     if how == "fsdp":
-        from tinyq_lightning.trainer import sharded
-
         sharded.Gather = FailsOnRankOne
         fit(root, "fails", how, "current")
+        ranks._can_be_closed = lambda: False  # as with NCCL: the calls to one another must stay in order
+        sharded.Gather = PartFailsOnRankOne
+        fit(root, "part", how, "current")
+        sharded.unsharded_twin = fails_in_the_end
+        fit(root, "twin", how, "current")
 
 
 leave_group_at_exit()

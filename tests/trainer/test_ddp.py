@@ -58,3 +58,13 @@ def test_a_rank_that_fails_is_waited_for_by_none_and_all_know_why(tmp_path):
     assert ranks[0] == ranks[1]
     assert ranks[0]["error"] is None
     assert ranks[0]["results"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_no_rank_can_be_interrupted_one_that_fails_ends_the_run(tmp_path, rank):
+    done = run_on_ranks("ddp_not_heard.py", tmp_path, rank, fails=True)
+    assert "went on" not in done.stdout
+    assert f"NotHeardError: rank {rank} cannot tell the others" in done.stderr
+    assert f"loop on rank {rank}" in done.stderr
+    assert list(tmp_path.rglob("epoch=*.ckpt")), "the float checkpoint is there"

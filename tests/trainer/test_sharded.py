@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ class Whole(LightningModule):
 
 
 @pytest.mark.parametrize("how", ["fsdp", *(pytest.param(how, marks=pytest.mark.slow) for how in ("tensor", "both"))])
-def test_a_sharded_model_leaves_the_file_of_the_gathered_one(tmp_path, how):
+def test_a_sharded_model_leaves_the_file_of_the_gathered_one(tmp_path, how, capsys):
     done = run_on_ranks("sharded_run.py", tmp_path, how)
     assert done.stdout.count("TinyQ: 2 methods for 4 layers") == 1, "rank 0 shows the report"
     for name in ("folder", "file", "current"):
@@ -63,10 +65,28 @@ def test_a_sharded_model_leaves_the_file_of_the_gathered_one(tmp_path, how):
     online = read_checkpoint(written_by_ranks(tmp_path, "folder")[0]["paths"]["w8a32"])
     assert offline["tinyq"]["digests"] == online["tinyq"]["digests"], "the same content by command and callback"
     if how == "fsdp":
-        ranks = written_by_ranks(tmp_path, "fails")
-        assert ranks[0]["error"] == ranks[1]["error"]
-        assert "answer on rank 1" in ranks[0]["error"]
-        assert ranks[1]["alive"], "the processes can still talk to one another"
+        the_command_that_is_told_gives_both_numbers(tmp_path, folder, capsys)
+        for name, reason in (("fails", "answer on rank 1"), ("part", "part on rank 1"), ("twin", "twin on rank 0")):
+            ranks = written_by_ranks(tmp_path, name)
+            assert ranks[0]["error"] == ranks[1]["error"]
+            assert reason in ranks[0]["error"]
+            assert ranks[1]["alive"], "the processes can still talk to one another"
+
+
+def the_command_that_is_told_gives_both_numbers(root, folder, capsys):
+    (said,), others = written_by_ranks(root / "folder", "said")
+    assert others == [], "rank 0 warns"
+    recorded = float(re.search(r"recorded val_loss ([\d.]+) for the float model", said)[1])
+    quantized = written_by_ranks(root, "folder")[0]["paths"]["w8a8"]
+    command = said.partition("tinyq-lightning ")[2].replace("package.module:Data", "sharded_net:Points")
+    capsys.readouterr()
+    assert main([*command.replace("QUANTIZED", quantized).split(), "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert metrics[folder]["test_loss"] == pytest.approx(recorded, rel=1e-4), "Points tests what it validates"
+    assert metrics[quantized]["test_loss"] == pytest.approx(recorded, rel=0.05)
+    (said,), _ = written_by_ranks(root / "current", "said")
+    assert re.search(r"last validation of the fit gave val_loss [\d.]+ for the float model", said)
+    assert "FLOAT QUANTIZED, where FLOAT is what trainer.save_checkpoint" in said
 
 
 @pytest.mark.parametrize(

@@ -147,4 +147,10 @@ def _load(args: Namespace, path: str) -> LightningModule:
         raise ModelError(
             f"{args.model} makes a {type(module).__name__}, which is no LightningModule, and has no test loop"
         )
+    # called while it was loaded; a Trainer on one device would call it again, without the mesh of processes
+    vars(module)["configure_model"] = _nothing
     return cast("LightningModule", module)
+
+
+def _nothing() -> None:
+    """What a Trainer calls to configure a model that is."""

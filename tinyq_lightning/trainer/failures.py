@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import TinyQError
-from tinyq_lightning.trainer.ranks import agreed_on_failure, as_tinyq_error
+from tinyq_lightning.trainer.ranks import NotHeardError, agreed_on_failure, as_tinyq_error
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -48,12 +48,15 @@ def step_after_run(owner: Failing, trainer: Trainer, name: str) -> Iterator[None
 
     Raises:
         TinyQError: the step failed and the owner is ``strict``.
+        NotHeardError: it failed on this rank, and others cannot be kept from waiting for it.
     """
     began = False
     try:
         with agreed_on_failure(trainer):
             began = True
             yield
+    except NotHeardError:  # the other ranks would wait for this one in vain
+        raise
     except Exception as reason:
         if not began:  # another rank failed before this step, which a step around this one tells
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from tinyq_lightning.errors import TrainerError
 
 __all__ = [
     "Gather",
@@ -33,50 +36,85 @@ class Gather:
         self._state: dict[str, Any] = module.state_dict(keep_vars=True)
 
     def end(self) -> None:
-        """On rank 0: nothing more is asked for. After a failure the others learn of that in another way."""
+        """On rank 0: nothing more is asked for."""
         _broadcast(None)
 
     def answer(self) -> None:
-        """On the other ranks: send what rank 0 asks for until it has done."""
+        """On the other ranks: send what rank 0 asks for until it has done.
+
+        What fails here is told to rank 0, which raises it; the ranks go on with the same calls to one another.
+        """
         while (name := _broadcast(None)) is not None:
-            tensor = self._state[name]
-            if isinstance(tensor, DTensor):
-                dist.gather_object(_place(tensor))
-                if _is_first_holder(tensor):
-                    dist.send(_local(tensor), dst=0)
+            try:
+                part = self._part(name)
+            except Exception as error:  # rank 0 waits for an answer, whatever failed
+                dist.gather_object(f"{type(error).__name__}: {error}")
+                continue
+            dist.gather_object(part[0])
+            if part[0].is_sent:
+                dist.send(part[1], dst=0)
 
     def whole(self, name: str) -> Tensor:
-        """On rank 0: an entry of the state dict, whole, on the CPU."""
-        _broadcast(name)
+        """On rank 0: an entry of the state dict, whole, on the CPU.
+
+        Raises:
+            TrainerError: another rank could not give its part.
+        """
         tensor = self._state[name]
         if not isinstance(tensor, DTensor):
             return cast("Tensor", tensor.detach().cpu().clone())
-        places: list[Any] = [None] * dist.get_world_size()
-        dist.gather_object(_place(tensor), places)
-        local = _local(tensor)
         values = torch.empty(tensor.shape, dtype=tensor.dtype)
-        for rank, (is_first, shape, offset) in enumerate(places):
-            if not is_first:
-                continue
-            part = local
-            if rank > 0:
-                part = torch.empty(shape, dtype=tensor.dtype, device=local.device)
-                dist.recv(part, src=rank)
-            place = values
-            for dim, (start, size) in enumerate(zip(offset, shape, strict=True)):
-                place = place.narrow(dim, start, size)
-            place.copy_(part)
+        own, local = self._part(name)
+        buffer = torch.empty_like(local)
+        _broadcast(name)  # not earlier: the others wait for what follows
+        places: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(own, places)
+        for rank, place in enumerate(places):
+            if isinstance(place, _Place) and place.is_sent:
+                place.put(local if rank == 0 else _received(place, rank, buffer), values)
+        if failed := [f"rank {rank}: {place}" for rank, place in enumerate(places) if isinstance(place, str)]:
+            raise TrainerError(f"{name} could not be gathered: {'; '.join(failed)}")
         return values
+
+    def _part(self, name: str) -> tuple[_Place, Tensor]:
+        """The part of a split tensor that this process holds, and its place."""
+        tensor = self._state[name]
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        return _Place(_is_first_holder(tensor), tuple(shape), tuple(offset)), tensor.to_local().detach().contiguous()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Of a process's part in a whole tensor.
+
+    Attributes:
+        is_sent: whether this process sends it: it is not empty, and no earlier process holds it too.
+        shape: of the part.
+        offset: of its first value in the whole tensor, by dimension.
+    """
+
+    is_sent: bool
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    def put(self, part: Tensor, whole: Tensor) -> None:
+        """Copy the part to its place."""
+        for dim, (start, size) in enumerate(zip(self.offset, self.shape, strict=True)):
+            whole = whole.narrow(dim, start, size)
+        whole.copy_(part)
+
+
+def _received(place: _Place, rank: int, buffer: Tensor) -> Tensor:
+    """The part that a rank sends, in ``buffer`` if that has its shape: nothing can fail then."""
+    part = buffer if tuple(buffer.shape) == place.shape else buffer.new_empty(place.shape)
+    dist.recv(part, src=rank)
+    return part
 
 
 def _broadcast(name: str | None) -> str | None:
     told = [name]
     dist.broadcast_object_list(told, src=0)
     return told[0]
-
-
-def _local(tensor: DTensor) -> Tensor:
-    return tensor.to_local().detach().contiguous()
 
 
 def _is_first_holder(tensor: DTensor) -> bool:
@@ -86,9 +124,3 @@ def _is_first_holder(tensor: DTensor) -> bool:
         return False
     pairs = zip(coordinates, tensor.placements, strict=True)
     return not any(coordinate for coordinate, placement in pairs if placement.is_replicate())
-
-
-def _place(tensor: DTensor) -> tuple[bool, tuple[int, ...], tuple[int, ...]]:
-    """Whether this process sends its part, and the shape and offset of that in the whole tensor."""
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return _is_first_holder(tensor), tuple(shape), tuple(offset)

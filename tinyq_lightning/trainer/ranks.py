@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, cast
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "JoinedDDPStrategy",
+    "NotHeardError",
     "agreed_on_failure",
     "as_tinyq_error",
     "is_sharded",
@@ -52,6 +56,14 @@ def as_tinyq_error(error: Exception, other: type[TinyQError] = TinyQError) -> tu
     return other, f"{type(error).__name__}: {error}"
 
 
+PATIENCE = timedelta(seconds=30)
+"""How long a rank that failed waits to be heard by the others, where it cannot interrupt what they wait for."""
+
+
+class NotHeardError(TinyQError):
+    """A rank failed while others wait for it in a collective that cannot be interrupted: the processes have to end."""
+
+
 @contextmanager
 def agreed_on_failure(trainer: Trainer) -> Iterator[None]:
     """If the block raises on any rank, raise on every rank, with the reason of the rank that failed first.
@@ -59,9 +71,11 @@ def agreed_on_failure(trainer: Trainer) -> Iterator[None]:
     A rank that fails must not leave the others waiting in a collective, be it ours or one of the user's loop.
     So with gloo the block has a process group of its own. A failing rank closes it, which interrupts
     the collectives of the other ranks; the group of the run remains usable. Other backends have no such way to
-    interrupt a collective: there the ranks agree at the end of the block only.
+    interrupt a collective: there a failing rank waits for the others for a while, and then has the run end.
 
     Raises:
+        NotHeardError: on the rank that failed, if the others do not hear of it; Lightning or what launched the
+            processes then ends them all.
         TinyQError: on a rank that did not fail first: the same kind of error, with the rank that did.
         Exception: on the rank that failed first, whatever the block raised.
     """
@@ -70,7 +84,7 @@ def agreed_on_failure(trainer: Trainer) -> Iterator[None]:
         return
     own: Exception | None = None
     order = 0
-    group = _ClosableGroup()
+    group = _ClosableGroup() if _can_be_closed() else _Group()
     try:
         yield
     except Exception as error:
@@ -80,9 +94,7 @@ def agreed_on_failure(trainer: Trainer) -> Iterator[None]:
         group.close()
         raise
     group.leave()
-    told = None if own is None else (order, as_tinyq_error(own))
-    everyone: list[tuple[int, tuple[type[TinyQError], str]] | None] = [None] * trainer.world_size
-    dist.all_gather_object(everyone, told)
+    everyone = group.told_by_all(None if own is None else (order, as_tinyq_error(own)))
     group.close()  # not earlier: another rank may have been in a last collective of the block
     failed = [(told[0], rank, *told[1]) for rank, told in enumerate(everyone) if told is not None]
     if not failed:
@@ -93,37 +105,97 @@ def agreed_on_failure(trainer: Trainer) -> Iterator[None]:
     raise kind(text) from own
 
 
-class _ClosableGroup:
-    """The default process group while it is entered: one that a failing rank can close, with gloo.
+Failure: TypeAlias = "tuple[int, tuple[type[TinyQError], str]] | None"
+
+_blocks = itertools.count()
+
+
+def _can_be_closed() -> bool:
+    return dist.get_backend() == dist.Backend.GLOO
+
+
+class _Group:
+    """The default process group; the ranks tell one another of failures by the store, not by collectives."""
+
+    def __init__(self) -> None:
+        self._key = f"tinyq-failures-{next(_blocks)}"  # the ranks enter the same blocks
+
+    def count_failure(self) -> int:
+        """How many ranks have failed: a rank counts before it closes its group, which makes the others fail."""
+        try:
+            return int(_store().add(self._key, 1))
+        except RuntimeError:  # the rank that keeps the store has ended
+            return dist.get_world_size()
+
+    def told_by_all(self, told: Failure) -> list[Failure]:
+        """What each rank tells.
+
+        Raises:
+            NotHeardError: this rank has failed and another has not come to the end of its block in time, or the other
+                way round.
+        """
+        keys = [f"{self._key}-{rank}" for rank in range(dist.get_world_size())]
+        reason = "another rank has ended" if told is None else told[1][1]
+        try:
+            _store().set(keys[dist.get_rank()], pickle.dumps(told))
+            _store().wait(keys, timedelta(days=7) if told is None else PATIENCE)
+            over = _store().check([f"{self._key}-over"])
+            everyone = [pickle.loads(_store().get(key)) for key in keys]
+        except RuntimeError as error:
+            with suppress(RuntimeError):
+                _store().set(f"{self._key}-over", "")
+            raise NotHeardError(
+                f"rank {dist.get_rank()} cannot tell the others of a failure: they have ended, or for "
+                f"{PATIENCE.seconds} s have waited for it in what {dist.get_backend()} cannot interrupt. So it ends "
+                f"too: {reason}"
+            ) from error
+        if over:
+            raise NotHeardError(
+                f"another rank waited in vain for rank {dist.get_rank()} to hear of a failure, and ended"
+            )
+        return everyone
+
+    def leave(self) -> None:
+        """Make the former group the default again."""
+
+    def close(self) -> None:
+        """Close the connections of the group, which ends the collectives of other ranks with an error."""
+
+
+class _ClosableGroup(_Group):
+    """A group of gloo that is the default while it is entered, and that a failing rank can close.
 
     Raises:
         RuntimeError: a rank has failed before, so the group cannot be made.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._former = cast("dist.ProcessGroup", dist.group.WORLD)
-        self._group: dist.ProcessGroup | None = None
-        if dist.get_backend() == dist.Backend.GLOO:
-            dist.barrier()  # fails if a rank has failed before; making a group would wait for that rank
-            self._group = dist.new_group()
-            self._key = f"tinyq-failures-{self._group.group_name}"
-            distributed_c10d._update_default_pg(self._group)
+        dist.barrier()  # fails if a rank has failed before; making a group would wait for that rank
+        self._group: dist.ProcessGroup | None = dist.new_group()
+        distributed_c10d._update_default_pg(self._group)
 
-    def count_failure(self) -> int:
-        """How many ranks have failed: a rank counts before it closes its group, which makes the others fail."""
-        return int(distributed_c10d._get_default_store().add(self._key, 1)) if self._group else 0
+    def told_by_all(self, told: Failure) -> list[Failure]:
+        """What each rank tells, by the former group."""
+        everyone: list[Failure] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, told)
+        return everyone
 
     def leave(self) -> None:
-        """Make the former group the default again."""
         distributed_c10d._update_default_pg(self._former)
 
     def close(self) -> None:
-        """Close the connections of the group, which ends the collectives of other ranks with an error."""
         self.leave()
         if self._group is not None:
             with suppress(RuntimeError, ValueError):  # another rank has closed it
                 dist.destroy_process_group(self._group)
             self._group = None
+
+
+def _store() -> Any:
+    """By which the processes found one another."""
+    return distributed_c10d._get_default_store()
 
 
 def is_sharded(trainer: Trainer) -> bool:

@@ -27,6 +27,8 @@ from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
 from tinyq_lightning.trainer.float_weights import FloatWeights
 from tinyq_lightning.trainer.gather import Gather
+from tinyq_lightning.trainer.ranks import write_on_rank_zero
+from tinyq_lightning.trainer.results import numbers
 from tinyq_lightning.trainer.twin import unsharded_twin, whole_class
 
 if TYPE_CHECKING:
@@ -76,7 +78,8 @@ def refuse_measuring_sharded(trainer: Trainer, spec: QuantizationSpec) -> None:
         raise EvaluationError(
             f"{wanted} needs the quantized model to run, and under {type(trainer.strategy).__name__} no process holds "
             "it whole. Leave it out here; to have it, test the checkpoint on one device: "
-            "Trainer(devices=1, callbacks=[TinyQCallback(..., when='test_start')]).test(model, ckpt_path=...)"
+            "Trainer(devices=1, callbacks=[TinyQCallback(..., when='test_start')]).test(model, ckpt_path=...), where "
+            "configure_model must leave the model whole if self.device_mesh is None"
         )
 
 
@@ -95,37 +98,67 @@ def quantize_sharded(
         TinyQError: the module or a weight cannot be quantized, or the checkpoint cannot be read.
     """
     for each in spec.each():
-        made = _quantize(trainer, module, each, source)
-        told = trainer.strategy.broadcast(made and made.without_tensors())
-        yield made or cast("QuantizedShards", told)
+        yield _quantize_on_ranks(trainer, module, each, source)
     rank_zero_warn(f"TinyQ: quantized without a comparison: {_why_not_measured(trainer, module, source)}")
 
 
 def _why_not_measured(trainer: Trainer, module: LightningModule, source: FloatWeights) -> str:
     """Which numbers there are not, and how to get them."""
-    recorded = ""
-    for keeper in checkpoint_callbacks(trainer):
-        if keeper.best_model_path == source.path and keeper.monitor and keeper.best_model_score is not None:
-            score = float(keeper.best_model_score)
-            recorded = f" ModelCheckpoint recorded {keeper.monitor} {score:.6g} for the float model."
     kind = whole_class(module)
-    model = f"{kind.__module__}:{kind.__qualname__}"
+    command = (
+        f"tinyq-lightning evaluate --model {kind.__module__}:{kind.__qualname__} --data package.module:Data "
+        f"{source.path or 'FLOAT'} QUANTIZED"
+    )
+    of_float = "" if source.path else ", where FLOAT is what trainer.save_checkpoint(...) writes"
     return (
         f"under {type(trainer.strategy).__name__} no process holds the whole model, so the metrics of the quantized "
-        f"one were not measured.{recorded} For those of both: tinyq-lightning evaluate --model {model} "
-        f"--data package.module:Data {source.path or 'FLOAT'} QUANTIZED"
+        f"one were not measured.{_known_of_float(trainer, source)} For those of both, on one device: "
+        f"{command}{of_float}"
     )
 
 
-def _quantize(
+def _known_of_float(trainer: Trainer, source: FloatWeights) -> str:
+    """What validation gave for the float weights, in a sentence; empty where nothing is known."""
+    if source.path is None:
+        results = trainer.fit_loop.epoch_loop.val_loop._results
+        logged = {name for each in results.values() for name in results._forked_name(each, on_step=False)}
+        last = {name: value for name, value in numbers(trainer.callback_metrics).items() if name in logged}
+        told = ", ".join(f"{name} {value:.6g}" for name, value in last.items())
+        return f" The last validation of the fit gave {told} for the float model." if told else ""
+    for keeper in checkpoint_callbacks(trainer):
+        if keeper.best_model_path == source.path and keeper.monitor and keeper.best_model_score is not None:
+            score = float(keeper.best_model_score)
+            return f" ModelCheckpoint recorded {keeper.monitor} {score:.6g} for the float model."
+    return ""
+
+
+def _quantize_on_ranks(
     trainer: Trainer, module: LightningModule, spec: QuantizationSpec, source: FloatWeights
-) -> QuantizedShards | None:
-    """On rank 0 what was made; the others give it their shards, if it needs them."""
+) -> QuantizedShards:
+    """What rank 0 makes, on every rank; the others give it their shards, if it needs them.
+
+    Whichever rank fails, all make the same calls to one another in the same order: some backends would wait for ever.
+    """
     gather = None if source.path else Gather(module)
-    if not trainer.is_global_zero:
-        if gather is not None:
-            gather.answer()
-        return None
+    made: list[QuantizedShards] = []
+
+    def make() -> None:
+        try:
+            made.append(_quantize(module, spec, source, gather))
+        finally:
+            if gather is not None:
+                gather.end()
+
+    if gather is not None and not trainer.is_global_zero:
+        gather.answer()
+    write_on_rank_zero(trainer, make)
+    told = trainer.strategy.broadcast(made[0].without_tensors() if made else None)
+    return made[0] if made else cast("QuantizedShards", told)
+
+
+def _quantize(
+    module: LightningModule, spec: QuantizationSpec, source: FloatWeights, gather: Gather | None
+) -> QuantizedShards:
     twin = unsharded_twin(module)
     drop_weak_references(twin)
     float_bytes = state_bytes(twin.state_dict())
@@ -144,7 +177,6 @@ def _weights(
     """What reads an entry of the state dict, and the rest of the checkpoint."""
     if gather is not None:
         yield gather.whole, source.base
-        gather.end()
         return
     with open_checkpoint(source.path, source.trusted) as opened:
         state = opened.content["state_dict"]
