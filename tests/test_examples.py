@@ -135,7 +135,7 @@ BENCHED = {  # part of examples/bench: what it cannot do without
     "convolutions": {"float32", "w8a32", "w8a16", "w8a8"},
     "text_encoder": {"float32", "w8a32", "w8a16", "w8a8"},
     "handover": {"float32", "float32 onnx", "onnx w8a8"},
-    "memory": {"in_place", "kept", "file", "load"},
+    "memory": {"in_place", "kept", "file", "file_w4", "load"},
     "quantizing": {"memcpy", "quantize_per_row(weight)", "quantize(model)"},
 }
 LONG = ("four_bits", "text_encoder", "handover", "memory")

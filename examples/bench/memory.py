@@ -16,11 +16,12 @@ from torch import nn
 from tinyq_lightning.table import Table, format_bytes
 
 WIDTH, DEPTH = 4096, 12
-PROCESSES = ("in_memory", "quantize_file", "load_file")
+PROCESSES = ("in_memory", "quantize_file", "load_file", "quantize_four_bits")
 SHOWN = {
     "in_place": "`quantize(model)` in place: peak above the float model",
     "kept": "the quantized model after its first forward pass",
     "file": "`tinyq-lightning quantize`, file to file: peak above an idle process",
+    "file_w4": "the same to four bits",
     "load": "`load_quantized`: peak above an idle process",
 }
 

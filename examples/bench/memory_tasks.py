@@ -1,6 +1,6 @@
 """Resident memory of one task, measured in the process that this file is run as: ``memory`` runs it.
 
-python memory_tasks.py in_memory|quantize_file|load_file FOLDER WIDTH DEPTH
+python memory_tasks.py in_memory|quantize_file|load_file|quantize_four_bits FOLDER WIDTH DEPTH
 
 Prints, as JSON, the bytes before and after (at the peak, but for what is kept) by the name of each figure.
 """
@@ -34,15 +34,19 @@ def in_memory(folder: Path, width: int, depth: int) -> dict[str, tuple[int, int]
     return {"in_place": (float_model, peak), "kept": (before, resident("VmRSS"))}
 
 
-def quantize_file(folder: Path, width: int, depth: int) -> dict[str, tuple[int, int]]:
+def quantize_file(folder: Path, *_: int, method: str = "w8a32") -> dict[str, tuple[int, int]]:
     import wide  # noqa: F401  # what is imported anyhow comes before the command
 
     from tinyq_lightning.command import file_commands, main  # noqa: F401
 
     before = resident("VmRSS")
-    arguments = ["quantize", str(folder / "float.ckpt"), "--model", "wide:Wide", "--json"]
-    main([*arguments, "--output", str(folder / "int8.ckpt")])
+    arguments = ["quantize", str(folder / "float.ckpt"), "--model", "wide:Wide", "--method", method, "--json"]
+    main([*arguments, "--output", str(folder / f"{method}.ckpt")])
     return {"file": (before, resident("VmHWM"))}
+
+
+def quantize_four_bits(folder: Path, *_: int) -> dict[str, tuple[int, int]]:
+    return {"file_w4": quantize_file(folder, method="w4a32")["file"]}
 
 
 def load_file(folder: Path, width: int, depth: int) -> dict[str, tuple[int, int]]:
@@ -51,7 +55,7 @@ def load_file(folder: Path, width: int, depth: int) -> dict[str, tuple[int, int]
     from tinyq_lightning import load_quantized
 
     before = resident("VmRSS")
-    load_quantized(folder / "int8.ckpt", Wide)
+    load_quantized(folder / "w8a32.ckpt", Wide)
     return {"load": (before, resident("VmHWM"))}
 
 

@@ -73,17 +73,22 @@ def quantize_file(
         with around(layer), model.present(layer):
             yield
 
-    plan = quantize_by_layer(model.module, spec, present)
-    for layer in model.module.modules():
-        if isinstance(layer, Int8Weight) and layer.bits == 4:
-            layer.form("int4")  # which holds the codes as the file has them, and the layer no others then
-        elif isinstance(layer, QuantizedRecurrent) and layer.bits == 4:
-            layer.pack()
+    plan = quantize_by_layer(model.module, spec, present, _hold_as_in_the_file)
+    _hold_as_in_the_file(model.module)  # matrices too, which no layer holds
     model.fill()
     base = source.read_all(apart_from_weights(model.content))
     content = make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)
     warn_of_left_out(content)
     return content
+
+
+def _hold_as_in_the_file(module: nn.Module) -> None:
+    """Hold codes of four bits two a byte, and no others."""
+    for layer in module.modules():
+        if isinstance(layer, Int8Weight) and layer.bits == 4:
+            layer.form("int4")
+        elif isinstance(layer, QuantizedRecurrent) and layer.bits == 4:
+            layer.pack()
 
 
 class FloatFile:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tinyq_lightning.kernels.weights import row_blocks
+
 __all__ = [
     "GROUP",
     "LARGEST_MULTIPLIER",
@@ -108,9 +110,13 @@ def collapse(codes: Tensor, multipliers: Tensor) -> Tensor:
     Returns:
         ``[rows, ceil(columns / 2)]`` uint8: packed codes.
     """
-    factors = multipliers_of(multipliers, codes.shape[1]).repeat_interleave(GROUP, 1)[:, : codes.shape[1]]
-    # Quotients of integers as small as these are exact in float32, which divides faster.
-    return pack_codes(codes.float().div_(factors).to(torch.int8))
+    columns = codes.shape[1]
+    packed = torch.empty(packed_shapes(*codes.shape)[0], dtype=torch.uint8, device=codes.device)
+    for block, factors, made in row_blocks(codes, multipliers, packed):  # or it would take twice the float weight
+        spread = multipliers_of(factors, columns).repeat_interleave(GROUP, 1)[:, :columns]
+        # Quotients of integers as small as these are exact in float32, which divides faster.
+        made.copy_(pack_codes(block.float().div_(spread).to(torch.int8)))
+    return packed
 
 
 def multipliers_of(packed: Tensor, columns: int) -> Tensor:

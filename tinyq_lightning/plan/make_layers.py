@@ -50,6 +50,10 @@ class QuantizedLayers:
         self._decisions = {decision.name: decision for decision in plan}
         self._made: dict[str, tuple[Mapping[str, Int8Weight], float]] = {}
 
+    def let_go(self) -> None:
+        """Hold no codes any more: what is made from here on shares none with what was made before."""
+        self._made.clear()
+
     @property
     def plan(self) -> Plan:
         """The plan with the SQNR of each weight that has been quantized."""

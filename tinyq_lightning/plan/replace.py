@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 from torch import nn
@@ -30,19 +30,25 @@ __all__ = [
     "warn_of_unkept",
 ]
 
+Made = Callable[[nn.Module], object]
+"""Is called with a quantized layer."""
 
-def quantize_by_layer(model: nn.Module, spec: QuantizationSpec, with_values: WithValues = nullcontext) -> Plan:
+
+def quantize_by_layer(
+    model: nn.Module, spec: QuantizationSpec, with_values: WithValues = nullcontext, made: Made | None = None
+) -> Plan:
     """As :func:`~tinyq_lightning.search.quantizing.quantize` without data, one layer at a time.
 
     Args:
         model: any module with layers of a known kind somewhere below it.
         spec: what to quantize, and how.
         with_values: gives a block in which a layer has its real weights, where they are read one layer at a time.
+        made: is called with each quantized layer when it is in its place.
     """
     refuse_root(model)
     warn_of_unkept(spec, 4)
     sites = sites_for(spec, model)
-    plan = carry_out(resolve(spec, model, with_values, sites=sites), sites, with_values)
+    plan = carry_out(resolve(spec, model, with_values, sites=sites), sites, with_values, made)
     refuse_save_pretrained(model)
     return plan
 
@@ -69,13 +75,14 @@ def warn_of_unkept(spec: QuantizationSpec, stacklevel: int, calibrated: bool = F
         )
 
 
-def carry_out(plan: Plan, sites: list[Site], with_values: WithValues = nullcontext) -> Plan:
+def carry_out(plan: Plan, sites: list[Site], with_values: WithValues = nullcontext, made: Made | None = None) -> Plan:
     """Put layers in the place of float ones as soon as they are made.
 
     Args:
         plan: the decisions.
         sites: the layers of the model. The list is emptied: a float weight is freed once nothing holds its site.
         with_values: gives a block in which a layer has its real weights.
+        made: is called with each quantized layer when it is in its place.
 
     Returns:
         The plan with the SQNR of each weight.
@@ -97,6 +104,9 @@ def carry_out(plan: Plan, sites: list[Site], with_values: WithValues = nullconte
                 in_cycles |= site.is_parametrized
             del site
         put_in(pairs)
+        layers.let_go()
+        for _, layer in pairs if made is not None else ():
+            made(layer)
         if freed > worth_returning or not by_name:
             pairs.clear()
             if in_cycles:  # torch has the properties of a parametrized module hold that module
