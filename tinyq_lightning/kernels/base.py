@@ -82,6 +82,7 @@ class Choice:
         few_rows: inputs of fewer rows take the kernel ``few`` instead; 0 if none do.
         few: that kernel.
         bytes_a_weight: what the layer holds in memory for each weight, once it has seen few rows and many.
+        packed: whether a form takes the place of the plain codes.
     """
 
     kernel: str
@@ -89,6 +90,7 @@ class Choice:
     few_rows: int = 0
     few: str = "float32"
     bytes_a_weight: float = field(default=1, compare=False)
+    packed: bool = field(default=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -103,8 +105,8 @@ def with_memory(choice: Choice, forms: Mapping[str, type[WeightForm]]) -> Choice
     """The choice with what its forms take; the plain codes lie beside those that do not hold them."""
     names = {choice.kernel, choice.few} if choice.few_rows else {choice.kernel}
     taken = [forms[name] for name in names if name in forms]
-    held = sum(form.bytes_a_weight for form in taken) + (not any(form.holds_codes for form in taken))
-    return replace(choice, bytes_a_weight=held)
+    packed = any(form.holds_codes for form in taken)
+    return replace(choice, bytes_a_weight=sum(form.bytes_a_weight for form in taken) + (not packed), packed=packed)
 
 
 class TensorSnapshot:

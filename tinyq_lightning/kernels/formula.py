@@ -160,7 +160,8 @@ def _scaled_product(x: Tensor, int8_weights: Tensor, scales: Tensor) -> Tensor:
     """``(x @ qᵀ) * s``, with the float copy of the weights made a block of rows at a time."""
     blocks = row_blocks(int8_weights)
     if type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
-        parts = [nn.functional.linear(x, int8_weights[rows].to(x.dtype)) for rows in blocks]
+        copies = int8_weights.to(x.dtype)  # not of slices: a package would hold the codes once for each
+        parts = [nn.functional.linear(x, copies[rows]) for rows in blocks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * scales
     outputs, inputs = int8_weights.shape
     x_rows, copy = x.reshape(-1, inputs), None

@@ -15,9 +15,8 @@ from typing_extensions import override
 
 from tinyq_lightning.kernels.base import LONGEST_SUM, SUM_MAX, BesideCodes
 from tinyq_lightning.kernels.fixed_point import digits_product
-from tinyq_lightning.kernels.onednn import compiles_packed_product, onednn_sums, pack_onednn
+from tinyq_lightning.kernels.onednn import holds_packed_constants, onednn_sums, pack_onednn
 from tinyq_lightning.kernels.probe import has_vnni, holds, is_hidden
-from tinyq_lightning.kernels.tracing import is_exporting_for_this_processor
 from tinyq_lightning.kernels.weights import CODE_MAX, quantize_rows_to_steps
 from tinyq_lightning.methods import Method
 
@@ -25,8 +24,8 @@ __all__ = [
     "PlainWeights",
     "has_plain_product",
     "integer_product",
-    "scaled_sums",
     "multiplies_exactly",
+    "scaled_sums",
     "takes_integers",
 ]
 
@@ -83,7 +82,7 @@ def scaled_sums(integers: Tensor, int8_weights: Tensor, scales: Tensor, method: 
 
     A package that is compiled for this processor holds packed codes.
     """
-    if is_exporting_for_this_processor() and _is_packed_in_packages(method, int8_weights.shape[1]):
+    if _is_packed(method, int8_weights.shape[1]):
         sums = _packed_sums(integers, int8_weights, scales, method.digits)
     else:
         sums = torch._int_mm(_digits(integers, method.digits), int8_weights.t()).to(integers.dtype)
@@ -93,13 +92,13 @@ def scaled_sums(integers: Tensor, int8_weights: Tensor, scales: Tensor, method: 
     return low * scales
 
 
-def _is_packed_in_packages(method: Method, in_features: int) -> bool:
-    """Whether a package holds packed codes. Its products of digits plus 128 are float32 before 128 is taken off again.
+def _is_packed(method: Method, in_features: int) -> bool:
+    """Whether a package is traced that holds packed codes.
 
-    Sums beyond 2²⁴ lose their last bits by that: nothing beside the rounding of activations to one digit, but too much
-    for the upper digits of finer ones.
+    It multiplies digits plus 128, and takes 128 off when the sums are float32. Sums beyond 2²⁴ lose their last bits by
+    that: nothing beside the rounding of activations to one digit, but too much for the upper digits of finer ones.
     """
-    return compiles_packed_product() and (method.digits == 1 or 255 * CODE_MAX * in_features < SUM_MAX)
+    return holds_packed_constants() and (method.digits == 1 or 255 * CODE_MAX * in_features < SUM_MAX)
 
 
 def _packed_sums(integers: Tensor, int8_weights: Tensor, scales: Tensor, count: int) -> Tensor:

@@ -102,7 +102,7 @@ def resolve(
             against = f", against {wanted.reason}" if wanted.decided_by == "rule" and not measured else ""
             wanted = Wanted("float", f"tied to {stays_float}.weight ({made[stays_float].reason}){against}", "tie")
         tied_to = next((other for other in site.tied if other in decisions), None)
-        decisions[name] = _decision(site, wanted, tied_to, spec.kernel)
+        decisions[name] = _decision(site, wanted, decisions[tied_to] if tied_to else None, spec.kernel)
     return Plan(tuple(decisions.values()), spec, _others(model, found), held_weights(model))
 
 
@@ -136,14 +136,15 @@ def _rank(spec: QuantizationSpec, site: Site) -> tuple[bool, int]:
     return is_on(spec, site), len(site.methods)
 
 
-def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelName) -> Decision:
+def _decision(site: Site, wanted: Wanted, owner: Decision | None, kernel: KernelName) -> Decision:
+    """The decision on a layer; ``owner`` is that of the layer before it that has the same weight."""
     held = {name: getattr(site.module, name, None) for name in (*site.module._parameters, "bias")}
     extra = sum(
         kept.numel() * kept.element_size()
         for name, kept in held.items()
         if name not in site.weights and isinstance(kept, Tensor) and not isinstance(kept, UninitializedParameter)
     )
-    sizes = list(site.sizes.values()) if tied_to is None else []
+    sizes = list(site.sizes.values()) if owner is None else []
     float_bytes = extra + sum(size.count for size in sizes) * site.dtype.itemsize
     method, reason, by = wanted
     asked = None
@@ -151,6 +152,8 @@ def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelNam
         method, why = method_of(site, method)
         if why is not None:
             reason, asked = f"{reason}; {why}", wanted.method
+    choice, other = _kernel(site, method, kernel), owner.kernel if owner else None
+    own_forms = other is None or choice is None or choice.label != other.label
     return Decision(
         name=site.name,
         method=method,
@@ -159,11 +162,12 @@ def _decision(site: Site, wanted: Wanted, tied_to: str | None, kernel: KernelNam
         float_bytes=float_bytes,
         bytes=float_bytes if method == "float" else extra + sum(size.bytes(METHODS[method].bits) for size in sizes),
         aliases=site.names[1:],
-        tied_to=tied_to,
+        tied_to=owner.name if owner else None,
         kind=site.kind.name,
-        kernel=_kernel(site, method, kernel),
+        kernel=choice,
         asked=asked,
-        weights=sum(size.count for size in sizes),
+        weights=sum(size.count for size in site.sizes.values()) if own_forms else 0,
+        shares_codes=not any(each is not None and each.packed for each in (choice, other)),
         decided_by=cast(DecidedBy, by),
     )
 
