@@ -39,7 +39,7 @@ def choose_lookup_kernel(kernel: KernelName, values: int, dtype: torch.dtype, bi
     if dtype == torch.float32 and wanted == "float32":
         return Choice("float32", "a float copy in memory, as asked for", bytes_a_weight=5)
     if dtype != torch.float64 and values and has_fbgemm_rows():
-        return Choice("int8-rows", "the rows that are needed, read and expanded in one pass")
+        return Choice("int8-rows", "the rows that are needed, read and expanded in one pass", packed=True)
     if dtype == torch.float32 and wanted == "auto" and values <= _COPIED_TO:
         return Choice("float32", "a float copy in memory, the fastest for tables this small", bytes_a_weight=5)
     return Choice("reference", "the rows that are needed, each its codes times its scale")
