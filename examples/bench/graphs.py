@@ -15,7 +15,7 @@ import torch
 import torch._inductor
 from torch import Tensor, nn
 
-from tinyq_lightning import quantize
+from tinyq_lightning import export, quantize
 
 METHODS = ("float32", "w8a32", "w8a16", "w8a8")
 
@@ -41,11 +41,13 @@ def compiled(method: str, network: nn.Module, ids: Tensor):
 
 
 def packaged(method: str, network: nn.Module, ids: Tensor):
-    network = copy.deepcopy(network)
-    if method != "float32":
-        quantize(network, {"method": method, "kernel": "int8"})  # the processor's int8 products in the program too
-    program = torch.export.export(network, (ids,), dynamic_shapes=any_size(ids))
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder() / f"{method}.pt2"))
+    network, path, (sizes,) = copy.deepcopy(network), str(folder() / f"{method}.pt2"), any_size(ids)
+    if method == "float32":
+        program = torch.export.export(network, (ids,), dynamic_shapes=(sizes,))
+        torch._inductor.aoti_compile_and_package(program, package_path=path)
+    else:
+        quantize(network, method)
+        export(network, path, ids[:2], to="aoti", dynamic=sizes)  # the compiler tries products on as many rows
     return torch._inductor.aoti_load_package(path)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tinyq_lightning.table import Table
 
-CONTENDERS = ("float32", "float32-onednn", *METHODS, "torch-w8a8")
+CONTENDERS = ("float32", "float32-onednn", *METHODS, "bfloat16", "torchao-w8", "torchao-w8a8", "torch-w8a8")
 SHAPES = [(1, 16), (1, 128), (32, 64)]  # batch, tokens
 
 

@@ -115,6 +115,18 @@ def test_a_package_computes_what_the_model_does(name, method, tmp_path):
     assert "machine code" in report.notes[0]
 
 
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("method", ["w8a32", "w8a8"])
+def test_a_package_holds_int8_codes_also_of_what_it_multiplies_as_floats(method, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 1024, 5), nn.Flatten(), nn.Linear(4096, 257))
+    held = sum(each.numel() for each in model.parameters())
+    quantize(model.eval(), method)
+    report = export(model, tmp_path / "net.pt2", torch.randn(3, 3, 8, 8), to="aoti")
+    assert report.relative_error < 5e-3
+    assert (tmp_path / "net.pt2").stat().st_size < 2 * held  # floats take four bytes; the machine code takes some
+
+
 WITHOUT = """
 import importlib.abc, json, sys
 

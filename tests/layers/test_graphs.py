@@ -11,6 +11,7 @@ from torch import nn
 from torch._inductor import config
 
 from tinyq_lightning import quantize, quantized
+from tinyq_lightning.kernels import compiles_packed_product, exporting_for_this_processor, packing_in_graphs
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +241,45 @@ def test_an_export_takes_the_int8_product_where_it_is_asked_for_and_batches_of_a
         for rows in (1, 5):
             x = normal(rows, 40, seed=rows)
             torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-4)
+
+
+needs_packing = pytest.mark.skipif(not compiles_packed_product(), reason="needs AVX512-VNNI")
+
+
+def program_for_a_package(layer, x):
+    with exporting_for_this_processor(), packing_in_graphs(), torch.no_grad():
+        return torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+
+
+@needs_packing
+@each_method
+@pytest.mark.parametrize("shape", [(50, 33), (3, 2), (8, 518)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_program_for_a_package_multiplies_packed_codes_to_the_bits_of_plain_ones(method, shape):
+    layer = random_layer(method, *shape)
+    layer.kernel = "int8"
+    x = torch.cat([normal(5, shape[1]), torch.zeros(1, shape[1]), torch.full((1, shape[1]), torch.nan)])
+    plain = torch.export.export(layer, (x,))
+    packed = program_for_a_package(layer, x)
+    assert "_int_mm" in str(plain.graph)
+    assert "onednn.qlinear_pointwise" in str(packed.graph)
+    assert "_int_mm" not in str(packed.graph)
+    wanted, got = plain.module()(x), packed.module()(x)
+    assert torch.equal(got[:-1], wanted[:-1])
+    assert torch.equal(packed.module()(x[:1]), wanted[:1])
+    assert not got[-1].isfinite().any()
+
+
+@needs_packing
+@each_method
+def test_sums_that_float32_cannot_hold_are_those_of_plain_codes_unless_activations_are_of_one_digit(method):
+    layer = random_layer(method, 4, 600)
+    layer.int8_weights.fill_(127)  # the product of the digits plus 128 exceeds 2²⁴
+    x = normal(3, 600)
+    program = program_for_a_package(layer, x)
+    assert ("_int_mm" in str(program.graph)) == (method not in ("w8a8", "w4a8"))
+    assert relative_error(program.module()(x), layer(x).double()) < 1e-6
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tinyq_lightning.errors import ExportError
@@ -21,6 +21,7 @@ from tinyq_lightning.kernels import (
     has_int8_product,
     packing_in_graphs,
 )
+from tinyq_lightning.layers import QuantizedLayer
 
 __all__ = [
     "open_aoti",
@@ -38,6 +39,7 @@ def write_aoti(request: Request, path: str) -> Sequence[str]:
         raise ExportError(f"{os.path.basename(path)}: torch loads an AOTInductor package only if its name ends in .pt2")
     _check_compiler()
     if compiles_packed_product():
+        _hold_plain_codes(request.module)
         with packing_in_graphs(), _casts_at_run_time():
             _compile(request, path, PACKED)
     else:
@@ -66,6 +68,14 @@ def _compile(request: Request, path: str, options: dict[str, Any]) -> None:
     with exporting_for_this_processor(), torch.no_grad():
         program = exported_program(request)
         aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+
+
+def _hold_plain_codes(module: nn.Module) -> None:
+    """Have the codes of all layers as buffers: what is unpacked while a graph is traced, the compiler cannot pack."""
+    for layer in module.modules():
+        if isinstance(layer, QuantizedLayer):
+            for weight in layer.coded_weights().values():
+                weight.unpack()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from tinyq_lightning.kernels.integer import takes_integers
 from tinyq_lightning.kernels.lookup import choose_lookup_kernel
 from tinyq_lightning.kernels.moments import Moments, moments_bytes
 from tinyq_lightning.kernels.nibbles import GROUP, collapse, expand, four_bit_bytes, multipliers_of, packed_shapes
-from tinyq_lightning.kernels.onednn import compiles_packed_product, packing_in_graphs
+from tinyq_lightning.kernels.onednn import compiles_packed_product, holds_packed_constants, packing_in_graphs
 from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
 from tinyq_lightning.kernels.recurrent import choose_recurrent_kernel
 from tinyq_lightning.kernels.tracing import (
@@ -89,6 +89,7 @@ __all__ = [
     "has_float16_product",
     "has_int8_convolution",
     "has_int8_product",
+    "holds_packed_constants",
     "in_jit_trace",
     "in_transform",
     "is_channels_last",

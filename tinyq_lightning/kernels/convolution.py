@@ -306,9 +306,10 @@ def _exact_sums(integers: Tensor, codes: Tensor, geometry: Geometry) -> Tensor:
     if geometry.groups > 1 or geometry.transposed or most * places * CODE_MAX**2 > SUM_MAX:
         return convolve(integers.double(), codes.double(), None, geometry).to(integers.dtype)
     total: Tensor | None = None
+    weight = codes.to(integers.dtype)  # not of slices: a package would hold the codes once for each
     for start in range(0, channels, most):
         block = slice(start, start + most)
-        part = convolve(integers[:, block], codes[:, block].to(integers.dtype), None, geometry).double()
+        part = convolve(integers[:, block], weight[:, block], None, geometry).double()
         total = part if total is None else total + part
     assert total is not None
     return total.to(integers.dtype)

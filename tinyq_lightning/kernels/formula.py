@@ -179,7 +179,8 @@ def _scaled_product(x: Tensor, int8_weights: Tensor, scales: Tensor) -> Tensor:
         or torch.compiler.is_compiling()
         or in_transform()
     ):
-        parts = [nn.functional.linear(x, int8_weights[rows].to(x.dtype)) for rows in blocks]
+        copies = int8_weights.to(x.dtype)  # not of slices: a package would hold the codes once for each
+        parts = [nn.functional.linear(x, copies[rows]) for rows in blocks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * scales
     outputs, inputs = int8_weights.shape
     x_rows, copy = x.reshape(-1, inputs), None

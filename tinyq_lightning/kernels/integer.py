@@ -17,9 +17,8 @@ from typing_extensions import override
 
 from tinyq_lightning.kernels.base import LONGEST_SUM, SUM_MAX, BesideCodes
 from tinyq_lightning.kernels.fixed_point import digits_product
-from tinyq_lightning.kernels.onednn import compiles_packed_product, onednn_sums, pack_onednn
+from tinyq_lightning.kernels.onednn import holds_packed_constants, onednn_sums, pack_onednn
 from tinyq_lightning.kernels.probe import has_vnni, holds, is_hidden
-from tinyq_lightning.kernels.tracing import is_exporting_for_this_processor
 from tinyq_lightning.kernels.weights import CODE_MAX, quantize_rows_to_steps
 from tinyq_lightning.methods import Method
 
@@ -112,7 +111,7 @@ def scaled_sums(integers: Tensor, int8_weights: Tensor, scales: Tensor, method: 
 
     A package that is compiled for this processor holds packed codes.
     """
-    if is_exporting_for_this_processor() and _is_packed_in_packages(method, int8_weights.shape[1]):
+    if integers.is_cpu and _is_packed(method, int8_weights.shape[1]):
         sums = _packed_sums(integers, int8_weights, scales, method.digits)
     else:
         sums = int_mm(digits_of_integers(integers, method.digits), int8_weights).to(integers.dtype)
@@ -127,13 +126,13 @@ def put_together(sums: Tensor, count: int) -> Tensor:
     return low
 
 
-def _is_packed_in_packages(method: Method, in_features: int) -> bool:
-    """Whether a package holds packed codes. Its products of digits plus 128 are float32 before 128 is taken off again.
+def _is_packed(method: Method, in_features: int) -> bool:
+    """Whether a package is traced that holds packed codes.
 
-    Sums beyond 2²⁴ lose their last bits by that: nothing beside the rounding of activations to one digit, but too much
-    for the upper digits of finer ones.
+    It multiplies digits plus 128, and takes 128 off when the sums are float32. Sums beyond 2²⁴ lose their last bits by
+    that: nothing beside the rounding of activations to one digit, but too much for the upper digits of finer ones.
     """
-    return compiles_packed_product() and (method.digits == 1 or 255 * CODE_MAX * in_features < SUM_MAX)
+    return holds_packed_constants() and (method.digits == 1 or 255 * CODE_MAX * in_features < SUM_MAX)
 
 
 def _packed_sums(integers: Tensor, int8_weights: Tensor, scales: Tensor, count: int) -> Tensor:

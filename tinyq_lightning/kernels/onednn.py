@@ -13,12 +13,14 @@ from typing_extensions import override
 from tinyq_lightning.kernels.base import CodeHolder
 from tinyq_lightning.kernels.fixed_point import digits_product
 from tinyq_lightning.kernels.probe import Packed, has_operator, has_vnni, holds, is_hidden
+from tinyq_lightning.kernels.tracing import is_exporting_for_this_processor
 from tinyq_lightning.methods import Method
 
 __all__ = [
     "OnednnWeights",
     "compiles_packed_product",
     "has_onednn_product",
+    "holds_packed_constants",
     "onednn_sums",
     "pack_onednn",
     "packing_in_graphs",
@@ -72,15 +74,21 @@ def _operator() -> Callable[..., Tensor]:
 def compiles_packed_product() -> bool:
     """Return True if torch's compiler writes machine code of its own for the packed product on this processor.
 
-    It does so for AVX512-VNNI, where the weights are known while it compiles. That code has no cost of a call, which
-    for few rows is as much as the product's.
+    It does so for AVX512-VNNI, if the weights are known while it compiles. Calling oneDNN instead costs as much as the
+    product of a few rows.
     """
-    if not (has_onednn_product() and torch.cpu.get_capabilities().get("avx512_vnni")):
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not (has_onednn_product() and able.get("avx512_vnni")):
         return False
     from torch._inductor import constant_folding, lowering  # noqa: F401 - what follows cannot be imported before it
     from torch._inductor.codegen import cpp_micro_gemm
 
     return hasattr(cpp_micro_gemm, "CppMicroGemmAVX512VNNI") and hasattr(constant_folding, "add_dont_constant_fold")
+
+
+def holds_packed_constants() -> bool:
+    """Return True while a graph is traced for a package that :func:`compiles_packed_product`."""
+    return is_exporting_for_this_processor() and compiles_packed_product()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from tinyq_lightning.kernels import (
     FormulaName,
     TensorSnapshot,
     choose_kernel,
+    holds_packed_constants,
     in_jit_trace,
     in_transform,
     is_exporting_for_any_processor,
@@ -140,7 +142,10 @@ class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
         """The part of the output that a slice of the weight's rows gives: ``[..., in]`` → ``[..., rows]``."""
         bias = None if self.bias is None else self.bias[rows]
         if torch.compiler.is_compiling():
-            return self._in_graph(input, self.int8_weights[rows], self.scales[rows], bias)
+            codes = self.int8_weights[rows]
+            if holds_packed_constants():
+                codes = codes.neg().neg()  # a package would hold all of a slice's memory; the compiler removes copies
+            return self._in_graph(input, codes, self.scales[rows], bias)
         return self._part(rows)._linear(input, bias)
 
     def _by_form(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -202,6 +207,9 @@ class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
             layer.kernel = self.kernel
             multipliers = self.multipliers[rows] if self.bits == 4 else None
             layer.take_codes(codes[rows], self.scales[rows], multipliers)
+            if layer.choice.kernel.startswith("int8") and takes_integers(self.in_features):
+                # The whole layer holds plain codes for its parts: packed ones would lie beside them.
+                layer._choices["cpu"] = replace(layer.choice, kernel="int8")
             found = self._parts[rows.start, rows.stop] = TensorSnapshot(codes), TensorSnapshot(self.scales), layer
         return found[2]
 
