@@ -109,7 +109,7 @@ def open_aoti(path: str, request: Request) -> Callable[[Example], Sequence[Tenso
     import torch._inductor
 
     package = torch._inductor.aoti_load_package(path)
-    structure = pytree.treespec_loads(package.loader.get_call_spec()[0])  # type: ignore[attr-defined]
+    structure = pytree.treespec_loads(package.loader.get_call_spec()[0])
 
     def run(example: Example) -> Sequence[Tensor]:
         args, kwargs = arranged(example, structure)

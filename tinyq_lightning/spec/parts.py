@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from tinyq_lightning.methods import Activations
+
 __all__ = [
     "MEASURED_BY",
     "Budget",
@@ -110,7 +112,7 @@ class Export:
     """
 
     to: str
-    activations: str = "dynamic"
+    activations: Activations = "dynamic"
     batches: int = 8
     measure: bool | None = None
 
