@@ -52,12 +52,14 @@ class LayerShape:
         out_features: rows of its weight.
         in_features: columns of its weight.
         compact: whether the layer is to hold no more than its codes: one byte a weight, or half of one.
+        device: the type of device that it is called on.
     """
 
     method: Method
     out_features: int
     in_features: int
     compact: bool = False
+    device: str = "cpu"
 
     @property
     def weights(self) -> int:
@@ -76,10 +78,11 @@ class Choice:
             ``float16``, codes of two bytes each, multiplied in float32; ``float16x2``, the same beside the codes,
             with activations in two parts, as exact as ``nn.Linear``; ``float32``, a float copy of the weights
             beside the codes; ``float32x1``, the same for activations that are rounded; ``exact``, integers summed
-            exactly in float64; ``int4``, codes of four bits that are expanded on each call; ``reference``, the
-            formula. Of convolutions also ``int8-grouped``, as ``int8-onednn`` for several groups, beside the plain
-            codes, and ``windows``, by the kernel of a linear layer whose rows are the windows. Of look-ups
-            ``int8-rows``, codes packed by a library with the scale of each row.
+            exactly in float64; ``int8-cuda``, integers summed exactly by a GPU's int8 products; ``int4``, codes of
+            four bits that are expanded on each call; ``reference``, the formula. Of convolutions also
+            ``int8-grouped``, as ``int8-onednn`` for several groups, beside the plain codes, and ``windows``, by the
+            kernel of a linear layer whose rows are the windows. Of look-ups ``int8-rows``, codes packed by a library
+            with the scale of each row.
         reason: in words.
         few_rows: inputs of fewer rows take the kernel ``few`` instead; 0 if none do.
         few: that kernel.
