@@ -8,12 +8,13 @@ import pickle
 import pytest
 import torch
 from lightnings import summarize
-from models import keeper, trainer
+from mixed import RULE, Mixed
+from models import FEATURES, keeper, trainer
 from torch import nn
 from transformer import Adapted, Language, MixedLanguage, loader, words
 
 from tinyq_lightning import TinyQCallback, load_quantized, quantize
-from tinyq_lightning.errors import CheckpointError, ReadOnlyWeightError, SpecError
+from tinyq_lightning.errors import CheckpointError, ModelError, ReadOnlyWeightError, SpecError
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.linear import QuantizedLinear
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
@@ -23,6 +24,41 @@ def quantized_language(method="w8a32", **kwargs):
     model = Language(**kwargs).eval()
     quantize(model, method)
     return model
+
+
+def quantized_mixed(seed, method="w8a32"):
+    torch.manual_seed(seed)
+    model = Mixed().eval()
+    quantize(model, {"method": method, "rules": [RULE]})
+    return model, torch.randn(3, FEATURES)
+
+
+def test_state_dicts_stand_in_for_the_weights_of_every_kind_for_a_while():
+    (model, x), (other, _) = quantized_mixed(0), quantized_mixed(1)
+    with torch.no_grad():
+        own, wanted = model(x), other(x)
+        for state, expected in ((model.state_dict(), own), (other.state_dict(), wanted)):
+            got = torch.func.functional_call(model, state, (x,), tie_weights=False)  # as for float ties
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(model(x), own)
+        assert model.words.int8_weights is model.out.int8_weights
+        model.load_state_dict(other.state_dict())
+        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_codes_do_not_stand_in_and_say_what_does():
+    (model, x), (other, _) = quantized_mixed(0, "w4a32"), quantized_mixed(1, "w4a32")
+    with torch.no_grad():
+        own, wanted = model(x), other(x)
+        with pytest.raises(ModelError, match=r"packed in state dicts alone.*named_buffers"):
+            torch.func.functional_call(model, other.state_dict(), (x,), tie_weights=False)
+        assert torch.equal(model(x), own)
+        for layer in (*model.modules(), *other.modules()):
+            if isinstance(layer, Int8Weight):
+                layer.unpack()
+        tensors = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+        got = torch.func.functional_call(model, tensors, (x,))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 class AllKinds(nn.Module):
@@ -88,12 +124,13 @@ def test_copies_have_the_same_bits(copied):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_casts_change_activations_and_no_code(dtype):
     model, x = quantized_language(), words()
-    codes = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    codes = {name: value.clone() for name, value in model.state_dict().items() if "int8" in name or "scales" in name}
     wanted = model(x)
     got = model.to(dtype)(x)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), wanted, atol=0.1, rtol=0.1)
-    assert all(torch.equal(buffer, codes[name]) for name, buffer in model.named_buffers())
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in codes.items())
 
 
 def test_a_model_moves_to_another_device_and_back_to_memory():

@@ -30,6 +30,7 @@ from tinyq_lightning.layers.forms import Forms
 from tinyq_lightning.layers.four_bit_state import load_four_bits, packed_codes
 from tinyq_lightning.layers.moved import follow
 from tinyq_lightning.layers.quantized_layer import PLACEHOLDER, QuantizedLayer
+from tinyq_lightning.layers.state_entries import NO_PACKED_CODES
 
 __all__ = [
     "Int8Weight",
@@ -312,6 +313,8 @@ class Int8Weight(QuantizedLayer):
                 f"the weight of {type(self).__name__} is a read-only view of its int8 codes: call .quantize(weight) to "
                 "replace it, or assign before quantizing"
             )
+        if name == "int4_weights":
+            raise ModelError(NO_PACKED_CODES)
         if name == "int8_weights":
             object.__setattr__(self, name, value)  # by the property: nn.Module would set the buffer and keep the forms
         else:

@@ -15,6 +15,7 @@ from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.kernels import wanted_kernel
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize
+from tinyq_lightning.layers.state_entries import is_path_walked
 from tinyq_lightning.layers.why_float import why_weight
 from tinyq_lightning.methods import METHODS, KernelName
 
@@ -209,10 +210,10 @@ def _reading(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     return type(base.__name__, (base,), content)
 
 
-def _read(base: type[nn.Module], name: str, module: nn.Module) -> Tensor:
+def _read(base: type[nn.Module], name: str, module: nn.Module) -> Tensor | Int8Matrix:
     child = module._modules.get(child_name(name))
     if isinstance(child, Int8Matrix):
-        return child.weight
+        return child if is_path_walked() else child.weight
     return base.__getattr__(module, name)  # type: ignore[return-value]
 
 

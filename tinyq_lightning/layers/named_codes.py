@@ -25,6 +25,7 @@ from tinyq_lightning.layers.four_bit_state import expanded_codes, packed_codes
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.moved import follow
 from tinyq_lightning.layers.quantized_layer import PLACEHOLDER, QuantizedLayer
+from tinyq_lightning.layers.state_entries import StateEntries, is_path_walked
 
 __all__ = [
     "NamedCodes",
@@ -228,9 +229,15 @@ class NamedCodes(QuantizedLayer):
                         self._copies = copies
         return copies
 
+    def _entries_of(self, name: str) -> StateEntries:
+        """The entries of a weight in the state dict; of four bits without the codes, which are packed there."""
+        names = {"scales": _scales(name)}
+        names |= {"int8_weights": _codes(name)} if self.bits == 8 else {"multipliers": _multipliers(name)}
+        return StateEntries(self, names)
+
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("weight_names", ()):
-            return self.weight_of(name)
+            return self._entries_of(name) if is_path_walked() else self.weight_of(name)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
