@@ -19,6 +19,8 @@ __all__ = [
     "stem_of",
 ]
 
+_ENDINGS = (".ckpt", ".pt", ".pth")
+
 
 def check_folder(spec: QuantizationSpec) -> None:
     """Check the spec's ``save.dirpath``.
@@ -50,7 +52,8 @@ def quantized_path(save: Save, folder: str, stem: str, label: str, taken: Collec
 
 def stem_of(path: str | os.PathLike[str]) -> str:
     """The name of a checkpoint without folder and ending: ``epoch=7`` for ``runs/epoch=7.ckpt``."""
-    return os.fspath(path).rpartition("/")[2].removesuffix(".ckpt")
+    name = os.fspath(path).rstrip("/").rpartition("/")[2]
+    return next((name.removesuffix(ending) for ending in _ENDINGS if name.endswith(ending)), name)
 
 
 def file_exists(path: str | os.PathLike[str]) -> bool:

@@ -71,11 +71,14 @@ def load_four_bits(
     """
     own, packed = f"{prefix}int8_weights", f"{prefix}int4_weights"
     codes, wrong = expanded_codes(state_dict, prefix, shape)
-    state = {key: value for key, value in state_dict.items() if key not in (own, packed)}
+    # nothing of a malformed weight is loaded: codes and multipliers hold together
+    left_out = {own, packed, f"{prefix}multipliers"} if wrong else {own, packed}
+    state = {key: value for key, value in state_dict.items() if key not in left_out}
     state |= {} if codes is None else {own: from_rows(codes)}
     missing = list[str]()
     load(state, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-    missing_keys += [packed if key == own else key for key in missing if key != own or packed not in state_dict]
+    names = [packed if key == own else key for key in missing]
+    missing_keys += [key for key in names if key not in state_dict]
     unexpected_keys += [own] if strict and own in state_dict else []
     error_msgs += [wrong] if wrong else []
 

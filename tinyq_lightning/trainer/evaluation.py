@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.namespaces import is_overridden, namespace_of
 from tinyq_lightning.plan import Swap
-from tinyq_lightning.search import BatchTimes
+from tinyq_lightning.search import BatchTimes, waiting_for
 from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
 from tinyq_lightning.trainer.callback_base import CallbackOfBoth
 from tinyq_lightning.trainer.checks import why_never_validated
@@ -47,12 +47,16 @@ __all__ = [
 class LoopWatch:
     """Watches one evaluation loop, batch by batch.
 
+    Args:
+        device: that computes; it is waited for before the clock starts and before it stops.
+
     Attributes:
         digests: of each batch, in their order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.digests: list[int] = []
+        self._wait = waiting_for(device)
         self._seconds: list[float] = []
         self._began = 0.0
         self._kept: KeptBatch | None = None
@@ -67,10 +71,12 @@ class LoopWatch:
         self.batches_ended()
         self.digests.append(batch_digest(batch))
         self._kept = KeptBatch(batch, loaders)
+        self._wait()
         self._began = time.perf_counter()
 
     def batch_stepped(self) -> None:
         """The step has ended."""
+        self._wait()
         self._seconds.append(time.perf_counter() - self._began)
 
     def batches_ended(self) -> None:
@@ -103,8 +109,9 @@ class _Watch(CallbackOfBoth):
         known: Mapping[str, Any],
         cut_short: bool,
         each_batch: Callable[[], object],
+        device: torch.device,
     ) -> None:
-        self.loop = LoopWatch()
+        self.loop = LoopWatch(device)
         self.higher_is_better: dict[str, bool] = {}
         self.metrics: dict[str, float] = {}
         self.other_weights = False
@@ -231,7 +238,7 @@ def run_evaluation(
     assert combined is not None
     loaders = namespace_of(trainer).pytorch.utilities.CombinedLoader(combined.iterables, combined._mode)
     known = dict(trainer.callback_metrics) if stage == "validate" else {}
-    watch = _Watch(module, stage, known, batches is not None, each_batch)
+    watch = _Watch(module, stage, known, batches is not None, each_batch, trainer.strategy.root_device)
     inner = inner_trainer(trainer, watch, stage, batches, moment, attributes)
     data: dict[str, Any] = {"dataloaders": loaders}
     shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, do_nothing))]

@@ -84,7 +84,7 @@ class Measured:
 class MethodsRun:
     """Measures each method that a spec names; with a budget, brings it within that.
 
-    With ``never_slower``, layers that int8 makes slower are left float first: that loses no accuracy, and
+    With ``never_slower``, layers that are slower than float are left float first: that loses no accuracy, and
     the search for a plan within the budget has fewer to decide on. It skips methods that are slower than
     float. Calls are counted while the float model runs. Where that does not show every layer's (torch's
     fused attention and compiled modules call none), they are counted while the model of the first method

@@ -190,7 +190,7 @@ class TestRun:
         self.layers: dict[str, LayerError] = {}
         self.seconds = self.float_seconds = BatchTimes()
         self._float: Evaluation | None = None
-        self._watch, self._watching = LoopWatch(), ExitStack()
+        self._watch, self._watching = LoopWatch(trainer.strategy.root_device), ExitStack()
         self._undecided = stopwatch is not None
         with first.swap.taken_out() if first else nullcontext():
             self.swap: Swap = calibrated_in_test(trainer, module, Swap(module, spec).or_refuse())
