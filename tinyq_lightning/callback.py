@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from tinyq_lightning.errors import SpecError, TinyQError
+from tinyq_lightning.errors import SpecError
 from tinyq_lightning.handover import check_formats
 from tinyq_lightning.plan import Plan
 from tinyq_lightning.report import (
@@ -23,15 +23,14 @@ from tinyq_lightning.report import (
     quantized_content,
     report_steps,
 )
-from tinyq_lightning.search import Search, Stopwatch
+from tinyq_lightning.search import Stopwatch
 from tinyq_lightning.spec import SpecOrMethods, as_spec, with_arguments
 from tinyq_lightning.trainer import (
     FloatWeights,
+    HoldsRun,
     MethodsRun,
     QuantizedStart,
-    Results,
     TestRun,
-    WatchesValidation,
     at_test_epoch_end,
     check_before_fit,
     check_budget,
@@ -46,7 +45,6 @@ from tinyq_lightning.trainer import (
     quantize_sharded,
     refuse_mixed_packages,
     refuse_sharding,
-    registered,
     return_to_main_process,
     save_quantized,
     step_after_run,
@@ -59,22 +57,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TinyQCallback"]
 
-# Attributes that belong to one run (Lightning sets the last two, of its module), and those a run sets for the user.
-_OF_A_RUN = (
-    "_quantized_start",
-    "_files_before",
-    "_runs",
-    "_earlier",
-    "_told",
-    "validated",
-    "first_batch",
-    "log",
-    "log_dict",
-)
-_OUTCOME = ("quantized_paths", "float_path", "plan", "plans", "results", "search", "error")
 
-
-class TinyQCallback(WatchesValidation):
+class TinyQCallback(HoldsRun):
     """Quantizes the model of a run, measures it with the user's own loop, and saves it beside the float checkpoint.
 
     With ``when="fit_end"`` the best checkpoint is quantized when training ends, and the validation loop
@@ -164,41 +148,7 @@ class TinyQCallback(WatchesValidation):
         self.keeps_batch = bool(self.spec.export)
         if self.spec.export and not save:
             raise SpecError("exports are written beside the quantized checkpoint, so export= needs save=True")
-        self._key = registered(self)
-        self._reset_run()
-        self._reset_results()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to a run: the Trainer, the module and layers made for it."""
-        return {name: value for name, value in vars(self).items() if name not in _OF_A_RUN}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy belongs to no run."""
-        vars(self).update(state)
-        self._key = registered(self, self._key)
-        self._reset_run()
-
-    def _reset_run(self) -> None:
-        self._quantized_start: QuantizedStart | None = None
-        self._files_before: dict[str, object] = {}
-        self._runs: list[TestRun] = []
-        self._earlier: list[TinyQCallback] = []
-        self._told: list[str] = []  # entries that the file cannot hold, once a warning has told of them
-        self.first_batch = None
-
-    def _reset_results(self) -> None:
-        self.quantized_paths: dict[str, str] = {}
-        self.float_path: str | None = None
-        self.plan: Plan | None = None
-        self.plans: dict[str, Plan] = {}
-        self.results: Results = {}
-        self.search: Search | None = None
-        self.error: TinyQError | None = None
-
-    @property
-    def quantized_path(self) -> str | None:
-        """Path of the file that was written (with several methods, of the first), or None."""
-        return next(iter(self.quantized_paths.values()), None)
+        self._begin()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that cannot work, and let ``ckpt_path`` be a quantized checkpoint."""
@@ -211,7 +161,7 @@ class TinyQCallback(WatchesValidation):
         if stage == "test" and self.spec.when == "test_start":
             self._reset_results()
             note_test_start(trainer, pl_module)
-        return_to_main_process(trainer, self._key, lambda: {name: getattr(self, name) for name in _OUTCOME})
+        return_to_main_process(trainer, self._key, self._outcome)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what could not be quantized, measured or saved after it."""

@@ -10,8 +10,9 @@ from tinyq_lightning.trainer.float_weights import (
     files_before_fit,
     tested_weights,
 )
+from tinyq_lightning.trainer.holds_run import HoldsRun
 from tinyq_lightning.trainer.isolation import preserved
-from tinyq_lightning.trainer.launched import registered, return_to_main_process
+from tinyq_lightning.trainer.launched import return_to_main_process
 from tinyq_lightning.trainer.methods_run import Measured, MethodsRun
 from tinyq_lightning.trainer.quantized_start import QuantizedStart
 from tinyq_lightning.trainer.ranks import is_sharded, refuse_sharding, write_on_rank_zero
@@ -19,17 +20,16 @@ from tinyq_lightning.trainer.results import Results, compare, numbers
 from tinyq_lightning.trainer.saving import save_quantized
 from tinyq_lightning.trainer.sharded import QuantizedShards, quantize_sharded
 from tinyq_lightning.trainer.test_run import TestRun, at_test_epoch_end, forget_test_start, note_test_start
-from tinyq_lightning.trainer.validated import WatchesValidation
 
 __all__ = [
     "FloatWeights",
+    "HoldsRun",
     "Measured",
     "MethodsRun",
     "QuantizedShards",
     "QuantizedStart",
     "Results",
     "TestRun",
-    "WatchesValidation",
     "at_test_epoch_end",
     "check_before_fit",
     "check_budget",
@@ -45,7 +45,6 @@ __all__ = [
     "quantize_sharded",
     "refuse_mixed_packages",
     "refuse_sharding",
-    "registered",
     "return_to_main_process",
     "save_quantized",
     "step_after_run",

@@ -16,7 +16,7 @@ from tinyq_lightning.namespaces import is_overridden, namespace_of
 from tinyq_lightning.search import BatchTimes, waiting_for
 from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
 from tinyq_lightning.trainer.callback_base import CallbackOfBoth
-from tinyq_lightning.trainer.checks import checkpoint_callbacks, why_never_validated
+from tinyq_lightning.trainer.checks import why_never_validated
 from tinyq_lightning.trainer.inner_trainer import (
     Moment,
     Stage,
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Evaluation",
     "LoopWatch",
-    "best_score",
-    "check_comparable",
     "dataloaders",
     "run_evaluation",
     "why_no_validation",
@@ -304,40 +302,6 @@ def _isolated(
                 f"TinyQ: the {_NAMES[stage]} loop changed what is not put back ({', '.join(outside)}). If a metric "
                 "depends on it, float and quantized metrics mix: keep it on the module, where each model has its own"
             )
-
-
-def check_comparable(trainer: Trainer, before: Evaluation, after: Evaluation) -> None:
-    """Warn if a quantized model did not see the data of the float model, or did not log each of its metrics.
-
-    Args:
-        trainer: the user's.
-        before: of the float model.
-        after: of a quantized model, in the same loop.
-
-    Raises:
-        EvaluationError: the float model logged metrics and the quantized model none of them.
-    """
-    if not trainer.strategy.reduce_boolean_decision(before.digests == after.digests):
-        rank_zero_warn(
-            "TinyQ: float and quantized model did not see the same data: the dataloaders gave other batches when they "
-            "were read again, so the difference of their metrics is not that of the models alone"
-        )
-    missing = [name for name in before.metrics if name not in after.metrics]
-    if missing and not set(before.metrics) - set(missing):
-        raise EvaluationError(
-            f"the float model logged {', '.join(missing)}, and the quantized model logged none of them in the same loop"
-        )
-    if missing:
-        rank_zero_warn(f"TinyQ: the quantized model did not log {', '.join(missing)}, which the float model logged")
-
-
-def best_score(trainer: Trainer, path: str | None, metrics: Mapping[str, float]) -> tuple[str, float] | None:
-    """What a ModelCheckpoint monitors and the score it recorded for a file; None unless that is its best checkpoint."""
-    keepers = [keeper for keeper in checkpoint_callbacks(trainer) if path and keeper.best_model_path == path]
-    if not keepers:
-        return None
-    monitor, score = keepers[0].monitor, keepers[0].best_model_score
-    return None if monitor not in metrics or monitor is None or score is None else (monitor, float(score))
 
 
 def weights_digest(module: LightningModule) -> int:

@@ -30,10 +30,9 @@ from tinyq_lightning.search import (
 from tinyq_lightning.spec import Budget, QuantizationSpec
 from tinyq_lightning.trainer.calibrating import Calibrator
 from tinyq_lightning.trainer.checks import known_mode, refuse_without_validation
+from tinyq_lightning.trainer.comparable import best_score, check_comparable
 from tinyq_lightning.trainer.evaluation import (
     Evaluation,
-    best_score,
-    check_comparable,
     run_evaluation,
     why_no_validation,
 )

@@ -17,10 +17,10 @@ from tinyq_lightning.plan import Swap, state_bytes
 from tinyq_lightning.search import SIGNAL_BATCHES, BatchTimes, LayerError, Stopwatch, measured_layers
 from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.trainer.calibrating import calibrated_in_test
+from tinyq_lightning.trainer.comparable import check_comparable
 from tinyq_lightning.trainer.evaluation import (
     Evaluation,
     LoopWatch,
-    check_comparable,
     dataloaders,
     run_evaluation,
 )
