@@ -42,7 +42,7 @@ def test_a_model_of_darts_trains_is_quantized_and_predicts_after_reloading(tmp_p
     model.fit(series[:220], val_series=series[196:])
     assert callback.results["val_loss"]["w8a32"] == pytest.approx(callback.results["val_loss"]["float"], rel=0.02)
     assert not callback.plan.is_float
-    best = type(model).load_from_checkpoint(model.model_name, work_dir=str(tmp_path))
+    best = type(model).load_from_checkpoint(model.model_name, work_dir=str(tmp_path), trusted=True)
     expected = best.predict(4, series=series[:220]).values()
     best.model = load_quantized(callback.quantized_path, type(model.model), optimizer_cls=torch.optim.Adam)
     predicted = best.predict(4, series=series[:220]).values()
