@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torchmetrics import MetricCollection
 
 from tinyq_lightning import TinyQCallback, load_quantized
 
@@ -42,9 +43,11 @@ def test_a_model_of_darts_trains_is_quantized_and_predicts_after_reloading(tmp_p
     model.fit(series[:220], val_series=series[196:])
     assert callback.results["val_loss"]["w8a32"] == pytest.approx(callback.results["val_loss"]["float"], rel=0.02)
     assert not callback.plan.is_float
-    best = type(model).load_from_checkpoint(model.model_name, work_dir=str(tmp_path))
+    best = type(model).load_from_checkpoint(model.model_name, work_dir=str(tmp_path), trusted=True)
     expected = best.predict(4, series=series[:220]).values()
-    best.model = load_quantized(callback.quantized_path, type(model.model), optimizer_cls=torch.optim.Adam)
+    objects = {"optimizer_cls": torch.optim.Adam, "loss_fn": torch.nn.MSELoss()}
+    objects |= {name: MetricCollection([]) for name in ("torch_metrics_train", "torch_metrics_val")}
+    best.model = load_quantized(callback.quantized_path, type(model.model), **objects)
     predicted = best.predict(4, series=series[:220]).values()
     assert 0 < np.abs(predicted - expected).max() < 0.05
 
@@ -71,6 +74,6 @@ def test_a_model_of_neuralforecast_trains_is_quantized_and_predicts_after_reload
     assert ran.results["valid_loss"]["w8a32"] == pytest.approx(ran.results["valid_loss"]["float"], rel=0.02)
     expected = forecasts.predict()[name].to_numpy()
     loss = losses.MAE()
-    forecasts.models[0] = load_quantized(ran.quantized_path, kind, loss=loss, valid_loss=loss)
+    forecasts.models[0] = load_quantized(ran.quantized_path, kind, loss=loss, valid_loss=loss, callbacks=[])
     predicted = forecasts.predict()[name].to_numpy()
     assert 0 < np.abs(predicted - expected).max() < 0.05
