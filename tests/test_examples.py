@@ -129,6 +129,7 @@ def test_the_cli_help_explains_the_callback(tmp_path):
 BENCHED = {  # part of examples/bench: what it cannot do without
     "layers": {"float32", "w8a32", "w8a16", "w8a8", "bfloat16", "w8a16-bfloat16"},
     "chain": {"float32", "w8a32"},
+    "four_bits": {"w8a32 again", "w4a32", "w4a8", "w4a32, kernel: compact"},
     "recurrent": {"float32", "w8a32", "w8a32, kernel: int8", "bfloat16"},
     "lookups": {"float32", "w8a32", "bfloat16"},
     "convolutions": {"float32", "w8a32", "w8a16", "w8a8"},
@@ -137,6 +138,7 @@ BENCHED = {  # part of examples/bench: what it cannot do without
     "memory": {"in_place", "kept", "file", "load"},
     "quantizing": {"memcpy", "quantize_per_row(weight)", "quantize(model)"},
 }
+LONG = ("four_bits", "text_encoder", "handover", "memory")
 
 
 def bench(folder, *arguments):
@@ -146,7 +148,7 @@ def bench(folder, *arguments):
 
 @pytest.mark.parametrize(
     "part",
-    [pytest.param(p, marks=pytest.mark.slow) if p in ("text_encoder", "handover", "memory") else p for p in BENCHED],
+    [pytest.param(p, marks=pytest.mark.slow) if p in LONG else p for p in BENCHED],
 )
 def test_bench_tells_of_each_contender_a_figure_or_why_it_has_none(tmp_path, part):
     shown, written = bench(tmp_path, "--parts", part, "--markdown")

@@ -1,4 +1,4 @@
-"""Post-training int8 quantization for people who train with PyTorch Lightning."""
+"""Post-training int8 and int4 quantization for people who train with PyTorch Lightning."""
 
 from __future__ import annotations
 

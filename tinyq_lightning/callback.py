@@ -1,4 +1,4 @@
-"""``TinyQCallback``: after fit or test, saves an int8 checkpoint and reports each metric for float and int8."""
+"""``TinyQCallback``: after fit or test, saves a quantized checkpoint and reports each metric for both."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class TinyQCallback(WatchesValidation):
         mode: ``max`` or ``min``; needed with ``max_drop`` unless a torchmetrics object is logged, which knows it.
         max_drop: how much the metric may lose, in its unit or as a share of the float value such as ``1%``.
         keep: of several methods ``all``, or with a budget the ``smallest`` within it; overrides the spec.
-        never_slower: whether to time the layers, and leave float what int8 makes slower here; overrides the spec.
+        never_slower: whether to time the layers, and leave float what is slower quantized here; overrides the spec.
         calibrate: choose codes by what they do to the outputs of layers on so many validation batches, a number or
             ``{"batches": 8}``; overrides the spec. With ``test_start`` too it is validation data, never what is tested.
         save: whether to write the quantized checkpoint.

@@ -3,6 +3,7 @@
 python examples/bench [--parts layers …] [--grid medium …] [--threads 1 …] [--quick] [--json FILE] [--markdown]
 
 layers        one layer, shape by shape, for 1 to 256 rows; ``chain``: six in a row, eager and compiled
+four_bits     layers of four bits beside those of eight, with the kernels of both
 recurrent     LSTM, GRU, RNN and a cell over sequences; ``lookups``: rows of embeddings, and bags of them
 convolutions  those of ResNet-18; ``text_encoder``: a pretrained one, as ``examples/real_models`` installs it
 handover      that encoder exported in each format: size, speed, error and memory beside float32 in the same runtime
@@ -30,6 +31,7 @@ from machine import describe
 PARTS = (
     "layers",
     "chain",
+    "four_bits",
     "convolutions",
     "recurrent",
     "lookups",

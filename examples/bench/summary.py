@@ -25,7 +25,8 @@ def summary(cells: Sequence[dict]) -> Table:
     """
     done = [cell for cell in cells if "ratio" in cell]
     columns = list(dict.fromkeys(cell["column"] for cell in done))
-    most = Counter(cell["column"] for cell in done if cell["contender"] == "float32")
+    run = Counter((cell["contender"], cell["column"]) for cell in done)
+    most = {column: max(count for (_, each), count in run.items() if each == column) for column in columns}
     rows = []
     for name in dict.fromkeys(cell["contender"] for cell in done):
         own = [cell for cell in done if cell["contender"] == name]

@@ -8,7 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 
-def rounds(calls: Mapping[str, Callable[[], object]], seconds: float, count: int) -> dict[str, list[float]]:
+def rounds(
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    count: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds that one call takes, in each of ``count`` rounds; ``seconds`` is the time each call gets in all."""
     loops = {}
     for name, call in calls.items():
@@ -19,10 +24,10 @@ def rounds(calls: Mapping[str, Callable[[], object]], seconds: float, count: int
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(count):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(loops[name]):
                 call()
-            taken[name].append((time.perf_counter() - start) / loops[name])
+            taken[name].append((clock() - start) / loops[name])
     return taken
 
 
@@ -42,6 +47,7 @@ def compare(
     over: Mapping[str, str],
     args: argparse.Namespace,
     kernels: Mapping[str, str],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict]:
     """One cell for each call: its error, its time, and the time of another (``over``) over that; or why it failed."""
     cells: dict[str, dict] = {}
@@ -52,7 +58,7 @@ def compare(
         except Exception as failure:  # that a peer cannot run a shape is a result
             cells[name] = {"contender": name, "failed": f"{type(failure).__name__}: {failure}".splitlines()[0]}
     running = {name: call for name, call in calls.items() if "failed" not in cells[name]}
-    taken = rounds(running, args.seconds, args.rounds)
+    taken = rounds(running, args.seconds, args.rounds, clock)
     for name, times in taken.items():
         cells[name]["seconds"] = statistics.median(times)
         base = over.get(name, "float32")

@@ -3,11 +3,14 @@
 python examples/real_models/calibrated.py [--models encoder dna digits] [--method w4a32]
 
 Of the batches that a model is scored on, 16 are for calibration, and the outputs of layers are compared on 16 others.
+Where a model tells samples right or wrong, those that calibration changes are counted, with the probability that chance
+makes them as uneven (McNemar's exact test).
 """
 
 import argparse
 import copy
 import importlib
+import math
 import os
 from functools import partial
 from statistics import median
@@ -54,9 +57,17 @@ def output_errors(model: nn.Module, quantized: nn.Module, layers: list[str], bat
     return errors
 
 
+def changed(plain: Tensor, calibrated: Tensor) -> str:
+    """What calibration changes of the samples that are told right, and McNemar's exact test of it, two-sided."""
+    lost, gained = (plain & ~calibrated).sum().item(), (calibrated & ~plain).sum().item()
+    both = lost + gained
+    tail = sum(math.comb(both, count) for count in range(min(lost, gained) + 1)) / 2**both
+    return f"{lost} lost, {gained} gained, p = {min(1.0, 2 * tail):.2f}"
+
+
 @torch.no_grad()
-def measure(name: str, method: str) -> tuple[list[float], list[dict[str, float]]]:
-    """The share of each layer's error that is left; scores of the float model, without and with calibration."""
+def measure(name: str, method: str) -> tuple[list[float], list[dict[str, float]], list[str]]:
+    """What is left of each layer's error; of the float model, without and with calibration, scores and what changed."""
     source = importlib.import_module(name)
     model = source.load().eval()
     batches, plain, calibrated = batches_of(model, source.score), copy.deepcopy(model), copy.deepcopy(model)
@@ -64,7 +75,13 @@ def measure(name: str, method: str) -> tuple[list[float], list[dict[str, float]]
     plan = quantize(calibrated, method, calibration=some(batches[::2]))
     layers = [decision.name for decision in plan if decision.output_error is not None]
     before, after = (output_errors(model, each, layers, some(batches[1::2])) for each in (plain, calibrated))
-    return [after[each] / before[each] for each in layers], [source.score(each) for each in (model, plain, calibrated)]
+    scores = [source.score(each) for each in (model, plain, calibrated)]
+    alike: list[str] = []
+    if hasattr(source, "right"):
+        told = [source.right(each) for each in (model, plain, calibrated)]
+        alike = ["", *(f"{(each == told[0]).sum()} of {len(each)}" for each in told[1:])]
+        alike[2] += f"; {changed(*told[1:])}"
+    return [after[each] / before[each] for each in layers], scores, alike
 
 
 if __name__ == "__main__":
@@ -74,7 +91,8 @@ if __name__ == "__main__":
     args, rows = parser.parse_args(), []
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for name in args.models:
-        left, scores = measure(name, args.method)
+        left, scores, alike = measure(name, args.method)
         rows.append([name, f"error of {len(left)} layers", "", "1", f"{median(left):.2f}, at most {max(left):.2f}"])
         rows += [[name, score, *(f"{each[score]:.4f}" for each in scores)] for score in scores[0]]
+        rows += [[name, "right or wrong as float", *alike]] if alike else []
     print(Table(["model", "", "float", args.method, "calibrated"], rows, left=2).text())

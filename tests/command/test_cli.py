@@ -242,7 +242,7 @@ def test_bench_times_model_and_layers(folder, capsys):
     told = json.loads(capsys.readouterr().out)
     layers = [None, "body.0", "body.2", "head"]
     assert [(each["layer"], each["batch"]) for each in told["timings"]] == [(n, b) for b in (1, 3) for n in layers]
-    assert told["bytes"]["int8"] < told["bytes"]["float"]
+    assert told["bytes"]["quantized"] < told["bytes"]["float"]
 
 
 PLAIN = """

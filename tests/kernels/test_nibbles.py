@@ -68,3 +68,12 @@ def test_every_product_of_multiplier_and_code_fits_int8_and_comes_back():
 
 def test_large_weights_take_four_and_an_eighth_bits_a_weight():
     assert 8 * four_bit_bytes(64, 1024) == 4.125 * 64 * 1024
+
+
+def test_traced_and_wrapped_tensors_expand_to_the_same_codes():
+    packed = random_integers(0, 255, (3, 48), 0).to(torch.uint8)
+    factors = random_integers(1, 255, (3, 2), 1).to(torch.uint8)
+    wanted = expand(packed, factors, 96)
+    assert torch.equal(expand(torch.nn.Buffer(packed), torch.nn.Buffer(factors), 96), wanted)
+    assert torch.equal(torch.vmap(expand, (0, 0, None))(packed[None], factors[None], 96)[0], wanted)
+    assert expand(packed.to("meta"), factors.to("meta"), 96).shape == wanted.shape

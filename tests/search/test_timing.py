@@ -31,7 +31,7 @@ def swap_of(model, method="w8a32"):
 def test_what_loses_is_left_float_and_the_reason_says_by_how_much_and_where():
     changes = left_float({"slow": [called(1.0, 1.31, weight=5.0)], "fast": [called(1.0, 0.4, weight=5.0)]}, {})
     assert changes == {
-        "slow": ("float", "left float: int8 took 1.31x the time of float at 64 rows, measured here"),
+        "slow": ("float", "left float: quantized, it took 1.31x the time of float at 64 rows, measured here"),
     }
 
 

@@ -165,7 +165,7 @@ def test_a_logger_that_takes_no_files_is_a_warning(tmp_path):
     assert callback.error is None
 
 
-@pytest.mark.filterwarnings("ignore:TinyQ. .*int8 is slower than float here")
+@pytest.mark.filterwarnings("ignore:TinyQ. .*is slower quantized than as float here")
 def test_a_model_that_stays_float_is_not_exported_and_that_is_no_failure(tmp_path, monkeypatch):
     slower = dict.fromkeys(("body.0", "body.2", "head"), ("float", "left float: it is slower"))
     monkeypatch.setattr(Stopwatch, "slower", lambda self, swap: slower)

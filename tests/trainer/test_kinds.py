@@ -128,7 +128,8 @@ def test_budget_full_report_and_never_slower_go_over_all_kinds(tmp_path, monkeyp
     assert {each["kind"] for each in told["never_slower"]["timings"]} >= {"linear", "conv", "embedding", "recurrent"}
     assert "not_timed" not in told["never_slower"]
     layers = {each["name"]: each for each in told["layers"]}
-    assert layers["bag"]["reason"].startswith(f"left float: int8 took 2.00x the time of float at [32, {FEATURES}]")
+    slower = f"left float: quantized, it took 2.00x the time of float at [32, {FEATURES}]"
+    assert layers["bag"]["reason"].startswith(slower)
     for name, (kind, method) in PLAN.items():
         if name in ("bag", "table"):
             continue

@@ -97,7 +97,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, *
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinyq-lightning",
-        description="Post-training int8 quantization of PyTorch Lightning checkpoints.",
+        description="Post-training quantization of PyTorch Lightning checkpoints, to eight or four bits.",
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(
         commands,
         "quantize",
-        "float checkpoints to int8 ones, without a Trainer, one layer in memory at a time",
+        "float checkpoints to quantized ones, without a Trainer, one layer in memory at a time",
         "tinyq-lightning quantize epoch=7.ckpt --model nets:Net --method w8a32 --exclude head",
     )
     several = (
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(
         commands,
         "evaluate",
-        "your test loop on each file, float or int8, in one table",
+        "your test loop on each file, float or quantized, in one table",
         "tinyq-lightning evaluate --model nets:Net --data nets:Data epoch=7.ckpt w8a32-epoch=7.ckpt",
     )
     files = "float and quantized checkpoints, saved state dicts, safetensors files made from quantized ones"
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(
         commands,
         "bench",
-        "time, throughput and memory of float and int8 on this machine",
+        "time, throughput and memory of float and quantized on this machine",
         "tinyq-lightning bench w8a32-epoch=7.ckpt --model nets:Net --batch 1 32 --layers",
     )
     bench = "a quantized checkpoint, or a safetensors file made from one; or a float one, which is quantized in memory"

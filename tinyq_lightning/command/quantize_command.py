@@ -27,6 +27,7 @@ from tinyq_lightning.file import (
     open_checkpoint,
     quantize_file,
     quantized_path,
+    refuse_existing,
     stem_of,
     write_checkpoint,
 )
@@ -78,7 +79,8 @@ def quantize(args: Namespace) -> Answer:
         return _quantize_many(args)
     (checkpoint,) = args.checkpoints
     spec = spec_of(args)
-    _refuse_overwriting(args, args.output)
+    if args.output is not None:
+        refuse_existing(args.output, args.overwrite)
     with progress("quantizing") as around:
         path, content = _write(args, checkpoint, spec, around)
     plan = plan_of(content["tinyq"])
@@ -101,7 +103,7 @@ def _write(
         content = quantize_file(source, factory, spec, args.init, around, args.trust)
     path = args.output if folder is None else None
     path = path or _target(checkpoint, spec, folder, plan_of(content["tinyq"]).file_label)
-    _refuse_overwriting(args, path)
+    refuse_existing(path, args.overwrite)
     write_checkpoint(content, path)
     return path, content
 
@@ -110,11 +112,6 @@ def _target(checkpoint: str, spec: QuantizationSpec, folder: str | None, label: 
     """Where a file of this label goes: into ``folder`` if one is given, else where the spec says."""
     save = spec.save if not folder else replace(spec.save, dirpath=folder)
     return quantized_path(save, os.path.dirname(checkpoint.rstrip("/")), stem_of(checkpoint), label)
-
-
-def _refuse_overwriting(args: Namespace, path: str | None) -> None:
-    if path is not None and not args.overwrite and file_exists(path):
-        raise CheckpointError(f"{path}: there is such a file already: give --overwrite or another --output")
 
 
 def _quantize_many(args: Namespace) -> Answer:

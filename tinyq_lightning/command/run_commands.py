@@ -75,7 +75,7 @@ def evaluate(args: Namespace) -> Answer:
 
 
 def bench(args: Namespace) -> Answer:
-    """Compare float and int8: time, throughput, memory."""
+    """Compare float and quantized: time, throughput, memory."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     quantized, float_model, label = _pair(args)
@@ -106,10 +106,10 @@ def bench(args: Namespace) -> Answer:
         f"medians of {args.runs} runs, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     data = [
-        {"layer": name, "batch": batch, "float_ms": timing.float_ms, "int8_ms": timing.ms}
+        {"layer": name, "batch": batch, "float_ms": timing.float_ms, "quantized_ms": timing.ms}
         for name, batch, timing in timings
     ]
-    return Answer(text, {"timings": data, "bytes": {"float": weights[0], "int8": weights[1]}})
+    return Answer(text, {"timings": data, "bytes": {"float": weights[0], "quantized": weights[1]}})
 
 
 def _pair(args: Namespace) -> tuple[nn.Module, nn.Module, str]:

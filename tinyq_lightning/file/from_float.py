@@ -25,7 +25,7 @@ from tinyq_lightning.file.weightless import (
     put_value,
     without_weights,
 )
-from tinyq_lightning.layers import Int8Weight
+from tinyq_lightning.layers import Int8Weight, QuantizedRecurrent
 from tinyq_lightning.plan import WithValues, find_sites, quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
 
@@ -77,6 +77,8 @@ def quantize_file(
     for layer in model.module.modules():
         if isinstance(layer, Int8Weight) and layer.bits == 4:
             layer.form("int4")  # which holds the codes as the file has them, and the layer no others then
+        elif isinstance(layer, QuantizedRecurrent) and layer.bits == 4:
+            layer.pack()
     model.fill()
     base = source.read_all(apart_from_weights(model.content))
     content = make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)

@@ -11,7 +11,7 @@ __all__ = [
 ]
 
 
-def choose_recurrent_kernel(kernel: KernelName) -> Choice:
+def choose_recurrent_kernel(kernel: KernelName, bits: int = 8) -> Choice:
     """Which kernel a recurrent layer takes: torch's own, on a float copy or on weights expanded on each call.
 
     The environment's ``TINYQ_KERNEL`` goes before what was asked for. torch has no recurrent kernel that takes int8
@@ -19,6 +19,7 @@ def choose_recurrent_kernel(kernel: KernelName) -> Choice:
 
     Args:
         kernel: what was asked for.
+        bits: of a weight's code.
 
     Raises:
         SpecError: ``TINYQ_KERNEL`` names no kernel.
@@ -29,5 +30,9 @@ def choose_recurrent_kernel(kernel: KernelName) -> Choice:
         return Choice("float32", reason, bytes_a_weight=5)
     if wanted == "reference":
         return Choice("reference", "as asked for: the weights are expanded on each call")
+    if bits == 4 and wanted in ("compact", "int4"):
+        return Choice(
+            "int4", "half a byte a weight in memory, expanded on each call, float32 sums", bytes_a_weight=0.52
+        )
     reason = "recurrent layers have no int8 product: one byte a weight in memory, expanded on each call, float32 sums"
     return Choice("reference", reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -13,13 +13,14 @@ from typing_extensions import Self
 from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.kernels import (
     dequantize,
+    expand,
     in_transform,
-    outside_modes,
     packed_shapes,
     quantize_groups_expanded,
     quantize_per_row,
 )
 from tinyq_lightning.layers.dequantized import Dequantized, WeightSource
+from tinyq_lightning.layers.float_copies import FloatCopies
 from tinyq_lightning.layers.four_bit_state import expanded_codes, packed_codes
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.moved import follow
@@ -33,45 +34,6 @@ __all__ = [
 _lock = threading.RLock()
 
 
-class FloatCopies:
-    """Float weights expanded from codes and scales, kept as long as these do not change.
-
-    Args:
-        buffers: of the layer.
-        names: of the weights.
-        dtype: of the float weights.
-
-    Attributes:
-        weights: ``[rows, columns]`` of ``dtype`` by name; plain tensors that nobody writes to.
-        dtype: as above.
-        layer: what runs on them, for whoever made it; None until somebody has.
-    """
-
-    layer: nn.Module | None = None
-
-    def __init__(self, buffers: Mapping[str, Tensor | None], names: Sequence[str], dtype: torch.dtype) -> None:
-        keys = [key for name in names for key in (_codes(name), _scales(name))]
-        sources = [cast(Tensor, buffers[key]) for key in keys]
-        self.dtype = dtype
-        # torch counts no writes to tensors that were made in inference mode
-        self._sources = [
-            (key, each, -1 if each.is_inference() else each._version) for key, each in zip(keys, sources, strict=True)
-        ]
-        with outside_modes():
-            pairs = zip(names, sources[::2], sources[1::2], strict=True)
-            self.weights = {name: dequantize(codes, scales, dtype) for name, codes, scales in pairs}
-
-    def is_current(self, buffers: Mapping[str, Tensor | None], dtype: torch.dtype) -> bool:
-        """Return True if ``buffers`` are those that the copies were made from, with nothing written to them since."""
-        if dtype is not self.dtype:
-            return False
-        # A loop, because cells ask this at each step of a sequence, and a microsecond counts.
-        for key, tensor, version in self._sources:
-            if buffers[key] is not tensor or (version >= 0 and tensor._version != version):
-                return False
-        return True
-
-
 class NamedCodes(QuantizedLayer):
     """A layer that holds several matrices as int8 codes, each with one float32 scale per row.
 
@@ -81,7 +43,9 @@ class NamedCodes(QuantizedLayer):
     ``weight_ih_l0.int8_weights`` and ``weight_ih_l0.scales``. With four bits the codes are ``multiplier * code``, there
     is a buffer ``weight_ih_l0_multipliers`` ``[rows, ceil(groups / 2)]`` uint8, and the state dict has
     ``weight_ih_l0.int4_weights`` and ``weight_ih_l0.multipliers``. Buffers cannot have these names: a dot leads to a
-    module, and reading ``weight_ih_l0`` gives a tensor, the dequantized weight, as from the float layer.
+    module, and reading ``weight_ih_l0`` gives a tensor, the dequantized weight, as from the float layer. Where
+    :meth:`holds_packed` says so, the buffer ``weight_ih_l0_int4_weights`` ``[rows, ceil(columns / 2)]`` uint8 stands in
+    the place of the expanded codes.
 
     A layer without another parameter has one of no elements, because people ask ``next(model.parameters())`` for a
     model's dtype and device.
@@ -103,6 +67,7 @@ class NamedCodes(QuantizedLayer):
         nn.Module.__init__(self)  # not super(): the next class may be nn.LSTM, which would make float weights
         self.dtype = dtype
         self.weight_names = tuple(shapes)
+        self._columns = {name: columns for name, (_, columns) in shapes.items()}
         self._copies: FloatCopies | None = None
         self._dequantized = {name: Dequantized() for name in shapes}
         for name, (rows, columns) in shapes.items():
@@ -114,8 +79,39 @@ class NamedCodes(QuantizedLayer):
         self._keep_a_parameter()
 
     def codes_of(self, name: str) -> tuple[Tensor, Tensor]:
-        """Codes ``[rows, columns]`` int8 and scales ``[rows]`` float32 of a weight."""
-        return cast(Tensor, self._buffers[_codes(name)]), cast(Tensor, self._buffers[_scales(name)])
+        """Codes ``[rows, columns]`` int8 and scales ``[rows]`` float32 of a weight; packed ones are expanded."""
+        codes, scales = self._buffers.get(_codes(name)), cast(Tensor, self._buffers[_scales(name)])
+        if codes is None:
+            packed, multipliers = cast(Tensor, self._buffers[_packed(name)]), cast(Tensor, self.multipliers_of(name))
+            codes = expand(packed, multipliers, self._columns[name])
+        return codes, scales
+
+    def holds_packed(self) -> bool:
+        """Whether codes of four bits are held two a byte, and expanded when they are needed."""
+        return False
+
+    def pack(self) -> Self:
+        """Hold codes of four bits two a byte. Returns the layer."""
+        for name in self.weight_names:
+            codes, multipliers = self._buffers.pop(_codes(name), None), self.multipliers_of(name)
+            if codes is not None and multipliers is not None:
+                self._buffers[_packed(name)] = packed_codes(codes, multipliers)
+        return self
+
+    def unpack(self) -> Self:
+        """Hold codes of one byte each. Returns the layer."""
+        for name in self.weight_names:
+            if _packed(name) in self._buffers:
+                self._buffers[_codes(name)] = self.codes_of(name)[0]
+                del self._buffers[_packed(name)]
+        return self
+
+    def _hold(self) -> None:
+        """Hold the codes as :meth:`holds_packed` says."""
+        if self.holds_packed():
+            self.pack()
+        else:
+            self.unpack()
 
     def multipliers_of(self, name: str) -> Tensor | None:
         """Packed multipliers of a weight of four bits; None for eight bits."""
@@ -133,7 +129,7 @@ class NamedCodes(QuantizedLayer):
     @property
     def device(self) -> torch.device:
         """Where its codes are."""
-        return self.sources()[0].device
+        return cast(Tensor, self._buffers[_scales(self.weight_names[0])]).device
 
     def coded_weights(self) -> dict[str, Int8Weight]:
         """What has the codes and scales of each weight by its name: made for the caller, over the same memory."""
@@ -144,7 +140,8 @@ class NamedCodes(QuantizedLayer):
 
     def code_places(self) -> dict[str, tuple[nn.Module, str]]:
         """The module and the buffer that hold the codes of each weight, by its name."""
-        return {name: (self, _codes(name)) for name in self.weight_names}
+        names = {name: _packed(name) if _packed(name) in self._buffers else _codes(name) for name in self.weight_names}
+        return {name: (self, buffer) for name, buffer in names.items()}
 
     def share(self, other: QuantizedLayer) -> Self:
         """Take the codes and scales of ``other``: the same memory, not a copy. Returns the layer."""
@@ -182,11 +179,13 @@ class NamedCodes(QuantizedLayer):
 
     def take_codes(self, made: Mapping[str, tuple[Tensor, Tensor, Tensor | None]]) -> Self:
         """Hold these codes, scales and multipliers by name: the same memory, not a copy. Returns the layer."""
+        self.unpack()
         for name, (codes, scales, multipliers) in made.items():
             self._buffers[_codes(name)], self._buffers[_scales(name)] = codes, scales
             if multipliers is not None:
                 self._buffers[_multipliers(name)] = multipliers
         self._copies = None
+        self._hold()
         self._keep_a_parameter()
         return self
 
@@ -223,7 +222,8 @@ class NamedCodes(QuantizedLayer):
                 copies = self._copies
                 if copies is None or not copies.is_current(buffers, dtype):
                     self._copies = None  # the old ones need not be held while the new ones are made
-                    copies = FloatCopies(buffers, self.weight_names, dtype)
+                    coded = {name: self.codes_of(name) for name in self.weight_names}
+                    copies = FloatCopies(buffers, [*self._saved_names()], coded, dtype)
                     if self.keeps_copies():
                         self._copies = copies
         return copies
@@ -256,7 +256,7 @@ class NamedCodes(QuantizedLayer):
 
     def _saved_names(self) -> dict[str, str]:
         """The name in the state dict of each buffer that has codes, scales or multipliers."""
-        saved = {_codes(name): f"{name}.int{self.bits}_weights" for name in self.weight_names}
+        saved = {buffer: f"{name}.int{self.bits}_weights" for name, (_, buffer) in self.code_places().items()}
         saved |= {_scales(name): f"{name}.scales" for name in self.weight_names}
         if self.bits == 4:
             saved |= {_multipliers(name): f"{name}.multipliers" for name in self.weight_names}
@@ -267,7 +267,7 @@ class NamedCodes(QuantizedLayer):
         destination.pop(f"{prefix}{PLACEHOLDER}", None)
         for buffer, saved in self._saved_names().items():
             destination[prefix + saved] = destination.pop(prefix + buffer)
-        for name in self.weight_names if self.bits == 4 else ():
+        for name in self.weight_names if self.bits == 4 and _codes(self.weight_names[0]) in self._buffers else ():
             key, multipliers = f"{prefix}{name}.int4_weights", cast(Tensor, self.multipliers_of(name))
             destination[key] = packed_codes(self.codes_of(name)[0], multipliers)
 
@@ -281,6 +281,7 @@ class NamedCodes(QuantizedLayer):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        self.unpack()
         saved = {prefix + name: prefix + buffer for buffer, name in self._saved_names().items()}
         missing, errors, told = list[str](), list[str](), set[str]()
         renamed = {saved.get(name, name): value for name, value in state_dict.items()}
@@ -289,11 +290,13 @@ class NamedCodes(QuantizedLayer):
             if codes is not None:
                 renamed[prefix + _codes(name)] = codes
             elif wrong:
-                del renamed[prefix + _codes(name)]
-                told.add(prefix + _codes(name))
+                for key in (prefix + _codes(name), prefix + _multipliers(name)):  # which hold together
+                    del renamed[key]
+                    told.add(key)
                 errors.append(wrong)
         self._parameters.pop(PLACEHOLDER, None)
         super()._load_from_state_dict(renamed, prefix, local_metadata, strict, missing, unexpected_keys, errors)
+        self._hold()
         self._keep_a_parameter()
         for name, buffer in saved.items():
             errors = [each.replace(buffer, name) for each in errors]
@@ -316,6 +319,10 @@ class NamedCodes(QuantizedLayer):
 
 def _codes(name: str) -> str:
     return f"{name}_int8_weights"
+
+
+def _packed(name: str) -> str:
+    return f"{name}_int4_weights"
 
 
 def _multipliers(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -59,7 +60,7 @@ class QuantizedRecurrent(NamedCodes):
 
     Attributes:
         kernel: ``auto`` keeps a float copy of the weights in memory once the layer has run; ``compact``, ``int8`` and
-            ``reference`` expand them on each call.
+            ``reference`` expand them on each call. With ``compact``, codes of four bits are held two a byte.
     """
 
     torch_class: ClassVar[Any]
@@ -105,7 +106,7 @@ class QuantizedRecurrent(NamedCodes):
     def choice(self) -> Choice:
         """Whether the layer keeps a float copy, and why."""
         if self._choice is None:
-            self._choice = choose_recurrent_kernel(self.kernel)
+            self._choice = choose_recurrent_kernel(self.kernel, self.bits)
         return self._choice
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -115,7 +116,11 @@ class QuantizedRecurrent(NamedCodes):
         # Asked here, not in a function: torch.compile, which leaves this one out, would make a graph of that one alone.
         if torch.compiler.is_compiling():
             return self.torch_class.forward(self, input, hx)
-        return self.torch_class.forward(self._stand_in(), input, hx)
+        if self.device.type != "cuda":
+            return self.torch_class.forward(self._stand_in(), input, hx)
+        with warnings.catch_warnings():  # cuDNN tells that it joins weights that lie apart, which these do
+            warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+            return self.torch_class.forward(self._stand_in(), input, hx)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _stand_in(self) -> nn.Module:
@@ -136,6 +141,10 @@ class QuantizedRecurrent(NamedCodes):
     def keeps_copies(self) -> bool:
         """Whether the float weights that the layer has run on are held for its next call."""
         return self.choice.kernel == "float32"
+
+    def holds_packed(self) -> bool:
+        """Whether codes of four bits are held two a byte."""
+        return self.bits == 4 and self.choice.kernel == "int4"
 
     def _float_weights(self, weights: dict[str, Tensor]) -> dict[str, Any]:
         """The attributes in which torch's forward looks for weights."""
@@ -161,6 +170,7 @@ class QuantizedRecurrent(NamedCodes):
         super().__setattr__(name, value)
         if name == "kernel":
             self._copies = self._choice = None
+            self._hold()
         if (copies := self.__dict__.get("_copies")) is not None:
             copies.layer = None  # which has the former value
 

@@ -17,7 +17,7 @@ from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tenso
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.recurrent import RECURRENT, QuantizedRecurrent, bias_names, weight_shapes
 from tinyq_lightning.layers.why_float import why_holds_more, why_own_way, why_weight
-from tinyq_lightning.methods import KernelName
+from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
     "RecurrentKind",
@@ -52,7 +52,7 @@ class RecurrentKind(Kind):
 
     @override
     def choice(self, layer: Any, method: str, kernel: KernelName) -> Choice | None:
-        return choose_recurrent_kernel(kernel)
+        return choose_recurrent_kernel(kernel, METHODS[method].bits)
 
     @override
     def make(self, layer: Any, codes: Mapping[str, Int8Weight], method: str, kernel: KernelName) -> QuantizedRecurrent:

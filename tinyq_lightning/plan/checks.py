@@ -97,7 +97,7 @@ def _refuse_contradictions(spec: QuantizationSpec, sites: Sequence[Site]) -> Non
             if other in named and methods.count("float") == 1:
                 raise SpecError(
                     f"{named[site.name]} and {named[other]} contradict each other: {site.name} and {other} have the "
-                    "same weight, which is either float or int8. Give both the same method or float, or name one only"
+                    "same weight, which is either float or quantized. Give both the same method or float, or name one"
                 )
 
 

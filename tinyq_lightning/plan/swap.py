@@ -60,7 +60,7 @@ class Swap:
 
         Raises:
             ModelError: there is nothing, as where the model is quantized already; where a run found
-                that no layer is better off in int8, that is what was asked for.
+                that no layer is better off quantized, that is what was asked for.
         """
         if not self._pairs and not any(decision.measured for decision in self.plan):
             why = "; ".join(f"{decision.name}: {decision.reason}" for decision in self.plan)

@@ -27,7 +27,7 @@ __all__ = [
 
 
 def warn(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
-    """Warn of a budget that was not met, and of a model that is slower in int8; on rank 0."""
+    """Warn of a budget that was not met, and of a model whose layers are all slower than float; on rank 0."""
     for outcome in outcomes:
         for warning in outcome.warnings():
             rank_zero_warn(f"TinyQ: {outcome.name}: {warning}")

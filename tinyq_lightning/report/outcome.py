@@ -131,7 +131,7 @@ class Outcome:
         if self.search is not None and not self.search.met:
             yield str(self.verdict())
         if self.stopwatch and self.plan.is_float:
-            yield "int8 is slower than float here in every layer, so never_slower has left all of them float"
+            yield "every layer is slower quantized than as float here, so never_slower has left all of them float"
 
 
 def quantized_content(

@@ -1,4 +1,4 @@
-"""Lightning's model summary with the int8 weights counted in; its own counts parameters only."""
+"""Lightning's model summary with the quantized weights counted in; its own counts parameters only."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class QuantizedSummary(Summary):
 
     @property
     def total_parameters(self) -> int:
-        """The number of weights, float and int8."""
+        """The number of weights, float and quantized."""
         return super().total_parameters + _quantized_count(self._model)
 
     @property
@@ -66,7 +66,7 @@ class QuantizedSummary(Summary):
 
 
 def summarize(module: LightningModule, max_depth: int = 1) -> QuantizedSummary:
-    """The summary of a module, to print: as Lightning's ``summarize``, with int8 weights counted in.
+    """The summary of a module, to print: as Lightning's ``summarize``, with quantized weights counted in.
 
     Args:
         module: with quantized layers or without.

@@ -1,4 +1,4 @@
-"""The one timer: how long a call takes, and float beside int8 with the two taking turns."""
+"""The one timer: how long a call takes, and float beside quantized with the two taking turns."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ __all__ = [
     "evaluating",
     "time_in_turns",
     "timed",
+    "waiting_for",
 ]
 
 Returned = TypeVar("Returned")
@@ -91,10 +92,7 @@ def timed(run: Callable[[], Returned], device: torch.device | str = "cpu") -> tu
         run: the call.
         device: the device that it computes on; its queue is waited for before and after the call.
     """
-    kind = torch.device(device).type
-    wait = _nothing if kind in ("cpu", "meta") else getattr(torch, kind).synchronize
-    if kind == "cuda":
-        wait = partial(wait, device)
+    wait = waiting_for(device)
     wait()
     start = time.perf_counter()
     returned = run()
@@ -102,7 +100,15 @@ def timed(run: Callable[[], Returned], device: torch.device | str = "cpu") -> tu
     return returned, time.perf_counter() - start
 
 
-def _nothing(*device: object) -> None:
+def waiting_for(device: torch.device | str) -> Callable[[], object]:
+    """What returns when a device has done all that it was asked for: at once on a CPU, which does it in the call."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return partial(torch.cuda.synchronize, device)
+    return _nothing if kind in ("cpu", "meta") else getattr(torch, kind).synchronize
+
+
+def _nothing() -> None:
     return None
 
 
@@ -111,7 +117,7 @@ def time_in_turns(
 ) -> Timing:
     """Medians over all pairs and rounds.
 
-    Float and int8 take turns call by call, so that a change of the machine's load or clock meets both.
+    Float and quantized take turns call by call, so that a change of the machine's load or clock meets both.
 
     Args:
         pairs: calls with float and with quantized layers.

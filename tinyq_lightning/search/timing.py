@@ -1,7 +1,7 @@
-"""How long layers take in float and in int8 at the row counts of the user's own evaluation, and which stay float.
+"""How long layers take in float and quantized at the row counts of the user's own evaluation, and which stay float.
 
 Layers alone are timed, not what lies between them. Layers of one shape take turns, as they do in the
-model: a layer that is called repeatedly keeps its weights in cache, which shortens float more than int8.
+model: a layer that is called repeatedly keeps its weights in cache, which shortens float more than int8 or int4.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 SPEEDUP_LOST = 0.95
-"""Float time over int8 time below which int8 has lost; what lies nearer to 1 is noise."""
+"""Float time over the quantized time below which the latter has lost; what lies nearer to 1 is noise."""
 
 
 SECONDS = 0.03
@@ -43,7 +43,7 @@ SECONDS = 0.03
 
 
 ROUNDS = 5
-"""The least number of rounds, float and int8 in turn; small layers have hundreds in their time."""
+"""The least number of rounds, float and quantized in turn; small layers have hundreds in their time."""
 
 
 # The most layers of one shape that take turns; fewer if their calls are too long for the time.
@@ -76,7 +76,7 @@ Work = Sequence[tuple[float, Call, Timing]]
 
 
 def left_float(work: Mapping[str, Work], ties: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, str]]:
-    """The layers that int8 makes slower, each with ``float`` and the reason. Nothing is timed here.
+    """The layers that are slower than float, each with ``float`` and the reason. Nothing is timed here.
 
     Args:
         work: by the name of the layer; a layer without any is not judged.
@@ -102,10 +102,10 @@ def _why_slower(work: Work) -> str | None:
     rows = sorted({call.rows for _, call, _ in work})
     if any(call.sizes for _, call, _ in work):
         sizes = max((weight, call.sizes) for weight, call, _ in work)[1]
-        return f"left float: int8 took {ms / float_ms:.2f}x the time of float at {list(sizes)}, measured here"
+        return f"left float: quantized, it took {ms / float_ms:.2f}x the time of float at {list(sizes)}, measured here"
     span = f"{rows[0]} to {rows[-1]}" if len(rows) > 1 else f"{rows[0]}"
     unit = "row" if rows[-1] == 1 else "rows"
-    return f"left float: int8 took {ms / float_ms:.2f}x the time of float at {span} {unit}, measured here"
+    return f"left float: quantized, it took {ms / float_ms:.2f}x the time of float at {span} {unit}, measured here"
 
 
 class Stopwatch:
@@ -192,9 +192,9 @@ def _shape(layer: QuantizedLayer) -> Shape:
 def time_call(layers: Sequence[tuple[nn.Module, QuantizedLayer]], call: Call) -> Timing:
     """Median milliseconds of one call, of the float and of the quantized layer, in eval and inference mode.
 
-    Float and int8 take turns call by call, and so do the layers. A busy machine distorts neither: the time
+    Float and quantized take turns call by call, and so do the layers. A busy machine distorts neither: the time
     to spend is processor time, a median of short calls leaves out the few that were interrupted, and what
-    looks slower in int8 is timed a second time: other load only adds time, so the shorter medians count. No
+    looks slower than float is timed a second time: other load only adds time, so the shorter medians count. No
     global random state is used, and the layers are left as they are.
 
     Args:

@@ -66,7 +66,7 @@ class QuantizationSpec:
         methods: where a run is to compare several methods, all of them, ``method`` the first; else empty.
         keep: which of several methods' files are written: ``all``, or with a budget the ``smallest``.
         export: the formats that a run is to export each quantized model in, of ``methods.FORMAT_NAMES``.
-        never_slower: whether a run is to time the layers, and to leave float those that int8 makes slower.
+        never_slower: whether a run is to time the layers, and to leave float those that are slower quantized.
         calibrate: on how many batches codes of four bits are to be chosen, or None.
         origin: where each key was written, for errors.
     """
