@@ -208,3 +208,20 @@ def test_calibration_is_several_inputs(tmp_path):
     with pytest.raises(ExportError, match=r"write calibration=\[x\]"):
         export(mlp(), tmp_path / "net.onnx", example(), activations="static", calibration=example())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_module_without_forward_is_told_to_export_the_part_that_has_one(tmp_path):
+    from lightnings import LightningModule
+
+    class Steps(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(8, 4)
+
+    model = Steps()
+    quantize(model, "w8a32")
+    with pytest.raises(
+        ModelError, match=r"Steps has no forward, .*`return self.net\(x\)`, or .*export\(model.net, path"
+    ):
+        export(model, tmp_path / "net.pt2", torch.zeros(2, 8))
+    assert export(model.net, tmp_path / "net.pt2", torch.zeros(2, 8)).bytes

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.handover.example import example_for, parameters_of_call
+from tinyq_lightning.handover.example import example_for, parameters_of_call, refuse_without_forward
 from tinyq_lightning.handover.exporting import export
 from tinyq_lightning.handover.formats import FORMATS, Program
 from tinyq_lightning.handover.report import ExportReport
@@ -59,6 +59,7 @@ def export_beside(
     path = f"{quantized_path.removesuffix('.ckpt')}{f'-{activations}' if is_static else ''}{wanted.ending}"
     if not isinstance(wanted, Program):
         return export(quantized_path, path, to=to, overwrite=True)
+    refuse_without_forward(module)
     model = on_cpu(module)
     given = getattr(module, "example_input_array", None)
     if given is None:

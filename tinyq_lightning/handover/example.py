@@ -21,6 +21,7 @@ __all__ = [
     "flat_names",
     "import_example",
     "parameters_of_call",
+    "refuse_without_forward",
     "resized",
 ]
 
@@ -113,6 +114,7 @@ def example_for(model: nn.Module, given: Any, method: str) -> Example:
         ModelError: there are no inputs, no tensor among them, or the method does not take them.
     """
     name = type(model).__name__
+    refuse_without_forward(model, method)
     if given is None and method == "forward":
         given = getattr(model, "example_input_array", None)
     if given is None:
@@ -134,6 +136,22 @@ def example_for(model: nn.Module, given: Any, method: str) -> Example:
     if not example.tensors():
         raise ModelError(f"the example inputs of {name}.{method} hold no tensor")
     return example
+
+
+def refuse_without_forward(model: nn.Module, method: str = "forward") -> None:
+    """Check that what is exported is there: a LightningModule may have steps alone, and its network in an attribute.
+
+    Raises:
+        ModelError: it is ``forward``, and the class has none of its own.
+    """
+    inherited = getattr(getattr(model, method), "__qualname__", "") if hasattr(model, method) else ""
+    if method == "forward" and inherited in ("LightningModule.forward", "_forward_unimplemented"):
+        name = type(model).__name__
+        part = next((part for part, _ in model.named_children()), "net")
+        raise ModelError(
+            f"{name} has no forward, which is what is exported: write one, such as `return self.{part}(x)`, or export "
+            f"the module that has it, as in export(model.{part}, path, example_inputs)"
+        )
 
 
 def parameters_of_call(model: nn.Module, method: str) -> list[str]:
