@@ -10,6 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightnings import __version__
 from models import Net
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
+from torch.serialization import _get_layout
 
 from tinyq_lightning import load_quantized
 from tinyq_lightning.command import main
@@ -81,6 +83,17 @@ def test_what_the_metadata_names_is_not_called(folder, tmp_path):
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.parametrize("named", [Metadata, MetadataIndex, TensorProperties, _get_layout])
+def test_the_metadata_changes_no_class_and_no_function_that_it_names(folder, named):
+    """The code BUILD of pickle sets attributes of whatever is on its stack, a class too."""
+    attribute = pickle.dumps((None, {"planted": 1}), 2)[2:-1]
+    name = f"c{named.__module__}\n{named.__name__}\n".encode()
+    (folder / ".metadata").write_bytes(b"\x80\x02" + name + attribute + b"b.")
+    with pytest.raises(CheckpointError, match=r"epoch=1\.ckpt.*\.metadata"):
+        Folder(folder)
+    assert not hasattr(named, "planted")
+
+
 def test_what_a_shard_or_the_rest_names_is_not_called(folder, tmp_path):
     torch.save({"x": Planted(tmp_path / "trace")}, folder / "meta.pt")
     with pytest.raises(CheckpointError, match="more than tensors and plain data"):
@@ -115,10 +128,31 @@ def test_damage_is_told_by_the_name_of_the_folder(folder):
         one, other = found["state_dict.head.weight"], found["state_dict.head.bias"]
         one.offset, other.offset, one.length, other.length = other.offset, one.offset, other.length, one.length
 
+    def move(metadata):
+        for stored in metadata.state_dict_metadata.values():
+            if hasattr(stored, "chunks"):
+                stored.chunks[0].offsets = torch.Size(1 for _ in stored.size)
+        metadata.storage_data = {
+            MetadataIndex(index.fqn, [1 for _ in index.offset] if index.offset is not None else None): info
+            for index, info in metadata.storage_data.items()
+        }
+
+    def rename(metadata):
+        for info in metadata.storage_data.values():
+            info.relative_path = ".."
+
+    def flatten(metadata):
+        for stored in metadata.state_dict_metadata.values():
+            if hasattr(stored, "chunks"):
+                stored.chunks[0].sizes = 5
+
     for change, told in (
         (grow, "do not make up head.weight"),
         (leave, "outside of the folder"),
         (swap, "does not hold"),
+        (move, "the part of .* cannot be read"),
+        (rename, "the part of .* cannot be read"),
+        (flatten, r"\.metadata cannot be read"),
     ):
         altered(folder, change)
         with pytest.raises(CheckpointError, match=f"epoch=1.ckpt.*{told}"), Folder(folder) as source:

@@ -133,8 +133,8 @@ def test_safetensors_and_back_loses_nothing(run, tmp_path):
     [
         ("multipliers", torch.zeros_like, "multipliers holds a zero"),
         ("multipliers", lambda value: value[:, :0], "multipliers has the shape"),
-        ("multipliers", lambda value: value.int(), "multipliers holds none of torch.uint8"),
-        ("multipliers", None, "multipliers holds none of torch.uint8"),
+        ("multipliers", lambda value: value.int(), "multipliers holds no codes of torch.uint8"),
+        ("multipliers", None, "multipliers holds no codes of torch.uint8"),
         ("int4_weights", lambda value: value.view(torch.int8), "int4_weights holds no codes of torch.uint8"),
         ("int4_weights", lambda value: value[:1], "scales is not one float32 for each row"),
         ("int4_weights", None, "no codes of the layer 'head'"),

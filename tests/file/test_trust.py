@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightnings import LightningCLI, LightningModule, Trainer, __version__
 from models import Net, loader, trainer
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from tinyq_lightning import QuantizedCheckpointMixin, TinyQCallback, load_quantized, quantize
@@ -81,6 +81,19 @@ class Takes(LightningModule):
 
 
 class TakesMixed(QuantizedCheckpointMixin, Takes):
+    pass
+
+
+class TakesConfigs(LightningModule):
+    """Its annotations name a class that resolves what is in it."""
+
+    def __init__(self, config: DictConfig, several: dict[str, DictConfig] | None = None):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.values = [each[key] for each in (config, *(several or {}).values()) for key in each]
+
+
+class TakesConfigsMixed(QuantizedCheckpointMixin, TakesConfigs):
     pass
 
 
@@ -269,6 +282,21 @@ def test_an_interpolation_of_the_file_is_not_resolved(tmp_path, how, text):
         with pytest.raises(CheckpointError, match=r"interpolation.*trust=True \(--trust"):
             load(path, Takes)
     assert load_quantized(path, Takes, config={"a": 1}).values == [1], "given by hand"
+
+
+@pytest.mark.parametrize("name", ["config", "several"])
+@pytest.mark.parametrize("top", [{}, {"hparams_name": "config"}])
+def test_a_class_of_the_users_annotations_resolves_nothing_either(tmp_path, name, top):
+    """The notes of a file may name that class as one of mappings."""
+    register_resolver("tinyq_call", call, replace=True)
+    text = "${tinyq_call:1}"
+    stored = {"config": {"y": text}} if name == "config" else {"config": {"y": 1}, "several": {"a": {"y": text}}}
+    where = [] if top else [name] if name == "config" else [name, "a"]
+    note = {"path": where, "kind": "mapping", "class": "omegaconf.dictconfig.DictConfig"}
+    path = written(tmp_path / "q.ckpt", TakesConfigs(OmegaConf.create({})), stored, top, types=[note])
+    for load in (load_quantized, lambda path, kind: TakesConfigsMixed.load_from_checkpoint(path)):
+        with pytest.raises(CheckpointError, match=r"interpolation.*trust=True \(--trust"):
+            load(path, TakesConfigs)
 
 
 @pytest.mark.parametrize("how", ["entry", "nested"])

@@ -10,16 +10,25 @@ import torch
 from torch import fx, nn
 
 from tinyq_lightning import quantize, quantized
-from tinyq_lightning.kernels import lookup
+from tinyq_lightning.kernels import has_fbgemm_rows, lookup
 from tinyq_lightning.layers import QuantizedEmbedding, QuantizedEmbeddingBag
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
-@pytest.fixture(params=["copied", "rows"])
+@pytest.fixture(params=["packed", "copied", "rows"])
 def table(request, monkeypatch):
-    """Both ways to look rows up: in a float copy, and in the codes."""
+    """Each way to look rows up: in packed rows, in a float copy, and in the codes."""
+    if request.param == "packed" and not has_fbgemm_rows():
+        pytest.skip("no packed rows on this processor")
+    monkeypatch.setattr(lookup, "has_fbgemm_rows", lambda: request.param == "packed")
     monkeypatch.setattr(lookup, "_COPIED_TO", 2**18 if request.param == "copied" else 0)
+
+
+@pytest.fixture
+def unpacked(monkeypatch):
+    """No packed rows, as on a processor without them."""
+    monkeypatch.setattr(lookup, "has_fbgemm_rows", lambda: False)
 
 
 def put_beside(layer):
@@ -156,6 +165,51 @@ def test_what_the_float_layer_refuses_is_refused(table, wrong):
     assert errors[0] == errors[1]
 
 
+# Packed rows
+
+
+@pytest.mark.skipif(not has_fbgemm_rows(), reason="no packed rows on this processor")
+class TestPackedRows:
+    def test_they_are_the_only_copy_and_follow_what_is_written_to_the_codes_and_scales(self):
+        model, words = nn.Sequential(nn.Embedding(30, 9)), torch.tensor([[0, 29], [4, 4]])
+        quantize(model)
+        layer, found = model[0], model(words)
+        assert layer.choice.kernel == "int8-rows"
+        assert layer._buffers["int8_weights"] is None
+        layer.scales.mul_(2)
+        assert torch.equal(model(words), 2 * found)
+        layer.int8_weights.zero_()
+        assert not model(words).any()
+        layer.quantize(torch.ones(30, 9))
+        assert torch.allclose(model(words), torch.ones(2, 2, 9))
+
+    def test_a_scale_too_large_for_them_is_looked_up_in_the_codes(self):
+        weight = torch.full((5, 4), 3e38)
+        model = nn.Sequential(nn.Embedding(5, 4, _weight=weight))
+        quantize(model)
+        assert torch.equal(model(torch.arange(5)), torch.as_tensor(model[0].weight))
+        assert model(torch.arange(5)).isfinite().all()
+
+    def test_layers_that_share_codes_share_them_after_they_were_packed_for_different_kernels(self):
+        model = nn.Sequential(nn.Embedding(1200, 1200), nn.Linear(1200, 1200, bias=False))
+        model[1].weight = model[0].weight
+        quantize(model)
+        model(torch.arange(3))
+        assert {*model[0]._forms}.isdisjoint(model[1]._forms)
+        assert model[0].int8_weights is model[1].int8_weights
+        assert len({value.data_ptr() for name, value in model.state_dict().items() if "int8" in name}) == 1
+
+    @pytest.mark.parametrize("wrong", [[0, 20], [-1]])
+    def test_an_index_beyond_the_table_is_told_as_without_them(self, wrong):
+        for layer, error in ((nn.Embedding(20, 8), IndexError), (nn.EmbeddingBag(20, 8), (IndexError, RuntimeError))):
+            model, index = nn.Sequential(layer), torch.tensor([wrong])
+            with pytest.raises(error):
+                model(index)
+            quantize(model)
+            with pytest.raises(error):
+                model(index)
+
+
 # Both
 
 
@@ -191,14 +245,15 @@ def test_copies_pickles_casts_and_graphs_give_what_the_layers_give(table):
     }
 
 
-def test_a_large_table_takes_one_byte_a_value():
+def test_a_large_table_takes_one_byte_a_value(table):
     model = nn.Sequential(nn.Embedding(2100, 512))
     quantize(model)
     model[0](torch.arange(1000))
-    assert not model[0]._forms
+    assert all(form.holds_codes for form in model[0]._forms.values())
+    assert (model[0]._buffers["int8_weights"] is None) == bool(model[0]._forms)
 
 
-def test_a_float_copy_is_kept_of_float32_tables_and_of_large_ones_if_it_is_asked_for(monkeypatch):
+def test_a_float_copy_is_kept_of_float32_tables_and_of_large_ones_if_it_is_asked_for(monkeypatch, unpacked):
     monkeypatch.delenv("TINYQ_KERNEL", raising=False)
     words = torch.arange(5)
     for dtype in DTYPES:
@@ -219,7 +274,7 @@ def test_a_float_copy_is_kept_of_float32_tables_and_of_large_ones_if_it_is_asked
     assert large[0]._forms
 
 
-def test_a_pickle_leaves_the_choice_of_a_kernel_to_the_machine_that_reads_it(monkeypatch):
+def test_a_pickle_leaves_the_choice_of_a_kernel_to_the_machine_that_reads_it(monkeypatch, unpacked):
     monkeypatch.delenv("TINYQ_KERNEL", raising=False)
     model = nn.Sequential(nn.Embedding(10, 8), nn.EmbeddingBag(10, 8), nn.LSTM(8, 8), nn.GRUCell(8, 8))
     quantize(model)

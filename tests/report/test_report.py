@@ -277,6 +277,16 @@ def test_a_long_plan_is_shown_in_groups_and_measured_in_full_by_its_worst_layers
     assert f"\n{worst.name} " in shown
 
 
+def test_a_list_of_methods_shows_each_layer_by_each_method(tmp_path, capsys):
+    callback = TinyQCallback(["w8a32", "w4a8"], exclude=["head"])
+    fit(tmp_path, callback)
+    shown = capsys.readouterr().out.partition("layer: SQNR dB")[2].split("\n\n")[0].splitlines()
+    rows = {row.split()[0]: row.split()[1:] for row in shown[2:]}
+    one, other = ([each.weight_sqnr_db for each in callback.plans[name]] for name in ("w8a32", "w4a8"))
+    figures = [[f"{a:.1f}", f"{b:.1f}"] for a, b in zip(one[:-1], other[:-1], strict=True)]
+    assert rows == dict(zip(("body.0", "body.2", "head"), [*figures, ["float", "float"]], strict=True))
+
+
 def test_a_terminal_gets_rich_tables(tmp_path):
     code = (
         "from models import *; from tinyq_lightning import TinyQCallback; import sys\n"

@@ -70,3 +70,50 @@ def test_layers_alike_in_all_but_numbers_are_one_row_of_a_grouped_plan():
     assert plan.as_table(group=True).rows[-1] == plan.as_table().rows[-1], "the sums are the same"
     assert "lowest SQNR: " in plan.table(group=True)
     assert plan._repr_html_().startswith("<table>")
+
+
+def plan_of_many_reasons():
+    model = nn.ModuleDict({"encoder": nn.ModuleList(nn.Linear(64, 64) for _ in range(4)), "head": nn.Linear(64, 4)})
+    why = "left float: int8 took 1.31x the time of float at 64 rows, measured here"
+    rules = [
+        {"match": f"encoder.{number}", "method": "float", "reason": why, "decided_by": "timing"} for number in (1, 3)
+    ]
+    return quantize(model, {"method": "w8a8", "rules": rules})
+
+
+def test_on_a_narrow_screen_reasons_go_below_the_table_once_for_all_layers_that_share_them():
+    table = plan_of_many_reasons().as_table()
+    for width in (60, 80):
+        shown = table.text(width)
+        assert max(map(len, shown.splitlines())) <= width
+        assert "left float, encoder.1, encoder.3: int8 took 1.31x the time of float" in " ".join(shown.split())
+    assert table.text(200) == table.text()
+
+
+def test_columns_that_say_the_same_in_every_row_are_told_once_on_a_narrow_screen():
+    rows = [[f"encoder.layers.{number}.linear1", "w8a8", "spec", "float32 to 9 rows", "1.00 kB"] for number in range(3)]
+    table = Table(["layer", "method", "reason", "kernel", "now"], [*rows, ["3 layers", *[""] * 3, "3.00 kB"]], left=4)
+    assert table.text(40).splitlines() == [
+        "layer                         now",
+        "────────────────────────  ───────",
+        "encoder.layers.0.linear1  1.00 kB",
+        "encoder.layers.1.linear1  1.00 kB",
+        "encoder.layers.2.linear1  1.00 kB",
+        "3 layers                  3.00 kB",
+        "in every row: method w8a8, reason spec,",
+        "  kernel float32 to 9 rows",
+    ]
+
+
+def test_a_table_of_many_methods_is_cut_between_them_and_says_again_what_it_is_about():
+    names = [f"w{bits}a{other}" for bits in (8, 4) for other in (32, 16, 8)]
+    header = ["", "float", *(title for name in names for title in (name, "delta"))]
+    table = Table(header, [["val_acc", "0.954687", *["0.953125", "-0.0016"] * 6]], kept=2, step=2)
+    parts = table.text(60).split("\n\n")
+    assert [part.splitlines()[0].split() for part in parts] == [
+        ["float", names[0], "delta", names[1], "delta"],
+        ["float", names[2], "delta", names[3], "delta"],
+        ["float", names[4], "delta", names[5], "delta"],
+    ]
+    assert max(map(len, table.text(60).splitlines())) <= 60
+    assert all("val_acc  0.954687" in part for part in parts)

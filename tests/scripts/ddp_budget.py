@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from lightnings import seed_everything
 from models import Net, loader, trainer
+from ranks import leave_group_at_exit
 
 from tinyq_lightning import TinyQCallback
 
@@ -46,6 +47,8 @@ def main() -> None:
         callback = WritePlan(spec, monitor=monitor, mode=mode, max_drop=1e-4, report=False)
         trainer(root, callback, max_epochs=0, **settings).fit(module, loader(), loader(seed=1))
 
+
+leave_group_at_exit()
 
 if __name__ == "__main__":
     main()

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import seed_everything
+from lightnings import seed_everything
 from models import Net, loader, trainer
+from ranks import leave_group_at_exit
 
 from tinyq_lightning import TinyQCallback
 from tinyq_lightning.search import calibrate
@@ -45,6 +46,8 @@ def main() -> None:
     run.fit(Net(32), loader(), loader(seed=1))
     Path(root, f"codes-{run.global_rank}.json").write_text(json.dumps(found))
 
+
+leave_group_at_exit()
 
 if __name__ == "__main__":
     main()

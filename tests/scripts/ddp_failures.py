@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from lightnings import CSVLogger, seed_everything
 from models import Net, keeper, loader, trainer
+from ranks import leave_group_at_exit
 
 from tinyq_lightning import TinyQCallback
 from tinyq_lightning.layers import QuantizedLinear
@@ -73,6 +74,8 @@ def main() -> None:
         }
         (root / f"{place}{rank}-{run.global_rank}.json").write_text(json.dumps(outcome))
 
+
+leave_group_at_exit()
 
 if __name__ == "__main__":
     main()

@@ -11,6 +11,7 @@ import torch
 from lightnings import seed_everything
 from mixed import RULE, Mixed
 from models import keeper, loader, trainer
+from ranks import leave_group_at_exit
 
 from tinyq_lightning import TinyQCallback
 
@@ -30,6 +31,8 @@ def main() -> None:
     }
     Path(root, f"fit-{run.global_rank}.json").write_text(json.dumps(outcome))
 
+
+leave_group_at_exit()
 
 if __name__ == "__main__":
     main()

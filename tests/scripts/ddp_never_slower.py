@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from lightnings import seed_everything
 from models import CLASSES, Net, loader, trainer
+from ranks import leave_group_at_exit
 
 import tinyq_lightning.search.timing
 from tinyq_lightning import TinyQCallback
@@ -39,6 +40,8 @@ def main() -> None:
         seen = {"plan": callback.plan.to_list(), "results": callback.results, "timed": len(timed)}
         Path(root, f"{stage}-{run.global_rank}.json").write_text(json.dumps(seen))
 
+
+leave_group_at_exit()
 
 if __name__ == "__main__":
     main()

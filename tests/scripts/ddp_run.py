@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from lightnings import CSVLogger, seed_everything
 from models import Net, keeper, loader, trainer
+from ranks import leave_group_at_exit
 
 from tinyq_lightning import TinyQCallback
 
@@ -67,6 +68,8 @@ def main() -> None:
         again = trainer(root, WriteOutcome("w8a8", when="test_start"), **settings)
         again.test(module, loader(seed=2), ckpt_path=fit.checkpoint_callback.best_model_path, verbose=False)
 
+
+leave_group_at_exit()
 
 if __name__ == "__main__":
     main()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from lightnings import Callback, LightningModule, ModelCheckpoint, ModelParallelStrategy
 from models import trainer
+from ranks import leave_group_at_exit
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
@@ -92,6 +93,8 @@ def main() -> None:
     (root / f"memory-{run.global_rank}.json").write_text(json.dumps(found))
     print(" ".join(f"{key} {value}" for key, value in found.items()), flush=True)
 
+
+leave_group_at_exit()
 
 if __name__ == "__main__":
     main()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from lightnings import ModelCheckpoint, ModelParallelStrategy, seed_everything
 from models import trainer
+from ranks import leave_group_at_exit
 from sharded_net import Points, ShardedNet
 from torch.distributed.tensor import DTensor
 
@@ -66,6 +67,8 @@ def main() -> None:
         sharded.Gather = FailsOnRankOne
         fit(root, "fails", how, "current")
 
+
+leave_group_at_exit()
 
 if __name__ == "__main__":
     main()

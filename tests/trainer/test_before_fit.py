@@ -172,6 +172,16 @@ def test_without_a_sanity_check_the_first_validation_tells_the_index(tmp_path):
     assert run.current_epoch == 0
 
 
+def test_a_mode_that_contradicts_the_model_checkpoint_of_the_metric(tmp_path):
+    callback = TinyQCallback("w8a32", monitor="val_acc", mode="max", max_drop=0.5, report=False, save=False)
+    told = r"mode='max' contradicts ModelCheckpoint\(monitor='val_acc', mode='min'\)"
+    lowest = keeper(tmp_path / "lowest", mode="min")
+    refused(tmp_path, callback, SpecError, told, callbacks=[lowest])
+    both = trainer(tmp_path, keeper(tmp_path), lowest, callback, max_epochs=1)
+    both.fit(Net(), loader(shuffle=True), loader(seed=1))
+    assert callback.search.met, "one keeps the highest, the other the lowest"
+
+
 class Squares(Counts):
     """Logs a torchmetrics object of which less is better."""
 

@@ -341,8 +341,9 @@ def test_a_score_that_the_best_checkpoint_does_not_reach_again_is_told(tmp_path)
             self.log("val_acc", 0.9 if self.trainer.state.fn == "fit" else 0.5)
 
     callback = TinyQCallback("w8a32", report=False, save=False)
+    latest = keeper(tmp_path / "latest", monitor=None)  # another ModelCheckpoint, which records no score
     with pytest.warns(UserWarning, match="val_acc of the best checkpoint is 0.5, where ModelCheckpoint recorded 0.9"):
-        trainer(tmp_path, keeper(tmp_path), callback).fit(Drifts(), loader(), loader(seed=1))
+        trainer(tmp_path, keeper(tmp_path), latest, callback).fit(Drifts(), loader(), loader(seed=1))
 
 
 def test_data_that_can_be_read_again_is_not_complained_of(tmp_path):

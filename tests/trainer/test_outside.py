@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import lru_cache
 
 import pytest
@@ -65,6 +66,58 @@ class CachedMethod(Net):
         self.log("test_m", self.features())
 
 
+class DefaultOnTheModule(Net):
+    """From the first call on, the list hangs on the module too."""
+
+    def test_step(self, batch, batch_idx, *, seen=[]):  # noqa: B006
+        seen.append(batch_idx)
+        self.seen = seen
+
+
+@lru_cache(None)
+def box():
+    return []
+
+
+class InACache(Net):
+    def test_step(self, batch, batch_idx):
+        box().append(batch_idx)
+
+
+class Single:
+    one = None
+
+    def __new__(cls):
+        cls.one = cls.one or super().__new__(cls)
+        return cls.one
+
+
+class Singleton(Net):
+    def test_step(self, batch, batch_idx):
+        Single().n = getattr(Single(), "n", 0) + 1
+
+
+class Kind(type):
+    seen: list = []  # noqa: RUF012
+
+
+class Made(metaclass=Kind):
+    pass
+
+
+class OnAMetaclass(Net):
+    def test_step(self, batch, batch_idx):
+        Made.seen.append(batch_idx)
+
+
+VARIABLE = ContextVar("variable", default=0)
+
+
+class InAContext(Net):
+    def test_step(self, batch, batch_idx):
+        VARIABLE.set(VARIABLE.get() + 1)
+
+
 @pytest.mark.parametrize(
     ("kind", "where"),
     [
@@ -75,6 +128,11 @@ class CachedMethod(Net):
         (Attribute, "an attribute of Attribute.test_step"),
         (Cache, "the cache of remembered"),
         (CachedMethod, "the cache of features"),
+        (DefaultOnTheModule, "a default of DefaultOnTheModule.test_step"),
+        (InACache, "the cache of box"),
+        (Singleton, "an attribute of Single"),
+        (OnAMetaclass, "an attribute of Kind"),
+        (InAContext, "the global VARIABLE of "),
     ],
 )
 @pytest.mark.filterwarnings("default:TinyQ. the test loop changed")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -16,13 +17,11 @@ from tinyq_lightning.file import Archive, Folder, as_factory
 from tinyq_lightning.plan import WithValues
 from tinyq_lightning.table import format_bytes
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = [
     "Answer",
     "file_size",
     "model_class",
+    "note",
     "progress",
 ]
 
@@ -65,6 +64,11 @@ def file_size(path: str) -> str:
     if os.path.isdir(path):
         return format_bytes(sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file()))
     return format_bytes(os.path.getsize(path)) if os.path.isfile(path) else ""
+
+
+def note(text: str) -> None:
+    """A line on stderr, above a bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.plan import find_sites
 from tinyq_lightning.search import Timing, time_in_turns
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
 
 __all__ = [
     "example_input",
@@ -25,7 +22,7 @@ __all__ = [
 _WARM_UP = 3
 
 
-def example_input(module: LightningModule, shape: Sequence[int] | None, batch: int) -> tuple[Any, ...]:
+def example_input(module: nn.Module, shape: Sequence[int] | None, batch: int) -> tuple[Any, ...]:
     """Arguments of ``forward`` for ``batch`` samples.
 
     Args:
@@ -38,7 +35,7 @@ def example_input(module: LightningModule, shape: Sequence[int] | None, batch: i
     """
     if shape is not None:
         return (torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)),)
-    given = module.example_input_array
+    given = getattr(module, "example_input_array", None)  # only a LightningModule has it
     if given is None:
         raise EvaluationError(
             f"{type(module).__name__} has no example_input_array: set it in __init__, or give the shape of one sample "

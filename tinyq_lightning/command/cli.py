@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # Options that take several words, and the endings of files that are never one of these.
 _LISTS = ("--exclude", "--kinds", "--init", "--data-init", "--batch", "--shape")
-_FILES = (".ckpt", ".safetensors")
+_FILES = (".ckpt", ".safetensors", ".pt", ".pth")
 
 
 def _files_first(words: Sequence[str]) -> list[str]:
@@ -83,7 +83,8 @@ def _files_first(words: Sequence[str]) -> list[str]:
 
 def _command(name: str) -> Callable[[argparse.Namespace], Any]:
     """The function of a command. Its module is imported here, because torch and Lightning take seconds to import."""
-    modules = {"evaluate": "run_commands", "bench": "run_commands", "export": "export_command"}
+    modules = {"quantize": "quantize_command", "export": "export_command"}
+    modules |= dict.fromkeys(("evaluate", "bench"), "run_commands")
     found = importlib.import_module(f"tinyq_lightning.command.{modules.get(name, 'file_commands')}")
     command: Callable[[argparse.Namespace], Any] = getattr(found, name)
     return command
@@ -106,13 +107,18 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(
         commands,
         "quantize",
-        "a float checkpoint to a quantized one, without a Trainer, one layer in memory at a time",
+        "float checkpoints to quantized ones, without a Trainer, one layer in memory at a time",
         "tinyq-lightning quantize epoch=7.ckpt --model nets:Net --method w8a32 --exclude head",
     )
-    command.add_argument("checkpoint", metavar="FLOAT.ckpt", help="the float checkpoint, or a saved state dict")
+    several = (
+        "float checkpoints, or saved state dicts; of several, those done before are left and bad ones do not stop "
+    )
+    command.add_argument("checkpoints", metavar="FLOAT.ckpt", nargs="+", help=several + "the rest")
     _add_model(command)
     _add_spec(command)
-    command.add_argument("--output", metavar="Q.ckpt", help="default: <method>-<float name>.ckpt beside the float file")
+    output = "default: <method>-<float name>.ckpt beside the float file; for several, the folder that they go to"
+    command.add_argument("--output", metavar="Q.ckpt", help=output)
+    command.add_argument("--jobs", type=_count, metavar="N", help="so many files at once, each in a process of its own")
     command.add_argument("--overwrite", action="store_true", help="replace a quantized file that is there already")
 
     command = _add(
@@ -141,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
         "your test loop on each file, float or quantized, in one table",
         "tinyq-lightning evaluate --model nets:Net --data nets:Data epoch=7.ckpt w8a32-epoch=7.ckpt",
     )
-    command.add_argument("checkpoints", metavar="FILE.ckpt", nargs="+", help="float and quantized checkpoints")
+    files = "float and quantized checkpoints, saved state dicts, safetensors files made from quantized ones"
+    command.add_argument("checkpoints", metavar="FILE.ckpt", nargs="+", help=files)
     _add_model(command)
     command.add_argument("--data", required=True, metavar="M:CLASS", help="the LightningDataModule class")
     _add_init(command, "--data-init", "an argument of the data module")
@@ -154,8 +161,10 @@ def _parser() -> argparse.ArgumentParser:
         "time, throughput and memory of float and quantized on this machine",
         "tinyq-lightning bench w8a32-epoch=7.ckpt --model nets:Net --batch 1 32 --layers",
     )
-    command.add_argument("checkpoint", metavar="Q.ckpt", help="the quantized checkpoint")
+    bench = "a quantized checkpoint, or a safetensors file made from one; or a float one, which is quantized in memory"
+    command.add_argument("checkpoint", metavar="FILE.ckpt", help=bench)
     _add_model(command)
+    _add_spec(command)
     command.add_argument("--batch", type=_count, nargs="+", default=[1], metavar="N", help="batch sizes (default: 1)")
     shape = "of one sample, where the model has no example_input_array: --shape 3 224 224"
     command.add_argument("--shape", type=_count, nargs="+", metavar="N", help=shape)
@@ -218,17 +227,23 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
 
 
 def _add_init(command: argparse.ArgumentParser, flag: str, what: str) -> None:
-    about = f"{what}, as YAML; may be repeated"
+    about = f"{what}, as YAML, or a YAML file of several; may be repeated"
     command.add_argument(flag, action=_Pairs, nargs="+", default={}, metavar="NAME=VALUE", help=about)
 
 
 class _Pairs(argparse.Action):
-    """Collects ``NAME=VALUE`` words in a dict; values are YAML, and dots in a name lead into an argument."""
+    """Collects ``NAME=VALUE`` words in a dict; values are YAML, and dots in a name lead into an argument.
+
+    A word that is the name of a YAML file stands for all that the file holds.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         pairs = dict(getattr(namespace, self.dest))
         for word in values:
             name, equals, text = word.partition("=")
+            if not equals and name.endswith((".yaml", ".yml")):
+                pairs |= self._of_file(parser, name, option_string)
+                continue
             if not equals or not name.partition(".")[0].isidentifier() or not all(name.split(".")):
                 parser.error(f"argument {option_string}: {word!r} is not NAME=VALUE")
             try:
@@ -236,6 +251,16 @@ class _Pairs(argparse.Action):
             except yaml.YAMLError:
                 parser.error(f"argument {option_string}: the value of {word!r} is not YAML")
         setattr(namespace, self.dest, pairs)
+
+    def _of_file(self, parser: Any, path: str, option_string: str | None) -> dict[str, Any]:
+        try:
+            with open(path, encoding="utf-8") as file:
+                content: Any = yaml.safe_load(file)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            parser.error(f"argument {option_string}: {path}: {error}")
+        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+            parser.error(f"argument {option_string}: {path} is not a YAML mapping from names to values")
+        return dict(content)
 
 
 def _count(text: str) -> int:

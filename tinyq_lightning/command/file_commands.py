@@ -1,9 +1,8 @@
-"""The commands on files: ``quantize``, ``inspect`` and ``verify``."""
+"""The commands on files that are there: ``inspect`` and ``verify``."""
 
 from __future__ import annotations
 
 import copy
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -21,48 +20,24 @@ from tinyq_lightning.file import (
     Folder,
     check_format,
     escaped,
-    file_exists,
     float_content,
     is_quantized,
     open_checkpoint,
     quantize_file,
-    quantized_path,
     read_checkpoint,
-    stem_of,
-    write_checkpoint,
 )
 from tinyq_lightning.plan import MANY_LAYERS, Decision, Plan, file_coverage, resolve
 from tinyq_lightning.spec import QuantizationSpec, as_spec
 from tinyq_lightning.table import Table, format_bytes, screen_width
 
 __all__ = [
+    "described",
     "inspect",
-    "quantize",
+    "on_screen",
+    "plan_of",
+    "spec_of",
     "verify",
 ]
-
-
-def quantize(args: Namespace) -> Answer:
-    """Quantize a float checkpoint to a file."""
-    spec = _spec(args)
-    _refuse_overwriting(args, args.output)
-    with open_checkpoint(args.checkpoint, args.trust) as source, progress("quantizing") as around:
-        content = quantize_file(
-            source, model_class(args.model, source, args.trust), spec, args.init, around, args.trust
-        )
-    plan = _plan(content["tinyq"])
-    folder = os.path.dirname(source.path)
-    path = args.output or quantized_path(spec.save, folder, stem_of(source.path), plan.file_label)
-    _refuse_overwriting(args, path)
-    write_checkpoint(content, path)
-    before, after = sum(d.float_bytes for d in plan), sum(d.bytes for d in plan)
-    text = (
-        f"{_on_screen(plan)}\n\n"
-        f"{file_coverage(plan, content['state_dict'])}\n"
-        f"float      {args.checkpoint}  {file_size(args.checkpoint)}\n"
-        f"quantized  {path}  {file_size(path)}"
-    )
-    return Answer(text, {"path": path, **_described(content), "layer_bytes": {"float": before, plan.label: after}})
 
 
 def inspect(args: Namespace) -> Answer:
@@ -72,21 +47,21 @@ def inspect(args: Namespace) -> Answer:
             return _inspect_float(args, source)
         content = source.content
         check_format(content, args.checkpoint)
-    tinyq, plan = content["tinyq"], _plan(content["tinyq"])
+    tinyq, plan = content["tinyq"], plan_of(content["tinyq"])
     versions = ", ".join(f"{name} {version}" for name, version in tinyq["versions"].items())
     lines = [
         f"{args.checkpoint}: quantized Lightning checkpoint, {file_size(args.checkpoint)}",
         f"format {tinyq['format_version']}, epoch {content.get('epoch')}, step {content.get('global_step')}",
         str(file_coverage(plan, content["state_dict"])),
         "",
-        _on_screen(plan),
+        on_screen(plan),
         "",
         *_metrics_lines(tinyq, plan.column_label),
         f"made from   float file with SHA-256 {tinyq['float_sha256'] or 'unknown: weights that were not in a file'}",
         f"made with   {versions}",
         "integrity   not checked: run verify",
     ]
-    return Answer("\n".join(lines), {"path": args.checkpoint, "quantized": True, **_described(content)})
+    return Answer("\n".join(lines), {"path": args.checkpoint, "quantized": True, **described(content)})
 
 
 def _inspect_float(args: Namespace, source: Archive | Folder) -> Answer:
@@ -118,8 +93,8 @@ def _inspect_float(args: Namespace, source: Archive | Folder) -> Answer:
             stack.enter_context(model.present(layer))
             return stack
 
-        plan = resolve(_spec(args), model.module, present)
-    text = f"{head}\nWhat would be quantized:\n\n{_on_screen(plan)}"
+        plan = resolve(spec_of(args), model.module, present)
+    text = f"{head}\nWhat would be quantized:\n\n{on_screen(plan)}"
     return Answer(text, data | {"plan": plan.to_list()})
 
 
@@ -132,7 +107,7 @@ def verify(args: Namespace) -> Answer:
     data: dict[str, Any] = {"path": args.checkpoint, "intact": True}
     if args.float is None:
         return Answer(text, data)
-    plan = _plan(tinyq)
+    plan = plan_of(tinyq)
     with open_checkpoint(args.float, args.trust) as source, progress("quantizing again") as around:
         spec = replace(plan.to_spec(), calibrate=None)  # the data is not here
         again = quantize_file(source, model_class(args.model, source, args.trust), spec, args.init, around, args.trust)
@@ -149,18 +124,14 @@ def verify(args: Namespace) -> Answer:
     return Answer(text, data | {"same": not differs, "differs": differs}, good=not differs)
 
 
-def _refuse_overwriting(args: Namespace, path: str | None) -> None:
-    if path is not None and not args.overwrite and file_exists(path):
-        raise CheckpointError(f"{path}: there is such a file already: give --overwrite or another --output")
-
-
-def _spec(args: Namespace) -> QuantizationSpec:
+def spec_of(args: Namespace) -> QuantizationSpec:
+    """What ``--method`` or ``--spec``, ``--kinds`` and ``--exclude`` ask for."""
     spec = as_spec(args.spec or args.method)
     given: dict[str, Any] = {} if args.kinds is None else {"kinds": "all" if args.kinds == ["all"] else args.kinds}
     return replace(spec, exclude=(*spec.exclude, *args.exclude), **given)
 
 
-def _plan(tinyq: Mapping[str, Any]) -> Plan:
+def plan_of(tinyq: Mapping[str, Any]) -> Plan:
     """The plan of a quantized checkpoint, without fields that this version does not know."""
     known = {field.name for field in fields(Decision)}
     rows = [{key: value for key, value in entry.items() if key in known} for entry in tinyq["plan"]]
@@ -171,7 +142,7 @@ def _plan(tinyq: Mapping[str, Any]) -> Plan:
         raise CheckpointError(f"the file is damaged: tinyq.spec is no spec: {error}") from error
 
 
-def _on_screen(plan: Plan) -> str:
+def on_screen(plan: Plan) -> str:
     """The plan as a table that fits the terminal, in groups of layers if it has many."""
     return plan.table(screen_width(), group=len(plan) > MANY_LAYERS)
 
@@ -185,7 +156,7 @@ def _as_text(value: Any) -> Any:
     return escaped(value) if isinstance(value, str) else value
 
 
-def _described(content: Mapping[str, Any]) -> dict[str, Any]:
+def described(content: Mapping[str, Any]) -> dict[str, Any]:
     """The ``tinyq`` block without its digests, which nobody reads."""
     tinyq = copy.copy(content["tinyq"])
     del tinyq["digests"]

@@ -5,28 +5,30 @@ from __future__ import annotations
 import logging
 import sys
 from argparse import Namespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from tinyq_lightning.command.answer import Answer, file_size, model_class
 from tinyq_lightning.command.bench import example_input, time_layers, time_model
+from tinyq_lightning.command.file_commands import spec_of
 from tinyq_lightning.errors import EvaluationError, ModelError
 from tinyq_lightning.file import (
-    Archive,
     FloatFile,
+    as_factory,
     build,
     check_format,
     import_lightning_class,
     is_quantized,
     load_quantized,
     open_checkpoint,
-    read_checkpoint,
+    read_content,
 )
 from tinyq_lightning.namespaces import derives_from, namespace_of, refuse_other_namespace
 from tinyq_lightning.plan import state_bytes
-from tinyq_lightning.search import Timing
-from tinyq_lightning.table import Table, format_bytes
+from tinyq_lightning.search import Timing, quantize
+from tinyq_lightning.table import Table, format_bytes, screen_width
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -69,18 +71,14 @@ def evaluate(args: Namespace) -> Answer:
         [path, file_size(path), *(f"{values[name]:.6g}" if name in values else "" for name in names)]
         for path, values in metrics.items()
     ]
-    return Answer(Table(["checkpoint", "size", *names], rows).text(), {"metrics": metrics})
+    return Answer(Table(["checkpoint", "size", *names], rows).text(screen_width()), {"metrics": metrics})
 
 
 def bench(args: Namespace) -> Answer:
     """Compare float and quantized: time, throughput, memory."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    with Archive(args.checkpoint) as source:
-        check_format(source.content, args.checkpoint)
-        module_class = model_class(args.model, source, args.trust)
-    quantized = load_quantized(args.checkpoint, module_class, trust=args.trust, **args.init)
-    float_model = build(module_class, read_checkpoint(args.checkpoint), args.init, args.trust, args.checkpoint).eval()
+    quantized, float_model, label = _pair(args)
     timings: list[tuple[str | None, int, Timing]] = []  # of a layer, or None for the model; at a batch size
     for batch in args.batch:
         arguments = example_input(quantized, args.shape, batch)
@@ -101,9 +99,10 @@ def bench(args: Namespace) -> Answer:
         for name, batch, timing in timings
     ]
     weights = [state_bytes(model.state_dict()) for model in (float_model, quantized)]
-    table = Table(["", "batch", "float ms", "quantized ms", "speedup", "float /s", "quantized /s"], rows)
+    table = Table(["", "batch", "float ms", f"{label} ms", "speedup", "float /s", f"{label} /s"], rows)
     text = (
-        f"{table.text()}\n\nweights  float {format_bytes(weights[0])}, quantized {format_bytes(weights[1])}\n"
+        f"{table.text(screen_width())}\n\n"
+        f"weights  float {format_bytes(weights[0])}, {label} {format_bytes(weights[1])}\n"
         f"medians of {args.runs} runs, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     data = [
@@ -113,20 +112,52 @@ def bench(args: Namespace) -> Answer:
     return Answer(text, {"timings": data, "bytes": {"float": weights[0], "quantized": weights[1]}})
 
 
+def _pair(args: Namespace) -> tuple[nn.Module, nn.Module, str]:
+    """The quantized model, the same with float layers, and what the first is called.
+
+    Of a quantized file the float weights are those that the class makes; a float file is quantized here.
+    """
+    path = args.checkpoint
+    factory, quantized = _factory(args, path)
+    if quantized:
+        content = read_content(path)
+        module = load_quantized(path, factory, trust=args.trust, **args.init)
+        return module, build(factory, content, args.init, args.trust, path).eval(), content["tinyq"]["label"]
+    module, floats = (_float_model(args, path, factory).eval() for _ in range(2))
+    return module, floats, quantize(module, spec_of(args)).label
+
+
+def _factory(args: Namespace, path: str) -> tuple[Any, bool]:
+    """What makes the module of a file, and whether the file is quantized."""
+    if path.lower().endswith(".safetensors"):
+        if args.model is None:
+            raise ModelError(f"{path} does not say which class it was made from: give --model package.module:Class")
+        return as_factory(args.model), True
+    with open_checkpoint(path, args.trust) as source:
+        quantized = is_quantized(source.content)
+        if quantized:
+            check_format(source.content, path)
+        return model_class(args.model, source, args.trust), quantized
+
+
+def _float_model(args: Namespace, path: str, factory: Any) -> nn.Module:
+    with open_checkpoint(path, args.trust) as source:
+        model = FloatFile(source, factory, args.init, args.trust)
+        model.fill()
+    return model.module
+
+
 def _load(args: Namespace, path: str) -> LightningModule:
     """A module from a float or a quantized file.
 
     Raises:
         ModelError: it is no LightningModule, which has a test loop.
     """
-    with open_checkpoint(path, args.trust) as source:
-        factory = model_class(args.model, source, args.trust)
-        if is_quantized(source.content):
-            module = load_quantized(path, factory, trust=args.trust, **args.init)
-        else:
-            model = FloatFile(source, factory, args.init, args.trust)
-            model.fill()
-            module = model.module
+    factory, quantized = _factory(args, path)
+    if quantized:
+        module = load_quantized(path, factory, trust=args.trust, **args.init)
+    else:
+        module = _float_model(args, path, factory)
     if not derives_from(type(module), "LightningModule"):
         raise ModelError(
             f"{args.model} makes a {type(module).__name__}, which is no LightningModule, and has no test loop"

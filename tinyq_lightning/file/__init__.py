@@ -18,7 +18,7 @@ from tinyq_lightning.file.from_float import FloatFile, float_content, quantize_f
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.loading import load_content, load_quantized, read_content
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
-from tinyq_lightning.file.names import check_folder, file_bytes, file_exists, quantized_path, stem_of
+from tinyq_lightning.file.names import check_folder, file_bytes, file_exists, quantized_path, refuse_existing, stem_of
 from tinyq_lightning.file.plain import plain
 from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
 from tinyq_lightning.file.state import check_state
@@ -63,6 +63,7 @@ __all__ = [
     "read_checkpoint",
     "read_content",
     "read_safetensors",
+    "refuse_existing",
     "replace_file",
     "restore_structure",
     "stem_of",

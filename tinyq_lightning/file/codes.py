@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyq_lightning.kernels import multipliers_of, packed_shapes
+from tinyq_lightning.layers import why_not_packed
 
 __all__ = [
     "CODES",
@@ -42,7 +42,8 @@ def why_malformed(state: Mapping[str, Any], prefix: str, bits: int) -> str:
     elif bits == 8 and codes.numel() and int(codes.min()) < -127:
         wrong = f"{name} holds -128, which no code is"
     elif bits == 4:
-        wrong = _why_multipliers(state.get(f"{prefix}multipliers"), codes)
+        columns = 2 * codes.shape[1]  # or one less, of which there are as many groups
+        wrong = why_not_packed(codes, state.get(f"{prefix}multipliers"), (len(codes), columns))
     return prefix + wrong if wrong else ""
 
 
@@ -66,16 +67,6 @@ def columns_of(state: Mapping[str, Any], prefix: str, float_bytes: int) -> int |
         if rows * (each + biases) * size == float_bytes
     )
     return next(fits, None)
-
-
-def _why_multipliers(multipliers: Any, codes: Tensor) -> str:
-    """What is wrong with the packed multipliers of packed codes; empty if nothing is."""
-    columns = 2 * codes.shape[1]  # or one less, which has as many groups
-    if not isinstance(multipliers, Tensor) or multipliers.dtype != torch.uint8:
-        return f"multipliers holds none of {torch.uint8}"
-    if multipliers.shape != packed_shapes(len(codes), columns)[1]:
-        return f"multipliers has the shape {list(multipliers.shape)}, which does not fit codes {list(codes.shape)}"
-    return "" if bool(multipliers_of(multipliers, columns).all()) else "multipliers holds a zero: each must be 1 to 15"
 
 
 def _is_one_a_row(scales: Tensor, codes: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections import OrderedDict
 from typing import IO, Any, cast
 
 import fsspec
@@ -25,17 +26,17 @@ __all__ = [
 ]
 
 _TORCH = "torch.distributed.checkpoint"
-_MAY_BE_NAMED: dict[str, set[str]] = {
+_RECORDS: dict[str, set[str]] = {
     f"{_TORCH}.metadata": {
         *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
         *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
     },
     f"{_TORCH}.filesystem": {"_StorageInfo"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
 }
-"""What ``.metadata`` may name: it is a pickle, and to load it may call whatever a pickle names."""
+"""The classes that ``.metadata`` may name. It is a pickle, which could call and change whatever it names, so that each
+file gets classes of its own in their place."""
+
+_LAYOUTS = {str(each): each for each in vars(torch).values() if isinstance(each, torch.layout)}
 
 _STATES = ("state_dict", "model")
 """The entries that hold a model's state: of ModelParallelStrategy, and of FSDPStrategy."""
@@ -120,10 +121,13 @@ class Folder:
             raise self._damaged(f"the shards do not make up {name}")
         values = torch.empty(tensor.shape, dtype=tensor.dtype)
         for offsets, sizes, file, offset, length in parts:
-            place = values
-            for dim, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
-                place = place.narrow(dim, start, size)
-            place.copy_(self._read_part(name, file, offset, length, place))
+            try:
+                place = values
+                for dim, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
+                    place = place.narrow(dim, start, size)
+                place.copy_(self._read_part(name, file, offset, length, place))
+            except (OSError, RuntimeError, ValueError) as error:
+                raise self._damaged(f"the part of {name} in {file} cannot be read: {error}") from error
         return values
 
     def read_all(self, content: Any) -> Any:
@@ -141,7 +145,7 @@ class Folder:
     def _read_metadata(self) -> dict[int, tuple[str, Tensor, list[_Part]]]:
         """By the id of the meta tensor: its name in the state dict, the tensor itself, and where its parts lie."""
         with self._fs.open(f"{self._location}/.metadata", "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+            metadata = _MetadataUnpickler(file, self.path).load()
         tensors = {}
         for key, stored in metadata.state_dict_metadata.items():
             way = (metadata.planner_data or {}).get(key, ())
@@ -150,7 +154,11 @@ class Folder:
             if stored.properties.layout != torch.strided:
                 raise CheckpointError(f"{self.path}: {way[1]} is {stored.properties.layout}, not a plain tensor")
             tensors[key] = way[1], torch.empty(stored.size, dtype=stored.properties.dtype, device="meta")
-        sizes = {(key, tuple(chunk.offsets)): chunk.sizes for key in tensors for chunk in self._chunks(metadata, key)}
+        sizes = {
+            (key, tuple(chunk.offsets)): torch.Size(chunk.sizes)
+            for key in tensors
+            for chunk in metadata.state_dict_metadata[key].chunks
+        }
         parts: dict[str, list[_Part]] = {key: [] for key in tensors}
         for index, info in metadata.storage_data.items():
             if index.fqn in tensors:
@@ -165,10 +173,6 @@ class Folder:
             raise CheckpointError(f"{self.path}: it holds no state of a model")
         return {id(tensor): (name, tensor, parts[key]) for key, (name, tensor) in tensors.items()}
 
-    @staticmethod
-    def _chunks(metadata: Any, key: str) -> list[Any]:
-        return list(metadata.state_dict_metadata[key].chunks)
-
     def _damaged(self, how: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: the checkpoint is damaged: {how}")
 
@@ -178,20 +182,37 @@ _Part = tuple[tuple[int, ...], torch.Size, str, int, int]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    """Reads ``.metadata`` into records of its own, because a pickle can set attributes of the classes it names."""
+
+    def __init__(self, file: IO[bytes], path: str) -> None:
+        super().__init__(file)
+        self._path = path
+        self._records: dict[str, type] = {}
+
     def find_class(self, module_name: str, global_name: str) -> Any:
-        if module_name.partition(".")[0] == "pathlib":  # the folder it was written to
-            return _NoPath
-        kind = getattr(torch, global_name, None) if module_name == "torch" else None
-        known = isinstance(kind, torch.dtype) or global_name in _MAY_BE_NAMED.get(module_name, ())
-        if not known:
-            raise CheckpointError(f".metadata names {module_name}.{global_name}, which no such checkpoint needs")
-        return super().find_class(module_name, global_name)
+        is_path = module_name.partition(".")[0] == "pathlib"  # of the folder it was written to
+        if is_path or global_name in _RECORDS.get(module_name, ()):
+            return self._records.setdefault(global_name, type(global_name, (_Record,), {}))
+        if (module_name, global_name) == ("torch.serialization", "_get_layout"):
+            return _LAYOUTS.get
+        if (module_name, global_name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        found = vars(torch).get(global_name) if module_name == "torch" else None
+        if found is torch.Size or isinstance(found, torch.dtype):
+            return found
+        raise CheckpointError(f"{self._path}: .metadata names {module_name}.{global_name}, which no checkpoint needs")
 
 
-class _NoPath:
-    """Takes the place of a path, which nobody asks for."""
+class _Record:
+    """The attributes of an object in ``.metadata``."""
 
     def __init__(self, *parts: object) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
+        else:  # the properties of a tensor, which begin with these
+            self.dtype, self.layout, *_ = state
 
 
 class _Window(io.RawIOBase):

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import fsspec
 
-from tinyq_lightning.errors import SpecError
+from tinyq_lightning.errors import CheckpointError, SpecError, TinyQError
 from tinyq_lightning.spec import QuantizationSpec, Save
 
 __all__ = [
@@ -15,8 +15,11 @@ __all__ = [
     "file_bytes",
     "file_exists",
     "quantized_path",
+    "refuse_existing",
     "stem_of",
 ]
+
+_ENDINGS = (".ckpt", ".pt", ".pth")
 
 
 def check_folder(spec: QuantizationSpec) -> None:
@@ -49,13 +52,24 @@ def quantized_path(save: Save, folder: str, stem: str, label: str, taken: Collec
 
 def stem_of(path: str | os.PathLike[str]) -> str:
     """The name of a checkpoint without folder and ending: ``epoch=7`` for ``runs/epoch=7.ckpt``."""
-    return os.fspath(path).rpartition("/")[2].removesuffix(".ckpt")
+    name = os.fspath(path).rstrip("/").rpartition("/")[2]
+    return next((name.removesuffix(ending) for ending in _ENDINGS if name.endswith(ending)), name)
 
 
 def file_exists(path: str | os.PathLike[str]) -> bool:
     """Whether there is a file or folder at a local path or a URL that fsspec can open."""
     fs, location = fsspec.core.url_to_fs(os.fspath(path))
     return bool(fs.exists(location))
+
+
+def refuse_existing(path: str | os.PathLike[str], overwrite: bool, error: type[TinyQError] = CheckpointError) -> None:
+    """Check that nothing is replaced that the user has not given up.
+
+    Raises:
+        TinyQError: of the given kind: there is such a file, and ``overwrite`` is not set.
+    """
+    if not overwrite and file_exists(path):
+        raise error(f"{path}: there is such a file already: give --overwrite (overwrite=True) or another path")
 
 
 def file_bytes(path: str | os.PathLike[str]) -> int:

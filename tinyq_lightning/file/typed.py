@@ -209,6 +209,8 @@ def restored(
             return found[name] if name in found.__members__ else found(value)
         if kind == "namespace":
             return found(**value)
+        if issubclass(found, Container):
+            _refuse_live(value, trust)  # a class of the user's annotations, which the note names as a mapping
         return found._make(value) if kind == "namedtuple" else found(value)
     if kind == "omegaconf":
         return _configuration(value, trust)

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from tinyq_lightning.errors import ExportError, TinyQError
-from tinyq_lightning.file import digest_of, file_bytes, read_content
+from tinyq_lightning.file import digest_of, file_bytes, read_content, refuse_existing
 from tinyq_lightning.handover.comparison import OutputError, output_errors, output_tensors, time_both, worst
 from tinyq_lightning.handover.dynamic import Dynamic, dynamic_dims
 from tinyq_lightning.handover.example import Example, example_for
 from tinyq_lightning.handover.formats import Format, Program, Run, Tensors, format_for
-from tinyq_lightning.handover.place import move_into_place, refuse_existing, workshop
+from tinyq_lightning.handover.place import move_into_place, workshop
 from tinyq_lightning.handover.report import ExportReport
 from tinyq_lightning.handover.request import Activations, Request
 from tinyq_lightning.handover.source import callable_module, model_from, on_cpu, rounding_noise
@@ -84,7 +84,7 @@ def export(
     """
     target = os.fspath(path)
     wanted = format_for(target, to)
-    refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite, ExportError)
     if isinstance(wanted, Tensors):
         return _export_tensors(model_or_path, target, wanted, overwrite)
     assert isinstance(wanted, Program)

@@ -10,23 +10,12 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from tinyq_lightning.errors import ExportError
-from tinyq_lightning.file import file_exists, temporary_folder
+from tinyq_lightning.file import refuse_existing, temporary_folder
 
 __all__ = [
     "move_into_place",
-    "refuse_existing",
     "workshop",
 ]
-
-
-def refuse_existing(path: str, overwrite: bool) -> None:
-    """Check that nothing is replaced that the user has not given up.
-
-    Raises:
-        ExportError: there is such a file, and ``overwrite`` is not set.
-    """
-    if not overwrite and file_exists(path):
-        raise ExportError(f"{path}: there is such a file already: give overwrite=True (--overwrite) or another path")
 
 
 @contextmanager
@@ -68,7 +57,7 @@ def move_into_place(written: str, path: str, overwrite: bool) -> tuple[str, ...]
     main = os.path.basename(written)
     others = [name for name in names if name != main]
     for name in others:
-        refuse_existing(f"{prefix}{name}", overwrite)
+        refuse_existing(f"{prefix}{name}", overwrite, ExportError)
     targets = {name: os.path.join(folder, name) if folder else name for name in names}
     try:
         if others and main in targets and fs.exists(targets[main]):

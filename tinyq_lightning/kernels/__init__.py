@@ -14,6 +14,7 @@ from tinyq_lightning.kernels.conv_layout import LAYOUTS, is_channels_last, layou
 from tinyq_lightning.kernels.conv_onednn import has_int8_convolution
 from tinyq_lightning.kernels.convolution import ConvFormulaName, Geometry, convolve, output_sizes, quantized_convolution
 from tinyq_lightning.kernels.error_feedback import feedback_codes
+from tinyq_lightning.kernels.fbgemm_rows import FbgemmRows, has_fbgemm_rows
 from tinyq_lightning.kernels.float16 import has_float16_product
 from tinyq_lightning.kernels.float32 import Float32Weights
 from tinyq_lightning.kernels.formula import (
@@ -59,6 +60,7 @@ __all__ = [
     "ConvForm",
     "ConvFormulaName",
     "ConvShape",
+    "FbgemmRows",
     "Float32Weights",
     "FloatConvWeights",
     "FormulaName",
@@ -80,6 +82,7 @@ __all__ = [
     "exporting_for_this_processor",
     "feedback_codes",
     "four_bit_bytes",
+    "has_fbgemm_rows",
     "has_float16_product",
     "has_int8_convolution",
     "has_int8_product",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from typing_extensions import override
 
 from tinyq_lightning.kernels.tracing import outside_modes
@@ -51,12 +52,14 @@ class LayerShape:
         out_features: rows of its weight.
         in_features: columns of its weight.
         compact: whether the layer is to hold no more than its codes: one byte a weight, or half of one.
+        device: the type of device that it is called on.
     """
 
     method: Method
     out_features: int
     in_features: int
     compact: bool = False
+    device: str = "cpu"
 
     @property
     def weights(self) -> int:
@@ -75,9 +78,11 @@ class Choice:
             ``float16``, codes of two bytes each, multiplied in float32; ``float16x2``, the same beside the codes,
             with activations in two parts, as exact as ``nn.Linear``; ``float32``, a float copy of the weights
             beside the codes; ``float32x1``, the same for activations that are rounded; ``exact``, integers summed
-            exactly in float64; ``int4``, codes of four bits that are expanded on each call; ``reference``, the
-            formula. Of convolutions also ``int8-grouped``, as ``int8-onednn`` for several groups, beside the plain
-            codes, and ``windows``, by the kernel of a linear layer whose rows are the windows.
+            exactly in float64; ``int8-cuda``, integers summed exactly by a GPU's int8 products; ``int4``, codes of
+            four bits that are expanded on each call; ``reference``, the formula. Of convolutions also
+            ``int8-grouped``, as ``int8-onednn`` for several groups, beside the plain codes, and ``windows``, by the
+            kernel of a linear layer whose rows are the windows. Of look-ups ``int8-rows``, codes packed by a library
+            with the scale of each row.
         reason: in words.
         few_rows: inputs of fewer rows take the kernel ``few`` instead; 0 if none do.
         few: that kernel.
@@ -196,6 +201,9 @@ class BesideCodes(WeightForm):
 class CodeHolder(WeightForm):
     """A form that the codes can be unpacked from; it returns the same tensor as before while that is alive.
 
+    Forms for different kernels that are made from the same codes unpack one tensor, so that layers that share the
+    codes still do.
+
     Attributes:
         shape: of the codes, ``[out, in]``.
     """
@@ -205,36 +213,64 @@ class CodeHolder(WeightForm):
     @abstractmethod
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         self.shape = codes.shape
-        self._plain: TensorSnapshot | None = TensorSnapshot(codes)
+        self._source = _source_of(codes)
 
     @override
     def is_current(self, codes: Tensor | None, scales: Tensor) -> bool:
-        plain = self._plain  # read once: another thread may set it to None
+        plain = self._source.plain  # read once: another thread may set it to None
         if plain is None:
             return codes is None
         if codes is not None:
             return plain.matches(codes)
         if plain.tensor() is None:
-            self._plain = None  # nobody can write to the plain codes any more, so the next call need not check
+            self._source.plain = None  # nobody can write to the plain codes any more, so the next call need not check
         return not plain.was_written_to()
 
     def handed_out(self, codes: Tensor) -> bool:
         """Return True if the form was made from this tensor or unpacked it, whatever was written to it since."""
-        plain = self._plain
+        plain = self._source.plain
         return plain is not None and plain.tensor() is codes
 
     @override
     def codes(self) -> Tensor:
-        plain = self._plain
-        codes = None if plain is None else plain.tensor()
-        if codes is None:
-            with outside_modes():
-                codes = self._unpacked()
-            self._plain = TensorSnapshot(codes)
-        return codes
+        with _unpacking:
+            plain = self._source.plain
+            codes = None if plain is None else plain.tensor()
+            if codes is None:
+                with outside_modes():
+                    codes = self._unpacked()
+                self._source.plain = TensorSnapshot(codes)
+                _sources[codes] = self._source
+            return codes
 
     @abstractmethod
     def _unpacked(self) -> Tensor: ...
+
+
+@dataclass
+class _Source:
+    """The codes that forms were made from.
+
+    Attributes:
+        plain: the tensor that has them, as long as it is alive.
+    """
+
+    plain: TensorSnapshot | None
+
+
+_sources: MutableMapping[Tensor, _Source] = WeakTensorKeyDictionary()
+
+
+_unpacking = threading.RLock()
+
+
+def _source_of(codes: Tensor) -> _Source:
+    """The same for all forms of one tensor, until it is written to."""
+    with _unpacking:
+        known = _sources.get(codes)
+        if known is None or known.plain is None or not known.plain.matches(codes):
+            known = _sources[codes] = _Source(TensorSnapshot(codes))
+        return known
 
 
 class Kernel(ABC):

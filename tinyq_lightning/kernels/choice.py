@@ -59,7 +59,7 @@ def choose_kernel(
 
 
 def _choose(wanted: str, method: Method, out_features: int, in_features: int, device: str) -> Choice:
-    layer = LayerShape(method, out_features, in_features, compact=wanted == "compact")
+    layer = LayerShape(method, out_features, in_features, wanted == "compact", device)
     if wanted != "reference" and not layer.weights:
         return Choice("reference", "no weights")
     lacking = ""

@@ -20,7 +20,7 @@ from tinyq_lightning.kernels.conv_forms import (
 from tinyq_lightning.kernels.conv_int4 import ConvNibbles
 from tinyq_lightning.kernels.conv_onednn import Int8ConvWeights, Int8GroupedWeights, has_int8_convolution
 from tinyq_lightning.kernels.convolution import Geometry, StraightConvolution, quantized_convolution
-from tinyq_lightning.kernels.integer import has_plain_product
+from tinyq_lightning.kernels.integer import has_plain_product, takes_integers
 from tinyq_lightning.kernels.onednn import has_onednn_product
 from tinyq_lightning.methods import KernelName, Method
 
@@ -117,6 +117,8 @@ def _choose(wanted: str, method: Method, shape: ConvShape, device: str) -> Choic
 
 
 def _choose_for_codes(wanted: str, method: Method, shape: ConvShape, device: str) -> Choice:
+    if device == "cuda":
+        return _on_gpu(wanted, method, shape)
     lacking = _why_no_int8(shape, device)
     if wanted == "int8":
         if shape.transposed or lacking:
@@ -132,6 +134,18 @@ def _choose_for_codes(wanted: str, method: Method, shape: ConvShape, device: str
     why = lacking or f"sums of {shape.summed} are too short for int8 to pay"
     keeps = not compact and shape.weights < _KEPT_TO
     return Choice("float32x1" if keeps else "reference", f"integers in floating point: {why}")
+
+
+def _on_gpu(wanted: str, method: Method, shape: ConvShape) -> Choice:
+    windows = shape.groups == 1 and not shape.transposed
+    if (method.rounds or wanted == "int8") and windows and takes_integers(shape.summed, "cuda"):
+        return Choice("int8-cuda", "the GPU has int8 products, which take windows as rows")
+    if wanted == "int8" or method.rounds:
+        reason = (
+            "no exact int8 product on this GPU" if windows else "int8 products take no groups and no transposed ones"
+        )
+        return Choice("exact" if wanted == "int8" else "reference", f"integers in float64: {reason}")
+    return Choice("reference", "one byte a weight in memory, expanded on each call")
 
 
 def convolve_once(
@@ -160,7 +174,9 @@ def convolve_once(
     kernel = _choose_for_codes("compact", method, shape, x.device.type).kernel
     if kernel in CONV_FORMS:
         return CONV_FORMS[kernel](codes, scales, geometry, x).product(method, x, scales, bias)
-    return quantized_convolution(method, "reference", x, codes, scales, bias, geometry)
+    return quantized_convolution(
+        method, "integer" if kernel == "int8-cuda" else "reference", x, codes, scales, bias, geometry
+    )
 
 
 def _without_rounding(shape: ConvShape, compact: bool) -> Choice:

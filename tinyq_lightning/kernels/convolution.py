@@ -6,6 +6,7 @@ places. Padding is zero, which is a whole number of steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from tinyq_lightning.kernels.base import SUM_MAX, WeightForm
 from tinyq_lightning.kernels.conv_layout import LAYOUTS
-from tinyq_lightning.kernels.integer import integer_sums
+from tinyq_lightning.kernels.integer import digits_of_integers, int_mm, integer_sums, put_together
 from tinyq_lightning.kernels.tracing import in_transform, is_exporting
-from tinyq_lightning.kernels.weights import CODE_MAX, dequantize
+from tinyq_lightning.kernels.weights import CODE_MAX, dequantize, divisor
 from tinyq_lightning.methods import Method
 
 __all__ = [
@@ -35,6 +36,9 @@ __all__ = [
 ]
 
 ConvFormulaName = Literal["exact", "reference", "integer"]
+
+# What windows take in memory on a GPU: samples are taken one after the other if they take more.
+_WINDOW_BYTES = 2**28
 
 SMALLEST_STEP = torch.finfo(torch.float32).tiny
 """So that a step divides; of a sample of zeros."""
@@ -131,7 +135,8 @@ def sample_steps(x: Tensor, steps: int | Tensor) -> Tensor:
     Returns:
         ``[N, 1, ...]`` like ``x``, positive; not finite where the sample is not.
     """
-    return x.abs().amax(tuple(range(1, x.dim())), True).div_(steps).clamp_min_(SMALLEST_STEP)
+    largest = x.abs().amax(tuple(range(1, x.dim())), True)
+    return largest.div_(divisor(largest, steps)).clamp_min_(SMALLEST_STEP)
 
 
 def quantized_convolution(
@@ -152,9 +157,9 @@ def quantized_convolution(
     Args:
         method: how finely activations are held.
         kernel: ``reference``, the formula; ``exact``, with the activations as integers (of 24 bits for w8a32) in
-            float64, which holds the sums of their products exactly; ``integer``, pointwise convolutions by int8
+            float64, which holds the sums of their products exactly; ``integer``, convolutions of one group by int8
             products, where :func:`~tinyq_lightning.kernels.integer.takes_integers` allows it. Sums of w8a8 are exact
-            by each of them.
+            by each of them; so are those of w8a16 on a GPU, whose float32 may be TF32 or Winograd's.
         input: ``[N, in, ...]``, any floating dtype.
         int8_weights: ``[out, in / groups, ...]`` int8, or ``[in, out / groups, ...]`` if transposed.
         scales: ``[out]`` float32.
@@ -268,10 +273,18 @@ def _sums(
 ) -> Tensor:
     """The convolution of integers by codes, each channel times its scale, in float32 or float64."""
     if kernel == "integer":
-        out = _pointwise_sums(strided(integers, geometry.stride), codes, scales, method)
+        if codes[0, 0].numel() > 1 or any(geometry.padding):
+            out = _window_sums(integers, codes, geometry, method)
+            out = out * per_channel(scales, out.dim())
+        else:
+            out = _pointwise_sums(strided(integers, geometry.stride), codes, scales, method)
         layout = LAYOUTS.get(out.dim(), torch.contiguous_format)
         last = integers.is_contiguous(memory_format=layout) and not integers.is_contiguous()
         return out.contiguous(memory_format=layout if last else torch.contiguous_format)
+    if integers.is_cuda:
+        out = convolve(integers.double(), codes.double(), None, geometry)
+        out = out.to(integers.dtype) if method.digits == 1 else out  # to the bits that int8 products give
+        return out * per_channel(scales, out.dim())
     if kernel == "exact" and method.digits > 1:
         out = convolve(integers.double(), codes.double(), None, geometry)
         return out * per_channel(scales.double(), out.dim())
@@ -299,6 +312,25 @@ def _exact_sums(integers: Tensor, codes: Tensor, geometry: Geometry) -> Tensor:
         total = part if total is None else total + part
     assert total is not None
     return total.to(integers.dtype)
+
+
+def _window_sums(integers: Tensor, codes: Tensor, geometry: Geometry, method: Method) -> Tensor:
+    """The convolution of integers by codes in one group, with the digits of each window as a row of an int8 product."""
+    kernel = tuple(codes.shape[2:])
+    sizes = output_sizes(tuple(integers.shape[2:]), kernel, geometry)
+    samples = len(integers)
+    if not torch.compiler.is_compiling():
+        samples = max(1, _WINDOW_BYTES // max(1, method.digits * math.prod(sizes) * codes[0].numel()))
+    ends = [end for width in reversed(geometry.padding) for end in (width, width)]
+    parts = []
+    for part in torch.split(integers, max(1, samples)):
+        digits = nn.functional.pad(digits_of_integers(part, method.digits), ends)
+        for dim, (width, step, gap) in enumerate(zip(kernel, geometry.stride, geometry.dilation, strict=True), 2):
+            digits = digits.unfold(dim, gap * (width - 1) + 1, step)[..., ::gap]
+        windows = digits.movedim(1, 1 + len(kernel)).reshape(-1, codes[0].numel())
+        sums = put_together(int_mm(windows, codes.flatten(1)).to(integers.dtype), method.digits)
+        parts.append(sums.view(len(part), *sizes, len(codes)).movedim(-1, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _pointwise_sums(integers: Tensor, codes: Tensor, scales: Tensor, method: Method) -> Tensor:

@@ -46,9 +46,10 @@ def feedback_codes(
         ``multiplier * code``, ``[rows, columns]`` int8 in -120…105, on the weight's device.
     """
     device = moments.sums.device
+    work = torch.float64 if device.type == "cuda" else torch.float32  # a GPU's float32 may be TF32
     factors = code_steps(multipliers, torch.ones_like(scales), weight.shape[1]).to(device)
     held, spread, steps = (
-        torch.unflatten(each.detach().to(device, torch.float32), 0, (moments.parts, -1))
+        torch.unflatten(each.detach().to(device, work), 0, (moments.parts, -1))
         for each in (weight, factors, factors * scales.to(device)[:, None])
     )
     codes = torch.empty(held.shape, dtype=torch.int8, device=device)
@@ -56,7 +57,7 @@ def feedback_codes(
         order = matrix.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
         along = order[:, None, :].expand(-1, held.shape[1], -1)
         values, worth = (each[..., columns].gather(2, along) for each in (held, steps))
-        chosen = _in_order(values, worth, _passed_on(_ordered(matrix, order), damping))
+        chosen = _in_order(values, worth, _passed_on(_ordered(matrix, order), damping, work))
         codes[..., columns] = torch.empty_like(chosen).scatter_(2, along, chosen)
     return codes.mul_(spread.to(torch.int8)).flatten(0, 1).to(weight.device)
 
@@ -67,8 +68,8 @@ def _ordered(matrix: Tensor, order: Tensor) -> Tensor:
     return rows.gather(2, order[:, None, :].expand_as(matrix))
 
 
-def _passed_on(matrix: Tensor, damping: float) -> Tensor:
-    """The share of a column's error that each column behind it takes: ``[parts, k, k]`` float32, one on the diagonal.
+def _passed_on(matrix: Tensor, damping: float, work: torch.dtype = torch.float32) -> Tensor:
+    """The share of a column's error that each column behind it takes: ``[parts, k, k]``, one on the diagonal.
 
     These are the rows of the upper Cholesky factor of the damped matrix' inverse, each divided by its diagonal. The
     inverse of the factor from the other end, an upper triangle ``F`` with ``F·Fᵀ`` the matrix, is that very factor.
@@ -76,6 +77,7 @@ def _passed_on(matrix: Tensor, damping: float) -> Tensor:
     Args:
         matrix: ``[parts, k, k]`` float64; it is overwritten.
         damping: see :data:`DAMPING`.
+        work: dtype of the result.
     """
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
@@ -86,8 +88,8 @@ def _passed_on(matrix: Tensor, damping: float) -> Tensor:
         if not bool(failed.any()):
             break
         added = 2 * added  # sums in float32 may leave less than the damping makes up for
-    upper = factor.flip(1, 2).float()  # damped as it is, float32 is enough from here on
-    identity = torch.eye(matrix.shape[-1], dtype=torch.float32, device=matrix.device).expand_as(upper)
+    upper = factor.flip(1, 2).to(work)  # damped as it is, float32 is enough from here on
+    identity = torch.eye(matrix.shape[-1], dtype=work, device=matrix.device).expand_as(upper)
     inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return inverse.div_(inverse.diagonal(dim1=1, dim2=2).clone()[:, :, None])
 

@@ -1,4 +1,9 @@
-"""The formula of each method, in floating point, on any device, dtype and processor."""
+"""The formula of each method, in floating point, on any device, dtype and processor.
+
+On a GPU TF32, if the user has chosen it, cuts numbers to eleven bits before they are multiplied. A method that rounds
+activations would mean another thing then, so that its products are of float64, or of integers; ``w8a32`` follows the
+user's choice, as a float layer does.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +15,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyq_lightning.kernels.base import Choice, Kernel, LayerShape
-from tinyq_lightning.kernels.gradient import StraightThrough, row_blocks
+from tinyq_lightning.kernels.gradient import HALF_DTYPES, StraightThrough, row_blocks
 from tinyq_lightning.kernels.integer import integer_product
 from tinyq_lightning.kernels.tracing import in_transform, is_exporting
-from tinyq_lightning.kernels.weights import quantize_rows_to_steps
+from tinyq_lightning.kernels.weights import dequantize, quantize_rows_to_steps
 from tinyq_lightning.methods import METHODS, Method
 
 __all__ = [
@@ -85,8 +90,9 @@ def quantized_linear(
     """The forward pass of a quantized linear layer, from its codes.
 
     The result has the dtype ``nn.Linear`` would give: the input's, or autocast's inside autocast. The
-    computation is in float32 or better either way. Gradients reach the input and the bias; the
-    rounding of activations is passed straight through (Bengio et al., 2013).
+    computation is in float32 or better either way, except that a GPU multiplies activations as they are by weights of
+    the result's dtype. Gradients reach the input and the bias; the rounding of activations is passed straight through
+    (Bengio et al., 2013).
 
     Args:
         method: how finely activations are held.
@@ -113,6 +119,8 @@ def quantized_linear(
     autocast = available and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast and input.dtype != torch.float64 else input.dtype
     work = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if device == "cuda" and not method.rounds and kernel == "reference":
+        work = dtype
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         x = input.to(work)
         if kernel == "integer" and is_exporting():  # no gradients in an exported program, and no function for them
@@ -132,13 +140,15 @@ def quantized_linear(
 def _product(
     x: Tensor, int8_weights: Tensor, scales: Tensor, method: Method, kernel: FormulaName, differentiable: bool = False
 ) -> Tensor:
-    """``x @ (q * s)ᵀ``: ``[..., in]`` float32 or float64 → ``[..., out]`` likewise."""
+    """``x @ (q * s)ᵀ``: ``[..., in]`` → ``[..., out]``, both of the dtype that is computed in."""
     if x.shape[-1] == 0:
         return x.new_zeros(*x.shape[:-1], int8_weights.shape[0])
     if kernel == "integer":
         return integer_product(x, int8_weights, scales, method)
     if not method.rounds and kernel == "reference":
         return _scaled_product(x, int8_weights, scales)
+    if x.is_cuda:
+        kernel = "exact"
     integers, step = _rounded_straight(x, method.steps) if differentiable else quantize_rows_to_steps(x, method.steps)
     if kernel == "exact":  # integers below 2⁵³: their sums are not rounded, so their order does not matter
         if method.digits == 1:  # to the bits that the other kernels have
@@ -159,7 +169,16 @@ def _rounded_straight(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 def _scaled_product(x: Tensor, int8_weights: Tensor, scales: Tensor) -> Tensor:
     """``(x @ qᵀ) * s``, with the float copy of the weights made a block of rows at a time."""
     blocks = row_blocks(int8_weights)
-    if type(x) is not Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
+    if x.dtype in HALF_DTYPES:  # sums of codes may be beyond their range
+        parts = [nn.functional.linear(x, dequantize(int8_weights[rows], scales[rows], x.dtype)) for rows in blocks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    if (
+        not x.is_cpu
+        or type(x) is not Tensor
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or in_transform()
+    ):
         parts = [nn.functional.linear(x, int8_weights[rows].to(x.dtype)) for rows in blocks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * scales
     outputs, inputs = int8_weights.shape
@@ -186,6 +205,8 @@ class _Formula(Kernel):
 
     @override
     def fastest(self, layer: LayerShape, lacking: str) -> Choice | None:
+        if layer.device == "cuda" and not layer.method.rounds:
+            return Choice("reference", "one byte a weight in memory, expanded on each call")
         return Choice("reference", lacking or "no other kernel for this device")
 
 

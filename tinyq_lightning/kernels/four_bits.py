@@ -28,6 +28,7 @@ from tinyq_lightning.kernels.weights import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
     count_non_finite,
+    divisor,
     refuse_unfit,
     row_blocks,
     weight_sqnr_db,
@@ -171,7 +172,7 @@ def _least_error(values: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Multipliers ``[rows, groups]`` and scales ``[rows]`` for values ``[GROUP, rows * groups]`` of at most 1."""
     wanted = _group_steps(values)
     groups = len(wanted) // rows
-    most = wanted.view(rows, groups).amax(1).div_(LARGEST_MULTIPLIER).clamp_min_(SMALLEST_SCALE)
+    most = wanted.view(rows, groups).amax(1).div_(divisor(wanted, LARGEST_MULTIPLIER)).clamp_min_(SMALLEST_SCALE)
     least = torch.full_like(most, torch.inf)
     scales, multipliers, errors = most, torch.ones_like(wanted), torch.zeros_like(wanted)
     for part in _SCALES:

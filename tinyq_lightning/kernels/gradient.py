@@ -9,21 +9,28 @@ import torch
 from torch import Tensor
 
 from tinyq_lightning.kernels.base import WeightForm
+from tinyq_lightning.kernels.weights import dequantize
 
 __all__ = [
+    "HALF_DTYPES",
     "StraightThrough",
     "input_gradient",
     "row_blocks",
 ]
 
-# Float weights are rebuilt block by block, 2 MiB at a time, so that they stay in the cache.
-_BLOCK_WEIGHTS = 524_288
+# Float weights are rebuilt block by block, 2 MiB at a time, so that they stay in the cache. On a GPU a block is what
+# a call may take beyond the layers' memory, 128 MiB: many small products would leave it idle.
+_BLOCK_WEIGHTS, _BLOCK_WEIGHTS_ON_GPU = 524_288, 2**25
+
+
+HALF_DTYPES = frozenset((torch.float16, torch.bfloat16))
+"""What a GPU computes in, if activations come so; on a CPU products are computed in float32."""
 
 
 def row_blocks(codes: Tensor) -> Iterator[slice]:
-    """Slices of rows of ``codes`` ``[out, in]``, each of about 2 MiB as float32; at least one."""
+    """Slices of rows of ``codes`` ``[out, in]``, each of about 2 MiB as float32, on a GPU 128 MiB; at least one."""
     rows, columns = codes.shape
-    step = max(1, _BLOCK_WEIGHTS // columns)
+    step = max(1, (_BLOCK_WEIGHTS_ON_GPU if codes.is_cuda else _BLOCK_WEIGHTS) // columns)
     for start in range(0, max(1, rows), step):
         yield slice(start, min(start + step, rows))
 
@@ -32,19 +39,22 @@ def input_gradient(grad: Tensor, int8_weights: Tensor, scales: Tensor) -> Tensor
     """The gradient of a layer's input: ``grad @ (q * s)``.
 
     Args:
-        grad: ``[..., out]`` float32 or float64, the gradient of its output.
+        grad: ``[..., out]``, the gradient of its output, of the dtype that is computed in.
         int8_weights: ``[out, in]`` int8.
         scales: ``[out]`` float32.
 
     Returns:
         ``[..., in]`` like ``grad``.
     """
-    grad = grad * scales.to(grad.dtype)
     if not int8_weights.shape[1]:
         return grad.new_zeros(*grad.shape[:-1], 0)
+    half = grad.dtype in HALF_DTYPES  # whose range may not hold the scales
+    grad = grad if half else grad * scales.to(grad.dtype)
     total: Tensor | None = None
     for rows in row_blocks(int8_weights):
-        part = grad.narrow(-1, rows.start, rows.stop - rows.start) @ int8_weights[rows].to(grad.dtype)
+        codes = int8_weights[rows]
+        weight = dequantize(codes, scales[rows], grad.dtype) if half else codes.to(grad.dtype)
+        part = grad.narrow(-1, rows.start, rows.stop - rows.start) @ weight
         total = part if total is None else total + part  # not in place: vmap refuses that
     assert total is not None
     return total

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from tinyq_lightning.kernels.base import STEPS, Choice, CodeHolder, Kernel, LayerShape, WeightForm, plus_bias
 from tinyq_lightning.kernels.fixed_point import digits_product
+from tinyq_lightning.kernels.formula import FormulaName, quantized_linear
 from tinyq_lightning.kernels.integer import takes_integers
 from tinyq_lightning.kernels.nibbles import collapse, expand
 from tinyq_lightning.kernels.weights import quantize_rows_to_steps
@@ -56,6 +57,11 @@ class NibbleWeights(CodeHolder):
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        if x.is_cuda:
+            formula: FormulaName = "reference"
+            if method.rounds and takes_integers(self.shape[1], "cuda"):
+                formula = "integer"
+            return quantized_linear(method, formula, x, self._unpacked(), scales, bias)
         if x.is_cpu and takes_integers(self.shape[1]):
             return digits_product(method, x, self._sums, scales, bias, signed=True)
         integers, step = quantize_rows_to_steps(x, STEPS[method.digits]) if method.rounds else (x, None)

@@ -10,7 +10,7 @@ from typing_extensions import override
 from tinyq_lightning.kernels.base import LONGEST_SUM, Choice, Kernel, LayerShape, WeightForm
 from tinyq_lightning.kernels.fbgemm import FbgemmWeights, has_fbgemm_product
 from tinyq_lightning.kernels.float16 import has_float16_product
-from tinyq_lightning.kernels.integer import PlainWeights, has_plain_product, takes_integers
+from tinyq_lightning.kernels.integer import PlainWeights, has_cuda_product, has_plain_product, takes_integers
 from tinyq_lightning.kernels.onednn import OnednnWeights, has_onednn_product
 from tinyq_lightning.kernels.split import SplitWeights, has_split_product
 
@@ -42,7 +42,7 @@ def _splits(layer: LayerShape) -> bool:
 
 class _Int8(Kernel):
     name = "int8"
-    devices = frozenset({"cpu"})
+    devices = frozenset({"cpu", "cuda"})
     forms: ClassVar[dict[str, type[WeightForm]]] = {
         "int8": PlainWeights,
         "int8-onednn": OnednnWeights,
@@ -53,16 +53,20 @@ class _Int8(Kernel):
 
     @override
     def lacks(self, layer: LayerShape) -> str:
-        if not has_int8_product() and not _splits(layer):
-            return "no fast and exact int8 product here"
         if layer.in_features > LONGEST_SUM:
             return f"sums over {layer.in_features:,} features can overflow int32"
+        if layer.device == "cuda":
+            return "" if has_cuda_product() else "no exact int8 product on this GPU"
+        if not has_int8_product() and not _splits(layer):
+            return "no fast and exact int8 product here"
         if layer.in_features < 2 and not has_onednn_product():
             return "the int8 product here is wrong for one feature"
         return ""
 
     @override
     def variant(self, layer: LayerShape) -> str:
+        if layer.device == "cuda":
+            return "int8-cuda"
         if not has_int8_product():
             return "int8-split"
         packed = "int8-onednn" if has_onednn_product() else ""
@@ -73,6 +77,8 @@ class _Int8(Kernel):
 
     @override
     def fastest(self, layer: LayerShape, lacking: str) -> Choice | None:
+        if layer.device == "cuda":
+            return Choice("int8-cuda", "the GPU has int8 products") if layer.method.rounds else None
         if not has_int8_product():
             # The float16 product is faster for few rows, and no slower for many, at two bytes a weight; a float copy is
             # faster for small layers.

@@ -1,7 +1,9 @@
 """Products of plain codes by ``torch._int_mm``: operator by operator, and as a formula that compilers can fuse.
 
 In a graph the activations are split into int8 digits as in :mod:`~tinyq_lightning.kernels.fixed_point`, by functional
-operators. Nothing is packed, so a graph holds the codes as they are in the layer's buffer.
+operators. Nothing is packed, so a graph holds the codes as they are in the layer's buffer. On a GPU layers compute by
+the same formula outside of graphs too: its products are cuBLAS's, whose sums of integers neither TF32 nor autocast
+concern.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from tinyq_lightning.kernels.base import LONGEST_SUM, BesideCodes
@@ -21,12 +23,21 @@ from tinyq_lightning.methods import Method
 
 __all__ = [
     "PlainWeights",
+    "digits_of_integers",
+    "has_cuda_product",
     "has_plain_product",
+    "int_mm",
     "integer_product",
     "integer_sums",
     "multiplies_exactly",
+    "padded_int_mm",
+    "put_together",
     "takes_integers",
 ]
+
+
+# cuBLAS takes more than 16 rows, and features and outputs in whole multiples of this.
+_FEWEST_ROWS, _MULTIPLE = 32, 8
 
 
 @functools.cache
@@ -36,10 +47,24 @@ def has_plain_product() -> bool:
     return able and holds(lambda: multiplies_exactly(torch._int_mm))
 
 
-def takes_integers(in_features: int) -> bool:
-    """Return True if :func:`integer_product` is exact here for so many features, and so is :class:`PlainWeights`."""
-    # With one feature torch._int_mm returns wrong numbers (torch 2.13).
-    return 2 <= in_features <= LONGEST_SUM and has_plain_product()
+@functools.cache
+def has_cuda_product() -> bool:
+    """Return True if :func:`int_mm` is exact on this machine's GPU."""
+    able = not is_hidden("int8") and hasattr(torch, "_int_mm") and torch.cuda.is_available()
+    return able and holds(lambda: multiplies_exactly(lambda digits, by_columns: int_mm(digits, by_columns.t()), "cuda"))
+
+
+def takes_integers(in_features: int, device: str = "cpu") -> bool:
+    """Return True if :func:`integer_product` is exact here for so many features; so is :class:`PlainWeights` on a CPU.
+
+    Args:
+        in_features: how many products are summed.
+        device: the type of device; False for those that are neither ``cpu`` nor ``cuda``.
+    """
+    if in_features > LONGEST_SUM or device not in ("cpu", "cuda"):
+        return False
+    # With one feature torch._int_mm returns wrong numbers on CPUs (torch 2.13).
+    return has_cuda_product() if device == "cuda" else in_features >= 2 and has_plain_product()
 
 
 class PlainWeights(BesideCodes):
@@ -60,7 +85,7 @@ class PlainWeights(BesideCodes):
 
 
 def integer_product(x: Tensor, int8_weights: Tensor, scales: Tensor, method: Method) -> Tensor:
-    """``x @ (q * s)ᵀ`` with the activations held in ``method.digits`` int8 digits, on the CPU.
+    """``x @ (q * s)ᵀ`` with the activations held in ``method.digits`` int8 digits, on the CPU or a GPU.
 
     Args:
         x: ``[..., in]`` float32.
@@ -78,15 +103,41 @@ def integer_product(x: Tensor, int8_weights: Tensor, scales: Tensor, method: Met
 
 def integer_sums(integers: Tensor, int8_weights: Tensor, method: Method) -> Tensor:
     """``integers @ qᵀ``: ``[rows, in]`` integers as floats → ``[rows, out]`` likewise, each digit's sums exact."""
-    sums = torch._int_mm(_digits(integers, method.digits), int8_weights.t()).to(integers.dtype)
-    low, *higher = sums.view(method.digits, integers.shape[0], -1).unbind()  # dynamic shapes: no chunks
+    sums = int_mm(digits_of_integers(integers, method.digits), int8_weights)
+    return put_together(sums.to(integers.dtype), method.digits)
+
+
+def put_together(sums: Tensor, count: int) -> Tensor:
+    """The sums of all digits, lowest first, as those of integers: ``[count * rows, out]`` → ``[rows, out]`` floats."""
+    low, *higher = sums.view(count, sums.shape[0] // count, sums.shape[1]).unbind()  # dynamic shapes: no chunks
     for place, part in enumerate(higher, 1):
         low = low + part * 256.0**place
     return low
 
 
-def _digits(integers: Tensor, count: int) -> Tensor:
-    """The digits, lowest first: ``[rows, in]`` integers as floats → ``[count * rows, in]`` int8."""
+def int_mm(digits: Tensor, codes: Tensor) -> Tensor:
+    """``digits @ qᵀ``: ``[rows, in]`` int8 and ``[out, in]`` int8 → ``[rows, out]`` int32, exact."""
+    return torch._int_mm(digits, codes.t()) if digits.is_cpu else padded_int_mm(digits, codes)
+
+
+def padded_int_mm(digits: Tensor, codes: Tensor) -> Tensor:
+    """As :func:`int_mm`, with zeros around digits and codes where a GPU's library refuses their sizes."""
+    (rows, features), outputs = digits.shape, codes.shape[0]
+    more_rows, more_features, more_outputs = max(0, _FEWEST_ROWS - rows), _missing(features), _missing(outputs)
+    if more_rows or more_features:
+        digits = nn.functional.pad(digits, (0, more_features, 0, more_rows))
+    if more_outputs or more_features:
+        codes = nn.functional.pad(codes, (0, more_features, 0, more_outputs))
+    sums = torch._int_mm(digits, codes.t())
+    return sums[:rows, :outputs] if more_rows or more_outputs else sums
+
+
+def _missing(size: int) -> int:
+    return -size % _MULTIPLE if size else _MULTIPLE
+
+
+def digits_of_integers(integers: Tensor, count: int) -> Tensor:
+    """The digits, lowest first: ``[rows, ...]`` integers as floats → ``[count * rows, ...]`` int8."""
     if count == 1:
         return integers.to(torch.int8)
     rest, digits = integers.to(torch.int32), []
@@ -97,11 +148,12 @@ def _digits(integers: Tensor, count: int) -> Tensor:
     return torch.cat([*digits, rest.to(torch.int8)])
 
 
-def multiplies_exactly(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
+def multiplies_exactly(product: Callable[[Tensor, Tensor], Tensor], device: str = "cpu") -> bool:
     """Whether the largest digits do not saturate in a product, and random ones of several sizes give exact sums.
 
     Args:
         product: ``[rows, in]`` int8 digits and ``[in, out]`` int8 codes → ``[rows, out]`` sums.
+        device: where the product is tried.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     for rows, columns, outputs in ((1, 256, 32), (3, 256, 32), (5, 2, 3), (17, 33, 50)):
@@ -109,6 +161,7 @@ def multiplies_exactly(product: Callable[[Tensor, Tensor], Tensor]) -> bool:
         digits = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8, device="cpu")
         most = torch.full_like(codes, 127)
         for a, b in ((digits, codes), *((torch.full_like(digits, largest), most) for largest in (-128, 127))):
-            if not torch.equal(product(a, b.t()).double(), a.double() @ b.double().t()):
+            sums = product(a.to(device), b.to(device).t())
+            if not torch.equal(sums.double().cpu(), a.double() @ b.double().t()):
                 return False
     return True

@@ -73,7 +73,11 @@ class Moments:
         self.counts[own] += inputs.shape[1]
         self.sums[own] += inputs.sum(1, dtype=torch.float64)
         for block, part in zip(self.blocks, torch.split(inputs, BLOCK_COLUMNS, -1), strict=True):
-            block[own].baddbmm_(part.transpose(1, 2), part)
+            if part.is_cuda:  # whose float32 may be TF32
+                part = part.double()
+                block[own] += part.transpose(1, 2) @ part
+            else:
+                block[own].baddbmm_(part.transpose(1, 2), part)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that was summed up: adding those of other moments in place adds their inputs."""
@@ -124,7 +128,8 @@ class Moments:
         about_mean = torch.zeros((), dtype=torch.float64, device=shift.device)
         for columns, matrix in self.matrices(centred=True):
             part = change[..., columns]
-            about_mean += (part @ matrix.float()).mul_(part).sum(dtype=torch.float64)
+            passed_on = (part.double() @ matrix).float() if part.is_cuda else part @ matrix.float()
+            about_mean += passed_on.mul_(part).sum(dtype=torch.float64)
         shifts = (shift if each is None else shift + each.detach().to(shift) for each in bias_changes)
         return [max(0.0, (about_mean + each.square().sum()).item()) for each in shifts]
 

@@ -22,6 +22,7 @@ __all__ = [
     "activation_steps",
     "count_non_finite",
     "dequantize",
+    "divisor",
     "predicted_sqnr_db",
     "quantize_per_row",
     "quantize_per_row_with_sqnr",
@@ -132,7 +133,7 @@ def _quotients(weight: Tensor, scales: Tensor, codes: Tensor) -> Iterator[tuple[
         block = block.to(torch.float32).contiguous()
         # the greatest and the least are only read; absolute values would have to be written before they are
         torch.maximum(block.amax(1, True), block.amin(1, True).neg_(), out=scale)
-        scale.div_(CODE_MAX).clamp_min_(SMALLEST_SCALE)
+        scale.div_(divisor(scale, CODE_MAX)).clamp_min_(SMALLEST_SCALE)
         yield torch.div(block, scale, out=buffer[: len(block)]), scale, out
 
 
@@ -249,6 +250,14 @@ def predicted_sqnr_db(weight: Tensor) -> float:
     return 10 * math.log10(signal / noise) if noise else math.inf
 
 
+def divisor(x: Tensor, number: int | Tensor) -> int | Tensor:
+    """The number as ``x`` is to be divided by it, so that the quotient is rounded once on every device.
+
+    On a GPU torch multiplies by the reciprocal of a Python number or of a number on the CPU, which may round otherwise.
+    """
+    return number if x.is_cpu or isinstance(number, Tensor) else x.new_full((), number)
+
+
 def activation_steps(x: Tensor, steps: int | Tensor) -> Tensor:
     """The size of one step in each row of fixed point: ``max|row| / steps``.
 
@@ -259,7 +268,8 @@ def activation_steps(x: Tensor, steps: int | Tensor) -> Tensor:
     Returns:
         ``[..., 1]`` like ``x``, positive; not finite where the row is not.
     """
-    return x.abs().amax(-1, True).div_(steps).clamp_min_(SMALLEST_SCALE)
+    largest = x.abs().amax(-1, True)
+    return largest.div_(divisor(largest, steps)).clamp_min_(SMALLEST_SCALE)
 
 
 def quantize_rows_to_steps(x: Tensor, steps: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
 from tinyq_lightning.layers.conv import QuantizedConv
 from tinyq_lightning.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, ScaledQuantizedEmbedding
+from tinyq_lightning.layers.four_bit_state import why_not_packed
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.kinds import KINDS, has_inner_layers, is_replaceable, kind_of, methods_of, why_closed
@@ -69,4 +70,5 @@ __all__ = [
     "linear_with",
     "methods_of",
     "why_closed",
+    "why_not_packed",
 ]

@@ -200,7 +200,7 @@ class QuantizedConv(MultiplyingLayer):
                 return convolve(x, form.weight, added, geometry)
             if form is not None and output_size is None:
                 return packed_convolution(method, form, x, scales, bias)
-        kernel = self._formula_name()
+        kernel = self._formula_for(x)
         if not in_transform():  # integers of what is not dense would lie in another order
             x = x.contiguous(memory_format=layout_of(x))
         codes = self.int8_weights if in_transform() else self._codes_for_a_call()
@@ -240,7 +240,7 @@ class QuantizedConv(MultiplyingLayer):
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _takes_integers(self, device: str) -> bool:  # run once, while a graph is traced
-        return device == "cpu" and self._choice_on(device).kernel == "int8"
+        return self._choice_on(device).kernel == {"cpu": "int8", "cuda": "int8-cuda"}.get(device)
 
     def _moves_of(self, x: Tensor | None, output_size: list[int] | None) -> tuple[Geometry, list[int] | None]:
         """How the convolution moves over its input, and what is added to that before; None if nothing is."""

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from tinyq_lightning.kernels import (
     Choice,
+    FbgemmRows,
     Float32Weights,
     NibbleWeights,
+    WeightForm,
     choose_lookup_kernel,
     in_jit_trace,
     in_transform,
+    weight_form,
 )
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
@@ -43,7 +46,7 @@ class _LookUp(Int8Weight):
 
     @property
     def choice(self) -> Choice:
-        """Whether the table is looked up in a float copy, and why."""
+        """The form of the table that is looked up, and why."""
         if self._choice is None:
             values = self.num_embeddings * self.embedding_dim
             self._choice = choose_lookup_kernel(self.kernel, values, self.dtype, self.bits)
@@ -56,6 +59,20 @@ class _LookUp(Int8Weight):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_choice": None}  # of this machine and its environment
+
+    def _new_form(self, kernel: str) -> WeightForm:
+        if kernel != "int8-rows":
+            return super()._new_form(kernel)
+        return weight_form(kernel, self.int8_weights, self.scales, FbgemmRows)
+
+    def _packed_rows(self, input: Tensor) -> FbgemmRows | None:
+        """The rows packed for look-ups of ``input``; None where it is looked up in another form."""
+        if self.choice.kernel != "int8-rows" or type(input) is not Tensor or not input.is_cpu or _is_traced():
+            return None
+        if not self._buffers["scales"].is_cpu or torch._C._len_torch_dispatch_stack():  # type: ignore[union-attr]
+            return None
+        form = cast("FbgemmRows | None", self.form("int8-rows"))
+        return form if form is not None and form.is_exact else None
 
     def _float_table(self) -> Tensor | None:
         """A float32 copy of a small table, whose rows have the bits of :meth:`_rows`; None for others."""
@@ -118,11 +135,20 @@ class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[...]`` of integers → ``[..., dim]`` of the layer's dtype."""
-        if has_proxy(input):
+        if type(input) is not Tensor and has_proxy(input):
             return leaf_call(self, input)  # type: ignore[no-any-return]
         return self._look_up(input)
 
     def _look_up(self, input: Tensor) -> Tensor:
+        packed = self._packed_rows(input)
+        if packed is not None and input.numel():
+            try:
+                rows = packed.rows(input.reshape(-1))
+                rows = rows if input.dim() == 1 else rows.view(*input.shape, -1)
+            except RuntimeError:
+                pass  # an index is beyond the table, which is told below
+            else:
+                return rows if self.dtype is torch.float32 else rows.to(self.dtype)
         table = self._float_table()
         return self._rows(input) if table is None else nn.functional.embedding(input, table)
 
@@ -199,8 +225,11 @@ class QuantizedEmbeddingBag(_LookUp, nn.EmbeddingBag):  # type: ignore[override]
         Returns:
             ``[bags, dim]`` of the layer's dtype.
         """
-        if has_proxy(input, offsets, per_sample_weights):
+        if type(input) is not Tensor and has_proxy(input, offsets, per_sample_weights):
             return leaf_call(self, input, offsets, per_sample_weights)  # type: ignore[no-any-return]
+        sums = self._packed_sums(input, offsets, per_sample_weights)
+        if sums is not None:
+            return sums
         table = self._float_table()
         if table is not None:
             return self._reduced(input, table, offsets, per_sample_weights, self.padding_idx)
@@ -213,6 +242,36 @@ class QuantizedEmbeddingBag(_LookUp, nn.EmbeddingBag):  # type: ignore[override]
             places = torch.where(input.reshape(-1) == padding % self.num_embeddings, input.numel(), places)
             padding = input.numel()
         return self._reduced(places.view(input.shape), rows, offsets, per_sample_weights, padding)
+
+    def _packed_sums(self, input: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor | None:
+        """The sums or means of bags of packed rows; None where they are reduced in another way."""
+        if self.mode == "max" or self.dtype is not torch.float32 or (input.dim() == 2) != (offsets is None):
+            return None
+        if weights is not None and (self.mode != "sum" or weights.requires_grad or weights.shape != input.shape):
+            return None
+        packed = self._packed_rows(input) if input.numel() else None
+        if packed is None:
+            return None
+        begins = offsets
+        if begins is None:
+            begins = torch.arange(0, input.numel(), input.shape[1], dtype=input.dtype)
+        elif begins.dtype != input.dtype or begins.dim() != 1 or not len(begins) or begins[0]:
+            return None
+        factors = None if weights is None else weights.reshape(-1)
+        counted = None
+        if self.padding_idx is not None:
+            counted = (input != self.padding_idx % self.num_embeddings).float().view(-1)
+            factors = counted if factors is None else counted * factors
+        includes_last = offsets is not None and self.include_last_offset
+        try:
+            sums = packed.sums(input.reshape(-1), begins, factors, includes_last)
+        except RuntimeError:  # an index is beyond the table: who comes next tells it
+            return None
+        if self.mode == "sum":
+            return sums
+        if offsets is None and counted is None:
+            return sums.div_(input.shape[1])
+        return sums.div_(_lengths(begins, input.numel(), counted, includes_last))
 
     def _reduced_rows(self, rows: Tensor) -> Tensor:
         """``[bags, n, dim]`` → ``[bags, dim]``: bags of one length, which torch reduces faster than others."""
@@ -247,3 +306,21 @@ class QuantizedEmbeddingBag(_LookUp, nn.EmbeddingBag):  # type: ignore[override]
             shown["padding_idx"] = self.padding_idx
         settings = ", ".join(f"{name}={value}" for name, value in shown.items())
         return f"{self.num_embeddings}, {self.embedding_dim}, {settings}"
+
+
+def _lengths(begins: Tensor, total: int, counted: Tensor | None, includes_last: bool) -> Tensor:
+    """How many rows each bag has, ``[bags, 1]`` float32; 1 for an empty bag.
+
+    Args:
+        begins: where each bag begins among ``total`` indices, and the end of the last if ``includes_last``.
+        total: the number of indices.
+        counted: ``[total]`` float32, 0 at an index that does not count; None if all do.
+        includes_last: as above.
+    """
+    ends = begins if includes_last else torch.cat([begins, begins.new_tensor([total])])
+    if counted is None:
+        lengths = ends.diff()
+    else:
+        before = torch.cat([counted.new_zeros(1, dtype=torch.float64), counted.cumsum(0, dtype=torch.float64)])
+        lengths = before[ends].diff()
+    return lengths.clamp_min_(1).float()[:, None]

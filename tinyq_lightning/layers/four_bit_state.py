@@ -16,7 +16,7 @@ __all__ = [
     "expanded_codes",
     "load_four_bits",
     "packed_codes",
-    "why_malformed",
+    "why_not_packed",
 ]
 
 # The packed codes by their multipliers: layers that share a weight have the same tensor in a state dict.
@@ -98,17 +98,17 @@ def expanded_codes(state_dict: Mapping[str, Any], prefix: str, shape: Sequence[i
     packed, multipliers = state_dict.get(f"{prefix}int4_weights"), state_dict.get(f"{prefix}multipliers")
     if packed is None or multipliers is None:
         return None, ""
-    if wrong := why_malformed(packed, multipliers, shape):
+    if wrong := why_not_packed(packed, multipliers, shape):
         return None, prefix + wrong
     return expand(packed, multipliers.to(packed.device), shape[1]), ""
 
 
-def why_malformed(packed: Any, multipliers: Any, shape: Sequence[int]) -> str:
+def why_not_packed(packed: Any, multipliers: Any, shape: Sequence[int]) -> str:
     """What is wrong with packed codes or multipliers of a weight of some rows and columns; empty if nothing is."""
     for name, given, wanted in zip(
         ("int4_weights", "multipliers"), (packed, multipliers), packed_shapes(shape[0], shape[1]), strict=True
     ):
-        if not isinstance(given, Tensor) or given.dtype != torch.uint8:
+        if not isinstance(given, Tensor) or given.dtype != torch.uint8 or given.layout != torch.strided:
             return f"{name} holds no codes of {torch.uint8}"
         if given.shape != wanted:
             return f"{name} has the shape {list(given.shape)}, and a weight of {list(shape)} has {list(wanted)}"

@@ -169,7 +169,7 @@ class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
         with warnings.catch_warnings():
             if in_jit_trace():  # which warns of each comparison of shapes
                 warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined, unused-ignore]
-            method, kernel = METHODS[self.method], self._formula_name()
+            method, kernel = METHODS[self.method], self._formula_for(input)
             return quantized_linear(method, kernel, input, self.int8_weights, self.scales, bias)
 
     def _kernel_for(self, input: Tensor) -> str:
@@ -188,7 +188,7 @@ class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _takes_integers(self, device: str) -> bool:  # run once, while a graph is traced
-        if device != "cpu" or not takes_integers(self.in_features):
+        if not takes_integers(self.in_features, device):
             return False
         # An exported program may run on a processor whose product saturates, so it takes the product if asked for.
         asked = wanted_kernel(self.kernel) == "int8"

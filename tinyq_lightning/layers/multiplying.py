@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.kernels import Choice, in_transform, wanted_kernel
+from tinyq_lightning.kernels import INPUT_DTYPES, Choice, FormulaName, in_transform, wanted_kernel
 from tinyq_lightning.layers.int8_weight import Int8Weight
 
 __all__ = [
@@ -37,6 +37,13 @@ class MultiplyingLayer(Int8Weight):
     @abstractmethod
     def _choose(self, device: str) -> Choice:
         """The kernel for inputs on a type of device, and why."""
+
+    def _formula_for(self, x: Tensor) -> FormulaName:
+        """The formula for an input that is not multiplied by a form of the weights."""
+        return "integer" if self._is_summed_on_gpu(x) else self._formula_name()
+
+    def _is_summed_on_gpu(self, x: Tensor) -> bool:
+        return x.is_cuda and x.dtype in INPUT_DTYPES and self._choice_on("cuda").kernel == "int8-cuda"
 
     def _formula_name(self) -> Literal["exact", "reference"]:
         return "exact" if wanted_kernel(self.kernel) == "int8" else "reference"

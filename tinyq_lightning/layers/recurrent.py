@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -115,7 +116,11 @@ class QuantizedRecurrent(NamedCodes):
         # Asked here, not in a function: torch.compile, which leaves this one out, would make a graph of that one alone.
         if torch.compiler.is_compiling():
             return self.torch_class.forward(self, input, hx)
-        return self.torch_class.forward(self._stand_in(), input, hx)
+        if self.device.type != "cuda":
+            return self.torch_class.forward(self._stand_in(), input, hx)
+        with warnings.catch_warnings():  # cuDNN tells that it joins weights that lie apart, which these do
+            warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+            return self.torch_class.forward(self._stand_in(), input, hx)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _stand_in(self) -> nn.Module:

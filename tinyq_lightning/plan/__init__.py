@@ -3,6 +3,7 @@
 from tinyq_lightning.plan.checks import check_model, check_patterns, refuse_root, sites_for
 from tinyq_lightning.plan.coverage import Coverage, file_coverage
 from tinyq_lightning.plan.functions import globals_read
+from tinyq_lightning.plan.groups import group_name, grouped
 from tinyq_lightning.plan.heap import return_freed_memory
 from tinyq_lightning.plan.make_layers import QuantizedLayers, carry_over, quantized_weights
 from tinyq_lightning.plan.plan import MANY_LAYERS, DecidedBy, Decision, OtherWeight, Plan, state_bytes
@@ -34,6 +35,8 @@ __all__ = [
     "file_coverage",
     "find_sites",
     "globals_read",
+    "group_name",
+    "grouped",
     "is_metric",
     "put_in",
     "quantize_by_layer",

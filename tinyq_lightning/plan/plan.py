@@ -17,7 +17,7 @@ from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan.coverage import Coverage, HeldWeight, coverage_of
 from tinyq_lightning.plan.groups import group_name, grouped
 from tinyq_lightning.spec import MEASURED_BY, QuantizationSpec, Rule, RuleBy, deciding_rule, wanted_method
-from tinyq_lightning.table import Table, format_bytes
+from tinyq_lightning.table import Table, fill, format_bytes
 
 __all__ = [
     "MANY_LAYERS",
@@ -211,7 +211,7 @@ class Plan:
         """
         covered = str(self.coverage) if self.held else None
         notes = [self.worst_note() if group else None, *self.kernel_notes(), covered, self.others_note()]
-        return "\n".join([self.as_table(group).text(width), *filter(None, notes)])
+        return "\n".join([self.as_table(group).text(width), *(fill(note, width) for note in notes if note)])
 
     def _repr_html_(self) -> str:
         """The plan in a notebook."""
@@ -290,7 +290,7 @@ class Plan:
         figures = ["SQNR dB", *(["output error"] if calibrated else [])]
         blank = [""] * (len(head) + len(figures) - 1)
         total = [f"{len(self)} layers", *blank, format_bytes(before), format_bytes(after)]
-        return Table([*head, *figures, "float", "now"], [*rows, total], left=len(head))
+        return Table([*head, *figures, "float", "now"], [*rows, total], len(head), reasons=head.index("reason"))
 
 
 def _change(alike: Sequence[Decision]) -> str:

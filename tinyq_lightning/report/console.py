@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.plan import MANY_LAYERS, Plan
 from tinyq_lightning.report.outcome import Outcome, log_entries
-from tinyq_lightning.report.tables import comparison_table, export_table, layer_table
-from tinyq_lightning.table import Table, screen_width
+from tinyq_lightning.report.tables import comparison_table, export_table, layer_table, methods_table
+from tinyq_lightning.table import Table, fill, screen_width
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -33,23 +34,28 @@ def warn(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
 
 
 def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
-    """Print the comparison, the layers if there is one method, and the paths of the files; on rank 0."""
+    """Print the comparison, the layers, and the paths of the files; on rank 0."""
     if not trainer.is_global_zero:
         return
-    first = outcomes[0]
+    first, width = outcomes[0], screen_width()
     if len(outcomes) == 1:
-        print(f"\nTinyQ: {first.coverage}\n       {first.note}\n")
+        print(f"\n{fill(f'TinyQ: {first.coverage}', width)}\n       {first.note}\n")
     else:
         print(f"\nTinyQ: {len(outcomes)} methods for {first.coverage.layers} layers, {first.note}\n")
     _print_table(comparison_table(outcomes))
-    if len(outcomes) == 1:
-        print()
-        _print_layers(first)
     print()
+    if len(outcomes) == 1:
+        _print_layers(first)
+    else:
+        _print_table(methods_table(outcomes, group=len(first.plan) > MANY_LAYERS))
+    print()
+    sentences: list[str] = []
     for each in outcomes:
         coverage = str(each.coverage) if len(outcomes) > 1 else None  # of one method it is in the headline
-        for sentence in filter(None, (coverage, each.calibration(), each.verdict(), each.speed_verdict())):
-            print(sentence if len(outcomes) == 1 else f"{each.name}: {sentence}")
+        told = filter(None, (coverage, each.calibration(), each.verdict(), each.speed_verdict()))
+        sentences += told if len(outcomes) == 1 else [f"{each.name}: {sentence}" for sentence in told]
+    if sentences:
+        print("\n".join(fill(sentence, width) for sentence in sentences), end="\n\n")
     if (exports := export_table(outcomes)) is not None:
         _print_table(exports)
         print()
@@ -70,11 +76,11 @@ def _print_layers(outcome: Outcome) -> None:
     if many and not outcome.layers:
         _print_table(plan.as_table(group=True))
         if worst := plan.worst_note():
-            print(worst)
+            print(fill(worst, screen_width()))
     else:
         _print_table(_shortened(layer_table(outcome), plan) if many else layer_table(outcome))
     for note in plan.kernel_notes():
-        print(note)
+        print(fill(note, screen_width()))
 
 
 def _shortened(table: Table, plan: Plan) -> Table:
@@ -87,7 +93,7 @@ def _shortened(table: Table, plan: Plan) -> Table:
     kept += [row for row in worst if row not in kept][: MANY_LAYERS - len(kept)]
     shown = [row for row in layers if row in kept]
     rest = [f"… and {len(layers) - len(shown)} more", *[""] * (len(table.header) - 1)]
-    return Table(table.header, [*shown, rest, total], table.left)
+    return replace(table, rows=[*shown, rest, total])
 
 
 def _print_table(table: Table) -> None:
@@ -99,9 +105,11 @@ def _print_table(table: Table) -> None:
         except ImportError:
             pass
         else:
-            console, header = Console(soft_wrap=True), text.partition("─")[0].rstrip()
-            console.print(header, style="bold", markup=False)
-            console.print(text[len(header) + 1 :], markup=False)
+            console = Console(soft_wrap=True)
+            for number, part in enumerate(text.split("\n\n")):  # of a table that was too wide
+                header = part.partition("─")[0].rstrip()
+                console.print("\n" * bool(number) + header, style="bold", markup=False, highlight=False)
+                console.print(part[len(header) + 1 :], markup=False)
             return
     print(text)
 

@@ -59,6 +59,7 @@ def _machine(content: Mapping[str, Any]) -> str:
     """What the figures were measured on, in a sentence."""
     on = content["machine"]
     shown = [f"{on['processor']} ({on['instructions']}), {on['threads']} thread{'s' * (on['threads'] != 1)}"]
+    shown += [on["gpu"]] if "gpu" in on else []
     if batches := max(content["batches_timed"].values()):
         shown.append(f"times of {batches} batches after the first")
     versions = [

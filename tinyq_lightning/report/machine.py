@@ -16,7 +16,7 @@ _PACKAGES = ("lightning", "pytorch-lightning", "torchmetrics")
 
 
 def machine() -> dict[str, str | int]:
-    """The processor by name, torch's threads and instructions, the operating system, and versions, for a report."""
+    """The processor by name, the GPU if there is one, torch's threads and instructions, the system, and versions."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -27,6 +27,7 @@ def machine() -> dict[str, str | int]:
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

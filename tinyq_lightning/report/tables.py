@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
-from tinyq_lightning.plan import Plan
+from tinyq_lightning.plan import Decision, Plan, group_name, grouped
 from tinyq_lightning.report.outcome import Outcome
 from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.table import Table, format_bytes
@@ -16,6 +17,7 @@ __all__ = [
     "export_table",
     "kind_table",
     "layer_table",
+    "methods_table",
 ]
 
 # Times of fewer batches, besides the first, are left out: they say little.
@@ -43,7 +45,7 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Table:
     if min(each.batches for each in (first.float_seconds, *times)) >= _BATCHES:
         cells = [text for now in times for text in (_milliseconds(now), _change(now, first.float_seconds))]
         rows.append(["ms per batch", _milliseconds(first.float_seconds), *cells])
-    return Table(header, rows)
+    return Table(header, rows, kept=2, step=2)
 
 
 def _milliseconds(times: BatchTimes) -> str:
@@ -116,4 +118,37 @@ def layer_table(outcome: Outcome) -> Table:
             crest = "" if math.isnan(error.crest) else f"{error.crest:.1f}"
             rows.append([*cells, shown, crest, f"{error.float_ms:.3g}", f"{now:.3g}"])
     header = [*table.header, "output SQNR dB", "crest", "float ms", "ms"]
-    return Table(header, [*rows, [*table.rows[-1], "", "", "", ""]], table.left)
+    return replace(table, header=header, rows=[*rows, [*table.rows[-1], "", "", "", ""]])
+
+
+def methods_table(outcomes: Sequence[Outcome], group: bool = False) -> Table:
+    """For each layer the SQNR by each method, of the outputs where all were measured on batches, else of the weights.
+
+    A layer that a run gave another method has that before the figure.
+
+    Args:
+        outcomes: of several methods for one model.
+        group: one row for the layers of the same decision whose names differ in numbers alone.
+    """
+    measured = all(each.layers for each in outcomes)
+    first = outcomes[0].plan
+    decisions = [{decision.name: decision for decision in each.plan} for each in outcomes]
+    rows = []
+    for alike in grouped(first) if group else [[decision] for decision in first]:
+        found = [[of[each.name] for each in alike] for of in decisions]
+        cells = [_sqnr_cell(one, outcome, measured) for one, outcome in zip(found, outcomes, strict=True)]
+        rows.append([group_name(alike), *cells])
+    return Table([f"layer: {'output ' * measured}SQNR dB", *(each.name for each in outcomes)], rows)
+
+
+def _sqnr_cell(alike: Sequence[Decision], outcome: Outcome, measured: bool) -> str:
+    """``45.2…47.1``, with the methods before it that are not the one of the column."""
+    methods = dict.fromkeys(each.method for each in alike if each.method != (each.asked or outcome.plan.spec.method))
+    if measured:
+        errors = [(outcome.layers.get(each.name), each.method) for each in alike]
+        found = [error.output_sqnr_db.get(method) for error, method in errors if error is not None]
+    else:
+        found = [each.weight_sqnr_db for each in alike]
+    figures = [value for value in found if value is not None]
+    ends = dict.fromkeys(f"{end(figures):.1f}" for end in (min, max)) if figures else {}
+    return " ".join(filter(None, ["/".join(methods), "…".join(ends)]))

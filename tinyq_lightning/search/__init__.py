@@ -4,7 +4,7 @@ from tinyq_lightning.search.budget import Changes, Search, SearchedLayer, evalua
 from tinyq_lightning.search.calibration import calibrate
 from tinyq_lightning.search.layer_errors import SIGNAL_BATCHES, LayerError, measured_layers
 from tinyq_lightning.search.quantizing import is_one_input, quantize
-from tinyq_lightning.search.timer import BatchTimes, Timing, evaluating, time_in_turns
+from tinyq_lightning.search.timer import BatchTimes, Timing, evaluating, time_in_turns, waiting_for
 from tinyq_lightning.search.timing import Stopwatch
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "quantize",
     "search",
     "time_in_turns",
+    "waiting_for",
 ]

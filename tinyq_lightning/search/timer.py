@@ -22,6 +22,7 @@ __all__ = [
     "evaluating",
     "time_in_turns",
     "timed",
+    "waiting_for",
 ]
 
 Returned = TypeVar("Returned")
@@ -91,10 +92,7 @@ def timed(run: Callable[[], Returned], device: torch.device | str = "cpu") -> tu
         run: the call.
         device: the device that it computes on; its queue is waited for before and after the call.
     """
-    kind = torch.device(device).type
-    wait = _nothing if kind in ("cpu", "meta") else getattr(torch, kind).synchronize
-    if kind == "cuda":
-        wait = partial(wait, device)
+    wait = waiting_for(device)
     wait()
     start = time.perf_counter()
     returned = run()
@@ -102,7 +100,15 @@ def timed(run: Callable[[], Returned], device: torch.device | str = "cpu") -> tu
     return returned, time.perf_counter() - start
 
 
-def _nothing(*device: object) -> None:
+def waiting_for(device: torch.device | str) -> Callable[[], object]:
+    """What returns when a device has done all that it was asked for: at once on a CPU, which does it in the call."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return partial(torch.cuda.synchronize, device)
+    return _nothing if kind in ("cpu", "meta") else getattr(torch, kind).synchronize
+
+
+def _nothing() -> None:
     return None
 
 

@@ -57,7 +57,8 @@ def check_before_fit(
         The hyper-parameters that the file cannot hold, by their names in the file; a warning has told of them.
 
     Raises:
-        SpecError: a pattern or ``monitor`` names nothing, or the folder cannot be written to.
+        SpecError: a pattern or ``monitor`` names nothing, the budget's ``mode`` is that of no ModelCheckpoint, or the
+            folder cannot be written to.
         ModelError: there is nothing to quantize, the module's state dict leaves out a layer, or hyper-parameters
             cannot be resolved.
         EvaluationError: a metric is needed that cannot be measured.
@@ -66,6 +67,8 @@ def check_before_fit(
         check_model(each, module)
     if spec.weights != "current" and spec.budget is None:
         check_monitor(trainer, monitor)
+    if spec.budget is not None:
+        check_direction(trainer, spec.budget)
     refuse_without_validation(spec, why_never_validated(trainer, module))
     if save and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         check_folder(spec)
@@ -246,6 +249,21 @@ def check_monitor(trainer: Trainer, monitor: str | None) -> None:
         raise SpecError(
             f"monitor: no ModelCheckpoint monitors {monitor!r}.{_meant(monitor, monitored)} "
             f"Monitored: {', '.join(monitored)}"
+        )
+
+
+def check_direction(trainer: Trainer, budget: Budget) -> None:
+    """Refuse a budget for which another direction is better than for the ModelCheckpoints of its metric.
+
+    Raises:
+        SpecError: they monitor the metric, and each of them has the opposite mode.
+    """
+    modes = {keeper.mode for keeper in checkpoint_callbacks(trainer) if keeper.monitor == budget.monitor}
+    if budget.mode is not None and modes and budget.mode not in modes:
+        raise SpecError(
+            f"budget: mode={budget.mode!r} contradicts ModelCheckpoint(monitor={budget.monitor!r}, "
+            f"mode={modes.pop()!r}), whose best checkpoint would be the worst by the budget: one of them is wrong (a "
+            "ModelCheckpoint without a mode takes 'min')"
         )
 
 

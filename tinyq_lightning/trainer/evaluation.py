@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.namespaces import is_overridden, namespace_of
 from tinyq_lightning.plan import Swap
-from tinyq_lightning.search import BatchTimes
+from tinyq_lightning.search import BatchTimes, waiting_for
 from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
 from tinyq_lightning.trainer.callback_base import CallbackOfBoth
 from tinyq_lightning.trainer.checks import checkpoint_callbacks, why_never_validated
@@ -49,12 +49,16 @@ __all__ = [
 class LoopWatch:
     """Watches one evaluation loop, batch by batch.
 
+    Args:
+        device: that computes; it is waited for before the clock starts and before it stops.
+
     Attributes:
         digests: of each batch, in their order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.digests: list[int] = []
+        self._wait = waiting_for(device)
         self._seconds: list[float] = []
         self._began = 0.0
         self._kept: KeptBatch | None = None
@@ -69,10 +73,12 @@ class LoopWatch:
         self.batches_ended()
         self.digests.append(batch_digest(batch))
         self._kept = KeptBatch(batch, loaders)
+        self._wait()
         self._began = time.perf_counter()
 
     def batch_stepped(self) -> None:
         """The step has ended."""
+        self._wait()
         self._seconds.append(time.perf_counter() - self._began)
 
     def batches_ended(self) -> None:
@@ -105,8 +111,9 @@ class _Watch(CallbackOfBoth):
         known: Mapping[str, Any],
         cut_short: bool,
         each_batch: Callable[[], object],
+        device: torch.device,
     ) -> None:
-        self.loop = LoopWatch()
+        self.loop = LoopWatch(device)
         self.higher_is_better: dict[str, bool] = {}
         self.metrics: dict[str, float] = {}
         self.other_weights = False
@@ -233,7 +240,7 @@ def run_evaluation(
     assert combined is not None
     loaders = namespace_of(trainer).pytorch.utilities.CombinedLoader(combined.iterables, combined._mode)
     known = dict(trainer.callback_metrics) if stage == "validate" else {}
-    watch = _Watch(module, stage, known, batches is not None, each_batch)
+    watch = _Watch(module, stage, known, batches is not None, each_batch, trainer.strategy.root_device)
     inner = inner_trainer(trainer, watch, stage, batches, moment, attributes)
     data: dict[str, Any] = {"dataloaders": loaders}
     shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, do_nothing))]
@@ -278,12 +285,13 @@ def _isolated(
     """Begin with the state ``start``, put everything back after the block, and warn of what cannot be."""
     roots = state_roots(trainer, module)
     snapshot = Snapshot(*roots, data=dataloaders(trainer, stage), weights=weights, also=start, outside=True)
+    before = start.changed_outside() if start else []  # by the user's own run, of another model
     try:
         if start is not None:
             start.put_back(files=False)
         yield
     finally:
-        outside = snapshot.changed_outside()
+        outside = list(dict.fromkeys([*before, *snapshot.changed_outside()]))
         changed = snapshot.put_back()
         if start is not None:
             trainer.strategy.model_to_device()  # an inner Trainer leaves the module on the CPU
@@ -324,10 +332,10 @@ def check_comparable(trainer: Trainer, before: Evaluation, after: Evaluation) ->
         rank_zero_warn(f"TinyQ: the quantized model did not log {', '.join(missing)}, which the float model logged")
 
 
-def best_score(trainer: Trainer, metrics: Mapping[str, float]) -> tuple[str, float] | None:
-    """What ModelCheckpoint monitors and the score it recorded; None unless there is one best checkpoint of the run."""
-    keepers = [keeper for keeper in checkpoint_callbacks(trainer) if keeper.best_model_path]
-    if len(keepers) != 1:
+def best_score(trainer: Trainer, path: str | None, metrics: Mapping[str, float]) -> tuple[str, float] | None:
+    """What a ModelCheckpoint monitors and the score it recorded for a file; None unless that is its best checkpoint."""
+    keepers = [keeper for keeper in checkpoint_callbacks(trainer) if path and keeper.best_model_path == path]
+    if not keepers:
         return None
     monitor, score = keepers[0].monitor, keepers[0].best_model_score
     return None if monitor not in metrics or monitor is None or score is None else (monitor, float(score))

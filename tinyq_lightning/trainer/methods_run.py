@@ -132,7 +132,7 @@ class MethodsRun:
         self.why_not = why_not or (None if before and before.metrics else "validation_step logged no metric")
         self.before = before if before and before.metrics else None
         if before:
-            self._warn_of_other_weights(before, validated)
+            self._warn_of_other_weights(before, validated, source.path)
         self.float_bytes = state_bytes(module.state_dict())
         self._float_value = math.nan
         if spec.budget and before:
@@ -208,7 +208,7 @@ class MethodsRun:
     def _evaluate(self, batches: int | None = None) -> Evaluation:
         return run_evaluation(self._trainer, self._module, "validate", batches=batches, moment=self._moment)
 
-    def _warn_of_other_weights(self, before: Evaluation, validated: ValidatedWeights) -> None:
+    def _warn_of_other_weights(self, before: Evaluation, validated: ValidatedWeights, path: str | None) -> None:
         """Warn if the float metrics are not those of the weights that are quantized."""
         if before.other_weights:
             rank_zero_warn(
@@ -222,7 +222,7 @@ class MethodsRun:
                 "keeps, and none of its runs was on the weights that are quantized, so the metrics logged then are of "
                 "others. Load those into the module, or have them in the checkpoint, to quantize them"
             )
-        elif self._spec.weights == "best" and (recorded := best_score(self._trainer, before.metrics)):
+        elif recorded := best_score(self._trainer, path, before.metrics):
             monitor, score = recorded
             if not math.isclose(before.metrics[monitor], score, rel_tol=0.01, abs_tol=1e-6):
                 rank_zero_warn(

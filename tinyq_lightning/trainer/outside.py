@@ -5,9 +5,11 @@ It is not put back, because the user may gather there on purpose what every loop
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextvars import ContextVar
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -26,7 +28,7 @@ __all__ = [
 # Items of a container that are looked at, from its end; levels of containers and objects; functions that are followed.
 _ITEMS, _DEPTH, _FUNCTIONS = 64, 4, 2000
 
-_LRU_CACHE = "_lru_cache_wrapper"
+_LRU_CACHE, _LINK = "_lru_cache_wrapper", "_lru_list_elem"
 
 
 class Outside:
@@ -40,13 +42,14 @@ class Outside:
 
     def __init__(self, holders: Collection[Any], is_users: Callable[[Any], bool], known: Collection[int]) -> None:
         self._is_users, self._known = is_users, known
-        self._places: dict[str, tuple[Callable[[], Any], int]] = {}
+        self._places: list[tuple[str, Callable[[], Any], int]] = []
         for where, read in self._reached(holders):
-            self._places.setdefault(where, (read, self._digest(read(), _DEPTH)))
+            self._places.append((where, read, self._digest(read(), _DEPTH)))
 
     def changed(self) -> list[str]:
         """Where something is other than it was."""
-        return [where for where, (read, before) in self._places.items() if self._digest(read(), _DEPTH) != before]
+        now = ((where, self._digest(read(), _DEPTH) != before) for where, read, before in self._places)
+        return list(dict.fromkeys(where for where, changed in now if changed))
 
     def _reached(self, holders: Collection[Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
         pending, seen = deque[Any](holders), set[int]()
@@ -57,11 +60,14 @@ class Outside:
                 continue
             seen.add(id(holder))
             if isinstance(holder, type):
-                pending += vars(holder).values()
+                pending += (*vars(holder).values(), type(holder))
+                if id(holder) not in self._known and self._is_users(holder):
+                    yield f"an attribute of {holder.__qualname__}", partial(_of_class, holder)
             elif isinstance(holder, property):
                 pending += (holder.fget, holder.fset)
             elif type(holder).__name__ == _LRU_CACHE:
                 yield f"the cache of {holder.__name__}", partial(_of_cache, holder)
+                yield f"the cache of {holder.__name__}", partial(_in_cache, holder)
                 pending.append(holder.__wrapped__)
             elif isinstance(holder, FunctionType) and self._is_users(holder):
                 for where, read, value in _of_function(holder):
@@ -89,6 +95,8 @@ class Outside:
             return list(value)
         if isinstance(value, set | frozenset):
             return [len(value)]
+        if isinstance(value, ContextVar):
+            return [value.get(None)]
         if isinstance(value, ModuleType):
             plain = (bool, int, float, str, list, dict, set, deque)
             return [each for each in vars(value).values() if type(each) in plain] if self._is_users(value) else None
@@ -113,6 +121,17 @@ def _of_cache(cached: Any) -> tuple[int, int]:
     """What a cache had to compute; of a method, which may have used weights, also what it did not compute anew."""
     info = cached.cache_info()
     return info.misses, info.hits if cached.__wrapped__.__code__.co_varnames[:1] == ("self",) else 0
+
+
+def _in_cache(cached: Any) -> list[Any]:
+    """The results that a cache holds, which may be changed in place; of a bounded one, with their keys."""
+    held = [part for each in gc.get_referents(cached) if type(each) is dict for part in each.values()]
+    return [part for each in held for part in (gc.get_referents(each) if type(each).__name__ == _LINK else (each,))]
+
+
+def _of_class(kind: type) -> dict[str, Any]:
+    """What a class holds besides what is called on it."""
+    return {name: value for name, value in vars(kind).items() if not hasattr(type(value), "__get__")}
 
 
 def _content(cell: CellType) -> Any:

@@ -101,7 +101,7 @@ class _TestStart:
 
     def _reset(self, own: Callable[[], None]) -> None:
         roots = state_roots(self._trainer, self._module)
-        self.snapshot = Snapshot(*roots, data=dataloaders(self._trainer, "test"))
+        self.snapshot = Snapshot(*roots, data=dataloaders(self._trainer, "test"), outside=True)
         self._attributes = dict(vars(self._trainer))
         own()
 
@@ -190,7 +190,7 @@ class TestRun:
         self.layers: dict[str, LayerError] = {}
         self.seconds = self.float_seconds = BatchTimes()
         self._float: Evaluation | None = None
-        self._watch, self._watching = LoopWatch(), ExitStack()
+        self._watch, self._watching = LoopWatch(trainer.strategy.root_device), ExitStack()
         self._undecided = stopwatch is not None
         with first.swap.taken_out() if first else nullcontext():
             self.swap: Swap = calibrated_in_test(trainer, module, Swap(module, spec).or_refuse())
