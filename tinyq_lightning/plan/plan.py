@@ -62,8 +62,6 @@ class Decision:
             were held out, as a share of that with the codes chosen without; 1 where these stayed. None if no data was
             there, or :attr:`uncalibrated` tells why it was not used.
         uncalibrated: why the codes were chosen without the data that was there; else None.
-        shares_codes: of a tied layer: whether both multiply or look up the same memory. False where one of them packs
-            the codes, and the other does not.
     """
 
     name: str
@@ -82,7 +80,6 @@ class Decision:
     decided_by: DecidedBy = field(default="file", compare=False)
     output_error: float | None = None
     uncalibrated: str | None = field(default=None, compare=False)
-    shares_codes: bool = field(default=True, compare=False)
 
     @property
     def memory_bytes(self) -> int:

@@ -105,8 +105,9 @@ def carry_out(plan: Plan, sites: list[Site], with_values: WithValues = nullconte
             del site
         put_in(pairs)
         layers.let_go()
-        for _, layer in pairs if made is not None else ():
-            made(layer)
+        if made is not None:
+            for _, layer in pairs:
+                made(layer)
         if freed > worth_returning or not by_name:
             pairs.clear()
             if in_cycles:  # torch has the properties of a parametrized module hold that module
