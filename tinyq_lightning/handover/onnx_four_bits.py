@@ -122,7 +122,7 @@ def _expanded_on_loading(graph: onnx_ir.Graph, value: onnx_ir.Value, codes: Any,
     product = onnx_ir.node("Mul", [each.outputs[0] for each in wide])
     small = onnx_ir.node("Cast", [product.outputs[0]], byte)
     whole = onnx_ir.node("Reshape", [small.outputs[0], sizes])
-    whole.outputs[0].dtype, whole.outputs[0].shape = value.dtype, value.shape
+    whole.outputs[0].type, whole.outputs[0].shape = value.type, value.shape
     for index, node in enumerate((*wide, product, small, whole)):
         node.outputs[0].name = f"{value.name}_expanded_{index}"
     uses = list(value.uses())
@@ -138,7 +138,7 @@ def _narrow(graph: onnx_ir.Graph, name: str, values: Any, kind: onnx_ir.DataType
 
 def _replace(graph: onnx_ir.Graph, old: onnx_ir.Node, new: onnx_ir.Node) -> None:
     former, output = old.outputs[0], new.outputs[0]
-    output.dtype, output.shape, output.name = former.dtype, former.shape, f"{former.name}_blocks"
+    output.type, output.shape, output.name = former.type, former.shape, f"{former.name}_blocks"
     graph.insert_before(old, new)
     for use in list(former.uses()):
         use.node.replace_input_with(use.idx, output)
