@@ -128,6 +128,14 @@ def test_every_command_that_is_written_down_runs_in_a_process_of_its_own(folder)
         assert is_right(command, done.returncode, done.stderr), command
 
 
+@pytest.mark.slow
+def test_a_reader_of_stdout_may_leave_before_the_answer(folder):
+    words = f"{shlex.quote(sys.executable)} -m tinyq_lightning inspect w8a32-epoch=7.ckpt | true"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, shell=True, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.stderr == ""
+
+
 def test_help_and_version_need_neither_torch_nor_lightning():
     """So that they answer at once: both take seconds to import."""
     code = """

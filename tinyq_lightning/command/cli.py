@@ -51,14 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             answer = _command(args.command)(args)
     except TinyQError as error:
         if args.json:
-            print(json.dumps({"error": str(error)}))
+            _print(json.dumps({"error": str(error)}))
         print(f"tinyq-lightning {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(json.dumps(answer.data, indent=2, default=str) if args.json else answer.text)
+    _print(json.dumps(answer.data, indent=2, default=str) if args.json else answer.text)
     return 0 if answer.good else 1
+
+
+def _print(text: str) -> None:
+    """Print to stdout, whose reader may have left, as ``head`` does when it has its lines."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
 
 
 # Options that take several words, and the endings of files that are never one of these.
