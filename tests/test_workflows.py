@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ FLAGS = [
     *("--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=logs"),
     *("--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"),
     *("--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.monitor=val_acc"),
+    "--trainer.callbacks.mode=max",
     "--trainer.callbacks+=tinyq_lightning.TinyQCallback",
     *("--trainer.callbacks.spec=w8a8", "--trainer.callbacks.exclude=[head]", "--trainer.callbacks.monitor=val_acc"),
     *("--trainer.callbacks.mode=max", "--trainer.callbacks.max_drop=0.9", "--trainer.callbacks.report=false"),
@@ -82,8 +84,9 @@ def test_the_help_of_lightning_cli_says_what_each_argument_is(tmp_path, monkeypa
         lightning_cli(monkeypatch, tmp_path, "fit", "--trainer.callbacks.help", "tinyq_lightning.TinyQCallback")
     shown = " ".join(capsys.readouterr().out.split()).partition("Help for")[2]
     for name in inspect.signature(TinyQCallback).parameters:
-        said = shown.partition(f".{name} ")[2].partition(" --")[0].partition(" (type:")[0]
-        assert len(said.split()) > 3, f"{name}: {said}"
+        said = re.search(rf"\.{name}\+? \S+ (?!-)(.*?) \(type:", shown)
+        assert said is not None, name
+        assert len(said[1].split()) > 3, f"{name}: {said[1]}"
 
 
 HYDRA = """

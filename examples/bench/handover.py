@@ -1,7 +1,6 @@
 """The text encoder exported in each format, beside float32 in the same runtime: size, speed, error and memory."""
 
 import argparse
-import copy
 import json
 import subprocess
 import sys
@@ -9,28 +8,13 @@ import tempfile
 from pathlib import Path
 
 import torch
+from handover_files import EXPORTS, written
 from handover_task import OPEN
 from summary import show
-from text_encoder import SHAPES, Encoder, load
+from text_encoder import SHAPES, load
 from timing import compare
-from torch import Tensor
 
-from tinyq_lightning import TinyQError, export, quantize
-from tinyq_lightning.handover import FORMATS
 from tinyq_lightning.table import Table
-
-EXPORTS = [
-    ("onnx", "w8a32"),
-    ("onnx", "w8a16"),
-    ("onnx", "w8a8"),
-    ("onnx", "w4a32"),
-    ("onnx", "w4a8"),
-    ("openvino", "w8a8"),
-    ("openvino", "w4a32"),
-    ("pt2", "w8a8"),
-    ("aoti", "w8a8"),
-]
-SIZES = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=1, max=512)}
 
 
 @torch.no_grad()
@@ -41,9 +25,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
         failed = f"{error.name} is not installed, see examples/real_models/wheels.py"
         return [{"part": "handover", "contender": "text_encoder", "failed": failed}]
     with tempfile.TemporaryDirectory() as folder:
-        files, cells = _written(
-            encoder, words[: 2 * 64].view(2, 64), Path(folder), EXPORTS[2:3] if args.quick else EXPORTS
-        )
+        exports = EXPORTS[2:3] if args.quick else EXPORTS
+        files, cells = written(encoder, words[: 2 * 64].view(2, 64), Path(folder), exports)
         held = {name: _resident(kind, path) for name, (kind, path) in files.items()}
         calls = {"float32": encoder} | {name: OPEN[kind](str(path)) for name, (kind, path) in files.items()}
         over = {name: f"float32 {kind}" for name, (kind, _) in files.items() if f"float32 {kind}" in files}
@@ -55,41 +38,6 @@ def measure(args: argparse.Namespace) -> list[dict]:
             show(f"handover {batch} × {tokens}", here)
             cells += [{"part": "handover", "column": f"{batch} × {tokens}", **_of(cell, files, held)} for cell in here]
     return cells
-
-
-def _written(encoder: Encoder, ids: Tensor, folder: Path, exports: list) -> tuple[dict, list[dict]]:
-    """The kind and the path of each file, and a cell for each that cannot be made, with the reason."""
-    files, failed = {"float32 onnx": ("onnx", folder / "float32.onnx")}, []
-    dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
-    place = files["float32 onnx"][1]
-    torch.onnx.export(
-        encoder, (ids,), place, dynamic_shapes=dynamic, opset_version=21, verbose=False, external_data=False
-    )
-    if ("openvino", "w8a8") in exports:
-        files["float32 openvino"] = "openvino", place
-        files |= _compressed(place, folder)
-    for kind, method in exports:
-        name, network = f"{kind} {method}", copy.deepcopy(encoder)
-        quantize(network, method)
-        path = folder / f"{method}{FORMATS[kind].ending}"
-        try:
-            export(network, path, ids, to=kind, dynamic=SIZES, max_error=0.2)
-            files[name] = kind, path
-        except TinyQError as failure:
-            failed.append({"part": "handover", "contender": name, "failed": str(failure).splitlines()[0]})
-    return files, failed
-
-
-def _compressed(place: Path, folder: Path) -> dict:
-    """OpenVINO's own way to int8 weights, if it is installed."""
-    try:
-        import nncf
-        import openvino
-    except ModuleNotFoundError:
-        return {}
-    model = nncf.compress_weights(openvino.Core().read_model(place), mode=nncf.CompressWeightsMode.INT8_SYM)
-    openvino.save_model(model, folder / "nncf.xml", compress_to_fp16=False)
-    return {"nncf openvino": ("openvino", folder / "nncf.xml")}
 
 
 def _resident(kind: str, path: Path) -> int:

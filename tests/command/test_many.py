@@ -90,6 +90,17 @@ def test_several_go_to_a_folder_of_their_own_but_never_to_one_name(folder, capsy
     assert not Path("out2").exists()
 
 
+def test_an_output_is_a_folder_if_there_is_one_and_never_the_one_file_of_several(folder, capsys):
+    Path("out").mkdir()
+    assert main(["quantize", "--model", "models:Net", "a/net.ckpt", "--output", "out"]) == 0
+    assert [path.name for path in Path("out").iterdir()] == ["w8a32-net.ckpt"]
+    capsys.readouterr()
+    assert main(["quantize", "--model", "models:Net", "a/net.ckpt", "b/net.pt", "--output", "q.ckpt"]) == 1
+    assert "q.ckpt: of several files --output is the folder" in capsys.readouterr().err
+    assert main(["quantize", "--model", "models:Nothing", "a/net.ckpt", "c/net.ckpt", "--output", "out"]) == 1
+    assert "Nothing" in capsys.readouterr().err
+
+
 def test_the_summary_is_a_table_and_reasons_are_on_stderr(folder, capsys):
     assert main(["quantize", *FILES[:2], "--model", "models:Net"]) == 1
     told = capsys.readouterr()

@@ -16,7 +16,7 @@ from transformer import LENGTH, WORDS, Language
 
 from tinyq_lightning import export, quantize
 from tinyq_lightning.errors import ExportError
-from tinyq_lightning.handover import session_forward
+from tinyq_lightning.handover import recorded_calls, session_forward
 
 METHODS = ("w8a32", "w8a16", "w8a8")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -240,6 +240,40 @@ def test_a_program_in_the_place_of_forward_takes_arguments_by_name_and_by_place(
         torch.testing.assert_close(out, model(x, scale))
 
 
+class Many(nn.Module):
+    """Takes any number of arguments by place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, *xs):
+        return self.layer(sum(xs))
+
+
+class Named(Many):
+    """Takes any number of arguments by name."""
+
+    def forward(self, x, **more):
+        return self.layer(x) + sum(more.values())
+
+
+@pytest.mark.parametrize(("model", "dynamic"), [(Many, True), (Many, False), (Named, False)])
+def test_a_model_of_any_arguments_is_exported(tmp_path, model, dynamic):
+    x, y, net = torch.randn(3, 8), torch.randn(3, 4), model()
+    quantize(net, "w8a8")
+    inputs = (x, x) if model is Many else {"x": x, "b": y, "a": y}
+    assert export(net, tmp_path / "net.pt2", inputs, dynamic=dynamic).relative_error < 1e-3
+
+
+def test_calls_are_noted_by_the_names_that_they_give():
+    x, y, net = torch.randn(3, 8), torch.randn(3, 4), Named()
+    with recorded_calls(net) as calls, torch.no_grad():
+        net(x, b=y)
+        net(x)
+    assert [[*call] if isinstance(call, dict) else len(call) for call in calls] == [["x", "b"], 1]
+
+
 class Returning(nn.Module):
     """Returns its input, one tensor twice, nothing, and if asked text; changes an input; and may take a branch."""
 
@@ -330,12 +364,12 @@ def test_a_package_takes_int8_products_where_a_program_has_the_formula(tmp_path)
     assert asked == model[0].choice.kernel.startswith("int8")
 
 
-def test_without_a_compiler_there_is_an_error_that_says_so(tmp_path, monkeypatch):
+def test_without_a_compiler_there_is_an_error_that_says_so(tmp_path):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
     model, inputs, _ = case("padded", "w8a32")
-    with pytest.raises(ExportError, match="there is no C\\+\\+ compiler: install one"):
+    missing = config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with missing, pytest.raises(ExportError, match="there is no C\\+\\+ compiler: install one"):
         export(model, tmp_path / "net.pt2", inputs, to="aoti")
     assert not list(tmp_path.iterdir())
 

@@ -95,6 +95,14 @@ def test_an_index_beyond_the_table_is_an_error_as_in_the_float_layer(table):
         put_beside(nn.Embedding(20, 12))[1](torch.tensor([20]))
 
 
+def test_a_default_device_is_not_where_bags_are(table):
+    _, ours = put_beside(nn.EmbeddingBag(10, 16, mode="sum"))
+    input = torch.randint(10, (4, 3))
+    wanted = ours(input)
+    with torch.device("meta"):
+        assert torch.equal(ours(input), wanted)
+
+
 @pytest.mark.parametrize("layer", [nn.Embedding(9, 8, max_norm=1.0), nn.EmbeddingBag(9, 8, max_norm=1.0)])
 def test_max_norm_stays_float_with_the_reason(layer):
     with quantized(nn.Sequential(layer, nn.Linear(8, 8)), "w8a32") as plan:

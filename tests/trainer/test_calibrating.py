@@ -193,6 +193,15 @@ def test_without_a_validation_loop_calibration_is_refused_before_training(tmp_pa
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+def test_so_are_the_ranges_of_static_activations(tmp_path):
+    class Blind(Net):
+        validation_step = LightningModule.validation_step
+
+    callback = TinyQCallback("w8a8", export={"to": "onnx", "activations": "static"})
+    with pytest.raises(EvaluationError, match="static activations take their ranges from the validation loop, but Bl"):
+        trainer(tmp_path, callback).fit(Blind(), loader())
+
+
 @pytest.mark.filterwarnings("ignore:TinyQ")
 def test_values_that_are_not_finite_cost_the_file_not_the_training(tmp_path):
     class Broken(Net):

@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoints", metavar="FLOAT.ckpt", nargs="+", help=several + "the rest")
     _add_model(command)
     _add_spec(command)
-    output = "default: <method>-<float name>.ckpt beside the float file; for several, the folder that they go to"
+    output = "default: <method>-<float name>.ckpt beside the float file; or a folder, for several files always"
     command.add_argument("--output", metavar="Q.ckpt", help=output)
     command.add_argument("--jobs", type=_count, metavar="N", help="so many files at once, each in a process of its own")
     command.add_argument("--overwrite", action="store_true", help="replace a quantized file that is there already")
@@ -241,7 +241,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def _add_spec(command: argparse.ArgumentParser) -> None:
     given = command.add_mutually_exclusive_group()
-    given.add_argument("--method", default="w8a32", help="w8a32 (default), w8a16, w8a8, w4a32, w4a16 or w4a8")
+    given.add_argument("--method", help="w8a32 (default), w8a16, w8a8, w4a32, w4a16 or w4a8")
     given.add_argument("--spec", metavar="S.yaml", help="a YAML spec instead: method, exclude, rules, …")
     exclude = "layers to leave float: names, paths, globs, or re: and a regular expression; may be repeated"
     kinds = "kinds of layer to quantize: all, or some of linear, attention, conv, embedding, recurrent; may be repeated"

@@ -13,11 +13,11 @@ from torch import nn
 from tinyq_lightning.command.answer import Answer, is_safetensors, model_class
 from tinyq_lightning.command.loop import made_data, run_loop
 from tinyq_lightning.errors import ExportError, ModelError
-from tinyq_lightning.file import Archive, import_lightning_class, load_quantized
+from tinyq_lightning.file import Archive, import_lightning_class, load_quantized, refuse_existing
 from tinyq_lightning.handover import ExportReport, Program, format_for, import_example, recorded_calls, session_forward
 from tinyq_lightning.handover import export as write_export
 from tinyq_lightning.namespaces import derives_from
-from tinyq_lightning.table import Table
+from tinyq_lightning.table import Table, screen_width
 
 __all__ = [
     "export",
@@ -48,11 +48,14 @@ def export(args: Namespace) -> Answer:
         of_file = {"module_class": _class_of(args), "part": args.part, "trust": args.trust, "init_args": args.init}
         report = write_export(args.checkpoint, path, **given, **of_file)
         return Answer(str(report), report.to_dict())
-    return _measured(args, path, given)
+    return _measured(args, wanted, path, given)
 
 
-def _measured(args: Namespace, path: str, given: dict[str, Any]) -> Answer:
+def _measured(args: Namespace, wanted: Program, path: str, given: dict[str, Any]) -> Answer:
     """Export with ranges and example inputs from the validation data; then run the validation loop on both."""
+    refuse_existing(path, args.overwrite, ExportError)  # sooner than the validation loop runs
+    if args.activations != "dynamic" and not wanted.static:
+        raise ExportError(f"the format {wanted.name} rounds activations as they come: leave --activations out")
     data_class = import_lightning_class(args.data, "LightningDataModule")
     model: Any = load_quantized(args.checkpoint, _class_of(args), part=args.part, trust=args.trust, **args.init)
     if not derives_from(type(model), "LightningModule"):
@@ -91,7 +94,7 @@ def _metrics(here: Mapping[str, float], report: ExportReport) -> str:
     rows = [
         [name, f"{value:.6g}", f"{report.metrics[name]:.6g}"] for name, value in here.items() if name in report.metrics
     ]
-    return Table(["validation", "quantized", report.format], rows).text()
+    return Table(["validation", "quantized", report.format], rows).text(screen_width())
 
 
 def _class_of(args: Namespace) -> Any:

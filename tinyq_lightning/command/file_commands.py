@@ -130,7 +130,7 @@ def verify(args: Namespace) -> Answer:
 
 def spec_of(args: Namespace) -> QuantizationSpec:
     """What ``--method`` or ``--spec``, ``--kinds`` and ``--exclude`` ask for."""
-    spec = as_spec(args.spec or args.method)
+    spec = as_spec(args.spec or args.method or "w8a32")
     given: dict[str, Any] = {} if args.kinds is None else {"kinds": "all" if args.kinds == ["all"] else args.kinds}
     return replace(spec, exclude=(*spec.exclude, *args.exclude), **given)
 

@@ -21,8 +21,10 @@ from tinyq_lightning.command.file_commands import described, on_screen, plan_of,
 from tinyq_lightning.command.workers import run_each
 from tinyq_lightning.errors import CheckpointError, TinyQError
 from tinyq_lightning.file import (
+    as_factory,
     file_exists,
     file_sha256,
+    is_folder,
     is_quantized,
     open_checkpoint,
     quantize_file,
@@ -79,10 +81,11 @@ def quantize(args: Namespace) -> Answer:
         return _quantize_many(args)
     (checkpoint,) = args.checkpoints
     spec = spec_of(args)
-    if args.output is not None:
+    folder = args.output if args.output is not None and is_folder(args.output) else None
+    if args.output is not None and folder is None:
         refuse_existing(args.output, args.overwrite)
     with progress("quantizing") as around:
-        path, content = _write(args, checkpoint, spec, around)
+        path, content = _write(args, checkpoint, spec, around, folder)
     plan = plan_of(content["tinyq"])
     before, after = sum(d.float_bytes for d in plan), sum(d.bytes for d in plan)
     text = (
@@ -117,6 +120,10 @@ def _target(checkpoint: str, spec: QuantizationSpec, folder: str | None, label: 
 def _quantize_many(args: Namespace) -> Answer:
     """Quantize each file; those that are done, or bad, do not stop the others."""
     spec = spec_of(args)
+    if args.output is not None and args.output.endswith(".ckpt") and not is_folder(args.output):
+        raise CheckpointError(f"{args.output}: of several files --output is the folder that they go to, not a file")
+    if args.model is not None:
+        as_factory(args.model)  # a name that is none is told once, also where all files are done before
     _refuse_one_name_for_two(args, spec)
     jobs = min(args.jobs or 1, len(args.checkpoints))
     work, found = partial(_quantize_one, args, spec, jobs == 1), []

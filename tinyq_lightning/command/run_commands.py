@@ -12,7 +12,7 @@ from tinyq_lightning.command.answer import Answer, file_size, is_safetensors, mo
 from tinyq_lightning.command.bench import example_input, time_layers, time_model
 from tinyq_lightning.command.file_commands import spec_of
 from tinyq_lightning.command.loop import made_data, run_loop
-from tinyq_lightning.errors import EvaluationError, ModelError
+from tinyq_lightning.errors import CheckpointError, EvaluationError, ModelError
 from tinyq_lightning.file import (
     FloatFile,
     as_factory,
@@ -105,6 +105,8 @@ def _pair(args: Namespace) -> tuple[nn.Module, nn.Module, str]:
     path = args.checkpoint
     factory, quantized = _factory(args, path)
     if quantized:
+        if asked := [name for name in ("method", "spec", "kinds", "exclude") if getattr(args, name)]:
+            raise CheckpointError(f"{path} is quantized already: leave --{asked[0]} out, or give the float file")
         content = read_content(path)
         module = load_quantized(path, factory, trust=args.trust, **args.init)
         return module, build(factory, content, args.init, args.trust, path).eval(), content["tinyq"]["label"]

@@ -87,6 +87,8 @@ class _Worker:
         self.pipe.close()
         self._process.join(timeout=1)
         self._process.terminate()
+        self._process.join(timeout=10)
+        self._process.kill()
         self._process.join()
         return self._process.exitcode
 

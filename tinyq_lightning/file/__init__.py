@@ -13,7 +13,7 @@ from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.digest import digest_of
 from tinyq_lightning.file.durable import replace_file, temporary_folder
 from tinyq_lightning.file.factory import as_factory
-from tinyq_lightning.file.folder import Folder, open_checkpoint
+from tinyq_lightning.file.folder import Folder, is_folder, open_checkpoint
 from tinyq_lightning.file.from_float import FloatFile, float_content, quantize_file
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.loading import load_content, load_quantized, read_content
@@ -54,6 +54,7 @@ __all__ = [
     "import_class",
     "import_lightning_class",
     "import_named",
+    "is_folder",
     "is_quantized",
     "load_content",
     "load_quantized",

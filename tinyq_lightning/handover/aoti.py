@@ -46,7 +46,7 @@ def write_aoti(request: Request, path: str) -> Sequence[str]:
         _compile(request, path, {})
     notes = ["the package is machine code for processors with the vector instructions of this one"]
     if has_int8_product():
-        notes.append("its int8 products are exact on processors with VNNI, as this one; without, they saturate")
+        notes.append("its int8 products are those of processors with VNNI, as this one; without, they saturate")
     return notes
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tinyq_lightning.errors import ExportError
+
 __all__ = [
     "recorded_calls",
 ]
@@ -34,7 +36,7 @@ def recorded_calls(module: nn.Module, method: str = "forward") -> Iterator[list[
     @functools.wraps(own)
     def noting(*args: Any, **kwargs: Any) -> Any:
         args_here, kwargs_here = pytree.tree_map(_on_cpu, (args, kwargs))
-        calls.append(dict(signature.bind(*args_here, **kwargs_here).arguments) if kwargs else args_here)
+        calls.append(_by_name(signature, args_here, kwargs_here) if kwargs else args_here)
         return own(*args, **kwargs)
 
     former = vars(module).get(method)
@@ -45,6 +47,19 @@ def recorded_calls(module: nn.Module, method: str = "forward") -> Iterator[list[
         del vars(module)[method]
         if former is not None:
             vars(module)[method] = former
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL and found.get(name):
+            raise ExportError(
+                f"a call gives *{name} and arguments by name ({', '.join(kwargs)}) at once, which cannot be noted: "
+                "give the inputs yourself"
+            )
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= found.pop(name, {})
+    return found
 
 
 def _on_cpu(leaf: Any) -> Any:

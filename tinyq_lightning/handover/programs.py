@@ -118,6 +118,8 @@ def arranged(example: Example, structure: Any) -> tuple[list[Any], dict[str, Any
         example: the arguments, in whatever way they were given.
         structure: torch's ``TreeSpec`` of the program's arguments.
     """
+    if pytree.tree_structure((tuple(example.args), dict(example.kwargs))) == structure:
+        return list(example.args), dict(example.kwargs)
     names = list(structure.child(1).context if hasattr(structure, "child") else structure.children_specs[1].context)
     by_place = [value for name, value in example.parameters.items() if name not in names]
     return by_place, {name: example.parameters[name] for name in names if name in example.parameters}

@@ -306,10 +306,12 @@ def _exact_sums(integers: Tensor, codes: Tensor, geometry: Geometry) -> Tensor:
     if geometry.groups > 1 or geometry.transposed or most * places * CODE_MAX**2 > SUM_MAX:
         return convolve(integers.double(), codes.double(), None, geometry).to(integers.dtype)
     total: Tensor | None = None
-    weight = codes.to(integers.dtype)  # not of slices: a package would hold the codes once for each
+    # in a graph not of slices: a package would hold the codes once for each
+    whole = codes.to(integers.dtype) if torch.compiler.is_compiling() else None
     for start in range(0, channels, most):
         block = slice(start, start + most)
-        part = convolve(integers[:, block], weight[:, block], None, geometry).double()
+        weight = codes[:, block].to(integers.dtype) if whole is None else whole[:, block]
+        part = convolve(integers[:, block], weight, None, geometry).double()
         total = part if total is None else total + part
     assert total is not None
     return total.to(integers.dtype)

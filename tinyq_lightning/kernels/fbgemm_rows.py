@@ -123,7 +123,7 @@ def _is_exact() -> bool:
     generator = torch.Generator("cpu").manual_seed(0)
     for columns in (1, 7, 16, 33, 64):
         codes = torch.randint(-128, 128, (64, columns), generator=generator, device="cpu").to(torch.int8)
-        scales = torch.rand(64, generator=generator, device="cpu")
+        scales = torch.rand(64, generator=generator, device="cpu", dtype=torch.float32)
         scales[0], scales[1], scales[2] = 1e-38, 1e-44, 1e36
         rows, index = FbgemmRows(codes, scales), torch.arange(64, device="cpu")
         if not torch.equal(rows.rows(index), codes * scales[:, None]) or not torch.equal(rows.codes(), codes):

@@ -179,8 +179,10 @@ def _scaled_product(x: Tensor, int8_weights: Tensor, scales: Tensor) -> Tensor:
         or torch.compiler.is_compiling()
         or in_transform()
     ):
-        copies = int8_weights.to(x.dtype)  # not of slices: a package would hold the codes once for each
-        parts = [nn.functional.linear(x, copies[rows]) for rows in blocks]
+        # in a graph not of slices: a package would hold the codes once for each
+        whole = int8_weights.to(x.dtype) if torch.compiler.is_compiling() else None
+        copies = (int8_weights[rows].to(x.dtype) if whole is None else whole[rows] for rows in blocks)
+        parts = [nn.functional.linear(x, copy) for copy in copies]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)) * scales
     outputs, inputs = int8_weights.shape
     x_rows, copy = x.reshape(-1, inputs), None

@@ -109,7 +109,7 @@ def integer_product(x: Tensor, int8_weights: Tensor, scales: Tensor, method: Met
 def scaled_sums(integers: Tensor, int8_weights: Tensor, scales: Tensor, method: Method) -> Tensor:
     """``integers @ (q * s)ᵀ``: ``[rows, in]`` integers as floats → ``[rows, out]`` likewise, each digit's sums exact.
 
-    A package that is compiled for this processor holds packed codes.
+    A package that is compiled for this processor holds packed codes, whose sums beyond 2²⁴ lose their last bits.
     """
     if integers.is_cpu and _is_packed(method, int8_weights.shape[1]):
         sums = _packed_sums(integers, int8_weights, scales, method.digits)

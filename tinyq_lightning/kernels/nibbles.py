@@ -111,7 +111,7 @@ def collapse(codes: Tensor, multipliers: Tensor) -> Tensor:
         ``[rows, ceil(columns / 2)]`` uint8: packed codes.
     """
     columns = codes.shape[1]
-    packed = torch.empty(packed_shapes(*codes.shape)[0], dtype=torch.uint8, device=codes.device)
+    packed = codes.new_empty(packed_shapes(*codes.shape)[0], dtype=torch.uint8)
     for block, factors, made in row_blocks(codes, multipliers, packed):  # or it would take twice the float weight
         spread = multipliers_of(factors, columns).repeat_interleave(GROUP, 1)[:, :columns]
         # Quotients of integers as small as these are exact in float32, which divides faster.
@@ -125,7 +125,7 @@ def multipliers_of(packed: Tensor, columns: int) -> Tensor:
 
 
 # For each byte that holds two multipliers, the 64 int8 that they are beside the codes, as 16 words to copy.
-_BYTES = torch.arange(256)
+_BYTES = torch.arange(256, device="cpu")
 _BOTH_GROUPS = torch.stack((_BYTES & 15, _BYTES >> 4), 1).to(torch.int8).repeat_interleave(GROUP, 1).view(torch.int32)
 
 

@@ -31,8 +31,7 @@ def choose_recurrent_kernel(kernel: KernelName, bits: int = 8) -> Choice:
     if wanted == "reference":
         return Choice("reference", "as asked for: the weights are expanded on each call")
     if bits == 4 and wanted in ("compact", "int4"):
-        return Choice(
-            "int4", "half a byte a weight in memory, expanded on each call, float32 sums", bytes_a_weight=0.52
-        )
+        reason = "half a byte a weight in memory, expanded on each call, float32 sums"
+        return Choice("int4", reason, bytes_a_weight=0.52, forms={"int4": 0.52}, keeps_codes=False)
     reason = "recurrent layers have no int8 product: one byte a weight in memory, expanded on each call, float32 sums"
     return Choice("reference", reason)

@@ -258,7 +258,9 @@ def divisor(x: Tensor, number: int | Tensor) -> int | Tensor:
 
     On a GPU torch multiplies by the reciprocal of a Python number or of a number on the CPU, which may round otherwise.
     """
-    return number if x.is_cpu or isinstance(number, Tensor) else x.new_full((), number)
+    if x.is_cpu:
+        return number
+    return number.to(x.device) if isinstance(number, Tensor) else x.new_full((), number)
 
 
 def activation_steps(x: Tensor, steps: int | Tensor) -> Tensor:

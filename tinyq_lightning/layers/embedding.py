@@ -247,6 +247,8 @@ class QuantizedEmbeddingBag(_LookUp, nn.EmbeddingBag):  # type: ignore[override]
         """The sums or means of bags of packed rows; None where they are reduced in another way."""
         if self.mode == "max" or self.dtype is not torch.float32 or (input.dim() == 2) != (offsets is None):
             return None
+        if not all(each is None or each.is_cpu for each in (offsets, weights)):
+            return None
         if weights is not None and (self.mode != "sum" or weights.requires_grad or weights.shape != input.shape):
             return None
         packed = self._packed_rows(input) if input.numel() else None
@@ -254,7 +256,7 @@ class QuantizedEmbeddingBag(_LookUp, nn.EmbeddingBag):  # type: ignore[override]
             return None
         begins = offsets
         if begins is None:
-            begins = torch.arange(0, input.numel(), input.shape[1], dtype=input.dtype)
+            begins = torch.arange(0, input.numel(), input.shape[1], dtype=input.dtype, device=input.device)
         elif begins.dtype != input.dtype or begins.dim() != 1 or not len(begins) or begins[0]:
             return None
         factors = None if weights is None else weights.reshape(-1)

@@ -197,7 +197,7 @@ class Plan:
         rows = []
         for decision in self:
             row = asdict(decision) | {"aliases": list(decision.aliases)}
-            del row["kernel"], row["weights"], row["decided_by"]
+            del row["kernel"], row["weights"], row["shared_bytes"], row["decided_by"]
             for key in ("output_error", "uncalibrated"):  # where no data was there, as in files of earlier versions
                 if row[key] is None:
                     del row[key]

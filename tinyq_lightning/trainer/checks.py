@@ -179,7 +179,8 @@ def refuse_without_validation(spec: QuantizationSpec, why_not: str | None) -> No
         why_not: why the validation loop cannot be run, or None.
 
     Raises:
-        EvaluationError: ``why_not`` is given, and the spec has a budget, ``never_slower`` or ``calibrate``.
+        EvaluationError: ``why_not`` is given, and the spec has a budget, ``never_slower``, ``calibrate`` or an
+            export with static activations.
     """
     if spec.budget and why_not:
         raise EvaluationError(f"the budget's metric {spec.budget.monitor!r} cannot be measured: {why_not}")
@@ -187,6 +188,8 @@ def refuse_without_validation(spec: QuantizationSpec, why_not: str | None) -> No
         raise EvaluationError(f"never_slower times layers at the row counts of the validation loop, but {why_not}")
     if spec.calibrate and why_not:
         raise EvaluationError(f"calibrate chooses codes by the batches of the validation loop, but {why_not}")
+    if why_not and any(each.is_static for each in spec.export):
+        raise EvaluationError(f"static activations take their ranges from the validation loop, but {why_not}")
 
 
 def known_mode(

@@ -63,7 +63,7 @@ class Gather:
         tensor = self._state[name]
         if not isinstance(tensor, DTensor):
             return cast("Tensor", tensor.detach().cpu().clone())
-        values = torch.empty(tensor.shape, dtype=tensor.dtype)
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         own, local = self._part(name)
         buffer = torch.empty_like(local)
         _broadcast(name)  # not earlier: the others wait for what follows
