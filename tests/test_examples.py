@@ -199,6 +199,7 @@ def test_a_table_is_quantized_within_its_budget(tmp_path):
     assert len(list(tmp_path.glob("w8a8-epoch=*.ckpt"))) == 1
 
 
+@pytest.mark.slow
 def test_a_tied_transformer_writes_letters_by_three_methods(tmp_path):
     shown = run(tmp_path, ROOT / "examples" / "text.py", "--epochs", 3, "--root", tmp_path)
     bits = float(shown.split("'val_bits_per_letter': ")[1].split("}")[0])

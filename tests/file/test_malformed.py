@@ -290,6 +290,7 @@ def fuzz(path, target, count, seed, by_commands):
     return refused
 
 
+@pytest.mark.slow
 def test_mutated_content_loads_or_is_refused_by_name(good, tmp_path):
     assert fuzz(good, tmp_path / "odd.ckpt", 60, seed=0, by_commands=False) > 20
 

@@ -301,6 +301,7 @@ def test_verify_compares_all_that_data_did_not_choose(tmp_path, capsys, monkeypa
     assert main([*arguments[:-1], other.float_path]) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_codes_of_the_data_of_both(tmp_path):
     run_on_ranks("ddp_calibrate.py", tmp_path)
     ranks = written_by_ranks(tmp_path, "codes")

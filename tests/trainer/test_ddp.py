@@ -13,7 +13,9 @@ from ranks import run_on_ranks, written_by_ranks
 from tinyq_lightning import load_quantized
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_fork"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(how, marks=pytest.mark.slow) for how in ("ddp_spawn", "ddp_fork"))]
+)
 def test_ranks_agree_and_one_file_is_written(tmp_path, strategy):
     done = run_on_ranks("ddp_run.py", tmp_path, strategy)
     assert "tinyq/val_acc/w8a32" in done.stdout, "callback_metrics come back from spawned processes"
@@ -45,6 +47,7 @@ def test_ranks_agree_and_one_file_is_written(tmp_path, strategy):
     assert "optimizer_states" in floats
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_is_waited_for_by_none_and_all_know_why(tmp_path):
     run_on_ranks("ddp_failures.py", tmp_path)
     for place, rank in (("load", 1), ("loop", 1), ("loop", 0), ("save", 1), ("log", 0)):

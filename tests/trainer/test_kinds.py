@@ -152,6 +152,7 @@ def test_a_budget_gives_layers_up_whatever_their_kind(tmp_path):
     assert type(module.table) is torch.nn.Parameter
 
 
+@pytest.mark.slow
 def test_two_processes_agree(tmp_path):
     run_on_ranks("ddp_kinds.py", tmp_path)
     ranks = written_by_ranks(tmp_path, "fit")

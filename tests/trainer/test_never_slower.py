@@ -417,6 +417,7 @@ def test_a_value_that_is_neither_true_nor_false_is_refused():
 # On several processes
 
 
+@pytest.mark.slow
 def test_all_ranks_take_the_plan_of_rank_0(tmp_path):
     run_on_ranks("ddp_never_slower.py", tmp_path)
     for stage in ("fit", "test"):

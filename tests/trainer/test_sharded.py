@@ -34,7 +34,8 @@ class Whole(LightningModule):
     forward = ShardedNet.forward
 
 
-@pytest.mark.parametrize("how", ["fsdp", *(pytest.param(how, marks=pytest.mark.slow) for how in ("tensor", "both"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp", "tensor", "both"])
 def test_a_sharded_model_leaves_the_file_of_the_gathered_one(tmp_path, how, capsys):
     done = run_on_ranks("sharded_run.py", tmp_path, how)
     assert done.stdout.count("TinyQ: 2 methods for 4 layers") == 1, "rank 0 shows the report"
