@@ -13,7 +13,11 @@ from tinyq_lightning.kernels.integer import padded_int_mm
 from tinyq_lightning.kernels.weights import divisor
 from tinyq_lightning.methods import METHODS
 
-CPU_PRODUCT = torch._int_mm
+
+def exact_product(digits, codes):
+    """``torch._int_mm`` as a GPU has it: on a CPU without VNNI it saturates."""
+    return (digits.double() @ codes.double()).to(torch.int32)
+
 
 GEOMETRIES = {
     "1d": ((3,), Geometry((1,), (1,), (1,)), (11,)),
@@ -25,6 +29,11 @@ GEOMETRIES = {
 
 def integers(*shape, seed=0):
     return torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    monkeypatch.setattr(torch, "_int_mm", exact_product)
 
 
 @pytest.fixture
