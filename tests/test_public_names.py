@@ -85,6 +85,8 @@ def own_docstring(thing):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_is_documented_and_so_is_what_it_exports(module):
+    if module.endswith("triton_product"):
+        pytest.importorskip("triton")  # what the module is written in
     loaded = importlib.import_module(module)
     assert loaded.__doc__
     for name in getattr(loaded, "__all__", []):
