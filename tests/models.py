@@ -29,19 +29,12 @@ def loader(count: int = 192, seed: int = 0, **kwargs) -> DataLoader:
     return DataLoader(samples(count, seed), **{"batch_size": 32, **kwargs})
 
 
-class Blobs(LightningDataModule):
-    """A data module whose transfer hook matters: without it the model sees other numbers."""
+class Data(LightningDataModule):
+    """Other data for each loop."""
 
     def __init__(self, **kwargs):
         super().__init__()
         self.kwargs = kwargs
-        self.setups = 0
-
-    def setup(self, stage):
-        self.setups += 1
-
-    def on_after_batch_transfer(self, batch, dataloader_idx):
-        return [batch[0] * 0.5, batch[1]]
 
     def train_dataloader(self):
         return loader(shuffle=True, **self.kwargs)
@@ -51,6 +44,20 @@ class Blobs(LightningDataModule):
 
     def test_dataloader(self):
         return loader(seed=2, **self.kwargs)
+
+
+class Blobs(Data):
+    """A data module whose transfer hook matters: without it the model sees other numbers."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.setups = 0
+
+    def setup(self, stage):
+        self.setups += 1
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] * 0.5, batch[1]]
 
 
 class Net(LightningModule):

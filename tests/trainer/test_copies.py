@@ -9,27 +9,18 @@ import threading
 
 import pytest
 import torch
-from lightnings import Callback, EMAWeightAveraging, LightningDataModule, StochasticWeightAveraging
-from models import Net, keeper, loader, trainer
+from lightnings import Callback, EMAWeightAveraging, StochasticWeightAveraging
+from models import Data, Net, keeper, trainer
 
 from tinyq_lightning import TinyQCallback
 
 
-class Locked(LightningDataModule):
+class Locked(Data):
     """Data that cannot be copied, as an open database cannot."""
 
     def __init__(self):
         super().__init__()
         self.lock = threading.Lock()
-
-    def train_dataloader(self):
-        return loader(shuffle=True)
-
-    def val_dataloader(self):
-        return loader(seed=1)
-
-    def test_dataloader(self):
-        return loader(seed=2)
 
 
 class Copies(Callback):

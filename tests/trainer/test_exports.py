@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightnings import CSVLogger, LightningDataModule, MLFlowLogger, WandbLogger
-from models import FEATURES, Net, keeper, loader, trainer
+from lightnings import CSVLogger, MLFlowLogger, WandbLogger
+from models import FEATURES, Data, Net, keeper, loader, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -228,17 +228,6 @@ def test_static_activations_take_ranges_from_validation_and_are_measured(tmp_pat
     assert static["metrics"] != metrics
     assert "forward" not in vars(run.lightning_module)
     assert f"{path.stem}-static.onnx" in capsys.readouterr().out
-
-
-class Data(LightningDataModule):
-    def train_dataloader(self):
-        return loader(shuffle=True)
-
-    def val_dataloader(self):
-        return loader(seed=1)
-
-    def test_dataloader(self):
-        return loader(seed=2)
 
 
 class NeverCalled(Net):
