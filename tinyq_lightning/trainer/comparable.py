@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "best_score",
     "check_comparable",
+    "recorded_score",
 ]
 
 
@@ -46,9 +47,14 @@ def check_comparable(trainer: Trainer, before: Evaluation, after: Evaluation) ->
 
 
 def best_score(trainer: Trainer, path: str | None, metrics: Mapping[str, float]) -> tuple[str, float] | None:
+    """As :func:`recorded_score`; None unless the metric is among those that were measured."""
+    recorded = recorded_score(trainer, path)
+    return recorded if recorded is not None and recorded[0] in metrics else None
+
+
+def recorded_score(trainer: Trainer, path: str | None) -> tuple[str, float] | None:
     """What a ModelCheckpoint monitors and the score it recorded for a file; None unless that is its best checkpoint."""
-    keepers = [keeper for keeper in checkpoint_callbacks(trainer) if path and keeper.best_model_path == path]
-    if not keepers:
-        return None
-    monitor, score = keepers[0].monitor, keepers[0].best_model_score
-    return None if monitor not in metrics or monitor is None or score is None else (monitor, float(score))
+    for keeper in checkpoint_callbacks(trainer):
+        if path and keeper.best_model_path == path and keeper.monitor and keeper.best_model_score is not None:
+            return keeper.monitor, float(keeper.best_model_score)
+    return None

@@ -24,7 +24,7 @@ from tinyq_lightning.file import (
 )
 from tinyq_lightning.plan import Plan, quantize_by_layer, state_bytes
 from tinyq_lightning.spec import QuantizationSpec
-from tinyq_lightning.trainer.checks import checkpoint_callbacks
+from tinyq_lightning.trainer.comparable import recorded_score
 from tinyq_lightning.trainer.float_weights import FloatWeights
 from tinyq_lightning.trainer.gather import Gather
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
@@ -125,11 +125,10 @@ def _known_of_float(trainer: Trainer, source: FloatWeights) -> str:
         last = {name: value for name, value in numbers(trainer.callback_metrics).items() if name in logged}
         told = ", ".join(f"{name} {value:.6g}" for name, value in last.items())
         return f" The last validation of the fit gave {told} for the float model." if told else ""
-    for keeper in checkpoint_callbacks(trainer):
-        if keeper.best_model_path == source.path and keeper.monitor and keeper.best_model_score is not None:
-            score = float(keeper.best_model_score)
-            return f" ModelCheckpoint recorded {keeper.monitor} {score:.6g} for the float model."
-    return ""
+    if (recorded := recorded_score(trainer, source.path)) is None:
+        return ""
+    monitor, score = recorded
+    return f" ModelCheckpoint recorded {monitor} {score:.6g} for the float model."
 
 
 def _quantize_on_ranks(
