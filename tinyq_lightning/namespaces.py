@@ -19,6 +19,7 @@ from tinyq_lightning.errors import TrainerError
 
 __all__ = [
     "NAMESPACES",
+    "OF_LIGHTNING",
     "Namespace",
     "derives_from",
     "is_lightnings",
@@ -66,6 +67,10 @@ class Namespace:
 
 
 NAMESPACES = (Namespace("lightning.pytorch", "lightning.fabric"), Namespace("pytorch_lightning", "lightning_fabric"))
+
+
+OF_LIGHTNING = r"(pytorch_)?lightning(_fabric)?\."
+"""What the names of their modules begin with, as a regular expression: for filters of warnings, such as its advice."""
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import yaml
 
 from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.methods import ACTIVATIONS, FORMAT_NAMES
+from tinyq_lightning.namespaces import OF_LIGHTNING
 from tinyq_lightning.version import __version__
 
 __all__ = [
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning(_fabric)?\.")  # advice for training
+            warnings.filterwarnings("ignore", module=OF_LIGHTNING)  # advice for training
             answer = _command(args.command)(args)
     except TinyQError as error:
         if args.json:
@@ -118,10 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         "float checkpoints to quantized ones, without a Trainer, one layer in memory at a time",
         "tinyq-lightning quantize epoch=7.ckpt --model nets:Net --method w8a32 --exclude head",
     )
-    several = (
-        "float checkpoints, or saved state dicts; of several, those done before are left and bad ones do not stop "
-    )
-    command.add_argument("checkpoints", metavar="FLOAT.ckpt", nargs="+", help=several + "the rest")
+    several = "of several, those done before are left and bad ones do not stop the rest"
+    files = f"float checkpoints, or saved state dicts; {several}"
+    command.add_argument("checkpoints", metavar="FLOAT.ckpt", nargs="+", help=files)
     _add_model(command)
     _add_spec(command)
     output = "default: <method>-<float name>.ckpt beside the float file; or a folder, for several files always"

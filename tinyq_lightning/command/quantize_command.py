@@ -34,6 +34,7 @@ from tinyq_lightning.file import (
     write_checkpoint,
 )
 from tinyq_lightning.methods import METHODS
+from tinyq_lightning.namespaces import OF_LIGHTNING
 from tinyq_lightning.plan import WithValues, file_coverage
 from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.table import Table, format_bytes, screen_width
@@ -81,11 +82,11 @@ def quantize(args: Namespace) -> Answer:
         return _quantize_many(args)
     (checkpoint,) = args.checkpoints
     spec = spec_of(args)
-    folder = args.output if args.output is not None and is_folder(args.output) else None
-    if args.output is not None and folder is None:
-        refuse_existing(args.output, args.overwrite)
+    output, folder = (None, args.output) if is_folder(args.output) else (args.output, None)
+    if output is not None:
+        refuse_existing(output, args.overwrite)
     with progress("quantizing") as around:
-        path, content = _write(args, checkpoint, spec, around, folder)
+        path, content = _write(args, checkpoint, spec, around, folder, output)
     plan = plan_of(content["tinyq"])
     before, after = sum(d.float_bytes for d in plan), sum(d.bytes for d in plan)
     text = (
@@ -98,14 +99,18 @@ def quantize(args: Namespace) -> Answer:
 
 
 def _write(
-    args: Namespace, checkpoint: str, spec: QuantizationSpec, around: WithValues, folder: str | None = None
+    args: Namespace,
+    checkpoint: str,
+    spec: QuantizationSpec,
+    around: WithValues,
+    folder: str | None,
+    output: str | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """The path and the content of the quantized file that was written."""
+    """The path and the content of the quantized file that was written: ``output``, or else as :func:`_target` says."""
     with open_checkpoint(checkpoint, args.trust) as source:
         factory = model_class(args.model, source, args.trust)
         content = quantize_file(source, factory, spec, args.init, around, args.trust)
-    path = args.output if folder is None else None
-    path = path or _target(checkpoint, spec, folder, plan_of(content["tinyq"]).file_label)
+    path = output or _target(checkpoint, spec, folder, plan_of(content["tinyq"]).file_label)
     refuse_existing(path, args.overwrite)
     write_checkpoint(content, path)
     return path, content
@@ -163,12 +168,12 @@ def _quantize_one(args: Namespace, spec: QuantizationSpec, bar: bool, checkpoint
     """Quantize one of many files. No exception of the file or of its class leaves this."""
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning(_fabric)?\.")
+        warnings.filterwarnings("ignore", module=OF_LIGHTNING)
         try:
             result = _done_before(args, spec, checkpoint)
             if result is None:
                 with progress(os.path.basename(checkpoint)) if bar else nullcontext(nullcontext) as around:
-                    path, content = _write(args, checkpoint, spec, around, args.output or "")
+                    path, content = _write(args, checkpoint, spec, around, args.output)
                 result = _described_file(checkpoint, "quantized", path, content["tinyq"])
         except TinyQError as error:
             text = str(error)

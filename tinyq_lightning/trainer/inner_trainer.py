@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 
-from tinyq_lightning.namespaces import NAMESPACES, derives_from, namespace_of
+from tinyq_lightning.namespaces import NAMESPACES, OF_LIGHTNING, derives_from, namespace_of
 from tinyq_lightning.trainer.ranks import JoinedDDPStrategy
 from tinyq_lightning.trainer.state import package_of
 
@@ -298,7 +298,7 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             for category in _advice():
                 warnings.filterwarnings("ignore", category=category)
-            warnings.filterwarnings("ignore", module=r"(pytorch_)?lightning(_fabric)?\.|tinyq_lightning\.trainer")
+            warnings.filterwarnings("ignore", module=rf"{OF_LIGHTNING}|tinyq_lightning\.trainer")
             yield
     finally:
         for logger, level in levels:
