@@ -20,7 +20,6 @@ from tinyq_lightning.table import format_bytes
 __all__ = [
     "Answer",
     "file_size",
-    "is_safetensors",
     "model_class",
     "note",
     "progress",
@@ -40,11 +39,6 @@ class Answer:
     text: str
     data: dict[str, Any]
     good: bool = True
-
-
-def is_safetensors(path: str) -> bool:
-    """True for the name of a safetensors file."""
-    return path.lower().endswith(".safetensors")
 
 
 def model_class(path: str | None, source: Archive | Folder, trust: bool) -> Any:

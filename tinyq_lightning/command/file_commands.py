@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tinyq_lightning.command.answer import Answer, file_size, is_safetensors, model_class, progress
+from tinyq_lightning.command.answer import Answer, file_size, model_class, progress
 from tinyq_lightning.command.differences import chosen_by_data, differences
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import (
@@ -22,6 +22,7 @@ from tinyq_lightning.file import (
     escaped,
     float_content,
     is_quantized,
+    is_safetensors,
     open_checkpoint,
     quantize_file,
     read_content,

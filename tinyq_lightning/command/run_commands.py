@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from tinyq_lightning.command.answer import Answer, file_size, is_safetensors, model_class
+from tinyq_lightning.command.answer import Answer, file_size, model_class
 from tinyq_lightning.command.bench import example_input, time_layers, time_model
 from tinyq_lightning.command.file_commands import spec_of
 from tinyq_lightning.command.loop import made_data, run_loop
@@ -20,6 +20,7 @@ from tinyq_lightning.file import (
     check_format,
     import_lightning_class,
     is_quantized,
+    is_safetensors,
     load_quantized,
     open_checkpoint,
     read_content,

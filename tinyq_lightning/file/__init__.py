@@ -21,7 +21,7 @@ from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
 from tinyq_lightning.file.names import check_folder, file_bytes, file_exists, quantized_path, refuse_existing, stem_of
 from tinyq_lightning.file.part import content_of_part
 from tinyq_lightning.file.plain import plain
-from tinyq_lightning.file.safetensors import read_safetensors, write_safetensors
+from tinyq_lightning.file.safetensors import is_safetensors, read_safetensors, write_safetensors
 from tinyq_lightning.file.state import check_state
 from tinyq_lightning.file.structure import restore_structure
 from tinyq_lightning.file.trust import import_class, import_lightning_class, import_named
@@ -56,6 +56,7 @@ __all__ = [
     "import_named",
     "is_folder",
     "is_quantized",
+    "is_safetensors",
     "load_content",
     "load_quantized",
     "make_checkpoint",

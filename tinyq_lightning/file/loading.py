@@ -15,7 +15,7 @@ from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.factory import as_factory, name_of, parameters_of
 from tinyq_lightning.file.hooks import HookView, dropped_entries
 from tinyq_lightning.file.part import content_of_part
-from tinyq_lightning.file.safetensors import read_safetensors
+from tinyq_lightning.file.safetensors import is_safetensors, read_safetensors
 from tinyq_lightning.file.structure import fill_what_is_still_held, prepare_structure
 from tinyq_lightning.file.validate import HYPER_PARAMETERS
 from tinyq_lightning.file.weightless import take_values, without_weights
@@ -114,8 +114,7 @@ def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: there is no such file, it is damaged, or it is none of these.
         MissingExtraError: it is a safetensors file, and safetensors is not installed.
     """
-    is_safetensors = os.fspath(path).lower().endswith(".safetensors")
-    return read_safetensors(path) if is_safetensors else read_checkpoint(path)
+    return read_safetensors(path) if is_safetensors(path) else read_checkpoint(path)
 
 
 def load_content(

@@ -24,6 +24,7 @@ from tinyq_lightning.file.plain import plain, plain_state
 from tinyq_lightning.file.validate import check_format, check_layers
 
 __all__ = [
+    "is_safetensors",
     "read_safetensors",
     "write_safetensors",
 ]
@@ -32,6 +33,11 @@ _Names = dict[tuple[Any, ...], str]
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 _NO_LIBRARY = "safetensors files need the package safetensors: pip install 'tinyq-lightning[safetensors]'"
+
+
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """True for the name of a safetensors file."""
+    return os.fspath(path).lower().endswith(".safetensors")
 
 
 def write_safetensors(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

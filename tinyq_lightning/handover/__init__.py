@@ -2,7 +2,7 @@
 
 from tinyq_lightning.handover.beside import check_formats, export_beside
 from tinyq_lightning.handover.calls import recorded_calls
-from tinyq_lightning.handover.example import as_arguments, import_example
+from tinyq_lightning.handover.example import as_arguments, copies_on_cpu, import_example
 from tinyq_lightning.handover.exporting import export
 from tinyq_lightning.handover.formats import FORMATS, Format, Program, Tensors, format_for
 from tinyq_lightning.handover.report import ExportReport
@@ -16,6 +16,7 @@ __all__ = [
     "Tensors",
     "as_arguments",
     "check_formats",
+    "copies_on_cpu",
     "export",
     "export_beside",
     "format_for",

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from tinyq_lightning.errors import ExportError
+from tinyq_lightning.handover.example import copies_on_cpu
 
 __all__ = [
     "recorded_calls",
@@ -35,7 +35,7 @@ def recorded_calls(module: nn.Module, method: str = "forward") -> Iterator[list[
 
     @functools.wraps(own)
     def noting(*args: Any, **kwargs: Any) -> Any:
-        args_here, kwargs_here = pytree.tree_map(_on_cpu, (args, kwargs))
+        args_here, kwargs_here = copies_on_cpu((args, kwargs))
         calls.append(_by_name(signature, args_here, kwargs_here) if kwargs else args_here)
         return own(*args, **kwargs)
 
@@ -60,8 +60,3 @@ def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[s
         if parameter.kind is parameter.VAR_KEYWORD:
             found |= found.pop(name, {})
     return found
-
-
-def _on_cpu(leaf: Any) -> Any:
-    """A copy, since a step may change its inputs."""
-    return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf

@@ -17,6 +17,7 @@ from tinyq_lightning.file import import_named
 __all__ = [
     "Example",
     "as_arguments",
+    "copies_on_cpu",
     "example_for",
     "flat_names",
     "import_example",
@@ -102,6 +103,11 @@ def import_example(path: str) -> Any:
         raise ModelError(f"{path!r} returned no example inputs: {type(error).__name__}: {error}") from error
 
 
+def copies_on_cpu(given: Any) -> Any:
+    """The same structure with copies of its tensors on the CPU: a model or a step may change those it is given."""
+    return pytree.tree_map(lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf, given)
+
+
 def example_for(model: nn.Module, given: Any, method: str) -> Example:
     """The arguments of one call of a method.
 
@@ -123,8 +129,7 @@ def example_for(model: nn.Module, given: Any, method: str) -> Example:
             f"{name}.{method} is to be exported and there is no example of its inputs: {advice}give example_inputs "
             "(--example package.module:function): a tensor, a tuple of arguments, or a dict of arguments by name"
         )
-    given = pytree.tree_map(lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf, given)
-    args, kwargs = as_arguments(given)
+    args, kwargs = as_arguments(copies_on_cpu(given))
     function = getattr(model, method, None)
     if not callable(function):
         raise ModelError(f"{name} has no method {method!r}")

@@ -21,7 +21,7 @@ from tinyq_lightning.handover.report import ExportReport
 from tinyq_lightning.handover.request import Request
 from tinyq_lightning.handover.source import callable_module, model_from, on_cpu, rounding_noise
 from tinyq_lightning.handover.untouched import untouched
-from tinyq_lightning.methods import ACTIVATIONS, Activations
+from tinyq_lightning.methods import Activations
 from tinyq_lightning.plan import state_bytes
 from tinyq_lightning.search import Timing, is_one_input
 
@@ -107,10 +107,7 @@ def export(
 
 
 def _check_activations(wanted: Program, activations: str, calibration: Iterable[Any] | None) -> None:
-    if activations not in ACTIVATIONS:
-        raise ExportError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}")
-    if activations != "dynamic" and not wanted.static:
-        raise ExportError(f"the format {wanted.name} rounds activations as they come: leave activations out")
+    wanted.check_activations(activations)
     if (activations == "dynamic") != (calibration is None):
         raise ExportError(
             "static activations and calibration belong together: give activations='static' and "

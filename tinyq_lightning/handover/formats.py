@@ -36,6 +36,7 @@ from tinyq_lightning.handover.onnx_file import open_onnx, write_onnx
 from tinyq_lightning.handover.openvino_file import open_openvino, write_openvino
 from tinyq_lightning.handover.programs import open_pt2, write_pt2
 from tinyq_lightning.handover.request import Request
+from tinyq_lightning.methods import ACTIVATIONS, STATIC_FORMATS
 
 __all__ = [
     "FORMATS",
@@ -88,15 +89,29 @@ class Program(Format):
         write: writes it.
         open: loads it into its runtime.
         max_error: the relative error that is allowed if the user gives none.
-        static: whether it can hold static activations.
-        max_static_error: the same for these.
+        max_static_error: the same for static activations.
     """
 
     write: Callable[[Request, str], Sequence[str]] = lambda request, path: ()
     open: Callable[[str, Request], Run] = lambda path, request: lambda example: ()
     max_error: float = 0.01
-    static: bool = False
     max_static_error: float = 0.3
+
+    @property
+    def static(self) -> bool:
+        """Whether it can hold static activations."""
+        return self.name in STATIC_FORMATS
+
+    def check_activations(self, activations: str) -> None:
+        """Check that it can hold activations that are rounded so.
+
+        Raises:
+            ExportError: it cannot, or there is no such way.
+        """
+        if activations not in ACTIVATIONS:
+            raise ExportError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}")
+        if activations != "dynamic" and not self.static:
+            raise ExportError(f"the format {self.name} rounds activations as they come: leave activations out")
 
     def bound(self, activations: str) -> float:
         """The relative error that is allowed if the user gives none."""
@@ -138,7 +153,6 @@ _LIST: tuple[Format, ...] = (
         write=write_onnx,
         open=open_onnx,
         max_error=0.1,
-        static=True,
     ),
     Program(
         name="openvino",
@@ -148,7 +162,6 @@ _LIST: tuple[Format, ...] = (
         write=write_openvino,
         open=open_openvino,
         max_error=0.15,
-        static=True,
     ),
     Tensors(
         name="safetensors",

@@ -1,6 +1,6 @@
 """Quantized forward pass functions: pure functions on tensors, and the choice among kernels."""
 
-from tinyq_lightning.kernels.base import LONGEST_SUM, Choice, CodeHolder, TensorSnapshot, WeightForm
+from tinyq_lightning.kernels.base import LONGEST_SUM, Choice, CodeHolder, TensorSnapshot, WeightForm, version_of
 from tinyq_lightning.kernels.choice import FORMS, choose_kernel, wanted_kernel, weight_form
 from tinyq_lightning.kernels.conv_choice import (
     CONV_FORMS,
@@ -111,6 +111,7 @@ __all__ = [
     "quantized_convolution",
     "quantized_linear",
     "takes_integers",
+    "version_of",
     "w8_a8_forward",
     "w8_a16_forward",
     "w8_a32_forward",

@@ -27,6 +27,7 @@ __all__ = [
     "TensorSnapshot",
     "WeightForm",
     "plus_bias",
+    "version_of",
     "with_memory",
 ]
 
@@ -80,10 +81,9 @@ class Choice:
             beside the codes; ``float32x1``, the same for activations that are rounded; ``exact``, integers summed
             exactly in float64; ``int8-cuda``, integers summed exactly by a GPU's int8 products; ``fused``, codes
             expanded within a GPU's product of floats; ``int4``, codes of four bits that are expanded on each call;
-            ``reference``, the formula. Of convolutions also
-            ``int8-grouped``, as ``int8-onednn`` for several groups, beside the plain codes, and ``windows``, by the
-            kernel of a linear layer whose rows are the windows. Of look-ups ``int8-rows``, codes packed by a library
-            with the scale of each row.
+            ``reference``, the formula. Of convolutions also ``int8-grouped``, as ``int8-onednn`` for several groups,
+            beside the plain codes, and ``windows``, by the kernel of a linear layer whose rows are the windows. Of
+            look-ups ``int8-rows``, codes packed by a library with the scale of each row.
         reason: in words.
         few_rows: inputs of fewer rows take the kernel ``few`` instead; 0 if none do.
         few: that kernel.
@@ -130,7 +130,7 @@ class TensorSnapshot:
 
     def __init__(self, tensor: Tensor) -> None:
         self._ref = TensorWeakRef(tensor)
-        self._version = _version(tensor)
+        self._version = version_of(tensor)
 
     def tensor(self) -> Tensor | None:
         """The tensor, or None if nothing refers to it any more."""
@@ -138,15 +138,15 @@ class TensorSnapshot:
 
     def matches(self, tensor: Tensor) -> bool:
         """Return True if this is the tensor, and nothing has been written to it since."""
-        return self._ref() is tensor and _version(tensor) == self._version
+        return self._ref() is tensor and version_of(tensor) == self._version
 
     def was_written_to(self) -> bool:
         """Return True if the tensor is alive and has been written to since."""
         tensor = self._ref()
-        return tensor is not None and _version(tensor) != self._version
+        return tensor is not None and version_of(tensor) != self._version
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """A number that grows with each write to the tensor; -1 if torch does not count them."""
     return -1 if tensor.is_inference() else tensor._version
 
@@ -196,8 +196,8 @@ class BesideCodes(WeightForm):
     holds_codes = False
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
-        self._codes, self._codes_version = codes, _version(codes)
-        self._scales, self._scales_version = scales, _version(scales)
+        self._codes, self._codes_version = codes, version_of(codes)
+        self._scales, self._scales_version = scales, version_of(scales)
 
     @override
     def is_current(self, codes: Tensor | None, scales: Tensor) -> bool:

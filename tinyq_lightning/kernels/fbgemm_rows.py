@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tinyq_lightning.kernels.base import CodeHolder
+from tinyq_lightning.kernels.base import CodeHolder, version_of
 from tinyq_lightning.kernels.probe import has_operator, holds, is_hidden
 from tinyq_lightning.methods import Method
 
@@ -52,7 +52,7 @@ class FbgemmRows(CodeHolder):
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)
-        self._scales, self._scales_version = scales, -1 if scales.is_inference() else scales._version
+        self._scales, self._scales_version = scales, version_of(scales)
         self._begins = torch.arange(0, device=codes.device)
         columns = codes.shape[1]
         ends = torch.stack([scales, scales * -_ZERO], 1)

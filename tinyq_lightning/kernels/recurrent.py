@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tinyq_lightning.kernels.base import Choice
+from tinyq_lightning.kernels.base import Choice, with_memory
 from tinyq_lightning.kernels.choice import wanted_kernel
+from tinyq_lightning.kernels.int4 import NibbleWeights
 from tinyq_lightning.methods import KernelName
 
 __all__ = [
@@ -32,6 +33,6 @@ def choose_recurrent_kernel(kernel: KernelName, bits: int = 8) -> Choice:
         return Choice("reference", "as asked for: the weights are expanded on each call")
     if bits == 4 and wanted in ("compact", "int4"):
         reason = "half a byte a weight in memory, expanded on each call, float32 sums"
-        return Choice("int4", reason, bytes_a_weight=0.52, forms={"int4": 0.52}, keeps_codes=False)
+        return with_memory(Choice("int4", reason), {"int4": NibbleWeights})
     reason = "recurrent layers have no int8 product: one byte a weight in memory, expanded on each call, float32 sums"
     return Choice("reference", reason)

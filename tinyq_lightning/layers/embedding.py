@@ -102,9 +102,8 @@ class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
     """Takes the place of an ``nn.Embedding``, of which it is a subclass as ``QuantizedLinear`` is one of ``nn.Linear``.
 
     The buffers are ``int8_weights`` ``[num, dim]`` int8 and ``scales`` ``[num]`` float32, with four bits also
-    ``multipliers``, shared with a layer
-    whose weight the embedding is tied to. A row comes out as its codes times its scale. A look-up reads the rows that
-    it needs and no others.
+    ``multipliers``, shared with a layer whose weight the embedding is tied to. A row comes out as its codes times its
+    scale. A look-up reads the rows that it needs and no others.
 
     Args:
         num_embeddings: rows.

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.kernels import dequantize, outside_modes
+from tinyq_lightning.kernels import dequantize, outside_modes, version_of
 
 __all__ = [
     "FloatCopies",
@@ -41,10 +41,7 @@ class FloatCopies:
     ) -> None:
         sources = [cast(Tensor, buffers[key]) for key in keys]
         self.dtype = dtype
-        # torch counts no writes to tensors that were made in inference mode
-        self._sources = [
-            (key, each, -1 if each.is_inference() else each._version) for key, each in zip(keys, sources, strict=True)
-        ]
+        self._sources = [(key, each, version_of(each)) for key, each in zip(keys, sources, strict=True)]
         with outside_modes():
             self.weights = {name: dequantize(codes, scales, dtype) for name, (codes, scales) in coded.items()}
 

@@ -7,10 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from tinyq_lightning.errors import EvaluationError, ExportError
 from tinyq_lightning.handover import ExportReport, export_beside, recorded_calls, session_forward
@@ -26,15 +23,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
-    "copy_of_batch",
     "export_beside_file",
 ]
-
-
-def copy_of_batch(batch: Any) -> Any:
-    """A batch whose tensors are copies on the CPU, since a step may change those it is given."""
-    with torch.no_grad():
-        return pytree.tree_map(lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf, batch)
 
 
 class _Exporting(Failing, Protocol):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tinyq_lightning.handover import copies_on_cpu
 from tinyq_lightning.trainer.callback_base import CallbackOfBoth
 from tinyq_lightning.trainer.evaluation import weights_digest
-from tinyq_lightning.trainer.exports import copy_of_batch
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -68,7 +68,7 @@ class WatchesValidation(CallbackOfBoth):
     def keep_batch(self, trainer: Trainer, batch: Any) -> None:
         """Keep a copy of the first batch, if it is wanted."""
         if self.keeps_batch and self.first_batch is None and trainer.is_global_zero:
-            self.first_batch = copy_of_batch(batch)
+            self.first_batch = copies_on_cpu(batch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """After a validation within an epoch, training goes on here."""
