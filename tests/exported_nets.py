@@ -1,10 +1,15 @@
 """Small networks that tests export, each with inputs and the sizes that may change: ``NETS``."""
 
+from importlib.util import find_spec
+
+import pytest
 import torch
 from conv_nets import UNet, resnet18
 from torch import nn
 
 TOKENS = {0: "batch", 1: "tokens"}
+HAS_ONNX = all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")) and hasattr(torch.onnx, "ops")
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="needs torch 2.8, onnxscript and onnxruntime")
 
 
 class Padded(nn.Module):

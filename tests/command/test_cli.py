@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from exported_nets import needs_onnx
 from models import Net, keeper, loader, trainer
 
 from tinyq_lightning import TinyQCallback
@@ -340,9 +341,8 @@ def test_safetensors_of_a_checkpoint_are_inspected_and_verified(folder, capsys):
     assert main(["verify", "w8a32.safetensors"]) == 1
 
 
+@needs_onnx
 def test_export_with_static_activations_is_measured_by_the_validation_loop(folder, capsys):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     command = ["export", "w8a32-epoch=7.ckpt", "--model", "nets:Net", "--activations", "static", "--json"]
     data = ["--data", "nets:Data", "--data-init", "batch_size=16", "--batches", "2"]
     assert main([*command, *data, "--output", "static.onnx"]) == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from exported_nets import needs_onnx
 from lightnings import LightningDataModule, LightningModule
 from models import Blobs, Net, keeper, loader, trainer
 from ranks import run_on_ranks, written_by_ranks
@@ -193,6 +194,7 @@ def test_without_a_validation_loop_calibration_is_refused_before_training(tmp_pa
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+@needs_onnx
 def test_so_are_the_ranges_of_static_activations(tmp_path):
     class Blind(Net):
         validation_step = LightningModule.validation_step

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exported_nets import needs_onnx
 from lightnings import CSVLogger, MLFlowLogger, WandbLogger
 from models import FEATURES, Data, Net, keeper, loader, trainer
 from torch import nn
@@ -207,9 +208,9 @@ class Plain(Net):
         self.example_input_array = None
 
 
+@needs_onnx
 @pytest.mark.parametrize("when", ["fit_end", "test_start"])
 def test_static_activations_take_ranges_from_validation_and_are_measured(tmp_path, when, capsys):
-    pytest.importorskip("onnxruntime")
     export = {"to": "onnx", "activations": "static", "batches": 2}
     callback = TinyQCallback("w8a8", when=when, export=["onnx", export])
     run = trainer(tmp_path, keeper(tmp_path), callback)
@@ -238,8 +239,8 @@ class NeverCalled(Net):
         self.log("val_acc", -self.training_step(batch, index))
 
 
+@needs_onnx
 def test_a_module_whose_forward_is_never_called_gives_no_ranges_and_the_rest_stands(tmp_path):
-    pytest.importorskip("onnxruntime")
     callback = TinyQCallback("w8a8", export=[{"to": "onnx", "activations": "static"}, "pt2"], report=False)
     run = trainer(tmp_path, keeper(tmp_path), callback)
     with pytest.warns(UserWarning, match=r"Exporting to onnx failed(?s:.*)never calls self\(\.\.\.\)"):

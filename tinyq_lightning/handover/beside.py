@@ -27,6 +27,7 @@ def check_formats(names: Iterable[str]) -> None:
     """Check that the libraries of some formats are installed.
 
     Raises:
+        ExportError: torch is too old for one.
         MissingExtraError: one is not.
     """
     for name in names:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tinyq_lightning.errors import ExportError, MissingExtraError
@@ -60,6 +61,7 @@ class Format:
         modules: libraries that it imports.
         extra: of this package, which installs them.
         by_ending: whether a path with its ending means this format, if the user names none.
+        has_operators: whether its graph is of ONNX operators, which torch 2.7 cannot export.
     """
 
     name: str
@@ -67,13 +69,17 @@ class Format:
     modules: tuple[str, ...] = ()
     extra: str = ""
     by_ending: bool = True
+    has_operators: bool = False
 
     def check_installed(self) -> None:
         """Check that its libraries are there.
 
         Raises:
+            ExportError: torch is too old for it.
             MissingExtraError: one is not installed.
         """
+        if self.has_operators and not hasattr(torch.onnx, "ops"):
+            raise ExportError(f"the format {self.name} needs torch 2.8 or newer, and this is torch {torch.__version__}")
         missing = [name for name in self.modules if importlib.util.find_spec(name) is None]
         if missing:
             raise MissingExtraError(
@@ -150,6 +156,7 @@ _LIST: tuple[Format, ...] = (
         ending=".onnx",
         modules=("onnx", "onnxscript", "onnxruntime"),
         extra="onnx",
+        has_operators=True,
         write=write_onnx,
         open=open_onnx,
         max_error=0.1,
@@ -159,6 +166,7 @@ _LIST: tuple[Format, ...] = (
         ending=".xml",
         modules=("onnx", "onnxscript", "openvino"),
         extra="openvino",
+        has_operators=True,
         write=write_openvino,
         open=open_openvino,
         max_error=0.15,
@@ -201,7 +209,7 @@ def format_for(path: str, to: str | None) -> Format:
         to: name of the format; None to go by the ending of the path.
 
     Raises:
-        ExportError: there is no such format.
+        ExportError: there is no such format, or torch is too old for it.
         MissingExtraError: it needs a library that is not installed.
     """
     if to is None:

@@ -91,7 +91,8 @@ class _Tally:
 
     def _note(self, x: Tensor, rows: int, sizes: tuple[int, ...], part: tuple[int | None, int | None] | None) -> None:
         device = x.device.type
-        on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        available = device != "meta"  # torch.amp.is_autocast_available cannot be traced before torch 2.8
+        on = available and torch.is_autocast_enabled(device)
         autocast = torch.get_autocast_dtype(device) if on else None
         self._calls[Call(rows, x.dtype, autocast, str(x.device), part, sizes)] += 1
 

@@ -11,6 +11,8 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.namespaces import namespace_of
 from tinyq_lightning.plan import Swap, state_bytes
@@ -266,8 +268,25 @@ class TestRun:
         return self._module
 
     def log(self, entries: dict[str, float]) -> None:
-        """Log through the module, as its own hook at the end of the epoch would."""
-        self._module.log_dict(entries, sync_dist=self._trainer.world_size > 1, add_dataloader_idx=False)
+        """Log through the module, as its own hook at the end of the epoch would.
+
+        Before 2.5.3 ``LightningModule.log`` refuses every name of one dataloader's metric, so they go past it.
+        """
+        several = self._trainer.world_size > 1
+        of_loaders = {name: value for name, value in entries.items() if "/dataloader_idx_" in name}
+        others = {name: value for name, value in entries.items() if name not in of_loaders}
+        self._module.log_dict(others, sync_dist=several, add_dataloader_idx=False)
+        for name, value in of_loaders.items():
+            self._trainer._results.log(  # type: ignore[union-attr]
+                self._module._current_fx_name,  # type: ignore[arg-type]
+                name,
+                torch.tensor(value, device=self._module.device),
+                logger=True,
+                on_epoch=True,
+                sync_dist=several,
+                sync_dist_fn=self._trainer.strategy.reduce,
+                add_dataloader_idx=False,
+            )
 
     def close(self) -> None:
         """The float layers back."""
