@@ -54,6 +54,8 @@ def test_flops_are_those_of_the_float_module():
     model = Net()
     model.example_input_array = torch.randn(5, 8)
     before = lightnings.summarize(model)
+    if not hasattr(before, "total_flops"):
+        pytest.skip("this Lightning counts none")
     quantize(model)
     model(torch.randn(3, 8))  # from here on the weights may be packed
     assert summarize(model).total_flops == before.total_flops > 0
@@ -109,7 +111,7 @@ def test_a_lazy_layer_has_no_weights_yet_and_no_size():
 @pytest.mark.parametrize("rich", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_fit_of_an_adapter_prints_the_counts_and_sizes(tmp_path, monkeypatch, caplog, capsys, rich, precision):
-    monkeypatch.setattr(f"{lightnings.NAMESPACE}.utilities.imports._RICH_AVAILABLE", rich)
+    monkeypatch.setattr(f"{lightnings.NAMESPACE}.utilities.imports._RICH_AVAILABLE", rich, raising=False)
     logging.getLogger(lightnings.NAMESPACE).setLevel(logging.INFO)
     caplog.set_level(logging.INFO)
     model, callback = Adapter(), QuantizedModelSummary(max_depth=2)

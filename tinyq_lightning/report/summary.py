@@ -79,7 +79,7 @@ def summarize(module: LightningModule, max_depth: int = 1) -> QuantizedSummary:
 class QuantizedModelSummary(SummaryOfBoth):
     """Prints the summary when a fit starts, instead of the Trainer's own ``ModelSummary``.
 
-    It uses rich if that is installed, as the Trainer's own does.
+    It uses rich if that is installed, as the Trainer's own does; before Lightning 2.6 if there is a RichProgressBar.
 
     Args:
         max_depth: of the modules to show; -1 for all, 0 for none.
@@ -96,7 +96,9 @@ class QuantizedModelSummary(SummaryOfBoth):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summary, by rich if that is installed, as the package of the Trainer does."""
         lightnings = namespace_of(trainer)
-        callbacks, with_rich = lightnings.pytorch.callbacks, lightnings.module("utilities.imports")._RICH_AVAILABLE
+        callbacks = lightnings.pytorch.callbacks
+        has_rich_bar = isinstance(trainer.progress_bar_callback, callbacks.RichProgressBar)  # what tells before 2.6
+        with_rich = getattr(lightnings.module("utilities.imports"), "_RICH_AVAILABLE", has_rich_bar)
         self._summarize = (callbacks.RichModelSummary if with_rich else callbacks.ModelSummary).summarize
         callbacks.ModelSummary.on_fit_start(self, trainer, pl_module)
 

@@ -130,7 +130,7 @@ def choose_float_weights(
         return FloatWeights(path, {}, stem_of(path), os.path.dirname(path), note, own)
     try:  # a file that this run wrote may hold objects of the user's classes
         checkpoint = _read(trainer, path, own)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, CheckpointError) as error:
         raise CheckpointError(
             f"{path}: this run did not write the file, but only resumed from a checkpoint that names it, so it is read "
             f"as plain data, and it holds objects: {str(error).splitlines()[0]} If you trust the file, quantize it by "
