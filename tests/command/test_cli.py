@@ -112,6 +112,7 @@ def ready(command: str, folder) -> str:
     return f"{command} --overwrite" if writes else command
 
 
+@needs_onnx
 def test_every_command_that_is_written_down_does_what_it_says(folder, capsys):
     commands = written_commands()
     assert {command.split()[1] for command in commands} == {*COMMANDS}

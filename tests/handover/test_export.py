@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from exported_nets import needs_onnx
 from torch import nn
 
 import tinyq_lightning
@@ -208,6 +209,7 @@ def test_sizes_that_the_model_itself_does_not_take_are_noted_and_not_tried(tmp_p
     assert report.notes[1].startswith("not tried with batch 1: the model failed on inputs of the shapes x [1, 8]")
 
 
+@needs_onnx
 def test_calibration_is_several_inputs(tmp_path):
     with pytest.raises(ExportError, match=r"write calibration=\[x\]"):
         export(mlp(), tmp_path / "net.onnx", example(), activations="static", calibration=example())

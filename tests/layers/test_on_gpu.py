@@ -12,7 +12,8 @@ from tinyq_lightning.kernels.convolution import _input_gradient
 from tinyq_lightning.kernels.gradient import input_gradient
 from tinyq_lightning.methods import METHODS
 
-pytestmark = needs_compiler
+plays = torch.version.cuda is None or torch.cuda.is_available() or hasattr(torch.onnx, "ops")
+pytestmark = [needs_compiler, pytest.mark.skipif(not plays, reason="fake tensors of torch 2.7 ask the driver")]
 
 ROUNDING = [name for name, method in METHODS.items() if method.rounds]
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "linear")

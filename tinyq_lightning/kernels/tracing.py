@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch.autograd import forward_ad
@@ -34,11 +33,10 @@ def in_transform() -> bool:
 
 def is_exporting() -> bool:
     """Return True inside ``torch.export``."""
-    probe = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
-    return probe is not None and probe()
+    return torch.compiler.is_exporting()  # with torch 2.7 True in what torch.compile traces, too
 
 
-_for_this_processor: ContextVar[bool] = ContextVar("exporting for this processor", default=False)
+_for_this_processor = [False]  # not a ContextVar, which torch 2.7 cannot trace
 
 
 @contextmanager
@@ -47,21 +45,21 @@ def exporting_for_this_processor() -> Iterator[None]:
 
     Elsewhere it writes those that mean the same on any processor, unless a layer asks for int8 products.
     """
-    token = _for_this_processor.set(True)
+    before, _for_this_processor[0] = _for_this_processor[0], True
     try:
         yield
     finally:
-        _for_this_processor.reset(token)
+        _for_this_processor[0] = before
 
 
 def is_exporting_for_this_processor() -> bool:
     """Return True inside ``torch.export``, if it is :func:`exporting_for_this_processor`."""
-    return is_exporting() and _for_this_processor.get()
+    return is_exporting() and _for_this_processor[0]
 
 
 def is_exporting_for_any_processor() -> bool:
     """Return True inside ``torch.export``, unless it is :func:`exporting_for_this_processor`."""
-    return is_exporting() and not _for_this_processor.get()
+    return is_exporting() and not _for_this_processor[0]
 
 
 @contextmanager

@@ -276,9 +276,10 @@ class TestRun:
         of_loaders = {name: value for name, value in entries.items() if "/dataloader_idx_" in name}
         others = {name: value for name, value in entries.items() if name not in of_loaders}
         self._module.log_dict(others, sync_dist=several, add_dataloader_idx=False)
+        results: Any = self._trainer._results
         for name, value in of_loaders.items():
-            self._trainer._results.log(  # type: ignore[union-attr]
-                self._module._current_fx_name,  # type: ignore[arg-type]
+            results.log(
+                self._module._current_fx_name,
                 name,
                 torch.tensor(value, device=self._module.device),
                 logger=True,
