@@ -9,7 +9,7 @@ Weight Equalization and Bias Correction", 2019). Both are judged by batches that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "Read",
     "calibrate",
     "passes_over_data",
+    "why_of_no_use",
 ]
 
 MOMENTS_BYTES = 512 * 2**20
@@ -56,7 +57,7 @@ def calibrate(swap: Swap, read: Read, combine: Combine | None = None) -> dict[st
         What was found for each layer, by its name.
 
     Raises:
-        ModelError: there is no batch, no layer was called, or a layer's inputs are not finite.
+        ModelError: there is no batch.
     """
     found: dict[str, Recoded] = {}
     groups = _groups(swap, found)
@@ -70,14 +71,13 @@ def calibrate(swap: Swap, read: Read, combine: Combine | None = None) -> dict[st
             _combine(watch, combine)
         for group in some:
             found |= _recoded(swap, group, watch)
-    reasons = {found[name].uncalibrated for group in groups for name in group}
-    if groups and None not in reasons:
-        why = "; ".join(sorted(map(str, reasons)))
-        raise ModelError(
-            f"calibration: the data is of no use to any layer ({why}): give inputs that run the model as it will be "
-            "used, or leave calibration out"
-        )
     return found
+
+
+def why_of_no_use(swap: Swap, found: Mapping[str, Recoded]) -> str | None:
+    """Why data was of no use to any layer whose kind can be calibrated; None if it was to one, or there are none."""
+    reasons = {found[name].uncalibrated for group in _groups(swap, {}) for name in group}
+    return None if None in reasons or not reasons else "; ".join(sorted(map(str, reasons)))
 
 
 def passes_over_data(swap: Swap) -> int:
@@ -161,7 +161,7 @@ def _combine(watch: InputWatch, combine: Combine) -> None:
 def _recoded(swap: Swap, group: Sequence[str], watch: InputWatch) -> dict[str, Recoded]:
     """What was found for layers that share a weight; the moments are let go."""
     moments = {name: watch.layers.pop(name) for name in group}
-    why = {name: _why_not_by(name, moments[name]) for name in group}
+    why = {name: _why_not_by(moments[name]) for name in group}
     failed = next((name for name in group if why[name]), None)
     if failed is not None:
         return {name: Recoded(uncalibrated=why[name] or f"tied to {failed}: {why[failed]}") for name in group}
@@ -169,22 +169,14 @@ def _recoded(swap: Swap, group: Sequence[str], watch: InputWatch) -> dict[str, R
     return recode([Member(name, *pairs[name], *_both(moments[name])) for name in group])
 
 
-def _why_not_by(name: str, moments: InputMoments) -> str | None:
-    """Why a layer is not calibrated by what was summed up, or None.
-
-    Raises:
-        ModelError: its inputs are not finite.
-    """
+def _why_not_by(moments: InputMoments) -> str | None:
+    """Why a layer is not calibrated by what was summed up, or None."""
     if moments.failure:
         return moments.failure
     if moments.chosen_by is None or moments.chosen_by.is_empty:
         return _NOT_CALLED
-    for each in _both(moments):
-        if not each.is_finite:
-            raise ModelError(
-                f"calibration: inputs of {name} are NaN or infinite, or so large that their squares are: exclude this "
-                "layer, or give data for which the float model's values are finite"
-            )
+    if not all(each.is_finite for each in _both(moments)):
+        return "its inputs are NaN or infinite, or so large that their squares are"
     return "no input of it was in a batch that was held out: give more batches" if _both(moments)[1].is_empty else None
 
 

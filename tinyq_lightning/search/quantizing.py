@@ -18,7 +18,7 @@ from tinyq_lightning.plan import (
     return_freed_memory,
     warn_of_unkept,
 )
-from tinyq_lightning.search.calibration import calibrate, passes_over_data
+from tinyq_lightning.search.calibration import calibrate, passes_over_data, why_of_no_use
 from tinyq_lightning.search.timer import evaluating
 from tinyq_lightning.spec import SpecLike, as_spec
 
@@ -81,7 +81,13 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32", calibration: Iterable[A
                 next_batch()
                 _call(model, item, index)
 
-    swap = swap.recoded(calibrate(swap, read))
+    found = calibrate(swap, read)
+    if why := why_of_no_use(swap, found):
+        raise ModelError(
+            f"calibration: the data is of no use to any layer ({why}): give inputs that run the model as it will be "
+            "used and its values finite, or leave calibration out"
+        )
+    swap = swap.recoded(found)
     try:
         swap.put_in()
     except BaseException:

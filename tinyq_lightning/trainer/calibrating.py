@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan import Recoded, Swap
-from tinyq_lightning.search import calibrate
+from tinyq_lightning.search import calibrate, why_of_no_use
 from tinyq_lightning.trainer.checks import why_never_validated
 from tinyq_lightning.trainer.evaluation import dataloaders, run_evaluation
 from tinyq_lightning.trainer.inner_trainer import Moment, quiet, state_roots
@@ -66,6 +67,8 @@ class Calibrator:
         )
         if key not in self._found:
             self._found[key] = calibrate(swap, read, self._combine if self._trainer.world_size > 1 else None)
+            if why := why_of_no_use(swap, self._found[key]):
+                rank_zero_warn(f"TinyQ: codes were chosen without data, since it is of no use to any layer: {why}")
         return swap.recoded(self._found[key])
 
     def _combine(self, sums: Tensor) -> None:

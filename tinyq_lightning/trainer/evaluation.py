@@ -84,18 +84,38 @@ class LoopWatch:
             self._kept.put_back()
         self._kept = None
 
-    def refuse_lost_batch(self, module: LightningModule, step: str) -> None:
+    def refuse_lost_batch(self, module: LightningModule, loop: Any) -> None:
         """Refuse a loop that a StopIteration has ended, which Lightning takes for the end of the data.
 
+        Args:
+            module: the user's.
+            loop: Lightning's, whose last batch is done with.
+
         Raises:
-            EvaluationError: a step began and did not end.
+            EvaluationError: a step or a hook of a batch began and did not end.
         """
-        if len(self._seconds) < len(self.digests):
+        if (raised_in := _unfinished(loop)) is not None:
             raise EvaluationError(
-                f"{type(module).__name__}.{step} raised StopIteration in batch {len(self._seconds)}, which the loop "
-                "took for the end of the data. If it calls next(self.parameters()): a model whose weights are all "
-                "quantized may have no parameter; take self.device, and the dtype of the batch or of a buffer"
+                f"{type(module).__name__}.{raised_in} raised StopIteration in batch "
+                f"{loop.batch_progress.current.completed}, which the loop took for the end of the data. If it calls "
+                "next(self.parameters()): a model whose weights are all quantized may have no parameter; take "
+                "self.device, and the dtype of the batch or of a buffer"
             )
+
+
+def _unfinished(loop: Any) -> str | None:
+    """What of the last batch's step and hooks did not end, by the counts of Lightning's loop; None if all did."""
+    name = "test" if loop.trainer.testing else "validation"
+    count, fetcher = loop.batch_progress.current, loop._data_fetcher
+    given = fetcher.fetched - len(getattr(fetcher, "batches", ()))
+    takes_iterator = namespace_of(loop.trainer).module("loops.fetchers")._DataLoaderIterDataFetcher
+    if given > count.ready and not isinstance(fetcher, takes_iterator):
+        return "transfer_batch_to_device, or on_before_ or on_after_batch_transfer,"
+    if count.ready > count.started:
+        return f"on_{name}_batch_start, or that of a callback,"
+    if count.started > count.processed:
+        return f"{name}_step"
+    return f"on_{name}_batch_end, or that of a callback," if count.processed > count.completed else None
 
 
 class _Watch(CallbackOfBoth):
@@ -104,7 +124,6 @@ class _Watch(CallbackOfBoth):
     def __init__(
         self,
         module: LightningModule,
-        stage: Stage,
         known: Mapping[str, Any],
         cut_short: bool,
         each_batch: Callable[[], object],
@@ -114,7 +133,6 @@ class _Watch(CallbackOfBoth):
         self.higher_is_better: dict[str, bool] = {}
         self.metrics: dict[str, float] = {}
         self.other_weights = False
-        self._module, self._step = module, "validation_step" if stage == "validate" else "test_step"
         self._known, self._cut_short, self._each_batch = known, cut_short, each_batch
         self._weights = weights_digest(module)
 
@@ -134,7 +152,7 @@ class _Watch(CallbackOfBoth):
 
     def _epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.loop.batches_ended()
-        self.loop.refuse_lost_batch(pl_module, self._step)
+        self.loop.refuse_lost_batch(pl_module, _loop(trainer))
         if self._cut_short:
             raise _EnoughBatchesError
 
@@ -237,7 +255,7 @@ def run_evaluation(
     assert combined is not None
     loaders = namespace_of(trainer).pytorch.utilities.CombinedLoader(combined.iterables, combined._mode)
     known = dict(trainer.callback_metrics) if stage == "validate" else {}
-    watch = _Watch(module, stage, known, batches is not None, each_batch, trainer.strategy.root_device)
+    watch = _Watch(module, known, batches is not None, each_batch, trainer.strategy.root_device)
     inner = inner_trainer(trainer, watch, stage, batches, moment, attributes)
     data: dict[str, Any] = {"dataloaders": loaders}
     shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, do_nothing))]

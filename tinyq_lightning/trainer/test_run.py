@@ -305,7 +305,7 @@ class TestRun:
         self._watching.close()
         if self._first is self:
             self._watch.batches_ended()
-            self._watch.refuse_lost_batch(self._module, "test_step")
+            self._watch.refuse_lost_batch(self._module, self._trainer.test_loop)
 
     def measure(self) -> None:
         """Test what the Trainer does not test itself, after :meth:`end_batches`, and compare.
