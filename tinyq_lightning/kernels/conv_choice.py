@@ -18,7 +18,12 @@ from tinyq_lightning.kernels.conv_forms import (
     WindowWeights,
 )
 from tinyq_lightning.kernels.conv_int4 import ConvNibbles
-from tinyq_lightning.kernels.conv_onednn import Int8ConvWeights, Int8GroupedWeights, has_int8_convolution
+from tinyq_lightning.kernels.conv_onednn import (
+    Int8ApartWeights,
+    Int8ConvWeights,
+    Int8GroupedWeights,
+    has_int8_convolution,
+)
 from tinyq_lightning.kernels.convolution import Geometry, StraightConvolution, quantized_convolution
 from tinyq_lightning.kernels.integer import has_plain_product, takes_integers
 from tinyq_lightning.kernels.onednn import has_onednn_product
@@ -36,6 +41,7 @@ __all__ = [
 CONV_FORMS: dict[str, type[ConvForm]] = {
     "int8-onednn": Int8ConvWeights,
     "int8-grouped": Int8GroupedWeights,
+    "int8-apart": Int8ApartWeights,
     "int8": PointwiseWeights,
     "windows": WindowWeights,
     "float32": FloatConvWeights,
@@ -57,6 +63,10 @@ _FEW_WINDOWS = 513
 # many outputs, and where outputs are more than a block and fill none, of codes that it lays out anew for another input.
 _FROM_ONE_CHANNEL = 32
 _BLOCK = 64
+
+
+# Such groups are convolved one after the other. Of fewer weights each, the calls take longer than they win.
+_APART_FROM = 16_384
 
 
 # With a sum of fewer products to an output, rounding costs more than an int8 convolution wins.
@@ -196,14 +206,25 @@ def _why_no_int8(shape: ConvShape, device: str) -> str:
         return "no fast and exact int8 convolution here"
     if shape.summed > LONGEST_SUM:
         return f"sums of {shape.summed:,} products can overflow int32"
-    channels, outputs = shape.in_channels // shape.groups, shape.out_channels // shape.groups
-    strays = outputs > _FROM_ONE_CHANNEL if channels == 1 else outputs > _BLOCK and outputs % _BLOCK
-    if shape.groups > 1 and strays:
+    if _strays(shape) and shape.weights < _APART_FROM * shape.groups:
+        channels, outputs = shape.in_channels // shape.groups, shape.out_channels // shape.groups
         return f"no exact int8 convolution of groups of {channels} to {outputs} channels"
     return ""
 
 
+def _strays(shape: ConvShape) -> bool:
+    """Whether an int8 convolution of all groups in one call would return wrong numbers."""
+    if shape.groups == 1:
+        return False
+    outputs = shape.out_channels // shape.groups
+    if shape.in_channels == shape.groups:
+        return outputs > _FROM_ONE_CHANNEL
+    return outputs > _BLOCK and outputs % _BLOCK > 0
+
+
 def _int8_variant(shape: ConvShape) -> str:
+    if _strays(shape):
+        return "int8-apart"
     if shape.pointwise and has_plain_product():
         return "int8"
     return "int8-onednn" if shape.groups == 1 else "int8-grouped"
