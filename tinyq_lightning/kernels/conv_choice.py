@@ -55,6 +55,10 @@ CONV_FORMS: dict[str, type[ConvForm]] = {
 _KEPT_TO = 1_000_000
 
 
+# The same where few windows are no rows of a linear kernel, so that nothing else spares their weights' expansion.
+_KEPT_WITHOUT_ROWS_TO = 4_000_000
+
+
 # With fewer windows, to rebuild the float weights costs more than to convolve by them.
 _FEW_WINDOWS = 513
 
@@ -190,10 +194,10 @@ def convolve_once(
 
 
 def _without_rounding(shape: ConvShape, compact: bool) -> Choice:
-    if not compact and shape.weights < _KEPT_TO:
+    unfolds = shape.groups == 1 and not shape.transposed and shape.dims < 3 and shape.summed <= LONGEST_SUM
+    if not compact and shape.weights < (_KEPT_TO if unfolds else _KEPT_WITHOUT_ROWS_TO):
         return Choice("float32", "a float copy in memory, as fast as float; the file stays small")
     reason = "float weights are rebuilt on each call, which costs little"
-    unfolds = shape.groups == 1 and not shape.transposed and shape.dims < 3 and shape.summed <= LONGEST_SUM
     if unfolds and has_onednn_product():
         return Choice("reference", reason, few_rows=_FEW_WINDOWS, few="windows")
     return Choice("reference", reason)
