@@ -155,13 +155,33 @@ def test_where_onednn_goes_astray_the_input_is_padded_before(case):
 
 @int8_only
 def test_groups_whose_int8_convolution_is_wrong_are_refused_with_the_reason():
-    for channels, outputs, groups in ((2, 96, 2), (16, 528, 16), (68, 140, 2), (68, 160, 2)):
+    for channels, outputs, groups in ((2, 96, 2), (16, 528, 16)):
         shape = ConvShape(channels, outputs, channels // groups * 49, False, groups=groups)
         choice = choose_convolution("int8", METHODS["w8a8"], shape)
         assert choice.kernel == "exact"
         assert f"groups of {channels // groups} to {outputs // groups} channels" in choice.reason
         assert choose_convolution("auto", METHODS["w8a8"], shape).kernel == "float32x1"
     assert choose_convolution("int8", METHODS["w8a8"], ConvShape(64, 64, 9, False, groups=64)).kernel == "int8-grouped"
+
+
+@int8_only
+@pytest.mark.parametrize(
+    ("shape", "groups", "sizes"),
+    [((140, 34, 5, 3), 2, (3, 68, 9, 7)), ((240, 80, 3), 3, (2, 240, 11)), ((160, 21, 3, 3, 3), 2, (1, 42, 3, 5, 4))],
+)
+@pytest.mark.parametrize("method", ["w8a8", "w8a16"])
+def test_such_groups_are_convolved_one_after_the_other_if_they_are_large(shape, groups, sizes, method):
+    codes, x = torch.randint(-127, 128, shape).to(torch.int8), normal(*sizes)
+    scales, ones = torch.rand(len(codes)) + 0.1, (1,) * (len(shape) - 2)
+    geometry = Geometry(ones, ones, ones, groups)
+    choice = choose_convolution("auto", METHODS[method], shape_of(codes, geometry))
+    assert (choice.kernel, choice.bytes_a_weight) == ("int8-apart", 1)
+    form = CONV_FORMS["int8-apart"](codes, scales, geometry, x)
+    assert torch.equal(form.codes(), codes)
+    got = form.product(METHODS[method], x, scales, None)
+    wanted = quantized_convolution(METHODS[method], "exact", x, codes, scales, None, geometry)
+    assert torch.equal(got, wanted) if method == "w8a8" else relative_error(got, wanted.double()) < 1e-6
+    assert torch.equal(got[-1:], form.product(METHODS[method], x[-1:], scales, None))
 
 
 @each_method

@@ -82,8 +82,9 @@ class Choice:
             exactly in float64; ``int8-cuda``, integers summed exactly by a GPU's int8 products; ``fused``, codes
             expanded within a GPU's product of floats; ``int4``, codes of four bits that are expanded on each call;
             ``reference``, the formula. Of convolutions also ``int8-grouped``, as ``int8-onednn`` for several groups,
-            beside the plain codes, and ``windows``, by the kernel of a linear layer whose rows are the windows. Of
-            look-ups ``int8-rows``, codes packed by a library with the scale of each row.
+            beside the plain codes, ``int8-apart``, as ``int8-onednn`` for one group after the other, and ``windows``,
+            by the kernel of a linear layer whose rows are the windows. Of look-ups ``int8-rows``, codes packed by a
+            library with the scale of each row.
         reason: in words.
         few_rows: inputs of fewer rows take the kernel ``few`` instead; 0 if none do.
         few: that kernel.

@@ -18,7 +18,12 @@ from tinyq_lightning.kernels.conv_forms import (
     WindowWeights,
 )
 from tinyq_lightning.kernels.conv_int4 import ConvNibbles
-from tinyq_lightning.kernels.conv_onednn import Int8ConvWeights, Int8GroupedWeights, has_int8_convolution
+from tinyq_lightning.kernels.conv_onednn import (
+    Int8ApartWeights,
+    Int8ConvWeights,
+    Int8GroupedWeights,
+    has_int8_convolution,
+)
 from tinyq_lightning.kernels.convolution import Geometry, StraightConvolution, quantized_convolution
 from tinyq_lightning.kernels.integer import has_plain_product, takes_integers
 from tinyq_lightning.kernels.onednn import has_onednn_product
@@ -36,6 +41,7 @@ __all__ = [
 CONV_FORMS: dict[str, type[ConvForm]] = {
     "int8-onednn": Int8ConvWeights,
     "int8-grouped": Int8GroupedWeights,
+    "int8-apart": Int8ApartWeights,
     "int8": PointwiseWeights,
     "windows": WindowWeights,
     "float32": FloatConvWeights,
@@ -49,6 +55,10 @@ CONV_FORMS: dict[str, type[ConvForm]] = {
 _KEPT_TO = 1_000_000
 
 
+# The same where few windows are no rows of a linear kernel, so that nothing else spares their weights' expansion.
+_KEPT_WITHOUT_ROWS_TO = 4_000_000
+
+
 # With fewer windows, to rebuild the float weights costs more than to convolve by them.
 _FEW_WINDOWS = 513
 
@@ -57,6 +67,10 @@ _FEW_WINDOWS = 513
 # many outputs, and where outputs are more than a block and fill none, of codes that it lays out anew for another input.
 _FROM_ONE_CHANNEL = 32
 _BLOCK = 64
+
+
+# Such groups are convolved one after the other. Of fewer weights each, the calls take longer than they win.
+_APART_FROM = 16_384
 
 
 # With a sum of fewer products to an output, rounding costs more than an int8 convolution wins.
@@ -180,10 +194,10 @@ def convolve_once(
 
 
 def _without_rounding(shape: ConvShape, compact: bool) -> Choice:
-    if not compact and shape.weights < _KEPT_TO:
+    unfolds = shape.groups == 1 and not shape.transposed and shape.dims < 3 and shape.summed <= LONGEST_SUM
+    if not compact and shape.weights < (_KEPT_TO if unfolds else _KEPT_WITHOUT_ROWS_TO):
         return Choice("float32", "a float copy in memory, as fast as float; the file stays small")
     reason = "float weights are rebuilt on each call, which costs little"
-    unfolds = shape.groups == 1 and not shape.transposed and shape.dims < 3 and shape.summed <= LONGEST_SUM
     if unfolds and has_onednn_product():
         return Choice("reference", reason, few_rows=_FEW_WINDOWS, few="windows")
     return Choice("reference", reason)
@@ -196,14 +210,25 @@ def _why_no_int8(shape: ConvShape, device: str) -> str:
         return "no fast and exact int8 convolution here"
     if shape.summed > LONGEST_SUM:
         return f"sums of {shape.summed:,} products can overflow int32"
-    channels, outputs = shape.in_channels // shape.groups, shape.out_channels // shape.groups
-    strays = outputs > _FROM_ONE_CHANNEL if channels == 1 else outputs > _BLOCK and outputs % _BLOCK
-    if shape.groups > 1 and strays:
+    if _strays(shape) and shape.weights < _APART_FROM * shape.groups:
+        channels, outputs = shape.in_channels // shape.groups, shape.out_channels // shape.groups
         return f"no exact int8 convolution of groups of {channels} to {outputs} channels"
     return ""
 
 
+def _strays(shape: ConvShape) -> bool:
+    """Whether an int8 convolution of all groups in one call would return wrong numbers."""
+    if shape.groups == 1:
+        return False
+    outputs = shape.out_channels // shape.groups
+    if shape.in_channels == shape.groups:
+        return outputs > _FROM_ONE_CHANNEL
+    return outputs > _BLOCK and outputs % _BLOCK > 0
+
+
 def _int8_variant(shape: ConvShape) -> str:
+    if _strays(shape):
+        return "int8-apart"
     if shape.pointwise and has_plain_product():
         return "int8"
     return "int8-onednn" if shape.groups == 1 else "int8-grouped"

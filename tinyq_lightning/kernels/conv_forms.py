@@ -72,6 +72,7 @@ class RoundedConvForm(ConvForm):
     """Weights of a convolution for one kernel of rounded activations."""
 
     _flat = False
+    _values_at_once = _VALUES_AT_ONCE
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,7 +84,7 @@ class RoundedConvForm(ConvForm):
         out = torch.empty(len(x), len(scales), *sizes, dtype=torch.float32, device=x.device, memory_format=layout)
         if not out.numel():
             return out
-        at_once = max(1, _VALUES_AT_ONCE // x[0].numel())
+        at_once = max(1, self._values_at_once // x[0].numel())
         if len(x) <= at_once:
             self._convolve(method, x, scales, added, out)
         else:

@@ -19,6 +19,7 @@ from tinyq_lightning.kernels.fixed_point import digits_of
 from tinyq_lightning.kernels.probe import Packed, has_operator, has_vnni, holds, is_hidden
 
 __all__ = [
+    "Int8ApartWeights",
     "Int8ConvWeights",
     "Int8GroupedWeights",
     "has_int8_convolution",
@@ -85,6 +86,30 @@ class Int8ConvWeights(_PackedConvolution, CodeHolder):
 
 class Int8GroupedWeights(_PackedConvolution, BesideCodes):
     """The same for several groups, beside the plain codes: to unpack groups writes past their memory (oneDNN 3.12)."""
+
+
+class Int8ApartWeights(RoundedConvForm, CodeHolder):
+    """The codes in one byte each, group by group, for groups that one call convolves wrongly."""
+
+    bytes_a_weight = 1
+    _values_at_once = 524_288  # of several groups, because each takes calls of its own
+
+    def __init__(self, codes: Tensor, scales: Tensor, geometry: Geometry, first: Tensor) -> None:
+        super().__init__(codes, scales, geometry, first)
+        self._flat = codes.dim() == 3
+        alone, groups = replace(geometry, groups=1), geometry.groups
+        parts = zip(codes.chunk(groups), scales.chunk(groups), first.chunk(groups, 1), strict=True)
+        self._groups = [Int8ConvWeights(own, factors, alone, x) for own, factors, x in parts]
+
+    @override
+    def _of_integers(self, numbers: Tensor, digits: int, scales: Tensor) -> Tensor:
+        count = len(self._groups)
+        parts = zip(self._groups, numbers.chunk(count, 1), scales.chunk(count), strict=True)
+        return torch.cat([group._of_integers(x, digits, factors) for group, x, factors in parts], 1)
+
+    @override
+    def _unpacked(self) -> Tensor:
+        return torch.cat([group._unpacked() for group in self._groups])
 
 
 def pack_convolution(codes: Tensor, geometry: Geometry, shape: list[int] | None) -> Packed:

@@ -64,11 +64,9 @@ class FbgemmRows(CodeHolder):
     @override
     def is_current(self, codes: Tensor | None, scales: Tensor) -> bool:
         # Written out instead of using TensorSnapshot: a few rows are looked up in some microseconds.
-        return (
-            scales is self._scales
-            and (self._scales_version < 0 or scales._version == self._scales_version)
-            and super().is_current(codes, scales)
-        )
+        if scales is not self._scales or (self._scales_version >= 0 and scales._version != self._scales_version):
+            return False
+        return codes is None if self._source.plain is None else super().is_current(codes, scales)
 
     def rows(self, index: Tensor) -> Tensor:
         """``index`` ``[n]`` of integers → ``[n, columns]`` float32.
@@ -76,10 +74,10 @@ class FbgemmRows(CodeHolder):
         Raises:
             RuntimeError: an index is beyond the table.
         """
-        begins = self._begins
-        if begins.shape != index.shape or begins.dtype != index.dtype:
-            begins = torch.arange(len(index), dtype=index.dtype, device=index.device)
-            if len(index) <= _KEPT:
+        begins, count = self._begins, index.numel()
+        if begins.numel() != count or begins.dtype is not index.dtype:
+            begins = torch.arange(count, dtype=index.dtype, device=index.device)
+            if count <= _KEPT:
                 self._begins = begins
         return _operator()(self._packed, index.contiguous(), begins)
 

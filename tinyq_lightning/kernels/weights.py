@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinyq_lightning.errors import ModelError
+from tinyq_lightning.kernels.tracing import in_transform
 
 __all__ = [
     "CODE_MAX",
@@ -172,7 +173,10 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
     factors = spread_scales(codes, scales, groups)
     if codes.is_cuda:  # which multiplies by what it converts on the way
         return torch.mul(codes, factors.to(work)).to(dtype)
-    return torch.mul(codes.to(work), factors).to(dtype)
+    if torch.compiler.is_compiling() or in_transform():
+        return torch.mul(codes.to(work), factors).to(dtype)
+    # In place: to get new memory for a large weight takes several times as long as to multiply it.
+    return codes.to(work, copy=True).mul_(factors).to(dtype)
 
 
 def spread_scales(codes: Tensor, scales: Tensor, groups: int = 0) -> Tensor:

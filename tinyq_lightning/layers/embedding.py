@@ -14,7 +14,6 @@ from tinyq_lightning.kernels import (
     NibbleWeights,
     WeightForm,
     choose_lookup_kernel,
-    in_jit_trace,
     in_transform,
     weight_form,
 )
@@ -67,7 +66,8 @@ class _LookUp(Int8Weight):
 
     def _packed_rows(self, input: Tensor) -> FbgemmRows | None:
         """The rows packed for look-ups of ``input``; None where it is looked up in another form."""
-        if self.choice.kernel != "int8-rows" or type(input) is not Tensor or not input.is_cpu or _is_traced():
+        choice = self._choice or self.choice  # without the property, because a microsecond counts where rows are few
+        if choice.kernel != "int8-rows" or type(input) is not Tensor or not input.is_cpu or _is_traced():
             return None
         if not self._buffers["scales"].is_cpu or torch._C._len_torch_dispatch_stack():  # type: ignore[union-attr]
             return None
@@ -95,7 +95,7 @@ class _LookUp(Int8Weight):
 
 def _is_traced() -> bool:
     """Whether a graph is made of the call, which is to see plain codes."""
-    return torch.compiler.is_compiling() or in_jit_trace() or in_transform()
+    return torch.compiler.is_compiling() or in_transform()
 
 
 class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
@@ -142,11 +142,13 @@ class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
         packed = self._packed_rows(input)
         if packed is not None and input.numel():
             try:
-                flat = packed.rows(input.reshape(-1))
+                if input.dim() == 1:
+                    rows = packed.rows(input)
+                else:
+                    rows = packed.rows(input.reshape(-1)).view(*input.shape, self.embedding_dim)
             except RuntimeError:
                 pass  # an index is beyond the table, which is told below
             else:
-                rows = flat if input.dim() == 1 else flat.view(*input.shape, self.embedding_dim)
                 return rows if self.dtype is torch.float32 else rows.to(self.dtype)
         table = self._float_table()
         return self._rows(input) if table is None else nn.functional.embedding(input, table)

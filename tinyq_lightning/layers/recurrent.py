@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from tinyq_lightning.errors import ReadOnlyWeightError
 from tinyq_lightning.kernels import Choice, choose_recurrent_kernel, in_transform
+from tinyq_lightning.layers.float_copies import FloatCopies
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 from tinyq_lightning.layers.named_codes import NamedCodes
@@ -116,11 +117,16 @@ class QuantizedRecurrent(NamedCodes):
         # Asked here, not in a function: torch.compile, which leaves this one out, would make a graph of that one alone.
         if torch.compiler.is_compiling():
             return self.torch_class.forward(self, input, hx)
-        if self.device.type != "cuda":
-            return self.torch_class.forward(self._stand_in(), input, hx)
+        layer = self._stand_in()
+        if not layer._is_on_cuda:
+            return self.torch_class.forward(layer, input, hx)
         with warnings.catch_warnings():  # cuDNN tells that it joins weights that lie apart, which these do
             warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
-            return self.torch_class.forward(self._stand_in(), input, hx)
+            return self.torch_class.forward(layer, input, hx)
+
+    @property
+    def _is_on_cuda(self) -> bool:
+        return self.device.type == "cuda"
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _stand_in(self) -> nn.Module:
@@ -133,9 +139,15 @@ class QuantizedRecurrent(NamedCodes):
         copies = self.expanded()
         layer, parameters = copies.layer, self._parameters
         if layer is None or any(parameters[name] is not bias for name, bias in vars(layer)["_biases"]):
-            layer = copies.layer = object.__new__(self.torch_class)
-            held = {name: value for name, value in vars(self).items() if name not in ("_copies", "_dequantized")}
-            vars(layer).update(held, **self._float_weights(copies.weights), _biases=[*parameters.items()])
+            return self._new_stand_in(copies)
+        return layer
+
+    def _new_stand_in(self, copies: FloatCopies) -> nn.Module:
+        layer: nn.Module = object.__new__(self.torch_class)
+        held = {name: value for name, value in vars(self).items() if name not in ("_copies", "_dequantized")}
+        vars(layer).update(held, **self._float_weights(copies.weights))
+        vars(layer).update(_biases=[*self._parameters.items()], _is_on_cuda=self._is_on_cuda)
+        copies.layer = layer
         return layer
 
     def keeps_copies(self) -> bool:
