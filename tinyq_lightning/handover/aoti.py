@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.example import Example
-from tinyq_lightning.handover.programs import arranged, exported_program, tensors_of
+from tinyq_lightning.handover.outputs import tensors_of
+from tinyq_lightning.handover.programs import arranged, exported_program, refuse_classes
 from tinyq_lightning.handover.request import Request
 from tinyq_lightning.kernels import (
     compiles_packed_product,
@@ -33,11 +34,13 @@ def write_aoti(request: Request, path: str) -> Sequence[str]:
     """Compile an AOTInductor package.
 
     Raises:
-        ExportError: there is no C++ compiler, or the path does not end in ``.pt2``.
+        ExportError: there is no C++ compiler, the path does not end in ``.pt2``, or the model takes what only its
+            class can make.
     """
     if not path.endswith(".pt2"):
         raise ExportError(f"{os.path.basename(path)}: torch loads an AOTInductor package only if its name ends in .pt2")
     _check_compiler()
+    refuse_classes(request.example)
     if compiles_packed_product():
         _hold_plain_codes(request.module)
         with packing_in_graphs(), _casts_at_run_time():

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.example import flat_names
+from tinyq_lightning.handover.outputs import visible
 from tinyq_lightning.search import Timing, time_in_turns
 
 __all__ = [
@@ -49,9 +51,21 @@ def output_tensors(outputs: Any) -> dict[str, Tensor]:
     A single tensor is ``output``; those of a tuple are ``output_0``, …; those of a dict have its keys.
 
     Raises:
-        ExportError: there is none.
+        ExportError: there is none, two have one name, or a sequence is packed.
     """
-    found = {name: leaf for name, leaf in flat_names(outputs, "output") if isinstance(leaf, Tensor)}
+    leaves = flat_names(visible(outputs), "output")
+    for name, leaf in leaves:
+        if isinstance(leaf, PackedSequence):
+            raise ExportError(
+                f"{name} of the model is a PackedSequence, and graphs have none: let a method compute and return "
+                "padded sequences, and name it as method="
+            )
+    named = [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor)]
+    found = dict(named)
+    if len(found) < len(named):
+        names = [name for name, _ in named]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ExportError(f"two outputs of the model would have the name {twice!r}: give them other keys")
     if not found:
         raise ExportError(
             f"the model returns a {type(outputs).__name__} in which torch finds no tensor: let the exported method "

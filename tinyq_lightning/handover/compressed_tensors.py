@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.example import Example
-from tinyq_lightning.handover.programs import tensors_of
+from tinyq_lightning.handover.outputs import tensors_of
 from tinyq_lightning.handover.request import Request
 from tinyq_lightning.layers import QuantizedLayer, QuantizedLinear
 

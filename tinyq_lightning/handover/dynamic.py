@@ -125,7 +125,9 @@ def dynamic_dims(example: Example, dynamic: Dynamic) -> DynamicDims:
         first = next((tensor for tensor in tensors.values() if tensor.dim()), None)
         rows = None if first is None else first.shape[0]
         places = {name: {0: BATCH} for name, tensor in tensors.items() if tensor.dim() and tensor.shape[0] == rows}
-        return DynamicDims(places, {})
+        dims = DynamicDims(places, {})
+        _refuse_empty(dims, tensors)
+        return dims
     if not isinstance(dynamic, Mapping):
         raise ModelError(f"dynamic must be True, False or a mapping of dimensions to names, not {dynamic!r}")
     by_tensor = _by_tensor(tensors, dynamic)
@@ -135,7 +137,18 @@ def dynamic_dims(example: Example, dynamic: Dynamic) -> DynamicDims:
         bounds,
     )
     _check_sizes(dims, tensors)
+    _refuse_empty(dims, tensors)
     return dims
+
+
+def _refuse_empty(dims: DynamicDims, tensors: Mapping[str, Tensor]) -> None:
+    for tensor_name, places in dims.places.items():
+        shape = list(tensors[tensor_name].shape)
+        if any(shape[place] == 0 for place in places):
+            raise ModelError(
+                f"the example input {tensor_name} has the shape {shape}, and nothing can be computed of no rows: give "
+                "an example that has some"
+            )
 
 
 def _by_tensor(tensors: Mapping[str, Tensor], dynamic: Mapping[Any, Any]) -> dict[str, dict[int, Any]]:

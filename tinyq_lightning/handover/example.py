@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,22 +10,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from tinyq_lightning.errors import ModelError
 from tinyq_lightning.file import import_named
 
 __all__ = [
+    "PLAIN",
     "Example",
     "as_arguments",
     "copies_on_cpu",
     "example_for",
     "flat_names",
     "import_example",
+    "named_arguments",
     "parameters_of_call",
+    "part_of",
     "refuse_without_forward",
     "resized",
 ]
+
+
+PLAIN = (
+    *(Tensor, bool, int, float, complex, str, bytes, type(None), enum.Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+"""What arguments and outputs of a graph are, or tuples, lists and dicts of."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Example:
         args: the positional ones.
         kwargs: those by name.
         parameters: the same by the name of the parameter that takes them, in the order of the signature, as
-            ``torch.export`` names them in ``dynamic_shapes``.
+            ``torch.export`` names them in ``dynamic_shapes``. Those that ``**kwargs`` takes have their own names.
     """
 
     args: tuple[Any, ...]
@@ -71,17 +83,18 @@ class Example:
 
 def flat_names(value: Any, root: str = "") -> list[tuple[str, Any]]:
     """The leaves of nested tuples, lists and mappings with names such as ``logits`` and ``states.0``."""
-    found, _ = pytree.tree_flatten_with_path(value)
+    found, _ = pytree.tree_flatten_with_path(value, is_leaf=_is_packed)
     names = []
     for path, leaf in found:
-        parts = [_part(each) for each in path]
+        parts = [part_of(each) for each in path]
         if root:
             parts = [f"{root}_{parts[0]}", *parts[1:]] if parts and parts[0].isdecimal() else parts or [root]
         names.append((".".join(parts), leaf))
     return names
 
 
-def _part(key: Any) -> str:
+def part_of(key: Any) -> str:
+    """The name of a step of a path in torch's pytree: a key, a place or an attribute."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -105,7 +118,18 @@ def import_example(path: str) -> Any:
 
 def copies_on_cpu(given: Any) -> Any:
     """The same structure with copies of its tensors on the CPU: a model or a step may change those it is given."""
-    return pytree.tree_map(lambda leaf: leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf, given)
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, PackedSequence):
+            return leaf.cpu()
+        return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf
+
+    return pytree.tree_map(copied, given, is_leaf=_is_packed)
+
+
+def _is_packed(value: Any) -> bool:
+    """Whether torch would take it for a named tuple that it can make again of other tensors."""
+    return isinstance(value, PackedSequence)
 
 
 def example_for(model: nn.Module, given: Any, method: str) -> Example:
@@ -134,13 +158,47 @@ def example_for(model: nn.Module, given: Any, method: str) -> Example:
     if not callable(function):
         raise ModelError(f"{name} has no method {method!r}")
     try:
-        bound = inspect.signature(function).bind(*args, **kwargs)
+        example = Example(args, kwargs, named_arguments(function, args, kwargs))
     except TypeError as error:
         raise ModelError(f"{name}.{method} does not take the example inputs: {error}") from error
-    example = Example(args, kwargs, dict(bound.arguments))
-    if not example.tensors():
-        raise ModelError(f"the example inputs of {name}.{method} hold no tensor")
+    _refuse_others(example, f"{name}.{method}")
     return example
+
+
+def named_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, as :class:`Example` has them in ``parameters``.
+
+    Raises:
+        TypeError: the function does not take them.
+    """
+    signature = inspect.signature(function)
+    found = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= found.pop(name, {})
+    return found
+
+
+def _refuse_others(example: Example, name: str) -> None:
+    """Check that the inputs are what graphs take: dense tensors, and plain values."""
+    for where, leaf in flat_names(example.parameters):
+        if isinstance(leaf, PackedSequence):
+            raise ModelError(
+                f"the example input {where} of {name} is a PackedSequence, and graphs have none: let a method take the "
+                "padded sequences, and their lengths as a tensor, and name it as method="
+            )
+        if isinstance(leaf, Tensor) and (leaf.layout is not torch.strided or leaf.is_nested):
+            kind = "nested" if leaf.is_nested else "sparse"
+            raise ModelError(
+                f"the example input {where} of {name} is a {kind} tensor, and graphs take dense ones alone"
+            )
+        if not isinstance(leaf, PLAIN):
+            raise ModelError(
+                f"the example input {where} of {name} is a {type(leaf).__name__}, which graphs do not take: let a "
+                "method take tensors, and tuples, lists and dicts of them, and name it as method="
+            )
+    if not example.tensors():
+        raise ModelError(f"the example inputs of {name} hold no tensor")
 
 
 def refuse_without_forward(model: nn.Module, method: str = "forward") -> None:
@@ -168,7 +226,8 @@ def as_arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional arguments, and those by name, of inputs as users give them."""
     if isinstance(given, Mapping):
         return (), {str(name): value for name, value in given.items()}
-    return (tuple(given), {}) if isinstance(given, tuple) else ((given,), {})
+    several = isinstance(given, tuple) and not isinstance(given, PackedSequence)
+    return (tuple(given), {}) if several else ((given,), {})
 
 
 def resized(example: Example, sizes: Mapping[str, Mapping[int, int]], seed: int) -> Example:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from tinyq_lightning.handover.comparison import OutputError, output_errors, outp
 from tinyq_lightning.handover.dynamic import Dynamic, dynamic_dims
 from tinyq_lightning.handover.example import Example, example_for
 from tinyq_lightning.handover.formats import Format, Program, Run, Tensors, format_for
+from tinyq_lightning.handover.outputs import others_of, tensors_of
 from tinyq_lightning.handover.place import move_into_place, workshop
 from tinyq_lightning.handover.report import ExportReport
 from tinyq_lightning.handover.request import Request
@@ -99,11 +100,13 @@ def export(
     _check_activations(wanted, activations, calibration)
     with untouched(model):
         module = callable_module(model, method)
-        names = tuple(output_tensors(_called(module, example)))
+        outputs = _called(module, example)
+        names = tuple(output_tensors(outputs))
+        notes = [f"not exported, since graphs do not hold such: {each}" for each in others_of(outputs)]
         traced = dims.large_enough(example)
         request = Request(module, traced, dims, names, activations, calibration, torch.get_num_threads())
         bound = max(wanted.bound(activations), rounding_noise(model)) if max_error is None else max_error
-        return _write_program(wanted, request, example, target, bound, overwrite)
+        return _write_program(wanted, request, example, target, bound, overwrite, notes)
 
 
 def _check_activations(wanted: Program, activations: str, calibration: Iterable[Any] | None) -> None:
@@ -129,14 +132,20 @@ def _called(module: nn.Module, example: Example) -> Any:
 
 
 def _write_program(
-    wanted: Program, request: Request, example: Example, target: str, bound: float, overwrite: bool
+    wanted: Program,
+    request: Request,
+    example: Example,
+    target: str,
+    bound: float,
+    overwrite: bool,
+    left_out: Sequence[str],
 ) -> ExportReport:
     with workshop(target) as written:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of libraries, about themselves
-            notes = _guarded(wanted, request.module, "written", lambda: wanted.write(request, written))
+            notes = _guarded(wanted, request, "written", lambda: wanted.write(request, written))
             trial = _tried(wanted, request, example, written)
-        _refuse_errors(wanted, trial.outputs, bound)
+        _refuse_errors(wanted, request, trial, bound)
         files = move_into_place(written, target, overwrite)
     return ExportReport(
         path=target,
@@ -150,7 +159,7 @@ def _write_program(
         ms=trial.timing.ms,
         model_ms=trial.timing.float_ms,
         threads=request.threads,
-        notes=(*notes, *trial.notes),
+        notes=(*notes, *trial.notes, *left_out),
     )
 
 
@@ -164,22 +173,28 @@ class _Trial(NamedTuple):
 
 
 def _tried(wanted: Program, request: Request, example: Example, written: str) -> _Trial:
-    run: Run = _guarded(wanted, request.module, "loaded", lambda: wanted.open(written, request))
+    run: Run = _guarded(wanted, request, "loaded", lambda: wanted.open(written, request))
     cases, notes = _cases(request, example)
-    outputs = _guarded(wanted, request.module, "run", lambda: worst([_errors(request, run, case) for case in cases]))
+    outputs = _guarded(wanted, request, "run", lambda: worst([_errors(request, run, case) for case in cases]))
     timed = example.fresh()
     timing = time_both(lambda: request.module(*timed.args, **timed.kwargs), lambda: run(timed))
     return _Trial(cases, notes, outputs, timing)
 
 
-def _guarded(wanted: Format, module: nn.Module, what: str, step: Any) -> Any:
+def _guarded(wanted: Format, request: Request, what: str, step: Any) -> Any:
     try:
         return step()
     except TinyQError:
         raise
     except Exception as error:  # of a library, which may raise anything
-        narrow = {each.dtype for each in module.parameters()} & {torch.float16, torch.bfloat16}
-        advice = f". It computes in {narrow.pop()}, which not every runtime can: export model.float()" if narrow else ""
+        kinds = {each.dtype for each in (*request.module.parameters(), *request.example.tensors().values())}
+        narrow = [str(each) for each in (torch.bfloat16, torch.float16) if each in kinds]
+        advice = (
+            f". It computes in {' and '.join(narrow)}, which not every runtime can: export model.float(), with inputs "
+            "in float32"
+            if narrow
+            else ""
+        )
         reason = f"{type(error).__name__}: {error}"
         raise ExportError(f"{wanted.name}: the model could not be {what}: {reason}{advice}") from error
 
@@ -206,13 +221,26 @@ def _errors(request: Request, run: Run, case: Example) -> list[OutputError]:
     return output_errors(wanted, run(case.fresh()))
 
 
-def _refuse_errors(wanted: Format, outputs: list[OutputError], bound: float) -> None:
-    off = max(outputs, key=lambda each: each.relative)
-    if not off.relative <= bound:
+def _refuse_errors(wanted: Format, request: Request, trial: _Trial, bound: float) -> None:
+    off = max(trial.outputs, key=_relative)
+    if off.relative <= bound:
+        return
+    again = max(_errors(request, lambda case: tensors_of(_called(request.module, case)), trial.cases[0]), key=_relative)
+    if again.relative > 0:
         raise ExportError(
-            f"{wanted.name}: {off.name} of what was written is {off.relative:.2g} from the quantized model, more than "
-            f"the {bound:g} allowed (max_error), so no file was left; the largest difference is {off.largest:.2g}"
+            f"{wanted.name}: the model itself gives other numbers for the same inputs each time ({again.name} is "
+            f"{again.relative:.2g} from what it was before), so nothing can be compared with it and no file was left: "
+            "it draws random numbers in eval mode too, such as F.dropout without training=self.training, or keeps "
+            "state from call to call. Export a method that does not, or that takes such tensors as inputs"
         )
+    raise ExportError(
+        f"{wanted.name}: {off.name} of what was written is {off.relative:.2g} from the quantized model, more than "
+        f"the {bound:g} allowed (max_error), so no file was left; the largest difference is {off.largest:.2g}"
+    )
+
+
+def _relative(error: OutputError) -> float:
+    return error.relative
 
 
 def _export_tensors(

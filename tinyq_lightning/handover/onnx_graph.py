@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.onnx_layers import onnx_forms
 from tinyq_lightning.handover.onnx_operators import OPSET
 from tinyq_lightning.handover.onnx_tidying import tidy
-from tinyq_lightning.handover.programs import errors_logged_alone, exported_program, tensors_of
+from tinyq_lightning.handover.outputs import tensors_of
+from tinyq_lightning.handover.programs import errors_logged_alone, exported_program
 from tinyq_lightning.handover.request import Request
 
 if TYPE_CHECKING:
@@ -45,8 +44,10 @@ def onnx_graph(request: Request, rounds: bool) -> onnx_ir.Model:
     Raises:
         ExportError: torch cannot export the model, or ONNX has no operator for something in it.
     """
-    with onnx_forms(request.module, rounds), _tensors_alone(request.module):
-        program = exported_program(request)
+    for name, tensor in request.example.tensors().items():
+        _refuse_complex(f"the example input {name}", tensor)
+    with onnx_forms(request.module, rounds):
+        program = exported_program(request, _tensors_alone)
     with errors_logged_alone("torch.onnx", "onnxscript", "onnx_ir"):
         model: onnx_ir.Model = _translated(program, request).model
         _name_dimensions(model, request)
@@ -54,31 +55,25 @@ def onnx_graph(request: Request, rounds: bool) -> onnx_ir.Model:
     return model
 
 
-@contextmanager
-def _tensors_alone(module: nn.Module) -> Iterator[None]:
-    """Context manager in which a module returns the tensors of its outputs and nothing else.
+def _tensors_alone(outputs: Any, taken: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors of the outputs and nothing else.
 
-    An input that it returns, or a tensor that it returns twice, is a copy: each output of a graph has its own name.
+    An input that is returned, or a tensor that is returned twice, is a copy: each output of a graph has its own name.
     """
-    own = module.forward
+    known, found = {id(tensor) for tensor in taken}, []
+    for tensor in tensors_of(outputs):
+        _refuse_complex("an output of the model", tensor)
+        found.append(tensor.clone() if id(tensor) in known else tensor)
+        known.add(id(tensor))
+    return tuple(found)
 
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        taken = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
-        outputs = []
-        for tensor in tensors_of(own(*args, **kwargs)):
-            outputs.append(tensor.clone() if id(tensor) in taken else tensor)
-            taken.add(id(tensor))
-        return tuple(outputs)
 
-    former = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
-        if former is not None:
-            vars(module)["forward"] = former
+def _refuse_complex(what: str, tensor: Tensor) -> None:
+    if tensor.is_complex():
+        raise ExportError(
+            f"{what} is complex, and ONNX has no complex numbers: let a method take and return torch.view_as_real of "
+            "them, and name it as method="
+        )
 
 
 def _translated(program: torch.export.ExportedProgram, request: Request) -> Any:
@@ -93,8 +88,15 @@ def _translated(program: torch.export.ExportedProgram, request: Request) -> Any:
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
-        reasons = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ExportError(f"torch cannot write the model as ONNX: {' '.join(reasons)[:600]}") from error
+        raise ExportError(f"torch cannot write the model as ONNX: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What was the first to fail, in one line: torch tells of the steps of exporting around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__  # type: ignore[assignment]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:600]}"
 
 
 def input_names(request: Request) -> list[str]:

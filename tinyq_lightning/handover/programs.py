@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
@@ -16,20 +16,29 @@ from torch.utils import _pytree as pytree
 
 from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.example import Example
+from tinyq_lightning.handover.graph_forward import graph_forward
+from tinyq_lightning.handover.outputs import portable, tensors_of
 from tinyq_lightning.handover.request import Request
+from tinyq_lightning.handover.why_no_graph import why_no_graph
 
 __all__ = [
     "arranged",
     "errors_logged_alone",
     "exported_program",
     "open_pt2",
-    "tensors_of",
+    "refuse_classes",
     "write_pt2",
 ]
 
 
-def exported_program(request: Request) -> ExportedProgram:
+def exported_program(
+    request: Request, returns: Callable[[Any, Sequence[Tensor]], Any] = lambda outputs, taken: portable(outputs)
+) -> ExportedProgram:
     """The call as a program.
+
+    Args:
+        request: what to export.
+        returns: makes what the program returns of what the module returned, and of the tensors that it was given.
 
     Raises:
         ExportError: torch cannot export the model, or not for all sizes that were asked for.
@@ -38,26 +47,19 @@ def exported_program(request: Request) -> ExportedProgram:
     shapes = request.dims.for_torch(example)
     try:
         # of a graph that it could not finish torch prints what it has
-        with redirect_stderr(io.StringIO()), errors_logged_alone("torch.fx.experimental.symbolic_shapes"):
+        with (
+            redirect_stderr(io.StringIO()),
+            errors_logged_alone("torch.fx.experimental.symbolic_shapes"),
+            graph_forward(request.module, example, returns),
+        ):
             return torch.export.export(
                 request.module, example.args, example.kwargs, dynamic_shapes=shapes, strict=False
             )
+    except ExportError:
+        raise
     except Exception as error:  # of torch, or of the model when it is traced
-        if type(error).__name__ == "GuardOnDataDependentSymNode":
-            place = re.search(r"Caused by: \((.*?)\)", str(error))
-            raise ExportError(
-                "torch.export cannot export the model: it takes a branch or a size from the values of a tensor (if, "
-                f"while, int(x), x.item()){f', at {place[1]}' if place else ''}, and a graph is the same for all "
-                "values: write torch.where, or export a method without it"
-            ) from error
-        advice = (
-            f". If the sizes of {', '.join(request.dims.names)} may not change, give dynamic=False, or name only "
-            "the dimensions that may, with their bounds as torch.export.Dim has them"
-            if shapes
-            else ""
-        )
-        message = f"torch.export cannot export the model: {type(error).__name__}: {_shortened(str(error))}{advice}"
-        raise ExportError(message) from error
+        reason = why_no_graph(request, error)
+        raise ExportError(f"torch.export cannot export the model: {reason}") from error
 
 
 @contextmanager
@@ -74,29 +76,43 @@ def errors_logged_alone(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _shortened(message: str) -> str:
-    """The first lines of an error of torch, without its advice on logging."""
-    lines = [line.partition("For more information")[0].strip() for line in message.splitlines()]
-    return " ".join([line for line in lines if line][:2])[:400].rstrip(".")
-
-
-def tensors_of(outputs: Any) -> Sequence[Tensor]:
-    """The tensors of what a program returns, in the order of torch's pytree."""
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
 def write_pt2(request: Request, path: str) -> Sequence[str]:
     """Write a ``.pt2`` file, see ``torch.export.save``.
 
     Raises:
-        ExportError: the model returns text.
+        ExportError: the model returns text, or takes what only its class can make.
     """
+    refuse_classes(request.example)
     program = exported_program(request)
     for output in program.graph_signature.output_specs:
         if isinstance(value := getattr(output.arg, "value", None), str):
             raise ExportError(f"the model returns the text {value!r}, which a file of torch.export cannot hold")
     torch.export.save(program, path)
     return ()
+
+
+def refuse_classes(example: Example) -> None:
+    """Check that the inputs are in plain containers: a file does not hold the classes of others.
+
+    Raises:
+        ExportError: they are not.
+    """
+    for name, value in example.parameters.items():
+        if found := _other_class(value):
+            raise ExportError(
+                f"the example input {name} holds a {found.__name__}, whose class a file of torch.export does not hold: "
+                "let a method take tuples, lists and dicts of tensors, and name it as method="
+            )
+
+
+def _other_class(value: Any) -> type | None:
+    """The class of a container that is none of Python's own."""
+    if pytree.tree_is_leaf(value):
+        return None
+    if type(value) not in (tuple, list, dict, OrderedDict):
+        return type(value)
+    inside = value.values() if isinstance(value, dict) else value
+    return next((found for each in inside if (found := _other_class(each))), None)
 
 
 def open_pt2(path: str, request: Request) -> Callable[[Example], Sequence[Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.dynamic import DynamicDims
-from tinyq_lightning.handover.example import Example
+from tinyq_lightning.handover.example import Example, named_arguments
 from tinyq_lightning.handover.formats import FORMATS, Program, Run, format_for
+from tinyq_lightning.handover.outputs import filled, tensors_of
 from tinyq_lightning.handover.request import Request
 
 __all__ = [
@@ -84,7 +84,7 @@ class _InPlace:
     def __init__(self, model: nn.Module, own: Callable[..., Any], wanted: Program, path: str, threads: int) -> None:
         self._model, self._own, self._wanted, self._path, self._threads = model, own, wanted, path, threads
         self._run: Run | None = None
-        self._structure: tuple[Any, list[Any]] = None, []
+        self._outputs: Any = None
         self.calls = 0
 
     @torch.no_grad()
@@ -92,15 +92,12 @@ class _InPlace:
         """The outputs of the file, in the structure, dtypes and on the device of the method's own."""
         device = next((leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         on_cpu = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        parameters = inspect.signature(self._own).bind(*on_cpu[0], **on_cpu[1]).arguments
-        example = Example(on_cpu[0], on_cpu[1], dict(parameters))
+        example = Example(on_cpu[0], on_cpu[1], named_arguments(self._own, *on_cpu))
         if self._run is None:
-            leaves, structure = pytree.tree_flatten(self._own(*args, **kwargs))
-            self._structure = structure, [leaf.dtype if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            self._outputs = self._own(*args, **kwargs)
             request = Request(self._model, example, DynamicDims({}, {}), (), threads=self._threads)
             self._run = self._wanted.open(self._path, request)
-        outputs = iter(self._run(example))
+        outputs = self._run(example)
         self.calls += 1
-        structure, kinds = self._structure
-        leaves = [next(outputs).to(device, kind) if isinstance(kind, torch.dtype) else kind for kind in kinds]
-        return pytree.tree_unflatten(leaves, structure)
+        kinds = [tensor.dtype for tensor in tensors_of(self._outputs)]
+        return filled(self._outputs, (each.to(device, kind) for each, kind in zip(outputs, kinds, strict=True)))
