@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lightnings import LightningDataModule, LightningModule
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,6 +29,8 @@ class ShardedNet(LightningModule):
         data, tensor = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
         if self.hparams.how in ("tensor", "both"):
             parallelize_module(self, tensor, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        if self.hparams.how == "fsdp":
+            self.up, self.down = torch.compile(self.up, backend="eager"), checkpoint_wrapper(self.down)
         if self.hparams.how in ("fsdp", "both"):
             for layer in (self.up, self.down, self.odd):
                 fully_shard(layer, mesh=data)

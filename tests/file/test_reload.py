@@ -12,8 +12,9 @@ from lightnings import LightningModule
 from models import FEATURES, Net, keeper, loader, trainer
 from omegaconf import OmegaConf
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
-from tinyq_lightning import QuantizedCheckpointMixin, TinyQCallback, load_quantized, quantized
+from tinyq_lightning import QuantizedCheckpointMixin, TinyQCallback, load_quantized, quantize, quantized
 from tinyq_lightning.errors import CheckpointError, ModelError, TrainerError
 
 
@@ -50,6 +51,14 @@ class CompiledBody(Net):
         self.body = torch.compile(self.body, backend="eager")
 
 
+class CheckpointedBody(Net):
+    """As activation checkpointing is switched on for a model that another class made."""
+
+    def __init__(self, width=16):
+        super().__init__(width)
+        apply_activation_checkpointing(self.body, check_fn=lambda each: isinstance(each, nn.Linear))
+
+
 class Lazy(Net):
     """As lazy layers are used with Lightning: made by a batch in setup, which a loader does not call."""
 
@@ -67,7 +76,7 @@ class Lazy(Net):
         return self.head(self.body(x)) + self.up(x.view(-1, 8, 1)).mean(2)
 
 
-@pytest.mark.parametrize("kind", [CompiledBody, Lazy])
+@pytest.mark.parametrize("kind", [CompiledBody, CheckpointedBody, Lazy])
 @pytest.mark.parametrize("method", ["w8a32", "w4a32"])
 def test_compiled_and_lazy_layers_are_saved_and_load_again(tmp_path, kind, method):
     torch.compiler.reset()  # so that the models of other tests do not count towards torch's limit of graphs
@@ -78,6 +87,19 @@ def test_compiled_and_lazy_layers_are_saved_and_load_again(tmp_path, kind, metho
     model.load_state_dict(torch.load(callback.float_path, weights_only=True)["state_dict"])
     with quantized(model.eval(), callback.plan.to_spec()), torch.no_grad():
         assert torch.equal(again(points()), model(points()))
+
+
+@pytest.mark.parametrize("method", ["w8a32", "w4a32"])
+@pytest.mark.parametrize(("saved", "loaded"), [(Net, CompiledBody), (CompiledBody, Net), (CheckpointedBody, Net)])
+def test_a_file_loads_into_the_class_with_other_wrappers(tmp_path, saved, loaded, method):
+    callback, model = TinyQCallback(method, report=False, strict=True), saved()
+    trainer(tmp_path, callback, max_epochs=1).fit(model, loader(), loader(seed=1))
+    quantize(model, method)
+    again = load_quantized(callback.quantized_path, loaded)
+    for value, expected in zip(again.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(value, expected)
+    with torch.no_grad():  # a compiled product may round otherwise
+        torch.testing.assert_close(again(points()), model.eval()(points()))
 
 
 class KeepsAWeight(Net):

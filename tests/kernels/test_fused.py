@@ -24,7 +24,7 @@ for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 1e-3)):  # the inter
         codes = torch.randint(-127, 128, (outputs, features), generator=generator).to(torch.int8)
         x = torch.randn(rows, features, generator=generator).to(dtype)
         scales, bias = torch.rand(2, outputs, generator=generator)
-        for added in (None, bias, bias.to(dtype)):
+        for added in (None, bias, bias.to(dtype), torch.stack([bias, bias], 1)[:, 0]):
             expected = (x.double() @ codes.double().t()) * scales.double() + (0 if added is None else added.double())
             out = fused_product(x, codes, scales, added)
             assert (out.dtype, out.shape) == (dtype, expected.shape)

@@ -17,6 +17,7 @@ from sharded_net import Points, ShardedNet
 from torch.distributed.tensor import DTensor
 
 from tinyq_lightning import TinyQCallback
+from tinyq_lightning.plan import users_path
 from tinyq_lightning.trainer import gather, ranks, sharded
 
 
@@ -58,7 +59,7 @@ def fit(root, name, how, weights, distributed=True, **arguments):
     (folder / f"said-{run.global_rank}.json").write_text(json.dumps(said))
     state = module.state_dict()
     parts = [key for key, value in state.items() if isinstance(value, DTensor)]
-    whole = {key: value.full_tensor() if key in parts else value for key, value in state.items()}
+    whole = {users_path(key): value.full_tensor() if key in parts else value for key, value in state.items()}
     if run.is_global_zero:
         torch.save(whole, folder / "whole.pt")
     outcome = {

@@ -64,6 +64,15 @@ def test_a_rank_that_fails_is_waited_for_by_none_and_all_know_why(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("how", "when"), [("exit", "validating"), ("kill", "validating"), ("exit", "gathering")])
+def test_a_rank_that_ends_ends_the_run(tmp_path, how, when):
+    done = run_on_ranks("ended.py", tmp_path, how, when, fails=True)
+    assert "went on" not in done.stdout
+    said = "rank 1 has ended: SystemExit: 3" if how == "exit" else "another process has ended without a word"
+    assert said in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_where_no_rank_can_be_interrupted_one_that_fails_ends_the_run(tmp_path, rank):
     done = run_on_ranks("ddp_not_heard.py", tmp_path, rank, fails=True)

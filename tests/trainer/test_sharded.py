@@ -13,6 +13,7 @@ from models import Net, trainer
 from ranks import run_on_ranks, written_by_ranks
 from sharded_net import ShardedNet
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tinyq_lightning import TinyQCallback, load_quantized, quantize
 from tinyq_lightning.command import main
@@ -92,12 +93,17 @@ def the_command_that_is_told_gives_both_numbers(root, folder, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"monitor": "val_loss", "mode": "min", "max_drop": 0.1}, {"never_slower": True}, {"export": "pt2"}],
+    [
+        {"monitor": "val_loss", "mode": "min", "max_drop": 0.1},
+        {"never_slower": True},
+        {"spec": "w4a32", "calibrate": 2},
+        {"export": "pt2"},
+    ],
 )
 def test_what_needs_the_quantized_model_to_run_is_refused_before_training(tmp_path, arguments):
     run = trainer(tmp_path, strategy=ModelParallelStrategy())
     with pytest.raises(EvaluationError, match=r"ModelParallelStrategy no process holds.*when='test_start'"):
-        TinyQCallback("w8a32", **arguments).on_fit_start(run, Net())
+        TinyQCallback(**{"spec": "w8a32", **arguments}).on_fit_start(run, Net())
 
 
 def test_a_test_run_of_a_sharded_model_is_refused_with_the_command(tmp_path):
@@ -126,6 +132,16 @@ def test_a_twin_has_no_memory_and_the_module_is_as_before():
     assert twin.tied is twin.head
     assert isinstance(twin.head, nn.Linear)
     assert twin.state_dict().keys() == module.state_dict().keys()
+
+
+def test_a_twin_is_without_the_wrappers_that_checkpoints_do_not_name():
+    module = Net()
+    module.body[0] = torch.compile(checkpoint_wrapper(module.body[0]), backend="eager")
+    wrapped = module.body[0]
+    twin = unsharded_twin(module)
+    assert twin.state_dict().keys() == Net().state_dict().keys()
+    assert type(twin.body[0]) is nn.Linear
+    assert module.body[0] is wrapped
 
 
 @pytest.mark.slow

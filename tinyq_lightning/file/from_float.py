@@ -25,6 +25,7 @@ from tinyq_lightning.file.weightless import (
     put_value,
     without_weights,
 )
+from tinyq_lightning.file.wrapped_names import named_as_in
 from tinyq_lightning.layers import Int8Weight, QuantizedRecurrent
 from tinyq_lightning.plan import WithValues, find_sites, quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
@@ -34,8 +35,6 @@ __all__ = [
     "float_content",
     "quantize_file",
 ]
-
-_OF_COMPILE = "_orig_mod."  # What torch.compile puts before the names of the module that it wraps.
 
 
 def quantize_file(
@@ -144,7 +143,7 @@ class FloatFile:
             with without_weights():
                 content = self._source.read_all(apart_from_weights(self.content))
                 module = build(factory, content, init_args, self._trust, self._source.path)
-            state_dict = _named_as_in(module, self.content["state_dict"])
+            state_dict = named_as_in(module, self.content["state_dict"])
             if not _loads_as_it_stands(module, state_dict):
                 return None
             by_layer = ByLayer(module, lambda name: self._source.read(state_dict[name]))
@@ -165,7 +164,7 @@ class FloatFile:
         content: Any = self._source.read_all(without_training_entries(self.content))
         try:
             module: Any = build(factory, content, init_args, self._trust, self._source.path)
-            content["state_dict"] = _named_as_in(module, content["state_dict"])
+            content["state_dict"] = named_as_in(module, content["state_dict"])
             if is_lightning_class(type(module)):
                 content = HookView(content, factory, self._source.path)
                 module.on_load_checkpoint(content)
@@ -192,13 +191,6 @@ def float_content(content: Any, path: str) -> dict[str, Any]:
     raise CheckpointError(
         f"{path}: it has no state_dict: it is neither a Lightning checkpoint nor a state dict that torch.save wrote"
     )
-
-
-def _named_as_in(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dict by the names of a module, where only torch.compile makes them differ."""
-    own = module.state_dict(keep_vars=True).keys()
-    renamed = {name.replace(_OF_COMPILE, ""): value for name, value in state_dict.items()}
-    return renamed if own != state_dict.keys() and own == renamed.keys() else state_dict
 
 
 def _loads_as_it_stands(module: nn.Module, state_dict: Mapping[str, Any]) -> bool:

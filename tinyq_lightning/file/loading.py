@@ -19,6 +19,7 @@ from tinyq_lightning.file.safetensors import is_safetensors, read_safetensors
 from tinyq_lightning.file.structure import fill_what_is_still_held, prepare_structure
 from tinyq_lightning.file.validate import HYPER_PARAMETERS
 from tinyq_lightning.file.weightless import take_values, without_weights
+from tinyq_lightning.file.wrapped_names import named_as_in
 from tinyq_lightning.plan import refuse_save_pretrained
 
 __all__ = [
@@ -134,7 +135,7 @@ def load_content(
         del made  # with the float layers
     strict = getattr(module, "strict_loading", True) if strict is None else strict
     try:
-        module.load_state_dict(content["state_dict"], strict=strict)
+        module.load_state_dict(named_as_in(module, content["state_dict"]), strict=strict)
     except Exception as error:  # load_state_dict raises RuntimeError, hooks of the class anything
         raise CheckpointError(f"{source}: the file does not fit {name_of(module_class)}: {error}") from error
     if fill is not None:
@@ -155,7 +156,8 @@ def _built_weightless(
         with without_weights() as leaves_any:
             module, made = _built(module_class, content, init_args, source, trust)
             del made  # the float layers, whose tensors are on the meta device
-        return module if take_values(module, content["state_dict"]) and not leaves_any() else None
+        state_dict = named_as_in(module, content["state_dict"])
+        return module if take_values(module, state_dict) and not leaves_any() else None
     except CheckpointError as error:
         if _is_of_the_class(error):
             return None

@@ -10,6 +10,7 @@ from typing import Any
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file.codes import CODES, why_malformed
 from tinyq_lightning.methods import KERNELS, METHODS
+from tinyq_lightning.plan import users_path
 from tinyq_lightning.spec import METHOD_NAMES
 from tinyq_lightning.version import __version__
 
@@ -237,8 +238,7 @@ def find_codes(prefixes: Sequence[str], names: Sequence[str]) -> list[str]:
         there are none of these either, the prefix that is a name without its first parts or with further ones before
         it, because ``state_dict()`` of a class may change them; nothing if several prefixes are.
     """
-    # torch.compile puts a module below a name of its own, which no plan has
-    plain = {prefix.replace("_orig_mod.", ""): prefix for prefix in prefixes}
+    plain = {users_path(prefix): prefix for prefix in prefixes}  # a plan has no names of wrappers
     exact = [plain[f"{name}."] for name in names if f"{name}." in plain]
     within = exact or [plain[prefix] for prefix in plain if any(prefix.startswith(f"{name}.") for name in names)]
     if within:

@@ -28,7 +28,7 @@ def fused_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None)
         x: ``[rows, in]`` float32, bfloat16 or float16, contiguous.
         codes: ``q``, ``[out, in]`` int8, contiguous.
         scales: ``s``, ``[out]`` float32.
-        bias: ``[out]`` floating, or None.
+        bias: ``[out]`` floating, of any stride, or None.
 
     Returns:
         ``[rows, out]`` of the dtype of ``x``.
@@ -39,7 +39,7 @@ def fused_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None)
         grid = triton.cdiv(outputs, _OUTPUTS), triton.cdiv(rows, _ROWS)
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
             _kernel[grid](
-                x, codes, scales, scales if bias is None else bias, out, rows, outputs, features,
+                x, codes, scales, scales if bias is None else bias.contiguous(), out, rows, outputs, features,
                 bias is not None, _ROWS, _OUTPUTS, _FEATURES,
             )  # fmt: skip
     return out

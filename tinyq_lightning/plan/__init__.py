@@ -15,6 +15,7 @@ from tinyq_lightning.plan.sites import Site, find_sites, is_metric
 from tinyq_lightning.plan.swap import Swap
 from tinyq_lightning.plan.ties import weights_of
 from tinyq_lightning.plan.why_float import why_not_replaced, why_stays_float
+from tinyq_lightning.plan.wrappers import unwrapped, users_path
 
 __all__ = [
     "MANY_LAYERS",
@@ -48,6 +49,8 @@ __all__ = [
     "return_freed_memory",
     "sites_for",
     "state_bytes",
+    "unwrapped",
+    "users_path",
     "warn_of_unkept",
     "weights_of",
     "why_not_replaced",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.plan.functions import globals_read
+from tinyq_lightning.plan.wrappers import users_path
 
 __all__ = [
     "CompiledPlace",
@@ -120,7 +121,7 @@ def find_references(model: nn.Module, layers: Collection[nn.Module]) -> Mapping[
         compiled = "_orig_mod" in module._modules
         for name, value in attributes.items():
             if name not in _SKIPPED and not (compiled and name in _OF_COMPILED):
-                where = f"{path}.{name}".removeprefix(".").replace("_orig_mod.", "")
+                where = users_path(f"{path}.{name}".removeprefix("."))
                 pending.append(_Held(value, where, Place(attributes, name), not name.endswith("_hooks")))
     for kind in {each for module in model.modules() for each in type(module).__mro__}:
         if _package(kind) not in _SURROUNDINGS:

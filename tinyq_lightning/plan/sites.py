@@ -25,6 +25,7 @@ from tinyq_lightning.layers import (
 )
 from tinyq_lightning.plan.references import CompiledPlace, Place, find_references, place_in
 from tinyq_lightning.plan.ties import MemoryMap, weights_of
+from tinyq_lightning.plan.wrappers import WRAPPERS
 
 __all__ = [
     "Attention",
@@ -217,8 +218,7 @@ def _walk_below(
     for attribute, child in module._modules.items():
         if child is None or any(child is each for each in above) or is_metric(child):
             continue
-        # torch.compile's wrapper is not a level that users know
-        path = prefix if attribute == "_orig_mod" else f"{prefix}.{attribute}".removeprefix(".")
+        path = prefix if attribute in WRAPPERS else f"{prefix}.{attribute}".removeprefix(".")
         yield module, attribute, path, above
         yield from _walk_below(child, path, above)
 

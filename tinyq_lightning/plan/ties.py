@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from tinyq_lightning.layers import (
     Int8Weight,
 )
+from tinyq_lightning.plan.wrappers import users_path
 
 __all__ = [
     "MemoryMap",
@@ -30,7 +31,7 @@ class MemoryMap:
     def __init__(self, model: nn.Module) -> None:
         self._by_storage: dict[int, list[tuple[nn.Module, str, str, Tensor]]] = defaultdict(list)
         for path, module in model.named_modules():
-            path = path.replace("_orig_mod.", "").removesuffix("_orig_mod")
+            path = users_path(path)
             if isinstance(module, Int8Weight):
                 module.unpack()
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tinyq_lightning.errors import TrainerError
+from tinyq_lightning.plan import users_path
 
 __all__ = [
     "Gather",
@@ -23,7 +24,8 @@ class Gather:
     """Brings parts of tensors to rank 0, which asks for them by name; the other ranks answer until it has done.
 
     All goes by the default process group, since a rank that fails can interrupt that one for the others, and not the
-    groups of a mesh.
+    groups of a mesh. Parts go by the device that this group has connections for, wherever they lie: NCCL sends none
+    of a CPU, where FSDP2 may keep them, and gloo none of a GPU.
 
     Args:
         module: sharded; every process has one.
@@ -33,7 +35,10 @@ class Gather:
         for each in module.modules():
             if isinstance(each, FSDPModule):
                 each.reshard()
-        self._state: dict[str, Any] = module.state_dict(keep_vars=True)
+        self._state: dict[str, Any] = {
+            users_path(name): value for name, value in module.state_dict(keep_vars=True).items()
+        }
+        self._device = link_device()
 
     def end(self) -> None:
         """On rank 0: nothing more is asked for."""
@@ -80,7 +85,8 @@ class Gather:
         """The part of a split tensor that this process holds, and its place."""
         tensor = self._state[name]
         shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        return _Place(_is_first_holder(tensor), tuple(shape), tuple(offset)), tensor.to_local().detach().contiguous()
+        place = _Place(_is_first_holder(tensor), tuple(shape), tuple(offset))
+        return place, tensor.to_local().detach().to(self._device).contiguous()
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,12 @@ class _Place:
         for dim, (start, size) in enumerate(zip(self.offset, self.shape, strict=True)):
             whole = whole.narrow(dim, start, size)
         whole.copy_(part)
+
+
+def link_device() -> torch.device:
+    """Where the default process group takes tensors from: the CPU, unless its backend is for GPUs alone."""
+    kinds = {device.type for device in cast("dist.ProcessGroup", dist.group.WORLD)._device_types}
+    return torch.device("cpu" if "cpu" in kinds else min(kinds))
 
 
 def _received(place: _Place, rank: int, buffer: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ PATIENCE = timedelta(seconds=30)
 
 
 class NotHeardError(TinyQError):
-    """A rank failed while others wait for it in a collective that cannot be interrupted: the processes have to end."""
+    """A rank failed while others wait for it in a collective that cannot be interrupted, or has ended: all have to."""
 
 
 @contextmanager
@@ -73,9 +73,11 @@ def agreed_on_failure(trainer: Trainer) -> Iterator[None]:
     the collectives of the other ranks; the group of the run remains usable. Other backends have no such way to
     interrupt a collective: there a failing rank waits for the others for a while, and then has the run end.
 
+    A rank that ends, because it is killed, interrupted or told to exit, ends the others.
+
     Raises:
         NotHeardError: on the rank that failed, if the others do not hear of it; Lightning or what launched the
-            processes then ends them all.
+            processes then ends them all. On the others, if a rank has ended.
         TinyQError: on a rank that did not fail first: the same kind of error, with the rank that did.
         Exception: on the rank that failed first, whatever the block raised.
     """
@@ -87,10 +89,15 @@ def agreed_on_failure(trainer: Trainer) -> Iterator[None]:
     group = _ClosableGroup() if _can_be_closed() else _Group()
     try:
         yield
+    except NotHeardError:  # of a block inside this one
+        group.close()
+        raise
     except Exception as error:
         own, order = error, group.count_failure()
         group.close()
-    except BaseException:
+    except BaseException as error:
+        group.leave()  # whose store is not that of the others any more
+        group.tell_of_end(error)
         group.close()
         raise
     group.leave()
@@ -119,6 +126,7 @@ class _Group:
 
     def __init__(self) -> None:
         self._key = f"tinyq-failures-{next(_blocks)}"  # the ranks enter the same blocks
+        self._keys = [f"{self._key}-{rank}" for rank in range(dist.get_world_size())]
 
     def count_failure(self) -> int:
         """How many ranks have failed: a rank counts before it closes its group, which makes the others fail."""
@@ -127,6 +135,12 @@ class _Group:
         except RuntimeError:  # the rank that keeps the store has ended
             return dist.get_world_size()
 
+    def tell_of_end(self, error: BaseException) -> None:
+        """Tell that this process ends, and why, for the others to end too."""
+        text = f"rank {dist.get_rank()} has ended: {type(error).__name__}: {error}"
+        with suppress(RuntimeError):
+            _store().set(self._keys[dist.get_rank()], pickle.dumps((0, (NotHeardError, text))))
+
     def told_by_all(self, told: Failure) -> list[Failure]:
         """What each rank tells.
 
@@ -134,13 +148,12 @@ class _Group:
             NotHeardError: this rank has failed and another has not come to the end of its block in time, or the other
                 way round.
         """
-        keys = [f"{self._key}-{rank}" for rank in range(dist.get_world_size())]
         reason = "another rank has ended" if told is None else told[1][1]
         try:
-            _store().set(keys[dist.get_rank()], pickle.dumps(told))
-            _store().wait(keys, timedelta(days=7) if told is None else PATIENCE)
+            _store().set(self._keys[dist.get_rank()], pickle.dumps(told))
+            _store().wait(self._keys, timedelta(days=7) if told is None else PATIENCE)
             over = _store().check([f"{self._key}-over"])
-            everyone = [pickle.loads(_store().get(key)) for key in keys]
+            everyone = [pickle.loads(_store().get(key)) for key in self._keys]
         except RuntimeError as error:
             with suppress(RuntimeError):
                 _store().set(f"{self._key}-over", "")
@@ -177,10 +190,26 @@ class _ClosableGroup(_Group):
         distributed_c10d._update_default_pg(self._group)
 
     def told_by_all(self, told: Failure) -> list[Failure]:
-        """What each rank tells, by the former group."""
+        """What each rank tells, by the former group.
+
+        Raises:
+            NotHeardError: a rank has ended.
+        """
         everyone: list[Failure] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, told)
+        try:
+            dist.all_gather_object(everyone, told)
+        except RuntimeError as error:
+            seen = "" if told is None else f": {told[1][1]}"
+            raise NotHeardError(f"{self._who_ended()}, so this process ends too{seen}") from error
         return everyone
+
+    def _who_ended(self) -> str:
+        """What ranks have left in the store about their end."""
+        with suppress(RuntimeError):  # the rank that keeps it has ended
+            for key in self._keys:
+                if _store().check([key]):
+                    return str(pickle.loads(_store().get(key))[1][1])
+        return "another process has ended without a word"
 
     def leave(self) -> None:
         distributed_c10d._update_default_pg(self._former)

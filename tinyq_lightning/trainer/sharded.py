@@ -70,14 +70,19 @@ def refuse_measuring_sharded(trainer: Trainer, spec: QuantizationSpec) -> None:
     """Refuse before training what would need the quantized model to run.
 
     Raises:
-        EvaluationError: the spec has a budget, ``never_slower`` or exports.
+        EvaluationError: the spec has a budget, ``never_slower``, ``calibrate`` or exports.
     """
-    needs = {"a budget": spec.budget, "never_slower": spec.never_slower, "export": spec.export}
+    needs = {
+        "a budget": spec.budget,
+        "never_slower": spec.never_slower,
+        "calibrate": spec.calibrate,
+        "export": spec.export,
+    }
     wanted = next((name for name, asked in needs.items() if asked), None)
     if wanted:
         raise EvaluationError(
-            f"{wanted} needs the quantized model to run, and under {type(trainer.strategy).__name__} no process holds "
-            "it whole. Leave it out here; to have it, test the checkpoint on one device: "
+            f"{wanted} needs the model to run as it is quantized, and under {type(trainer.strategy).__name__} no "
+            "process holds it whole. Leave it out here; to have it, test the checkpoint on one device: "
             "Trainer(devices=1, callbacks=[TinyQCallback(..., when='test_start')]).test(model, ckpt_path=...), where "
             "configure_model must leave the model whole if self.device_mesh is None"
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from tinyq_lightning.errors import TrainerError
+from tinyq_lightning.plan import unwrapped
 
 __all__ = [
     "unsharded_twin",
@@ -30,7 +31,10 @@ _KEPT = ("_trainer", "_device_mesh", "_fabric")
 
 
 def unsharded_twin(module: Module) -> Module:
-    """A copy without the classes and hooks of FSDP2 and tensor parallelism, whose weights have no memory.
+    """A copy without what parallelism made of the module, whose weights have no memory.
+
+    Without the classes and hooks of FSDP2 and tensor parallelism, and without the wrappers of ``torch.compile`` and of
+    activation checkpointing, whose names torch leaves out of distributed checkpoints too.
 
     Parameters and saved buffers are on the meta device, in their whole shapes; other buffers are those of ``module``.
     No process talks to another for this.
@@ -79,6 +83,7 @@ def _without_parallelism(module: nn.Module) -> Iterator[None]:
             torchs = {key for value in hooks.values() for key, hook in value.items() if _is_torchs(hook)}
             for name, value in hooks.items():
                 own[name] = type(value)((key, hook) for key, hook in value.items() if key not in torchs)
+            own["_modules"] = {name: unwrapped(child) for name, child in each._modules.items()}
             _set_attributes(each, own)
         yield
     finally:
