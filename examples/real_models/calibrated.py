@@ -1,8 +1,9 @@
 """What calibration brings pretrained models: the error of each layer's outputs on data that it never saw, and scores.
 
-python examples/real_models/calibrated.py [--models encoder dna digits phonemes] [--method w4a32]
+python examples/real_models/calibrated.py [--models encoder dna digits phonemes] [--method w4a32] [--shuffle SEED]
 
 Of the batches that a model is scored on, 16 are for calibration, and the outputs of layers are compared on 16 others.
+They are evenly spread, or drawn at random with --shuffle.
 Where a model tells samples right or wrong, those that calibration changes are counted, with the probability that chance
 makes them as uneven (McNemar's exact test).
 """
@@ -12,6 +13,7 @@ import copy
 import importlib
 import math
 import os
+import random
 from functools import partial
 from statistics import median
 from typing import Any
@@ -77,11 +79,15 @@ def changed(plain: Tensor, calibrated: Tensor) -> str:
 
 
 @torch.no_grad()
-def measure(name: str, method: str) -> tuple[list[float], list[dict[str, float]], list[str]]:
+def measure(
+    name: str, method: str, shuffle: int | None = None
+) -> tuple[list[float], list[dict[str, float]], list[str]]:
     """What is left of each layer's error; of the float model, without and with calibration, scores and what changed."""
     source = importlib.import_module(name)
     model = source.load().eval()
     batches, plain, calibrated = batches_of(model, source.score), copy.deepcopy(model), copy.deepcopy(model)
+    if shuffle is not None:
+        random.Random(shuffle).shuffle(batches)
     quantize(plain, method)
     plan = quantize(calibrated, method, calibration=some(batches[::2]))
     layers = [decision.name for decision in plan if decision.output_error is not None]
@@ -99,10 +105,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["encoder", "dna", "digits", "phonemes"])
     parser.add_argument("--method", default="w4a32")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="calibrate by other batches")
     args, rows = parser.parse_args(), []
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for name in args.models:
-        left, scores, alike = measure(name, args.method)
+        left, scores, alike = measure(name, args.method, args.shuffle)
         rows.append([name, f"error of {len(left)} layers", "", "1", f"{median(left):.2f}, at most {max(left):.2f}"])
         rows += [[name, score, *(f"{each[score]:.4f}" for each in scores)] for score in scores[0]]
         rows += [[name, "right or wrong as float", *alike]] if alike else []
