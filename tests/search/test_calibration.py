@@ -279,6 +279,30 @@ def test_layers_that_share_a_weight_have_codes_that_are_good_for_all_of_them():
     assert not torch.equal(model.first.bias, model.second.bias)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "compact"])
+def test_so_have_recurrent_layers_that_share_all_weights(kernel):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.GRU(16, 16, batch_first=True) for _ in range(2))
+            self.second.weight_ih_l0, self.second.weight_hh_l0 = self.first.weight_ih_l0, self.first.weight_hh_l0
+
+        def forward(self, x):
+            return self.second(self.first(x)[0])[0]
+
+    torch.manual_seed(0)
+    model = Twice()
+    plain = copy.deepcopy(model)
+    quantize(plain, {"method": "w4a32", "kernel": kernel})
+    plan = quantize(model, {"method": "w4a32", "kernel": kernel}, calibration=[series(32, seed) for seed in range(4)])
+    assert [decision.tied_to for decision in plan] == [None, "first"]
+    assert max(decision.output_error for decision in plan) < 0.9
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        assert torch.equal(getattr(model.first, name), getattr(model.second, name))
+        assert not torch.equal(getattr(model.first, name), getattr(plain.first, name))
+    assert not torch.equal(model.first.bias_ih_l0, plain.first.bias_ih_l0)
+
+
 def test_a_weight_that_is_looked_up_too_keeps_its_codes():
     class Tied(nn.Module):
         def __init__(self):
