@@ -38,7 +38,7 @@ def test_a_pretrained_model_keeps_its_scores_and_loses_its_weight(name, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of packages that are not ours
-@pytest.mark.parametrize("name", ["encoder", "dna", "digits"])
+@pytest.mark.parametrize("name", ["encoder", "dna", "digits", "phonemes"])
 def test_calibration_leaves_less_error_in_each_layer_and_scores_that_are_as_good(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.syspath_prepend(SCRIPT)

@@ -1,8 +1,9 @@
 """What calibration brings pretrained models: the error of each layer's outputs on data that it never saw, and scores.
 
-python examples/real_models/calibrated.py [--models encoder dna digits] [--method w4a32]
+python examples/real_models/calibrated.py [--models encoder dna digits phonemes] [--method w4a32] [--shuffle SEED]
 
 Of the batches that a model is scored on, 16 are for calibration, and the outputs of layers are compared on 16 others.
+They are evenly spread, or drawn at random with --shuffle.
 Where a model tells samples right or wrong, those that calibration changes are counted, with the probability that chance
 makes them as uneven (McNemar's exact test).
 """
@@ -12,6 +13,7 @@ import copy
 import importlib
 import math
 import os
+import random
 from functools import partial
 from statistics import median
 from typing import Any
@@ -29,8 +31,11 @@ def batches_of(model: nn.Module, score: Any) -> list[Any]:
     """What a model is called with while it is scored: at most 64 samples each."""
     found: list[Any] = []
 
-    def note(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        found.extend([kwargs] if kwargs else args[0].split(64))
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Tensor]) -> None:
+        if kwargs:
+            found.append(kwargs)
+        else:
+            found.extend((args[0][start : start + 64],) for start in range(0, len(args[0]), 64))
 
     with model.register_forward_pre_hook(note, with_kwargs=True):
         score(model)
@@ -46,15 +51,23 @@ def output_errors(model: nn.Module, quantized: nn.Module, layers: list[str], bat
     """By layer, the squared error of its outputs, given the inputs that it has in the float model."""
     errors = dict.fromkeys(layers, 0.0)
 
-    def compare(name: str, _: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        errors[name] += (quantized.get_submodule(name)(*args) - out).double().square().sum().item()
+    def compare(name: str, _: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        change = values(quantized.get_submodule(name)(*args)) - values(out)
+        errors[name] += change.double().square().sum().item()
 
     handles = [model.get_submodule(name).register_forward_hook(partial(compare, name)) for name in layers]
     for batch in batches:
-        model(**batch) if isinstance(batch, dict) else model(batch)
+        model(**batch) if isinstance(batch, dict) else model(*batch)
     for handle in handles:
         handle.remove()
     return errors
+
+
+def values(output: Any) -> Tensor:
+    """Those of an output, of a recurrent layer the first, packed or not."""
+    while isinstance(output, tuple):
+        output = output[0]
+    return output
 
 
 def changed(plain: Tensor, calibrated: Tensor) -> str:
@@ -66,11 +79,15 @@ def changed(plain: Tensor, calibrated: Tensor) -> str:
 
 
 @torch.no_grad()
-def measure(name: str, method: str) -> tuple[list[float], list[dict[str, float]], list[str]]:
+def measure(
+    name: str, method: str, shuffle: int | None = None
+) -> tuple[list[float], list[dict[str, float]], list[str]]:
     """What is left of each layer's error; of the float model, without and with calibration, scores and what changed."""
     source = importlib.import_module(name)
     model = source.load().eval()
     batches, plain, calibrated = batches_of(model, source.score), copy.deepcopy(model), copy.deepcopy(model)
+    if shuffle is not None:
+        random.Random(shuffle).shuffle(batches)
     quantize(plain, method)
     plan = quantize(calibrated, method, calibration=some(batches[::2]))
     layers = [decision.name for decision in plan if decision.output_error is not None]
@@ -86,12 +103,13 @@ def measure(name: str, method: str) -> tuple[list[float], list[dict[str, float]]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["encoder", "dna", "digits"])
+    parser.add_argument("--models", nargs="+", default=["encoder", "dna", "digits", "phonemes"])
     parser.add_argument("--method", default="w4a32")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="calibrate by other batches")
     args, rows = parser.parse_args(), []
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for name in args.models:
-        left, scores, alike = measure(name, args.method)
+        left, scores, alike = measure(name, args.method, args.shuffle)
         rows.append([name, f"error of {len(left)} layers", "", "1", f"{median(left):.2f}, at most {max(left):.2f}"])
         rows += [[name, score, *(f"{each[score]:.4f}" for each in scores)] for score in scores[0]]
         rows += [[name, "right or wrong as float", *alike]] if alike else []

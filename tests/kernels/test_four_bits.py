@@ -102,6 +102,13 @@ def test_the_largest_and_the_smallest_floats_give_finite_weights():
         assert dequantize(codes, scales).isfinite().all()
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-37])
+def test_multipliers_fit_the_least_scale_of_weights_that_are_next_to_nothing(size):
+    weight = size * normal(8, 100)
+    codes, _, scales = quantize_groups_expanded(weight)
+    assert weight_sqnr_db(weight, codes, scales) > 18
+
+
 def test_a_row_does_not_depend_on_the_rows_beside_it_nor_on_threads(threads):
     weight = normal(300, 1000)
     whole = quantize_groups(weight)

@@ -88,6 +88,25 @@ def test_layers_have_the_bits_of_eight_bit_layers_with_the_expanded_codes(model,
         assert torch.equal(model(tokens), eight(tokens))
 
 
+def operators(model, *inputs):
+    """What a call computes: names of operators with the shapes of what they are given, in their order."""
+    with torch.no_grad():
+        model(*inputs)  # forms are made
+        with torch.profiler.profile(record_shapes=True) as profile:
+            model(*inputs)
+    return [(event.name, str(event.input_shapes)) for event in profile.events()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_call_runs_the_operators_of_eight_bits(model, method):
+    eight = copy.deepcopy(model)
+    plans, others = quantize(model, method), quantize(eight, method.replace("w4", "w8"))
+    assert [each.kernel for each in plans] == [each.kernel for each in others]
+    for rows in (1, 40):
+        tokens = torch.randint(50, (rows, 10), generator=torch.Generator().manual_seed(0))
+        assert operators(model, tokens) == operators(eight, tokens)
+
+
 def test_the_plan_counts_the_bytes_of_the_state(model):
     plan = quantize(model, "w4a32")
     assert sum(decision.bytes for decision in plan) == state_bytes(model.state_dict())

@@ -27,8 +27,8 @@ def both(swap, read, combine):
             [
                 name,
                 one.output_error,
-                None if one.codes is None else one.codes.int8_weights.tolist(),
-                one.bias is None or one.bias.tolist(),
+                {weight: codes.int8_weights.tolist() for weight, codes in one.codes.items()},
+                {bias: values.tolist() for bias, values in one.biases.items()},
             ]
             for name, one in each.items()
         ]

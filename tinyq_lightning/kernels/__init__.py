@@ -45,6 +45,7 @@ from tinyq_lightning.kernels.tracing import (
 from tinyq_lightning.kernels.weights import (
     count_non_finite,
     dequantize,
+    joint_sqnr_db,
     quantize_per_row,
     quantize_per_row_with_sqnr,
     weight_sqnr_db,
@@ -95,6 +96,7 @@ __all__ = [
     "is_channels_last",
     "is_exporting",
     "is_exporting_for_any_processor",
+    "joint_sqnr_db",
     "layout_of",
     "moments_bytes",
     "multipliers_of",

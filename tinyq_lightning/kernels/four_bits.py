@@ -114,7 +114,7 @@ def choose_group_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
     for block, factors, scale in row_blocks(weight, multipliers, scales):
         block = block.to(torch.float32)
         largest = block.abs().amax(1).clamp_min_(SMALLEST_SCALE)
-        chosen, found = _least_error(_in_groups(block / largest[:, None]), len(block))
+        chosen, found = _least_error(_in_groups(block / largest[:, None]), SMALLEST_SCALE / largest)
         factors.copy_(chosen)
         scale.copy_(largest.mul_(found))
     if not torch.isfinite(scales).all():
@@ -168,15 +168,18 @@ def _in_groups(block: Tensor) -> Tensor:
     return block.reshape(-1, GROUP).t().contiguous()
 
 
-def _least_error(values: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Multipliers ``[rows, groups]`` and scales ``[rows]`` for values ``[GROUP, rows * groups]`` of at most 1."""
-    wanted = _group_steps(values)
+def _least_error(values: Tensor, smallest: Tensor) -> tuple[Tensor, Tensor]:
+    """Multipliers ``[rows, groups]`` and scales ``[rows]`` for values ``[GROUP, rows * groups]`` of at most 1.
+
+    No scale is below ``smallest`` ``[rows]``: what is the smallest normal float in the weight's own unit.
+    """
+    wanted, rows = _group_steps(values), len(smallest)
     groups = len(wanted) // rows
-    most = wanted.view(rows, groups).amax(1).div_(divisor(wanted, LARGEST_MULTIPLIER)).clamp_min_(SMALLEST_SCALE)
+    most = wanted.view(rows, groups).amax(1).div_(divisor(wanted, LARGEST_MULTIPLIER))
     least = torch.full_like(most, torch.inf)
     scales, multipliers, errors = most, torch.ones_like(wanted), torch.zeros_like(wanted)
     for part in _SCALES:
-        tried = most * part
+        tried = torch.maximum(most * part, smallest)
         steps = _each_group(tried, groups)
         nearest = (wanted / steps).round_().clamp_(1, LARGEST_MULTIPLIER)
         error = _error(values, steps * nearest)

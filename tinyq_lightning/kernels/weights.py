@@ -8,7 +8,7 @@ for Efficient Integer-Arithmetic-Only Inference", 2018; Krishnamoorthi's whitepa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "count_non_finite",
     "dequantize",
     "divisor",
+    "joint_sqnr_db",
     "predicted_sqnr_db",
     "quantize_per_row",
     "quantize_per_row_with_sqnr",
@@ -211,6 +212,15 @@ def weight_sqnr_db(weight: Tensor, codes: Tensor, scales: Tensor) -> float:
         quotients = torch.div(block.to(torch.float32), scale, out=buffer[: len(block)])
         sqnr.add(quotients, code.to(torch.float32), scale)
     return sqnr.db()
+
+
+def joint_sqnr_db(weights: Sequence[Tensor], sqnr_db: Sequence[float]) -> float:
+    """The SQNR in dB of several weights together, by that of each."""
+    if len(weights) == 1:
+        return sqnr_db[0]
+    signals = [float(weight.detach().double().square().sum()) for weight in weights]
+    noise = sum(signal / 10 ** (db / 10) for signal, db in zip(signals, sqnr_db, strict=True))
+    return 10 * math.log10(sum(signals) / noise) if noise else math.inf
 
 
 class _Sqnr:

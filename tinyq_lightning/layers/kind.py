@@ -103,7 +103,7 @@ class Kind(ABC):
             and the kind has them, or else ``w8a32``.
         why_w8a32: why it becomes that, for the plan.
         is_called: whether its quantized layers are called, so that there are inputs, outputs and times of them.
-        why_uncalibrated: why its codes are not chosen with data; None if they are, by :meth:`row_inputs`.
+        why_uncalibrated: why its codes are not chosen with data; None if they are, by :meth:`weight_inputs`.
         quantized_class: of its quantized layers.
         left_behind: attributes of a float layer that its quantized layer is not given.
     """
@@ -249,6 +249,21 @@ class Kind(ABC):
             x: the input of a call.
         """
         yield x.reshape(1, -1, x.shape[-1])
+
+    def weight_inputs(
+        self, layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The name of a weight and what its rows are multiplied with in a call, as :meth:`row_inputs` yields it.
+
+        Args:
+            layer: float, as it was called.
+            args: of the call.
+            kwargs: of the call.
+        """
+        x = first_tensor(args, kwargs)
+        x = torch.cat(x.unbind()) if x.is_nested else x
+        for inputs in self.row_inputs(layer, x.detach()) if x.numel() else ():
+            yield "weight", inputs
 
     def float_weights(self, layer: nn.Module) -> dict[str, Tensor]:
         """The weights that a float layer uses, by their names."""

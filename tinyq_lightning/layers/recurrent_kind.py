@@ -16,6 +16,7 @@ from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.recurrent import RECURRENT, QuantizedRecurrent, bias_names, weight_shapes
+from tinyq_lightning.layers.recurrent_inputs import step_inputs
 from tinyq_lightning.layers.why_float import why_holds_more, why_own_way, why_weight
 from tinyq_lightning.methods import METHODS, KernelName
 
@@ -30,7 +31,7 @@ class RecurrentKind(Kind):
     name = "recurrent"
     methods = ("w8a32", "w4a32")
     why_w8a32 = "recurrent layers take activations as they are"
-    why_uncalibrated = "what its weights are multiplied with from step to step is not seen"
+    why_uncalibrated = None
     quantized_class = QuantizedRecurrent
     left_behind = frozenset({"_flat_weights", "_flat_weight_refs"})
 
@@ -74,6 +75,14 @@ class RecurrentKind(Kind):
             return x.numel(), tuple(x.shape)
         steps, batch = len(given.batch_sizes), int(given.batch_sizes[0])
         return x.numel(), (batch, steps, x.shape[1]) if layer.batch_first else (steps, batch, x.shape[1])
+
+    @override
+    def weight_inputs(
+        self, layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Tensor]]:
+        if first_tensor(args, kwargs).numel():
+            for name, inputs in step_inputs(layer, *args, **kwargs):
+                yield name, inputs[None]
 
     @override
     def plain(self, layer: nn.Module) -> nn.Module:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.kernels import quantize_groups_with_sqnr, quantize_per_row_with_sqnr
+from tinyq_lightning.kernels import joint_sqnr_db, quantize_groups_with_sqnr, quantize_per_row_with_sqnr
 from tinyq_lightning.layers import Int8Weight, QuantizedLayer, WeightSize
 from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan.plan import Plan
@@ -88,12 +87,8 @@ def quantized_weights(site: Site, bits: int = 8) -> tuple[dict[str, Int8Weight],
     """
     weights, sizes = site.kind.float_weights(site.module), site.sizes
     made = {name: _quantized(weight, sizes[name], bits) for name, weight in weights.items()}
-    codes = {name: each for name, (each, _) in made.items()}
-    if len(made) == 1:
-        return codes, next(sqnr for _, sqnr in made.values())
-    signals = {name: float(weight.detach().double().square().sum()) for name, weight in weights.items()}
-    noise = sum(signals[name] / 10 ** (sqnr / 10) for name, (_, sqnr) in made.items())
-    return codes, 10 * math.log10(sum(signals.values()) / noise) if noise else math.inf
+    sqnr_db = joint_sqnr_db([*weights.values()], [sqnr for _, sqnr in made.values()])
+    return {name: codes for name, (codes, _) in made.items()}, sqnr_db
 
 
 def _quantized(weight: Tensor, size: WeightSize, bits: int) -> tuple[Int8Weight, float]:

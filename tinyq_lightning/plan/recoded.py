@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +21,33 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Recoded:
-    """What calibration found for a layer of one weight.
+    """What calibration found for a layer.
 
     Attributes:
-        codes: the weight's, for the layer to share; None: those that it has stay.
-        bias: in the place of the layer's; None: it stays.
-        weight_sqnr_db: of ``codes``.
+        codes: for the layer to share, by the name of a weight; those of others stay.
+        biases: in the place of the layer's, by their names; others stay.
+        weight_sqnr_db: of all weights together; None if all codes stay.
         output_error: see :class:`~tinyq_lightning.plan.plan.Decision`.
         uncalibrated: likewise.
     """
 
-    codes: Int8Weight | None = None
-    bias: Tensor | None = None
+    codes: Mapping[str, Int8Weight] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
     weight_sqnr_db: float | None = None
     output_error: float | None = None
     uncalibrated: str | None = None
 
     def layer(self, site: Site, layer: QuantizedLayer, kernel: KernelName) -> QuantizedLayer:
         """The quantized layer of a site with these codes; ``layer``, which is left as it is, if nothing changes."""
-        if self.codes is None and self.bias is None:
+        if not self.codes and not self.biases:
             return layer
-        codes = layer.coded_weights() if self.codes is None else {"weight": self.codes}
-        made = site.kind.make(site.module, codes, layer.method, kernel)
+        made = site.kind.make(site.module, {**layer.coded_weights(), **self.codes}, layer.method, kernel)
         carry_over(site, made)
-        if self.bias is not None:
-            former = made._parameters["bias"]
+        for name, bias in self.biases.items():
+            former = made._parameters[name]
             with torch.inference_mode(False):
-                made.bias = nn.Parameter(self.bias, requires_grad=former is not None and former.requires_grad)
+                kept = nn.Parameter(bias, requires_grad=former is not None and former.requires_grad)
+                setattr(made, name, kept)
         return made
 
     def decision(self, decision: Decision) -> Decision:

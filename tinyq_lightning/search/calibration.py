@@ -1,10 +1,10 @@
 """Calibration: codes of four bits chosen with data, and kept only where the outputs of a layer have less error by them.
 
 Codes of eight bits have a hundredth of their error, below what the rounding of activations adds, and are left. The
-layers of the float model are watched while it runs over some batches, and the codes of each are chosen with the
-second moments of its inputs (:mod:`~tinyq_lightning.kernels.error_feedback`). Scales and multipliers stay. Where a
-layer has a bias, the mean of its outputs' error is taken off that (Nagel et al., "Data-Free Quantization Through
-Weight Equalization and Bias Correction", 2019). Both are judged by batches that were held out.
+layers of the float model are watched while it runs over some batches, and the codes of each weight are chosen with the
+second moments of what it is multiplied with (:mod:`~tinyq_lightning.kernels.error_feedback`). Scales and multipliers
+stay. Where the products have a bias, the mean of their error is taken off that (Nagel et al., "Data-Free Quantization
+Through Weight Equalization and Bias Correction", 2019). Both are judged by batches that were held out.
 """
 
 from __future__ import annotations
@@ -133,13 +133,12 @@ def _moments_of(layer: QuantizedLayer) -> int:
     kind = kind_of(layer)
     if kind is None or kind.why_uncalibrated:
         return 0
-    size = kind.sizes(layer)["weight"]
-    return 2 * moments_bytes(kind.row_parts(layer), size.count // size.rows)
+    return sum(2 * moments_bytes(kind.row_parts(layer), size.columns) for size in kind.sizes(layer).values())
 
 
 def _combine(watch: InputWatch, combine: Combine) -> None:
     """Have the sums of all processes in each; a layer may have been called in some of them only."""
-    layers = list(watch.layers.values())
+    layers = [each for weights in watch.layers.values() for each in weights.values()]
     state = torch.tensor(
         [[each.chosen_by is not None, each.taken_apart, bool(each.failure)] for each in layers]
     ).double()
@@ -161,12 +160,13 @@ def _combine(watch: InputWatch, combine: Combine) -> None:
 def _recoded(swap: Swap, group: Sequence[str], watch: InputWatch) -> dict[str, Recoded]:
     """What was found for layers that share a weight; the moments are let go."""
     moments = {name: watch.layers.pop(name) for name in group}
-    why = {name: _why_not_by(moments[name]) for name in group}
+    why = {name: next(filter(None, map(_why_not_by, moments[name].values())), None) for name in group}
     failed = next((name for name in group if why[name]), None)
     if failed is not None:
         return {name: Recoded(uncalibrated=why[name] or f"tied to {failed}: {why[failed]}") for name in group}
     pairs = {name: (module, layer) for name, module, layer in swap.pairs()}
-    return recode([Member(name, *pairs[name], *_both(moments[name])) for name in group])
+    both = {name: {weight: _both(each) for weight, each in moments[name].items()} for name in group}
+    return recode([Member(name, *pairs[name], both[name]) for name in group])
 
 
 def _why_not_by(moments: InputMoments) -> str | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.kernels import Moments
-from tinyq_lightning.layers import QuantizedLayer, first_tensor, kind_of
+from tinyq_lightning.layers import QuantizedLayer, kind_of
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search.timer import brief
 
@@ -39,13 +40,13 @@ class InputWatch:
         names: of the layers to watch.
 
     Attributes:
-        layers: what was summed up, by the name of the layer.
+        layers: what was summed up, by the name of the layer and of the weight.
         batches: how many have begun.
     """
 
     def __init__(self, swap: Swap, names: Collection[str]) -> None:
         self.batches = 0
-        self.layers = {name: InputMoments(layer) for name, _, layer in swap.called() if name in names}
+        self.layers = {name: _moments_of(layer) for name, _, layer in swap.called() if name in names}
         self._quantized = {name: layer for name, _, layer in swap.called() if name in names}
         self._attentions = {name: module for name, module in swap.joint_projections() if name in names}
 
@@ -58,37 +59,43 @@ class InputWatch:
         """Sum up what the layers are called with inside the block."""
         with ExitStack() as stack:
             for name, moments in self.layers.items():
-                hook = self._guarded(moments, moments.add_call)
+                hook = self._guarded(moments, partial(_add_call, moments, self._quantized[name]))
                 # hooks are those of the float layer too
                 handle = self._quantized[name].register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
                 if name in self._attentions:
-                    hook = self._guarded(moments, moments.add_attention)
+                    hook = self._guarded(moments, partial(_add_attention, moments["weight"]))
                     handle = self._attentions[name].register_forward_pre_hook(hook, with_kwargs=True)
                     stack.callback(handle.remove)
             yield
 
-    def _guarded(self, moments: InputMoments, add: Callable[..., None]) -> Callable[[nn.Module, Any, Any], None]:
+    def _guarded(
+        self, moments: Mapping[str, InputMoments], add: Callable[..., None]
+    ) -> Callable[[nn.Module, Any, Any], None]:
         """A forward pre-hook that never makes the model's own call fail."""
 
-        def look(_: nn.Module, args: Any, kwargs: Any) -> None:
+        def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+            failure = None
             if torch.compiler.is_compiling():
-                moments.failure = "it was called in a compiled graph"
-                return
-            try:
-                with torch.inference_mode(False), torch.no_grad(), _without_autocast():
-                    add(args, kwargs, self.batches)
-            except Exception as error:  # of any kind: it must not reach the user's model, which did nothing wrong
-                moments.failure = brief(error)
+                failure = "it was called in a compiled graph"
+            else:
+                try:
+                    with torch.inference_mode(False), torch.no_grad(), _without_autocast():
+                        add(module, args, kwargs, self.batches)
+                except Exception as error:  # of any kind: it must not reach the user's model, which did nothing wrong
+                    failure = brief(error)
+            for each in moments.values() if failure else ():
+                each.failure = failure
 
         return look
 
 
 class InputMoments:
-    """Moments of one layer's inputs.
+    """Moments of what one weight of a layer is multiplied with.
 
     Args:
-        layer: quantized.
+        parts: of the rows, see :meth:`~tinyq_lightning.layers.kind.Kind.row_parts`.
+        columns: of the weight.
 
     Attributes:
         chosen_by: of the inputs that codes are chosen by; None until there were some.
@@ -98,31 +105,12 @@ class InputMoments:
         failure: why a call could not be summed up, or None.
     """
 
-    def __init__(self, layer: QuantizedLayer) -> None:
-        kind = kind_of(layer)
-        assert kind is not None
-        self._kind, self._layer = kind, layer
-        size = kind.sizes(layer)["weight"]
-        self._columns = size.count // size.rows
-        self.parts = kind.row_parts(layer)
+    def __init__(self, parts: int, columns: int) -> None:
+        self._columns, self.parts = columns, parts
         self.chosen_by: Moments | None = None
         self.held_out: Moments | None = None
         self.taken_apart = False
         self.failure: str | None = None
-
-    def add_call(self, args: Any, kwargs: Any, batch: int) -> None:
-        """Add a call of the layer, in the batch of this number, from 1."""
-        self._add(first_tensor(args, kwargs), batch)
-
-    def add_attention(self, args: Any, kwargs: Any, batch: int) -> None:
-        """Add a call of the attention that has this joint projection, if that multiplies its rows one by one."""
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        inputs = [given[name] for name in ("query", "key", "value")]
-        if inputs[0] is inputs[1] is inputs[2]:
-            return  # it calls the projection
-        self.take_apart()
-        for part, x in enumerate(inputs):
-            self._add(x, batch, part)
 
     def take_apart(self) -> None:
         """Have moments for the rows of queries, of keys and of values."""
@@ -138,25 +126,50 @@ class InputMoments:
             chosen_by, held_out = chosen_by.in_parts(parts), held_out.in_parts(parts)
         self.parts, self.chosen_by, self.held_out = parts, chosen_by, held_out
 
-    def _add(self, x: Tensor, batch: int, part: int | None = None) -> None:
-        if x.is_nested:
-            x = torch.cat(x.unbind())
-        if not x.numel():
-            return
-        self.in_parts(self.parts, x.device)
+    def add(self, inputs: Tensor, batch: int, part: int | None = None) -> None:
+        """Add inputs ``[parts, n, columns]`` of the batch of this number, from 1; those of one part, or for all."""
+        self.in_parts(self.parts, inputs.device)
         assert self.chosen_by is not None
         assert self.held_out is not None
-        for inputs in self._kind.row_inputs(self._layer, x.detach()):
-            if part is None:
-                inputs = inputs.expand(self.parts, -1, -1)
-            places = inputs.shape[1]
-            held = places // _HELD_OUT if batch == 1 else places if batch % _HELD_OUT == 2 else 0
-            for moments, some in (
-                (self.chosen_by, inputs[:, : places - held]),
-                (self.held_out, inputs[:, places - held :]),
-            ):
-                if some.shape[1]:
-                    moments.add(some, part or 0)
+        if part is None:
+            inputs = inputs.expand(self.parts, -1, -1)
+        places = inputs.shape[1]
+        held = places // _HELD_OUT if batch == 1 else places if batch % _HELD_OUT == 2 else 0
+        for moments, some in (
+            (self.chosen_by, inputs[:, : places - held]),
+            (self.held_out, inputs[:, places - held :]),
+        ):
+            if some.shape[1]:
+                moments.add(some, part or 0)
+
+
+def _moments_of(layer: QuantizedLayer) -> dict[str, InputMoments]:
+    kind = kind_of(layer)
+    assert kind is not None
+    return {name: InputMoments(kind.row_parts(layer), size.columns) for name, size in kind.sizes(layer).items()}
+
+
+def _add_call(
+    moments: Mapping[str, InputMoments], layer: QuantizedLayer, module: nn.Module, args: Any, kwargs: Any, batch: int
+) -> None:
+    """Add a call of a float layer, in the batch of this number, from 1."""
+    kind = kind_of(layer)
+    assert kind is not None
+    for name, inputs in kind.weight_inputs(module, args, kwargs):
+        moments[name].add(inputs, batch)
+
+
+def _add_attention(moments: InputMoments, _: nn.Module, args: Any, kwargs: Any, batch: int) -> None:
+    """Add a call of the attention that has a joint projection, if it multiplies the rows of that one by one."""
+    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+    inputs = [given[name] for name in ("query", "key", "value")]
+    if inputs[0] is inputs[1] is inputs[2]:
+        return  # it calls the projection
+    moments.take_apart()
+    for part, x in enumerate(inputs):
+        x = torch.cat(x.unbind()) if x.is_nested else x
+        if x.numel():
+            moments.add(x.detach().reshape(1, -1, x.shape[-1]), batch, part)
 
 
 @contextmanager
