@@ -223,16 +223,10 @@ class Config(Loose):
 
 @pytest.mark.parametrize("kind", [dict, OmegaConf.create])
 def test_arguments_saved_as_one_object_are_asked_for_below_its_name(tmp_path, kind):
-    if kind is dict:
-        values, dropped = {"a": 1, "act": nn.GELU(), "e": Act.RELU}, "config.act, which.*; config.e needs"
-        top = {"hparams_name": "config"}
-    else:
-        values, dropped = (
-            kind({"a": 1, "act": "${oc.env:NO_SUCH_VARIABLE}", "e": Act.RELU}),
-            "config.act, which.*; config.e needs",
-        )
-        top = {"hparams_name": "config", "hparams_type": DictConfig}
-    path = saved(tmp_path / "q.ckpt", values, top=top)
+    values = {"a": 1, "act": nn.GELU() if kind is dict else "${oc.env:NO_SUCH_VARIABLE}", "e": Act.RELU}
+    top = {"hparams_name": "config"} | ({} if kind is dict else {"hparams_type": DictConfig})
+    dropped = "config.act, which.*; config.e needs"
+    path = saved(tmp_path / "q.ckpt", kind(values), top=top)
     with pytest.raises(CheckpointError, match=dropped):
         load_quantized(path, Config)
     value = load_quantized(path, Config, **{"config.act": 3, "config.e": 4}).value
