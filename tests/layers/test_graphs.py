@@ -283,6 +283,7 @@ def test_sums_that_float32_cannot_hold_are_those_of_plain_codes_unless_activatio
 
 
 @pytest.mark.parametrize("method", ["w8a16", "w4a8"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_one_graph_of_any_size_has_the_gradients_of_each_of_its_layers(method):
     model = nn.Sequential(random_layer(method, 16, 24), random_layer(method, 8, 16))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
