@@ -49,6 +49,7 @@ from tinyq_lightning.trainer import (
     save_quantized,
     step_after_run,
     tell_of_interrupt,
+    tell_of_quantized_layers,
     tested_weights,
 )
 
@@ -261,7 +262,7 @@ class TinyQCallback(HoldsRun):
             source = tested_weights(trainer, self._quantized_start.restored if self._quantized_start else None)
             self.float_path = source.path
             for run in self._runs:
-                with run.swap:
+                with run.tested():
                     outcome = self._outcome_of_test(run, source)
                     content = quantized_content(module, source, outcome, "test")
                     outcomes.append(self._save(trainer, module, source, outcome, content))
@@ -275,6 +276,8 @@ class TinyQCallback(HoldsRun):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
+        if self._runs:
+            tell_of_quantized_layers(exception)
         self._restore_module(trainer)
         refuse_mixed_packages(trainer)  # of a data module Lightning says only that it expected a parent
         if isinstance(exception, KeyboardInterrupt) and (self.spec.when, trainer.state.fn) == ("fit_end", "fit"):

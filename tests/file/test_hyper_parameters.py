@@ -139,10 +139,27 @@ def test_values_of_classes_come_back_if_the_module_refers_to_the_class_and_are_a
         lambda **more: load_quantized(path, Loose, **more),
         lambda **more: Mixed.load_from_checkpoint(path, **more),
     ):
-        with pytest.raises(CheckpointError, match=r"could not hold value.* was made with: give it as it was"):
+        with pytest.raises(CheckpointError, match=r"value.* needs .* does not refer to.*trust=True") as told:
             load()
+        load(**{str(told.value).split(": ")[1].split(" needs")[0]: 1})
         assert load(value=1).value == 1
     assert same(load_quantized(path, Loose, trust=True).value, value)
+
+
+KEYS = {
+    "enum": {Act.RELU: 1, "a": 2},
+    "pair": {(1, 2): 3},
+    "text with a dot": {"net.0": nn.GELU()},
+    "number": {1: nn.GELU},
+}
+
+
+@pytest.mark.parametrize("value", KEYS.values(), ids=KEYS)
+def test_a_mapping_with_an_entry_that_no_dotted_name_gives_is_asked_for_whole(tmp_path, value):
+    path = saved(tmp_path / "q.ckpt", {"value": {"deep": value, "depth": 3}, "width": 4})
+    with pytest.raises(CheckpointError, match=r"could not hold value\.deep, which Loose was made with"):
+        load_quantized(path, Loose)
+    assert load_quantized(path, Loose, **{"value.deep": value}).value == {"deep": value, "depth": 3}
 
 
 class Odd(str):
@@ -206,13 +223,10 @@ class Config(Loose):
 
 @pytest.mark.parametrize("kind", [dict, OmegaConf.create])
 def test_arguments_saved_as_one_object_are_asked_for_below_its_name(tmp_path, kind):
-    if kind is dict:
-        values, dropped = {"a": 1, "act": nn.GELU(), "e": Act.RELU}, "config.act, config.e"
-        top = {"hparams_name": "config"}
-    else:
-        values, dropped = kind({"a": 1, "act": "${oc.env:NO_SUCH_VARIABLE}", "e": Act.RELU}), "config.act, config.e"
-        top = {"hparams_name": "config", "hparams_type": DictConfig}
-    path = saved(tmp_path / "q.ckpt", values, top=top)
+    values = {"a": 1, "act": nn.GELU() if kind is dict else "${oc.env:NO_SUCH_VARIABLE}", "e": Act.RELU}
+    top = {"hparams_name": "config"} | ({} if kind is dict else {"hparams_type": DictConfig})
+    dropped = "config.act, which.*; config.e needs"
+    path = saved(tmp_path / "q.ckpt", kind(values), top=top)
     with pytest.raises(CheckpointError, match=dropped):
         load_quantized(path, Config)
     value = load_quantized(path, Config, **{"config.act": 3, "config.e": 4}).value

@@ -282,6 +282,18 @@ def test_sums_that_float32_cannot_hold_are_those_of_plain_codes_unless_activatio
     assert relative_error(program.module()(x), layer(x).double()) < 1e-6
 
 
+@pytest.mark.parametrize("method", ["w8a16", "w4a8"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_one_graph_of_any_size_has_the_gradients_of_each_of_its_layers(method):
+    model = nn.Sequential(random_layer(method, 16, 24), random_layer(method, 8, 16))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (5, 3):
+        mine, alone = (normal(rows, 24, seed=rows).requires_grad_() for _ in range(2))
+        compiled(mine).square().sum().backward()
+        model(alone).square().sum().backward()
+        assert relative_error(mine.grad, alone.grad.double()) < 1e-6
+
+
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 

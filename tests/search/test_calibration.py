@@ -398,7 +398,10 @@ def test_an_input_is_a_tensor_arguments_or_arguments_by_name(item):
     [
         ([], "there is no batch: give at least one"),
         (torch.randn(4, 8), r"several inputs, such as a list, not a Tensor: write calibration=\[x\]"),
-        ([torch.full((4, 8), float("nan"))] * 2, "inputs of 0 are NaN or infinite.*exclude this layer"),
+        (
+            [torch.full((4, 8), float("nan"))] * 2,
+            "of no use to any layer .its inputs are NaN or infinite.*and its values finite",
+        ),
         ([(torch.randn(4, 8), torch.zeros(4))], r"failed on input 0, a tuple \(TypeError: .*without labels"),
         ([torch.randn(4, 3)], "failed on input 0, a Tensor"),
         (3, "several inputs, such as a list, not a int"),

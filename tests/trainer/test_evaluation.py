@@ -173,6 +173,30 @@ def test_a_step_that_raises_stop_iteration_is_an_error_and_not_the_end_of_the_da
         trainer(tmp_path, quiet(when="test_start")).test(TakesTheFirstParameter(), loader(), verbose=False)
 
 
+@pytest.mark.parametrize(
+    ("hook", "told"),
+    [
+        ("on_before_batch_transfer", "transfer_batch_to_device, or on_before_ or on_after_batch_transfer,"),
+        ("on_after_batch_transfer", "transfer_batch_to_device, or on_before_ or on_after_batch_transfer,"),
+        ("on_validation_batch_start", "on_validation_batch_start, or that of a callback,"),
+        ("on_validation_batch_end", "on_validation_batch_end, or that of a callback,"),
+    ],
+)
+def test_so_is_a_hook_of_a_batch_that_raises_it(tmp_path, hook, told):
+    class Stops(Net):
+        pass
+
+    def stop(module, *args):
+        if type(module.head) is not nn.Linear:
+            next(iter(()))
+        return args[0]
+
+    setattr(Stops, hook, stop)
+    callback = quiet(weights="current", strict=True)
+    with pytest.raises(EvaluationError, match=f"Stops.{told} raised StopIteration in batch 0"):
+        trainer(tmp_path, callback, max_epochs=1).fit(Stops(), loader(), loader(seed=1))
+
+
 class LogsWhenFloat(Net):
     def validation_step(self, batch, batch_idx):
         self(batch[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightnings import seed_everything
+from lightnings import Callback, seed_everything
 from models import Net, NetOfHooks, keeper, loader, trainer
 
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
@@ -288,3 +288,29 @@ def test_layers_of_a_second_callback_are_measured_on_as_many_batches_as_those_of
     trainer(tmp_path, *callbacks).test(Counts(), loader(batch_size=8), verbose=False)
     assert counts[0] > 0
     assert counts[23] == 0
+
+
+class Average(Callback):
+    """Tests three times the weights, as a moving average that is put in for the test would be."""
+
+    def on_test_start(self, trainer, pl_module):
+        self.own = [each.detach().clone() for each in pl_module.parameters()]
+        with torch.no_grad():
+            for each in pl_module.parameters():
+                each.mul_(3)
+
+    def on_test_end(self, trainer, pl_module):
+        with torch.no_grad():
+            for each, own in zip(pl_module.parameters(), self.own, strict=True):
+                each.copy_(own)
+
+
+def test_weights_that_a_callback_before_it_puts_in_for_the_test_are_those_of_the_file(tmp_path):
+    module = Net()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    callback = quiet(["w8a32", "w8a8"])
+    trainer(tmp_path, Average(), callback).test(module, loader(), verbose=False)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    for method, path in callback.quantized_paths.items():
+        alone = separately_tested(tmp_path, load_quantized(path, Net), loader())
+        assert alone == {name: pytest.approx(each[method]) for name, each in callback.results.items()}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any
 
 from tinyq_lightning.errors import CheckpointError, ModelError
 from tinyq_lightning.file.factory import name_of, parameters_of
 from tinyq_lightning.file.trust import call_with, import_class
-from tinyq_lightning.file.typed import ClassUnknown, InterpolationFound, restored
+from tinyq_lightning.file.typed import ClassUnknown, InterpolationFound, can_be_given, restored
 from tinyq_lightning.file.validate import HYPER_PARAMETERS, HYPER_PARAMETERS_NAME, HYPER_PARAMETERS_TYPE
 
 __all__ = [
@@ -58,8 +59,9 @@ class Arguments:
         absent = [
             name.partition(".")[2] for name in tinyq.get("dropped", ()) if name.startswith(f"{HYPER_PARAMETERS}.")
         ]
-        self.stored: Any = self._restored(stored, notes, absent)
-        self._refuse_absent(absent)
+        unknown: dict[str, str] = {}
+        self.stored: Any = self._restored(stored, notes, unknown)
+        self._refuse_absent(absent, unknown)
 
     def for_call(self) -> dict[str, Any]:
         """Keyword arguments of the class."""
@@ -93,7 +95,8 @@ class Arguments:
         holder = f"{self._holder}."
         return name.removeprefix(holder) if self._holder is not None else name
 
-    def _restored(self, stored: dict[str, Any], notes: list[Mapping[str, Any]], absent: list[str]) -> Any:
+    def _restored(self, stored: dict[str, Any], notes: list[Mapping[str, Any]], unknown: dict[str, str]) -> Any:
+        """The hyper-parameters with their types; ``unknown`` takes the names of classes by what they are needed for."""
         root: dict[Any, Any] = {"": stored}
         for note in sorted(notes, key=lambda note: -len(note["path"])):  # a value before its container
             path = ["", *note["path"]]
@@ -103,8 +106,9 @@ class Arguments:
             try:
                 value = restored(_item_at(root, path), note, self._find_class, self._trust, self._class)
                 _put_item(root, path, value)
-            except ClassUnknown:
-                absent.append(name)
+            except ClassUnknown as error:
+                way = takewhile(can_be_given, note["path"])
+                unknown.setdefault(".".join(way) or str(note["path"][0]), str(error))
             except InterpolationFound as found:
                 raise CheckpointError(
                     f"{self._source}: the hyper-parameter {self._shown(name)!r} holds the interpolation "
@@ -126,19 +130,30 @@ class Arguments:
         given = [self._below_holder(each) for each in self._given]
         return self._holder in self._given or any(f"{name}.".startswith(f"{each}.") for each in given)
 
-    def _refuse_absent(self, absent: list[str]) -> None:
+    def _refuse_absent(self, absent: Iterable[str], unknown: Mapping[str, str]) -> None:
+        outer = [each for each in unknown if not any(each.startswith(f"{other}.") for other in unknown)]
+        not_held, of_unknown, name = self._wanted(absent), self._wanted(outer), name_of(self._class)
+        told = [f"the file could not hold {', '.join(not_held)}, which {name} was made with"] if not_held else []
+        if of_unknown:
+            told.append(
+                f"{', '.join(of_unknown)} needs {', '.join(dict.fromkeys(unknown.values()))}, which {name} does not "
+                "refer to in annotations or defaults (annotate the argument with it, or pass trust=True, --trust on "
+                "the command line, if you trust who made the file)"
+            )
+        if told:
+            raise CheckpointError(
+                f"{self._source}: {'; '.join(told)}: give it as it was, as in "
+                f"{call_with(self._class, [*not_held, *of_unknown][0])}"
+            )
+
+    def _wanted(self, names: Iterable[str]) -> list[str]:
+        """Those that the class takes and that are not given, as the user gives them."""
         takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in self._takes.values())
-        wanted = [
-            name
-            for name in absent
+        return [
+            self._shown(name)
+            for name in names
             if not self._is_given(name) and (self._holder or takes_any or name.partition(".")[0] in self._takes)
         ]
-        if wanted:
-            names = [self._shown(name) for name in wanted]
-            raise CheckpointError(
-                f"{self._source}: the file could not hold {', '.join(names)}, which {name_of(self._class)} was made "
-                f"with: give it as it was, as in {call_with(self._class, names[0])}"
-            )
 
     def _shown(self, name: str) -> str:
         return ".".join(filter(None, (self._holder, name)))

@@ -26,6 +26,7 @@ from tinyq_lightning.namespaces import namespace_of
 __all__ = [
     "ClassUnknown",
     "InterpolationFound",
+    "can_be_given",
     "escaped",
     "restored",
     "typed_entries",
@@ -80,6 +81,8 @@ class _Writer:
         kept: dict[Any, Any] = {}
         for key in value:
             marks = len(self._notes), len(self._dropped)
+            if path and type(key) not in (str, int, float, bool, type(None)):
+                raise TypeError("a key cannot be held, and a mapping without it would be another")
             try:
                 if type(key) not in (str, int, float, bool, type(None)):
                     raise TypeError(type(key).__name__)
@@ -88,6 +91,8 @@ class _Writer:
                 kept[plain(key)] = self.value(item, (*path, plain(key)), in_config)
             except (TypeError, RecursionError, OmegaConfBaseException):
                 del self._notes[marks[0] :], self._dropped[marks[1] :]
+                if path and not can_be_given(key):
+                    raise
                 self._dropped.append(".".join(map(str, (self._prefix, *path, key))))
         return kept
 
@@ -174,6 +179,11 @@ class _Writer:
     def _note(self, path: tuple[Any, ...], kind: str, cls: type | None = None, name: str | None = None) -> None:
         more = {} if cls is None else {"class": f"{cls.__module__}.{cls.__qualname__}"}
         self._notes.append({"path": list(path), "kind": kind, **more, **({} if name is None else {"name": name})})
+
+
+def can_be_given(key: Any) -> bool:
+    """True if an entry of this key can be given by a dotted name, as in ``load_quantized(path, Net, **{"a.b": …})``."""
+    return type(key) is str and "." not in key
 
 
 def restored(

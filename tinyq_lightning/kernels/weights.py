@@ -288,7 +288,9 @@ def activation_steps(x: Tensor, steps: int | Tensor) -> Tensor:
         ``[..., 1]`` like ``x``, positive; not finite where the row is not.
     """
     largest = x.abs().amax(-1, True)
-    return largest.div_(divisor(largest, steps)).clamp_min_(SMALLEST_SCALE)
+    # SMALLEST_SCALE as a literal: torch.compile(dynamic=True) makes inputs of global floats, and fails where a second
+    # layer with gradients meets the same one
+    return largest.div_(divisor(largest, steps)).clamp_min_(2.0**-126)
 
 
 def quantize_rows_to_steps(x: Tensor, steps: int | Tensor) -> tuple[Tensor, Tensor]:

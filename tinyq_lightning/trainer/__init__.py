@@ -3,7 +3,7 @@
 from tinyq_lightning.trainer.before_fit import check_before_fit
 from tinyq_lightning.trainer.checks import check_budget, refuse_mixed_packages
 from tinyq_lightning.trainer.exports import export_beside_file
-from tinyq_lightning.trainer.failures import step_after_run, tell_of_interrupt
+from tinyq_lightning.trainer.failures import step_after_run, tell_of_interrupt, tell_of_quantized_layers
 from tinyq_lightning.trainer.float_weights import (
     FloatWeights,
     choose_float_weights,
@@ -49,6 +49,7 @@ __all__ = [
     "save_quantized",
     "step_after_run",
     "tell_of_interrupt",
+    "tell_of_quantized_layers",
     "tested_weights",
     "write_on_rank_zero",
 ]

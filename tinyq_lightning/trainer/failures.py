@@ -20,6 +20,7 @@ __all__ = [
     "Failing",
     "step_after_run",
     "tell_of_interrupt",
+    "tell_of_quantized_layers",
 ]
 
 _HOW_TO_QUANTIZE_LATER = (
@@ -81,6 +82,16 @@ def tell_of_interrupt(trainer: Trainer, saved: Iterable[str]) -> None:
         trainer.print(f"TinyQ: interrupted after the quantized checkpoints were saved: {paths}")
     else:
         trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {_HOW_TO_QUANTIZE_LATER}")
+
+
+def tell_of_quantized_layers(error: BaseException) -> None:
+    """Add to an error of the user's own test loop that the module holds quantized layers, as a note (Python 3.11)."""
+    if isinstance(error, Exception) and not isinstance(error, TinyQError) and hasattr(error, "add_note"):
+        error.add_note(
+            "TinyQ: from TinyQCallback's on_test_start to the end of the test epoch the module holds quantized layers, "
+            "whose weights are no parameters. A callback that puts other weights in for the test, such as an average, "
+            "comes before TinyQCallback in callbacks=[...]: then those weights are quantized and tested"
+        )
 
 
 def _failure(step: str, error: Exception, stage: str, float_path: str | None) -> TinyQError:

@@ -6,12 +6,14 @@ the others over the same dataloaders, each from the state that the run began wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.namespaces import namespace_of
@@ -90,6 +92,8 @@ class _TestStart:
     Attributes:
         snapshot: the state; None until the loop begins.
         on_epoch_end: what to call after the user's own hooks at the end of the epoch.
+        runs: of the Trainer; the layers of the first, which it tests, are taken out after that.
+        tested: the tensors that are float in one of them, each with its values then.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
@@ -97,6 +101,8 @@ class _TestStart:
         self.snapshot: Snapshot | None = None
         self._attributes: dict[str, Any] = {}  # of the Trainer
         self.on_epoch_end: list[Callable[[], object]] = []
+        self.runs: list[TestRun] = []
+        self.tested: list[tuple[Tensor, Tensor]] = []
         self._own = {name: vars(self._loop).get(name) for name in ("reset", "_on_evaluation_epoch_end")}
         vars(self._loop)["reset"] = partial(self._reset, self._loop.reset)
         vars(self._loop)["_on_evaluation_epoch_end"] = partial(self._end_epoch, self._loop._on_evaluation_epoch_end)
@@ -116,6 +122,9 @@ class _TestStart:
         try:
             for hook in self.on_epoch_end:
                 hook()
+            if self.runs:  # float in each on_test_end: a callback may put its own weights back there
+                self.runs[0].swap.take_out()
+                self.tested = [(tensor, tensor.detach().clone()) for tensor in self._float_tensors()]
         finally:
             self._module._current_fx_name, connector._current_fx = before, None
 
@@ -125,6 +134,13 @@ class _TestStart:
         return run_evaluation(
             self._trainer, self._module, "test", start=self.snapshot, swap=swap, attributes=self._attributes
         )
+
+    def _float_tensors(self) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        for run in self.runs:
+            with run.swap:
+                found |= {id(each): each for each in chain(self._module.parameters(), self._module.buffers())}
+        return [each for each in found.values() if each.is_floating_point()]
 
     def close(self) -> None:
         """The loop as it was."""
@@ -201,6 +217,7 @@ class TestRun:
                 self.bytes = state_bytes(module.state_dict())
         if first is None:
             self.swap.put_in()
+        start.runs.append(self)
 
     def before_batch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The Trainer's own step on a batch is about to begin."""
@@ -295,6 +312,20 @@ class TestRun:
         self._start.close()
         if self._first is self:
             self.swap.take_out()
+
+    @contextmanager
+    def tested(self) -> Iterator[None]:
+        """The quantized layers in, and the rest as it was tested, whatever callbacks have put in since."""
+        differ = ((tensor, value) for tensor, value in self._start.tested if not torch.equal(tensor, value))
+        changed = [(tensor, tensor.detach().clone(), value) for tensor, value in differ]
+        with self.swap:
+            try:
+                for tensor, _, value in changed:
+                    tensor.detach().copy_(value)
+                yield
+            finally:
+                for tensor, now, _ in changed:
+                    tensor.detach().copy_(now)
 
     def end_batches(self) -> None:
         """The Trainer's own steps on all batches have ended.
