@@ -75,6 +75,16 @@ def test_parametrized_convolutions_are_quantized_with_the_weight_that_they_use()
     assert torch.equal(model(x), wanted)
 
 
+def test_parametrizations_that_count_their_calls_in_training_are_left_as_they_are():
+    kinds = nn.Conv1d(4, 8, 3), nn.ConvTranspose1d(4, 8, 3), nn.Linear(8, 8), nn.Embedding(6, 8), nn.EmbeddingBag(6, 8)
+    model = nn.Sequential(*(parametrizations.spectral_norm(each) for each in kinds)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for method in ("w8a32", "w8a8"):
+        with quantized(model, method) as plan:
+            assert all(each.method != "float" for each in plan)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_convolution_that_is_used_twice_is_quantized_once():
     shared = nn.Conv2d(4, 4, 3, padding=1)
     model = nn.Sequential(shared, nn.ReLU(), shared)

@@ -40,6 +40,7 @@ from tinyq_lightning.kernels import (
 from tinyq_lightning.layers.conv_sizes import conv_shape, weight_size
 from tinyq_lightning.layers.leaf import leaf_call
 from tinyq_lightning.layers.multiplying import MultiplyingLayer
+from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
@@ -111,7 +112,7 @@ class QuantizedConv(MultiplyingLayer):
         vars(self).update({name: vars(conv)[name] for name in _TAKEN_OVER})
         self._buffers["int8_weights"] = torch.zeros(weight_size(self).shape, dtype=torch.int8, device=device)
         self._transposed_groups = self.groups if self.transposed else 0
-        self._channels_last = is_channels_last(conv.weight)
+        self._channels_last = is_channels_last(float_weight(conv))
         self._choices = {}
         self._moves = self._moves_without_size()
         self._first: Tensor | None = None  # without values

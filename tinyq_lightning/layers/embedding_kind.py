@@ -57,7 +57,7 @@ class _LookUpKind(Kind):
 
     @override
     def make_empty(self, layer: Any, method: str, kernel: KernelName, device: Any = None) -> QuantizedLayer:
-        made = self.made(layer, device or layer.weight.device, method)
+        made = self.made(layer, device or float_weight(layer).device, method)
         made.kernel = kernel
         return made
 
@@ -91,7 +91,8 @@ class EmbeddingKind(_LookUpKind):
 
     @override
     def made(self, layer: Any, device: Any, method: str) -> QuantizedLayer:
-        (rows, columns), dtype = layer.weight.shape, layer.weight.dtype
+        weight = float_weight(layer)
+        (rows, columns), dtype = weight.shape, weight.dtype
         scale = None if is_torchs(layer, nn.Embedding) else computes_scaled_embedding(layer)
         if scale is None or scale == 1:
             return QuantizedEmbedding(rows, columns, layer.padding_idx, dtype, device, method)
@@ -113,7 +114,7 @@ class EmbeddingBagKind(_LookUpKind):
 
     @override
     def made(self, layer: Any, device: Any, method: str) -> QuantizedLayer:
-        return QuantizedEmbeddingBag(layer, layer.weight.dtype, device, method)
+        return QuantizedEmbeddingBag(layer, float_weight(layer).dtype, device, method)
 
     @override
     def size_of_call(self, layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
