@@ -141,6 +141,7 @@ def test_a_format_of_several_files_is_replaced_whole_or_not_at_all(tmp_path, mon
 
 MISTAKES = [
     ({"path": "net.xyz"}, "its ending names no format"),
+    ({"path": "nowhere://place/net.pt2"}, "cannot be written there: Protocol not known: nowhere"),
     ({"path": "net.pt2", "to": "tflite"}, "there is no format 'tflite'"),
     ({"model": nn.Linear(8, 2)}, "Linear has no quantized layer"),
     ({"example_inputs": None}, "no example of its inputs"),
@@ -159,7 +160,8 @@ MISTAKES = [
 @pytest.mark.parametrize(("given", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
 def test_a_mistake_is_an_error_and_no_file(tmp_path, given, message):
     arguments = {"model": mlp(), "path": "net.pt2", "example_inputs": example(), **given}
-    model, path = arguments.pop("model"), tmp_path / arguments.pop("path")
+    model, path = arguments.pop("model"), arguments.pop("path")
+    path = path if "://" in path else tmp_path / path
     with pytest.raises(TinyQError, match=message):
         export(model, path, **arguments)
     assert not list(tmp_path.iterdir())

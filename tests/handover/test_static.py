@@ -74,6 +74,8 @@ def test_signed_activations_have_no_zero_points(tmp_path):
         ({"calibration": []}, "gave no inputs"),
         ({"calibration": [(torch.randn(2, 8), torch.randn(2, 8))]}, "calibration input 0 has 2 tensors"),
         ({"calibration": [torch.full((2, 8), torch.nan)]}, "NaN or infinity"),
+        ({"calibration": [torch.zeros(2, 8)]}, "Calibrate with more inputs"),
+        ({"calibration": [{"y": torch.ones(2, 8)}]}, "calibration input 0 names 'y', and the inputs are input"),
         ({}, "belong together"),
     ],
 )

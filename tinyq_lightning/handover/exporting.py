@@ -17,7 +17,7 @@ from tinyq_lightning.handover.dynamic import Dynamic, dynamic_dims
 from tinyq_lightning.handover.example import Example, example_for
 from tinyq_lightning.handover.formats import Format, Program, Run, Tensors, format_for
 from tinyq_lightning.handover.outputs import others_of, tensors_of
-from tinyq_lightning.handover.place import move_into_place, workshop
+from tinyq_lightning.handover.place import check_place, move_into_place, workshop
 from tinyq_lightning.handover.report import ExportReport
 from tinyq_lightning.handover.request import Request
 from tinyq_lightning.handover.source import callable_module, model_from, on_cpu, rounding_noise
@@ -88,6 +88,7 @@ def export(
     """
     target = os.fspath(path)
     wanted = format_for(target, to)
+    check_place(target)
     refuse_existing(target, overwrite, ExportError)
     if isinstance(wanted, Tensors):
         return _export_tensors(model_or_path, target, wanted, overwrite)
@@ -233,9 +234,10 @@ def _refuse_errors(wanted: Format, request: Request, trial: _Trial, bound: float
             "it draws random numbers in eval mode too, such as F.dropout without training=self.training, or keeps "
             "state from call to call. Export a method that does not, or that takes such tensors as inputs"
         )
+    advice = "" if request.activations == "dynamic" else ". Calibrate with more inputs, of the kind that you serve"
     raise ExportError(
         f"{wanted.name}: {off.name} of what was written is {off.relative:.2g} from the quantized model, more than "
-        f"the {bound:g} allowed (max_error), so no file was left; the largest difference is {off.largest:.2g}"
+        f"the {bound:g} allowed (max_error), so no file was left; the largest difference is {off.largest:.2g}{advice}"
     )
 
 

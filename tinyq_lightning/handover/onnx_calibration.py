@@ -62,6 +62,9 @@ def _feeds(request: Request) -> Iterator[dict[str, Any]]:
         args, kwargs = as_arguments(given)
         if kwargs.keys() == request.example.kwargs.keys():
             kwargs = {name: kwargs[name] for name in request.example.kwargs}
+        known = request.example.parameters
+        if unknown := [name for name in kwargs if name not in known]:
+            raise ExportError(f"calibration input {index} names {unknown[0]!r}, and the inputs are {', '.join(known)}")
         tensors = _tensors(args, kwargs)
         if len(tensors) != len(names):
             raise ExportError(

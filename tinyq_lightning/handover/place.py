@@ -13,9 +13,22 @@ from tinyq_lightning.errors import ExportError
 from tinyq_lightning.file import refuse_existing, temporary_folder
 
 __all__ = [
+    "check_place",
     "move_into_place",
     "workshop",
 ]
+
+
+def check_place(path: str) -> None:
+    """Check that there is a file system for a path.
+
+    Raises:
+        ExportError: there is none of that name, or its library is not installed.
+    """
+    try:
+        fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise ExportError(f"{path}: the file cannot be written there: {error}") from error
 
 
 @contextmanager
