@@ -1,13 +1,8 @@
 """A network that int8 hurts, and the smallest model that loses at most half a point.
 
-The usual standardization of the pixels, (x − mean) / std, is part of the first layer's weights here, as it is when a
-scaler is folded into a model for serving. Pixels near the border are hardly ever lit: their std is tiny, their weights
-are large, and the weights of all other pixels in the same row drown in int8's steps.
-
-Four bits are calibrated. On 360 validation samples, half a point is less than two: what the search keeps there is kept
-on other data only as far as the quantized model agrees with the float one. So the test set is compared sample by
-sample, and --seeds 10 trains ten networks, to see whether that is luck. The loss is moved by every sample, and so
-tells more: --monitor val_loss --max-drop 1%.
+The standardization of the pixels is part of the first layer's weights, as when a scaler is folded into a model. Pixels
+near the border are hardly ever lit: their weights are large, and those of all other pixels in the same row drown in
+int8's steps. Half a point is less than two of 360 samples: the test set is told sample by sample, of --seeds networks.
 
 python examples/budget.py [--epochs 8] [--method w8a8] [--monitor val_acc] [--max-drop 0.005] [--seeds 1] [--root …]
 """
@@ -27,8 +22,7 @@ class RawPixelsNet(DigitsNet):
 
     def __init__(self, width: int = 256, lr: float = 1e-3):
         super().__init__(width, lr)
-        pixels = Digits().parts["train"].tensors[0]
-        std, mean = torch.std_mean(pixels, 0)
+        std, mean = torch.std_mean(Digits().parts["train"].tensors[0], 0)
         std[std == 0] = 1  # never lit; scikit-learn's StandardScaler does the same
         with torch.no_grad():
             self.stem.weight /= std
@@ -50,15 +44,13 @@ def right(path: str | None, quantized: bool) -> torch.Tensor:
 def run(seed: int, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Train, quantize within the budget, and tell the test set by each file."""
     seed_everything(seed)
-    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     everywhere = TinyQCallback(args.method, filename=f"{args.method}-everywhere", report=False)
-    max_drop = args.max_drop if args.max_drop.endswith("%") else float(args.max_drop)
+    spec = {"method": args.method} | ({"calibrate": 8} if args.method.startswith("w4") else {})
     mode = "min" if args.monitor == "val_loss" else "max"
-    calibrate = 8 if args.method.startswith("w4") else None
-    budget = TinyQCallback(args.method, monitor=args.monitor, mode=mode, max_drop=max_drop, calibrate=calibrate)
+    budget = TinyQCallback(spec, monitor=args.monitor, mode=mode, max_drop=args.max_drop)
     keeper = ModelCheckpoint(dirpath=f"{args.root}/{seed}", monitor="val_acc", mode="max")
-    trainer = Trainer(max_epochs=args.epochs, callbacks=[keeper, everywhere, budget], **settings)
-    trainer.fit(RawPixelsNet(), Digits())
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False) | {"accelerator": "cpu"}
+    Trainer(max_epochs=args.epochs, callbacks=[keeper, everywhere, budget], **quiet).fit(RawPixelsNet(), Digits())
     files = {f"{args.method} everywhere": everywhere.quantized_path, "within the budget": budget.quantized_path}
     return {"float": right(budget.float_path, False), **{name: right(path, True) for name, path in files.items()}}
 
@@ -68,12 +60,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--method", default="w8a8")
     parser.add_argument("--monitor", default="val_acc", choices=["val_acc", "val_f1", "val_loss"])
-    parser.add_argument("--max-drop", default="0.005", help="absolute, or a share of the float value such as 1%%")
+    parser.add_argument("--max-drop", default=0.005, type=lambda drop: drop if drop.endswith("%") else float(drop))
     parser.add_argument("--seeds", type=int, default=1, help="networks to train, each of another seed")
     parser.add_argument("--root", default="runs/budget", help="folder for checkpoints and reports")
     args = parser.parse_args()
     found = [run(seed, args) for seed in range(args.seeds)]
-
     print(f"\nOn the test set, of {args.seeds} network(s):\n")
     told = {name: torch.cat([each[name] for each in found]) for name in found[0]}
     for name, now in told.items():
@@ -81,7 +72,7 @@ def main() -> None:
         error = (lost + gained) ** 0.5 / len(now)  # of the difference, which those that both tell alike say nothing of
         changed = f"  {lost} lost, {gained} gained: {(gained - lost) / len(now):+.4f} ± {error:.4f}"
         print(f"{name:20} test_acc {now.float().mean():.4f}{changed if name != 'float' else ''}")
-    drops = [(each["float"].float() - each["within the budget"].float()).mean().item() for each in found]
+    drops = [(each["float"].float() - each["within the budget"].float()).mean() for each in found]
     print(f"\n{sum(drop > 0.005 for drop in drops)} of them lose more than half a point within the budget")
 
 

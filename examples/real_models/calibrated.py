@@ -2,10 +2,9 @@
 
 python examples/real_models/calibrated.py [--models encoder dna digits phonemes] [--method w4a32] [--shuffle SEED]
 
-Of the batches that a model is scored on, 16 are for calibration, and the outputs of layers are compared on 16 others.
-They are evenly spread, or drawn at random with --shuffle.
-Where a model tells samples right or wrong, those that calibration changes are counted, with the probability that chance
-makes them as uneven (McNemar's exact test).
+Of the batches that a model is scored on, 16 are to calibrate by and 16 others to compare outputs on: spread evenly,
+or drawn at random. Where samples are told right or wrong, those that calibration changes are counted, with the
+probability that chance makes them as uneven (McNemar's exact test).
 """
 
 import argparse
@@ -32,10 +31,7 @@ def batches_of(model: nn.Module, score: Any) -> list[Any]:
     found: list[Any] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Tensor]) -> None:
-        if kwargs:
-            found.append(kwargs)
-        else:
-            found.extend((args[0][start : start + 64],) for start in range(0, len(args[0]), 64))
+        found.extend([kwargs] if kwargs else [(args[0][at : at + 64],) for at in range(0, len(args[0]), 64)])
 
     with model.register_forward_pre_hook(note, with_kwargs=True):
         score(model)
@@ -65,9 +61,7 @@ def output_errors(model: nn.Module, quantized: nn.Module, layers: list[str], bat
 
 def values(output: Any) -> Tensor:
     """Those of an output, of a recurrent layer the first, packed or not."""
-    while isinstance(output, tuple):
-        output = output[0]
-    return output
+    return values(output[0]) if isinstance(output, tuple) else output
 
 
 def changed(plain: Tensor, calibrated: Tensor) -> str:
