@@ -32,8 +32,11 @@ def in_transform() -> bool:
 
 
 def is_exporting() -> bool:
-    """Return True inside ``torch.export``."""
-    return torch.compiler.is_exporting()  # with torch 2.7 True in what torch.compile traces, too
+    """Return True inside ``torch.export``; with torch 2.7 only if it is not strict."""
+    return bool(torch.compiler._is_exporting_flag if _SAYS_SO_IN_GRAPHS else torch.compiler.is_exporting())
+
+
+_SAYS_SO_IN_GRAPHS = torch.__version__.startswith("2.7.")  # that it exports, in what torch.compile traces, too
 
 
 _for_this_processor = [False]  # not a ContextVar, which torch 2.7 cannot trace
