@@ -46,9 +46,6 @@ _ROUNDING = {
 }
 
 
-_PLACES = {place: torch.tensor(256.0**place, dtype=torch.float32, device="cpu") for place in (1, 2)}
-
-
 # Below this size, call overhead costs more than memory traffic.
 _FEW_NUMBERS = 4096
 
@@ -105,13 +102,15 @@ def digits_product(
 
 def _put_together(parts: Tensor, count: int, scales: Tensor, out: Tensor | None) -> Tensor:
     """The sums of all digits, lowest first, as numbers times scales: ``[count * rows, out]`` → ``[rows, out]``."""
+    # Integers become floats where they lie: an operator that is given both first copies them to new memory.
+    sums = parts if parts.is_floating_point() else parts.view(torch.float32).copy_(parts)
     if count == 1:
-        return torch.mul(parts, scales, out=out)
-    low, *higher = parts.chunk(count)
-    out = torch.mul(higher.pop(), _PLACES[count - 1], out=out)
+        return sums.mul_(scales) if out is None else torch.mul(sums, scales, out=out)
+    low, *higher = sums.chunk(count)
+    total = higher.pop()
     if higher:
-        out.add_(higher[0], alpha=256)
-    return out.add_(low).mul_(scales)
+        total = higher[0].add_(total, alpha=256)
+    return torch.add(low, total, alpha=256, out=out).mul_(scales)
 
 
 def _digits(numbers: Tensor, count: int, signed: bool) -> Tensor:
