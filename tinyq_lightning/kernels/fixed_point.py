@@ -21,6 +21,7 @@ __all__ = [
     "by_row_blocks",
     "digits_of",
     "digits_product",
+    "floats_in_place",
 ]
 
 # Outputs of one block of rows: what lies between two operators stays in the cache, and memory of this size is had
@@ -102,8 +103,7 @@ def digits_product(
 
 def _put_together(parts: Tensor, count: int, scales: Tensor, out: Tensor | None) -> Tensor:
     """The sums of all digits, lowest first, as numbers times scales: ``[count * rows, out]`` → ``[rows, out]``."""
-    # Integers become floats where they lie: an operator that is given both first copies them to new memory.
-    sums = parts if parts.is_floating_point() else parts.view(torch.float32).copy_(parts)
+    sums = floats_in_place(parts)
     if count == 1:
         return sums.mul_(scales) if out is None else torch.mul(sums, scales, out=out)
     low, *higher = sums.chunk(count)
@@ -111,6 +111,11 @@ def _put_together(parts: Tensor, count: int, scales: Tensor, out: Tensor | None)
     if higher:
         total = higher[0].add_(total, alpha=256)
     return torch.add(low, total, alpha=256, out=out).mul_(scales)
+
+
+def floats_in_place(sums: Tensor) -> Tensor:
+    """Sums as float32, int32 ones rounded where they lie: an operator that is given both copies the integers first."""
+    return sums if sums.is_floating_point() else sums.view(torch.float32).copy_(sums)
 
 
 def _digits(numbers: Tensor, count: int, signed: bool) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tinyq_lightning.kernels.base import STEPS, plus_bias
-from tinyq_lightning.kernels.fixed_point import by_row_blocks
+from tinyq_lightning.kernels.fixed_point import by_row_blocks, floats_in_place
 from tinyq_lightning.kernels.integer import PlainWeights, multiplies_exactly
 from tinyq_lightning.kernels.probe import holds, is_hidden
 from tinyq_lightning.kernels.weights import quantize_rows_to_steps
@@ -41,7 +41,7 @@ class SplitWeights(PlainWeights):
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         def product(rows: Tensor, out: Tensor | None) -> Tensor:
             integers, step = quantize_rows_to_steps(rows, STEPS[method.digits])
-            sums = _difference(integers, self._by_columns)
+            sums = floats_in_place(_difference(integers, self._by_columns))
             return plus_bias(torch.mul(sums, scales, out=out).mul_(step), bias)
 
         return by_row_blocks(x, scales.shape[0], product)
