@@ -19,14 +19,17 @@ OTHER = "pytorch_lightning" if NAMESPACE == "lightning.pytorch" else "lightning.
 _PLACES = {
     "callbacks": (
         "EMAWeightAveraging",
+        "LambdaCallback",
         "ModelCheckpoint",
         "ModelSummary",
+        "RichProgressBar",
         "StochasticWeightAveraging",
+        "TQDMProgressBar",
         "WeightAveraging",
     ),
     "cli": ("LightningCLI",),
     "loggers": ("CSVLogger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"),
-    "strategies": ("FSDPStrategy", "ModelParallelStrategy"),
+    "strategies": ("FSDPStrategy", "ModelParallelStrategy", "SingleDeviceStrategy"),
     "utilities": ("CombinedLoader",),
     "utilities.model_summary": ("summarize",),
     "utilities.parsing": ("AttributeDict",),

@@ -277,7 +277,8 @@ class TinyQCallback(HoldsRun):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
         if self._runs:
-            tell_of_quantized_layers(exception)
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            tell_of_quantized_layers(exception, callbacks[callbacks.index(self) + 1 :])
         self._restore_module(trainer)
         refuse_mixed_packages(trainer)  # of a data module Lightning says only that it expected a parent
         if isinstance(exception, KeyboardInterrupt) and (self.spec.when, trainer.state.fn) == ("fit_end", "fit"):

@@ -216,6 +216,19 @@ def test_only_what_loading_takes_is_asked_for(tmp_path, own):
     assert load_quantized(tmp_path / "q.ckpt", Loose, **own).value is own.get("value")
 
 
+class OnlyA(Loose):
+    def __init__(self, a=None, c=None):
+        super().__init__()
+
+
+def test_classes_are_told_of_what_is_asked_for_alone(tmp_path):
+    path = saved(tmp_path / "q.ckpt", {"a": Act.RELU, "b": Level.HIGH, "c": Act.GELU})
+    with pytest.raises(CheckpointError, match=r": a, c need \S*\.Act, which.*: give them as they were, as in"):
+        load_quantized(path, OnlyA)
+    with pytest.raises(CheckpointError, match=r": c needs \S*\.Act, which.*: give it as it was, as in"):
+        load_quantized(path, OnlyA, a=1)
+
+
 class Config(Loose):
     def __init__(self, config):
         super().__init__(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 
 import lightnings
@@ -108,14 +109,22 @@ def test_a_lazy_layer_has_no_weights_yet_and_no_size():
     assert (summarize(model).total_parameters, summarize(model).model_size) == (count, size)
 
 
-@pytest.mark.parametrize("rich", [False, True])
+@pytest.mark.parametrize("rich", ["", "installed", "progress bar"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_fit_of_an_adapter_prints_the_counts_and_sizes(tmp_path, monkeypatch, caplog, capsys, rich, precision):
-    monkeypatch.setattr(f"{lightnings.NAMESPACE}.utilities.imports._RICH_AVAILABLE", rich, raising=False)
+    imports, name = importlib.import_module(f"{lightnings.NAMESPACE}.utilities.imports"), "_RICH_AVAILABLE"
+    if rich == "progress bar":  # what tells where Lightning has no such name, before 2.6
+        monkeypatch.delattr(imports, name, raising=False)
+    elif hasattr(imports, name):
+        monkeypatch.setattr(imports, name, bool(rich))
+    elif rich:
+        pytest.skip("this Lightning takes rich for a progress bar of rich alone")
+    bars = [lightnings.RichProgressBar()] if rich == "progress bar" else []
     logging.getLogger(lightnings.NAMESPACE).setLevel(logging.INFO)
     caplog.set_level(logging.INFO)
     model, callback = Adapter(), QuantizedModelSummary(max_depth=2)
-    run = trainer(tmp_path, callback, max_epochs=1, enable_model_summary=True, precision=precision)
+    settings = {"max_epochs": 1, "enable_model_summary": True, "enable_progress_bar": bool(bars)}
+    run = trainer(tmp_path, callback, *bars, precision=precision, **settings)
     assert [each for each in run.callbacks if isinstance(each, lightnings.ModelSummary)] == [callback]
     run.fit(model, loader(), loader(seed=1))
     shown = capsys.readouterr().out if rich else caplog.text

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tinyq_lightning import QuantizationSpec, quantize
 from tinyq_lightning.errors import ModelError, SpecError
-from tinyq_lightning.layers import QuantizedLayer
+from tinyq_lightning.layers import QuantizedLayer, kind_of
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search import calibration
 
@@ -412,6 +412,32 @@ def test_data_that_cannot_be_used_is_refused_and_the_model_stays_float(data, tex
     with pytest.raises(ModelError, match=text):
         quantize(model, "w4a32", calibration=data)
     assert type(model[0]) is nn.Linear
+
+
+def test_a_layer_whose_inputs_are_not_finite_is_told_by_name_and_has_the_codes_without_data():
+    class Logarithms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.of_logs, self.idle = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.of_logs(self.first(x).log())
+
+    model = Logarithms()
+    plain = copy.deepcopy(model)
+    quantize(plain, "w4a32")
+    with pytest.warns(UserWarning, match=r"without the data: of_logs: its inputs are NaN or infinite[^;]*$") as caught:
+        plan = quantize(model, "w4a32", calibration=[torch.randn(16, 8) for _ in range(4)])
+    assert caught[0].filename == __file__
+    assert plan.decisions[0].output_error is not None
+    assert torch.equal(model.of_logs.int8_weights, plain.of_logs.int8_weights)
+
+
+def test_a_kind_that_names_a_weight_its_layers_do_not_have_is_an_error(monkeypatch):
+    kind = type(kind_of(nn.Linear(8, 8)))
+    monkeypatch.setattr(kind, "weight_inputs", lambda self, layer, args, kwargs: iter([("other", args[0][None])]))
+    with pytest.raises(ModelError, match=r"weight_inputs yields 'other', but the layer has weight: a kind"):
+        quantize(nn.Sequential(nn.Linear(8, 8)), "w4a32", calibration=[torch.randn(16, 8)])
 
 
 def test_data_that_reaches_no_layer_is_refused():

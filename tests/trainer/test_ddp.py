@@ -68,7 +68,7 @@ def test_a_rank_that_fails_is_waited_for_by_none_and_all_know_why(tmp_path):
 def test_a_rank_that_ends_ends_the_run(tmp_path, how, when):
     done = run_on_ranks("ended.py", tmp_path, how, when, fails=True)
     assert "went on" not in done.stdout
-    said = "rank 1 has ended: SystemExit: 3" if how == "exit" else "another process has ended without a word"
+    said = "rank 1 has ended: SystemExit: 3" if how == "exit" else "another process does not answer ("
     assert said in done.stderr
 
 

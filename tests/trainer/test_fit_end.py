@@ -9,13 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightnings import NAMESPACE, CSVLogger, EMAWeightAveraging, LightningModule, WeightAveraging, seed_everything
+from lightnings import (
+    NAMESPACE,
+    CSVLogger,
+    EMAWeightAveraging,
+    LightningModule,
+    SingleDeviceStrategy,
+    WeightAveraging,
+    seed_everything,
+)
 from models import CLASSES, FEATURES, Blobs, Net, NetOfHooks, keeper, loader, trainer
 from torch import nn
 
 from tinyq_lightning import TinyQCallback, TinyQError, load_quantized
 from tinyq_lightning.errors import CheckpointError, EvaluationError, SpecError, TrainerError
 from tinyq_lightning.layers.linear import QuantizedLinear
+from tinyq_lightning.trainer import choose_float_weights, files_before_fit
 
 
 def fit(root, *callbacks, module=None, data=None, keep=True, ckpt_path=None, **settings):
@@ -661,6 +670,22 @@ def test_a_file_that_only_the_resumed_checkpoint_names_is_read_as_plain_data(tmp
         fit(tmp_path / "first", callback, ckpt_path=resumed)
     assert isinstance(callback.error, CheckpointError)
     assert not (tmp_path / "trace").exists()
+
+
+def test_before_lightning_26_a_damaged_file_of_another_run_is_not_told_to_hold_objects(tmp_path, monkeypatch):
+    def load_checkpoint(self, checkpoint_path):
+        raise AssertionError("the file is not trusted")
+
+    monkeypatch.setattr(SingleDeviceStrategy, "load_checkpoint", load_checkpoint)
+    path, run = tmp_path / "best.ckpt", trainer(tmp_path, keeper(tmp_path))
+    run.checkpoint_callback.best_model_path = str(path)
+    path.write_bytes(b"PK damaged")
+    with pytest.raises(CheckpointError, match="truncated or damaged, or not one of") as told:
+        choose_float_weights(run, "best", None, files_before_fit(run))
+    assert "objects" not in str(told.value)
+    torch.save({"note": Planted(tmp_path / "trace")}, path)
+    with pytest.raises(CheckpointError, match=r"did not write the file.*it holds objects"):
+        choose_float_weights(run, "best", None, files_before_fit(run))
 
 
 @pytest.mark.filterwarnings("error")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
+
 import pytest
 import torch
-from lightnings import Callback, seed_everything
+from lightnings import Callback, LambdaCallback, TQDMProgressBar, seed_everything
 from models import Net, NetOfHooks, keeper, loader, trainer
 
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
 from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
 from tinyq_lightning.layers.linear import QuantizedLinear
+from tinyq_lightning.trainer import test_run
 
 
 def quiet(*args, **kwargs):
@@ -314,3 +318,44 @@ def test_weights_that_a_callback_before_it_puts_in_for_the_test_are_those_of_the
     for method, path in callback.quantized_paths.items():
         alone = separately_tested(tmp_path, load_quantized(path, Net), loader())
         assert alone == {name: pytest.approx(each[method]) for name, each in callback.results.items()}
+
+
+def test_nothing_is_copied_where_no_other_callback_ends_the_test(tmp_path, monkeypatch):
+    def float_values(*_):
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(test_run, "float_values", float_values)
+    for others, copied in (([], False), ([TQDMProgressBar()], False), ([LambdaCallback(on_test_end=print)], True)):
+        callback = quiet("w8a32")
+        run = trainer(tmp_path, callback, *others, enable_progress_bar=bool(others))
+        with pytest.raises(AssertionError, match="copied") if copied else nullcontext():
+            run.test(Net(), loader(), verbose=False)
+        assert copied or callback.quantized_path
+
+
+class AverageOfAll(Average):
+    """Puts in what it has copied of all weights before the test begins."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.average = [each.detach().clone() for each in pl_module.parameters()]
+
+    def on_test_start(self, trainer, pl_module):
+        super().on_test_start(trainer, pl_module)
+        with torch.no_grad():
+            for each, average in zip(pl_module.parameters(), self.average, strict=True):
+                each.copy_(average)
+
+
+class Broken(Net):
+    def test_step(self, batch, batch_idx):
+        raise ValueError("of the user's own")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from Python 3.11 on")
+def test_an_average_after_it_is_told_to_come_before_it_and_other_errors_are_left_alone(tmp_path):
+    with pytest.raises(RuntimeError, match="size of tensor") as late:
+        trainer(tmp_path, quiet("w8a32"), AverageOfAll()).test(Net(), loader(), verbose=False)
+    assert "comes before TinyQCallback" in late.value.__notes__[0]
+    with pytest.raises(ValueError, match="of the user's own") as other:
+        trainer(tmp_path, AverageOfAll(), quiet("w8a32"), Average()).test(Broken(), loader(), verbose=False)
+    assert not hasattr(other.value, "__notes__")

@@ -135,15 +135,17 @@ class Arguments:
         not_held, of_unknown, name = self._wanted(absent), self._wanted(outer), name_of(self._class)
         told = [f"the file could not hold {', '.join(not_held)}, which {name} was made with"] if not_held else []
         if of_unknown:
+            classes = dict.fromkeys(unknown[each] for each in outer if self._shown(each) in of_unknown)
+            need = "needs" if len(of_unknown) == 1 else "need"
             told.append(
-                f"{', '.join(of_unknown)} needs {', '.join(dict.fromkeys(unknown.values()))}, which {name} does not "
+                f"{', '.join(of_unknown)} {need} {', '.join(classes)}, which {name} does not "
                 "refer to in annotations or defaults (annotate the argument with it, or pass trust=True, --trust on "
                 "the command line, if you trust who made the file)"
             )
-        if told:
+        if asked := [*not_held, *of_unknown]:
+            as_before = "it as it was" if len(asked) == 1 else "them as they were"
             raise CheckpointError(
-                f"{self._source}: {'; '.join(told)}: give it as it was, as in "
-                f"{call_with(self._class, [*not_held, *of_unknown][0])}"
+                f"{self._source}: {'; '.join(told)}: give {as_before}, as in {call_with(self._class, asked[0])}"
             )
 
     def _wanted(self, names: Iterable[str]) -> list[str]:

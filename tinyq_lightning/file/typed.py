@@ -81,10 +81,11 @@ class _Writer:
         kept: dict[Any, Any] = {}
         for key in value:
             marks = len(self._notes), len(self._dropped)
-            if path and type(key) not in (str, int, float, bool, type(None)):
+            is_plain = type(key) in (str, int, float, bool, type(None))
+            if path and not is_plain:
                 raise TypeError("a key cannot be held, and a mapping without it would be another")
             try:
-                if type(key) not in (str, int, float, bool, type(None)):
+                if not is_plain:
                     raise TypeError(type(key).__name__)
                 missing = isinstance(value, DictConfig) and OmegaConf.is_missing(value, key)
                 item = "???" if missing else value[key]

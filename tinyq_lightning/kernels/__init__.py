@@ -1,5 +1,6 @@
 """Quantized forward pass functions: pure functions on tensors, and the choice among kernels."""
 
+from tinyq_lightning.kernels.autocast import autocast_dtype
 from tinyq_lightning.kernels.base import LONGEST_SUM, Choice, CodeHolder, TensorSnapshot, WeightForm, version_of
 from tinyq_lightning.kernels.choice import FORMS, choose_kernel, wanted_kernel, weight_form
 from tinyq_lightning.kernels.conv_choice import (
@@ -72,6 +73,7 @@ __all__ = [
     "NibbleWeights",
     "TensorSnapshot",
     "WeightForm",
+    "autocast_dtype",
     "choose_convolution",
     "choose_kernel",
     "choose_lookup_kernel",

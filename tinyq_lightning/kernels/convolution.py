@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from tinyq_lightning.kernels.autocast import autocast_dtype
 from tinyq_lightning.kernels.base import SUM_MAX, WeightForm
 from tinyq_lightning.kernels.conv_layout import LAYOUTS
 from tinyq_lightning.kernels.integer import digits_of_integers, int_mm, put_together, scaled_sums
@@ -172,13 +173,12 @@ def quantized_convolution(
         ``[N, out, ...]``.
     """
     device = input.device.type
-    available = device != "meta"  # torch.amp.is_autocast_available cannot be traced before torch 2.8
-    autocast = available and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast and input.dtype != torch.float64 else input.dtype
+    autocast = autocast_dtype(device)
+    dtype = autocast if autocast is not None and input.dtype != torch.float64 else input.dtype
     work = torch.float64 if input.dtype == torch.float64 else torch.float32
     if not method.rounds and kernel == "reference":
         work = dtype
-    with torch.autocast(device, enabled=False) if available else nullcontext():
+    with torch.autocast(device, enabled=False) if autocast is not None else nullcontext():
         x, added = input.to(work), None if bias is None else bias.to(work)
         if differentiable or is_exporting() or (not torch.compiler.is_compiling() and in_transform()):
             kernel = "reference" if kernel == "integer" else kernel

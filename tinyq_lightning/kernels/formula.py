@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tinyq_lightning.kernels.autocast import autocast_dtype
 from tinyq_lightning.kernels.base import Choice, Kernel, LayerShape
 from tinyq_lightning.kernels.gradient import HALF_DTYPES, StraightThrough, row_blocks
 from tinyq_lightning.kernels.integer import integer_product
@@ -115,13 +116,12 @@ def quantized_linear(
     if input.dim() == 0 or input.shape[-1] != int8_weights.shape[1]:
         raise ValueError(f"the input must have shape [..., {int8_weights.shape[1]}], got {list(input.shape)}")
     device = input.device.type
-    available = device != "meta"  # torch.amp.is_autocast_available cannot be traced before torch 2.8
-    autocast = available and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast and input.dtype != torch.float64 else input.dtype
+    autocast = autocast_dtype(device)
+    dtype = autocast if autocast is not None and input.dtype != torch.float64 else input.dtype
     work = torch.float64 if input.dtype == torch.float64 else torch.float32
     if device == "cuda" and not method.rounds and kernel == "reference":
         work = dtype
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with torch.autocast(device, enabled=False) if autocast is not None else nullcontext():
         x = input.to(work)
         if kernel == "integer" and is_exporting():  # no gradients in an exported program, and no function for them
             out = integer_product(x, int8_weights, scales, method)

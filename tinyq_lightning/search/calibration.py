@@ -26,6 +26,7 @@ __all__ = [
     "Combine",
     "Read",
     "calibrate",
+    "layers_of_no_use",
     "passes_over_data",
     "why_of_no_use",
 ]
@@ -80,6 +81,15 @@ def why_of_no_use(swap: Swap, found: Mapping[str, Recoded]) -> str | None:
     return None if None in reasons or not reasons else "; ".join(sorted(map(str, reasons)))
 
 
+def layers_of_no_use(swap: Swap, found: Mapping[str, Recoded]) -> dict[str, str]:
+    """The layers whose kind can be calibrated but whose data could not be used, with the reasons.
+
+    Those that the data did not reach are left out: a model need not use all its layers on any data.
+    """
+    reasons = {name: found[name].uncalibrated or "" for group in _groups(swap, {}) for name in group}
+    return {name: why for name, why in reasons.items() if why and not why.endswith(_NOT_CALLED)}
+
+
 def passes_over_data(swap: Swap) -> int:
     """How often :func:`calibrate` reads the data."""
     return len(_passes(swap, _groups(swap, {})))
@@ -115,7 +125,7 @@ def _why_not(layer: QuantizedLayer) -> str | None:
 def _passes(swap: Swap, groups: Sequence[Sequence[str]]) -> list[list[Sequence[str]]]:
     """The groups in the order of the model, as many together as the memory for their moments allows."""
     apart = dict(swap.joint_projections())
-    sizes = {name: (APART if name in apart else 1) * _moments_of(layer) for name, _, layer in swap.pairs()}
+    sizes = {name: (APART if name in apart else 1) * _moments_size(layer) for name, _, layer in swap.pairs()}
     passes: list[list[Sequence[str]]] = []
     held = 0
     for group in groups:
@@ -128,7 +138,7 @@ def _passes(swap: Swap, groups: Sequence[Sequence[str]]) -> list[list[Sequence[s
     return passes
 
 
-def _moments_of(layer: QuantizedLayer) -> int:
+def _moments_size(layer: QuantizedLayer) -> int:
     """Bytes for the moments of a layer, both of those to choose by and of those held out."""
     kind = kind_of(layer)
     if kind is None or kind.why_uncalibrated:

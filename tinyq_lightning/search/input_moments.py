@@ -29,6 +29,10 @@ APART = 3
 _HELD_OUT = 4
 
 
+class _UnknownWeightError(Exception):
+    """A kind of layer yields inputs of a weight that its layers do not have."""
+
+
 class InputWatch:
     """Sums up the inputs of some layers of a swap, batch by batch. The inputs themselves are not kept.
 
@@ -82,6 +86,8 @@ class InputWatch:
                 try:
                     with torch.inference_mode(False), torch.no_grad(), _without_autocast():
                         add(module, args, kwargs, self.batches)
+                except _UnknownWeightError:  # the kind of layer is wrong, whatever the data
+                    raise
                 except Exception as error:  # of any kind: it must not reach the user's model, which did nothing wrong
                     failure = brief(error)
             for each in moments.values() if failure else ():
@@ -156,6 +162,11 @@ def _add_call(
     kind = kind_of(layer)
     assert kind is not None
     for name, inputs in kind.weight_inputs(module, args, kwargs):
+        if name not in moments:
+            raise _UnknownWeightError(
+                f"{type(kind).__name__}.weight_inputs yields {name!r}, but the layer has {', '.join(moments)}: a kind "
+                "whose layers have several weights, or one of another name, overrides it"
+            )
         moments[name].add(inputs, batch)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyq_lightning.kernels import autocast_dtype
 from tinyq_lightning.layers import QuantizedLayer, first_tensor, kind_of
 from tinyq_lightning.plan import Swap
 
@@ -90,10 +91,7 @@ class _Tally:
         return self._forward_rows(input, rows)
 
     def _note(self, x: Tensor, rows: int, sizes: tuple[int, ...], part: tuple[int | None, int | None] | None) -> None:
-        device = x.device.type
-        available = device != "meta"  # torch.amp.is_autocast_available cannot be traced before torch 2.8
-        on = available and torch.is_autocast_enabled(device)
-        autocast = torch.get_autocast_dtype(device) if on else None
+        autocast = autocast_dtype(x.device.type)
         self._calls[Call(rows, x.dtype, autocast, str(x.device), part, sizes)] += 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -18,7 +19,7 @@ from tinyq_lightning.plan import (
     return_freed_memory,
     warn_of_unkept,
 )
-from tinyq_lightning.search.calibration import calibrate, passes_over_data, why_of_no_use
+from tinyq_lightning.search.calibration import calibrate, layers_of_no_use, passes_over_data, why_of_no_use
 from tinyq_lightning.search.timer import evaluating
 from tinyq_lightning.spec import SpecLike, as_spec
 
@@ -48,13 +49,16 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32", calibration: Iterable[A
             them are used, or as many as the spec's ``calibrate`` says. Where moments do not fit in memory at once, it
             is read again, so it must not be an iterator then.
 
+    A warning names the layers whose inputs could not be used, such as those that are not finite; they have the codes
+    that they have without data.
+
     Returns:
         The plan that was carried out.
 
     Raises:
         SpecError: the spec is wrong or does not fit the model, or has no method of four bits for the data.
         ModelError: the model is itself a layer, a weight cannot be quantized, or the data cannot be used: it is empty,
-            the model refuses it, it reaches no layer, or makes values that are not finite.
+            the model refuses it, or it is of no use to any layer: it reaches none, or its values are not finite.
     """
     asked = as_spec(spec)
     if calibration is None:
@@ -87,6 +91,9 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32", calibration: Iterable[A
             f"calibration: the data is of no use to any layer ({why}): give inputs that run the model as it will be "
             "used and its values finite, or leave calibration out"
         )
+    if left := layers_of_no_use(swap, found):
+        told = "; ".join(f"{name}: {why}" for name, why in left.items())
+        warnings.warn(f"calibration: codes of these layers were chosen without the data: {told}", stacklevel=2)
     swap = swap.recoded(found)
     try:
         swap.put_in()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -84,9 +84,19 @@ def tell_of_interrupt(trainer: Trainer, saved: Iterable[str]) -> None:
         trainer.print(f"TinyQ: the fit was interrupted, so nothing was quantized. {_HOW_TO_QUANTIZE_LATER}")
 
 
-def tell_of_quantized_layers(error: BaseException) -> None:
-    """Add to an error of the user's own test loop that the module holds quantized layers, as a note (Python 3.11)."""
-    if isinstance(error, Exception) and not isinstance(error, TinyQError) and hasattr(error, "add_note"):
+def tell_of_quantized_layers(error: BaseException, later: Sequence[object]) -> None:
+    """Add to an error of another callback, as the test starts, that the module holds quantized layers, as a note.
+
+    Python 3.10 has no notes.
+
+    Args:
+        error: that ended a test run.
+        later: the callbacks after the one that put the layers in. Errors of anything else have other reasons.
+    """
+    hooks = ("on_test_start", "on_test_epoch_start")
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name in hooks]
+    of_later = any(frame.f_locals.get("self") is each for frame in frames for each in later)
+    if of_later and isinstance(error, Exception) and not isinstance(error, TinyQError) and hasattr(error, "add_note"):
         error.add_note(
             "TinyQ: from TinyQCallback's on_test_start to the end of the test epoch the module holds quantized layers, "
             "whose weights are no parameters. A callback that puts other weights in for the test, such as an average, "

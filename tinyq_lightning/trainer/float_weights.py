@@ -120,7 +120,7 @@ def choose_float_weights(
         before: of :func:`files_before_fit`. A file that has not been written since is read as plain data.
 
     Raises:
-        CheckpointError: such a file holds objects.
+        CheckpointError: such a file holds objects; before Lightning 2.6, also if it is damaged or no checkpoint.
     """
     chosen = _chosen(trainer, wanted, monitor, before)
     if chosen is None:
@@ -131,6 +131,8 @@ def choose_float_weights(
     try:  # a file that this run wrote may hold objects of the user's classes
         checkpoint = _read(trainer, path, own)
     except (pickle.UnpicklingError, CheckpointError) as error:
+        if own or not _tells_of_objects(error):
+            raise
         raise CheckpointError(
             f"{path}: this run did not write the file, but only resumed from a checkpoint that names it, so it is read "
             f"as plain data, and it holds objects: {str(error).splitlines()[0]} If you trust the file, quantize it by "
@@ -147,6 +149,13 @@ def _read(trainer: Trainer, path: str, trust: bool) -> dict[str, Any]:
         return dict(load(path))
     with open_checkpoint(path) as source:  # before 2.6 Lightning cannot be told that a file is not trusted
         return dict(source.read_all(source.content))
+
+
+def _tells_of_objects(error: BaseException | None) -> bool:
+    """Whether unpickling plain data failed; a :class:`CheckpointError` for that has the reason below it."""
+    while error is not None and not isinstance(error, pickle.UnpicklingError):
+        error = error.__cause__
+    return error is not None
 
 
 def _note_on_current(wanted: str) -> str:

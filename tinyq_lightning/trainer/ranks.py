@@ -61,7 +61,10 @@ PATIENCE = timedelta(seconds=30)
 
 
 class NotHeardError(TinyQError):
-    """A rank failed while others wait for it in a collective that cannot be interrupted, or has ended: all have to."""
+    """A rank failed while others wait in a collective that cannot be interrupted, or a rank has ended.
+
+    Every process must end.
+    """
 
 
 @contextmanager
@@ -73,11 +76,11 @@ def agreed_on_failure(trainer: Trainer) -> Iterator[None]:
     the collectives of the other ranks; the group of the run remains usable. Other backends have no such way to
     interrupt a collective: there a failing rank waits for the others for a while, and then has the run end.
 
-    A rank that ends, because it is killed, interrupted or told to exit, ends the others.
+    With gloo, a rank that ends, because it is killed or raises a BaseException such as SystemExit, ends the others.
 
     Raises:
         NotHeardError: on the rank that failed, if the others do not hear of it; Lightning or what launched the
-            processes then ends them all. On the others, if a rank has ended.
+            processes then ends them all. On the others, if a rank has ended or, with gloo, does not answer.
         TinyQError: on a rank that did not fail first: the same kind of error, with the rank that did.
         Exception: on the rank that failed first, whatever the block raised.
     """
@@ -96,7 +99,7 @@ def agreed_on_failure(trainer: Trainer) -> Iterator[None]:
         own, order = error, group.count_failure()
         group.close()
     except BaseException as error:
-        group.leave()  # whose store is not that of the others any more
+        group.leave()  # the other ranks read the store of the former group
         group.tell_of_end(error)
         group.close()
         raise
@@ -193,23 +196,23 @@ class _ClosableGroup(_Group):
         """What each rank tells, by the former group.
 
         Raises:
-            NotHeardError: a rank has ended.
+            NotHeardError: a rank has ended, or does not answer in the time that gloo waits.
         """
         everyone: list[Failure] = [None] * dist.get_world_size()
         try:
             dist.all_gather_object(everyone, told)
         except RuntimeError as error:
             seen = "" if told is None else f": {told[1][1]}"
-            raise NotHeardError(f"{self._who_ended()}, so this process ends too{seen}") from error
+            raise NotHeardError(f"{self._who_ended(error)}, so this process ends too{seen}") from error
         return everyone
 
-    def _who_ended(self) -> str:
-        """What ranks have left in the store about their end."""
+    def _who_ended(self, error: RuntimeError) -> str:
+        """What ranks have left in the store about their end; else ``error``, of what waited for them."""
         with suppress(RuntimeError):  # the rank that keeps it has ended
             for key in self._keys:
                 if _store().check([key]):
                     return str(pickle.loads(_store().get(key))[1][1])
-        return "another process has ended without a word"
+        return f"another process does not answer ({str(error).strip()})"
 
     def leave(self) -> None:
         distributed_c10d._update_default_pg(self._former)

@@ -6,14 +6,10 @@ the others over the same dataloaders, each from the state that the run began wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.namespaces import namespace_of
@@ -31,6 +27,7 @@ from tinyq_lightning.trainer.evaluation import (
 from tinyq_lightning.trainer.inner_trainer import state_roots
 from tinyq_lightning.trainer.isolation import Snapshot
 from tinyq_lightning.trainer.results import Results, compare, numbers
+from tinyq_lightning.trainer.tested import FloatValues, as_tested, float_values, log_of_test, may_exchange_weights
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -93,7 +90,8 @@ class _TestStart:
         snapshot: the state; None until the loop begins.
         on_epoch_end: what to call after the user's own hooks at the end of the epoch.
         runs: of the Trainer; the layers of the first, which it tests, are taken out after that.
-        tested: the tensors that are float in one of them, each with its values then.
+        tested: the tensors that are float in one of them, each with its values then; empty if no other callback could
+            change them before they are saved.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
@@ -102,7 +100,7 @@ class _TestStart:
         self._attributes: dict[str, Any] = {}  # of the Trainer
         self.on_epoch_end: list[Callable[[], object]] = []
         self.runs: list[TestRun] = []
-        self.tested: list[tuple[Tensor, Tensor]] = []
+        self.tested: FloatValues = []
         self._own = {name: vars(self._loop).get(name) for name in ("reset", "_on_evaluation_epoch_end")}
         vars(self._loop)["reset"] = partial(self._reset, self._loop.reset)
         vars(self._loop)["_on_evaluation_epoch_end"] = partial(self._end_epoch, self._loop._on_evaluation_epoch_end)
@@ -124,7 +122,8 @@ class _TestStart:
                 hook()
             if self.runs:  # float in each on_test_end: a callback may put its own weights back there
                 self.runs[0].swap.take_out()
-                self.tested = [(tensor, tensor.detach().clone()) for tensor in self._float_tensors()]
+                if may_exchange_weights(self._trainer):
+                    self.tested = float_values(self._module, [run.swap for run in self.runs])
         finally:
             self._module._current_fx_name, connector._current_fx = before, None
 
@@ -134,13 +133,6 @@ class _TestStart:
         return run_evaluation(
             self._trainer, self._module, "test", start=self.snapshot, swap=swap, attributes=self._attributes
         )
-
-    def _float_tensors(self) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
-        for run in self.runs:
-            with run.swap:
-                found |= {id(each): each for each in chain(self._module.parameters(), self._module.buffers())}
-        return [each for each in found.values() if each.is_floating_point()]
 
     def close(self) -> None:
         """The loop as it was."""
@@ -285,26 +277,8 @@ class TestRun:
         return self._module
 
     def log(self, entries: dict[str, float]) -> None:
-        """Log through the module, as its own hook at the end of the epoch would.
-
-        Before 2.5.3 ``LightningModule.log`` refuses every name of one dataloader's metric, so they go past it.
-        """
-        several = self._trainer.world_size > 1
-        of_loaders = {name: value for name, value in entries.items() if "/dataloader_idx_" in name}
-        others = {name: value for name, value in entries.items() if name not in of_loaders}
-        self._module.log_dict(others, sync_dist=several, add_dataloader_idx=False)
-        results: Any = self._trainer._results
-        for name, value in of_loaders.items():
-            results.log(
-                self._module._current_fx_name,
-                name,
-                torch.tensor(value, device=self._module.device),
-                logger=True,
-                on_epoch=True,
-                sync_dist=several,
-                sync_dist_fn=self._trainer.strategy.reduce,
-                add_dataloader_idx=False,
-            )
+        """Log at the end of the epoch, through the module."""
+        log_of_test(self._trainer, self._module, entries)
 
     def close(self) -> None:
         """The float layers back."""
@@ -313,19 +287,9 @@ class TestRun:
         if self._first is self:
             self.swap.take_out()
 
-    @contextmanager
-    def tested(self) -> Iterator[None]:
+    def tested(self) -> AbstractContextManager[None]:
         """The quantized layers in, and the rest as it was tested, whatever callbacks have put in since."""
-        differ = ((tensor, value) for tensor, value in self._start.tested if not torch.equal(tensor, value))
-        changed = [(tensor, tensor.detach().clone(), value) for tensor, value in differ]
-        with self.swap:
-            try:
-                for tensor, _, value in changed:
-                    tensor.detach().copy_(value)
-                yield
-            finally:
-                for tensor, now, _ in changed:
-                    tensor.detach().copy_(now)
+        return as_tested(self.swap, self._start.tested)
 
     def end_batches(self) -> None:
         """The Trainer's own steps on all batches have ended.
