@@ -234,7 +234,8 @@ def _refuse_errors(wanted: Format, request: Request, trial: _Trial, bound: float
             f"{wanted.name}: the model itself gives other numbers for the same inputs each time ({again.name} is "
             f"{again.relative:.2g} from what it was before, and what was written {off.relative:.2g}), so nothing can "
             "be compared with it and no file was left: it draws random numbers in eval mode too, such as F.dropout "
-            "without training=self.training, or keeps state from call to call. Export a method that does not, or that takes such tensors as inputs"
+            "without training=self.training, or keeps state from call to call. Export a method that does not, or that "
+            "takes such tensors as inputs"
         )
     advice = "" if request.activations == "dynamic" else ". Calibrate with more inputs, of the kind that you serve"
     raise ExportError(
