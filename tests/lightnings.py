@@ -35,16 +35,15 @@ _PLACES = {
     "utilities.parsing": ("AttributeDict",),
 }
 
+_NEW = ("EMAWeightAveraging", "WeightAveraging")  # since Lightning 2.6
+
 
 def __getattr__(name: str) -> Any:
     if name.startswith("__") and name != "__version__":
         raise AttributeError(name)
     place = next((f"{NAMESPACE}.{place}" for place, names in _PLACES.items() if name in names), NAMESPACE)
-    found = getattr(importlib.import_module(place), name, None)
-    if found is None:
-        if not name[0].isupper():
-            raise AttributeError(name)
-        found = _missing(name)
+    module = importlib.import_module(place)
+    found = getattr(module, name, None) or _missing(name) if name in _NEW else getattr(module, name)
     return _of_today(found) if name in ("Trainer", "seed_everything") else found
 
 

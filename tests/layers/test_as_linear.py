@@ -9,6 +9,7 @@ from torch import nn
 
 from tinyq_lightning import quantize
 from tinyq_lightning.errors import ReadOnlyWeightError
+from tinyq_lightning.layers import dequantized
 from tinyq_lightning.layers.linear import QuantizedLinear
 
 
@@ -97,13 +98,13 @@ def test_an_adapter_on_an_int8_base_trains_and_saves(method, tmp_path):
 
 def test_reading_what_a_weight_is_dequantizes_nothing(monkeypatch):
     layer, count = random_layer("w8a32", 60, 50), [0]
-    real = torch.mul
+    real = dequantized.dequantize
 
     def counting(*args, **kwargs):
         count[0] += 1
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "mul", counting)
+    monkeypatch.setattr(dequantized, "dequantize", counting)
     weight = layer.weight
     assert (weight.shape, weight.dtype, weight.device) == ((60, 50), torch.float32, torch.device("cpu"))
     assert (weight.dim(), weight.numel(), weight.requires_grad, weight.is_contiguous()) == (2, 3000, False, True)

@@ -128,7 +128,7 @@ def copies_on_cpu(given: Any) -> Any:
 
 
 def _is_packed(value: Any) -> bool:
-    """Whether torch would take it for a named tuple that it can make again of other tensors."""
+    """True for a PackedSequence, which torch's pytree would take apart as a named tuple."""
     return isinstance(value, PackedSequence)
 
 

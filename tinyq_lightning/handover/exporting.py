@@ -30,6 +30,8 @@ __all__ = [
     "export",
 ]
 
+_SHARE = 0.1  # of the error of a file: what the model must differ from itself by to be the reason
+
 
 def export(
     model_or_path: nn.Module | str | os.PathLike[str],
@@ -227,12 +229,13 @@ def _refuse_errors(wanted: Format, request: Request, trial: _Trial, bound: float
     if off.relative <= bound:
         return
     again = max(_errors(request, lambda case: tensors_of(_called(request.module, case)), trial.cases[0]), key=_relative)
-    if again.relative > 0:
+    if again.relative > min(bound, off.relative * _SHARE):
         raise ExportError(
             f"{wanted.name}: the model itself gives other numbers for the same inputs each time ({again.name} is "
-            f"{again.relative:.2g} from what it was before), so nothing can be compared with it and no file was left: "
-            "it draws random numbers in eval mode too, such as F.dropout without training=self.training, or keeps "
-            "state from call to call. Export a method that does not, or that takes such tensors as inputs"
+            f"{again.relative:.2g} from what it was before, and what was written {off.relative:.2g}), so nothing can "
+            "be compared with it and no file was left: it draws random numbers in eval mode too, such as F.dropout "
+            "without training=self.training, or keeps state from call to call. Export a method that does not, or that "
+            "takes such tensors as inputs"
         )
     advice = "" if request.activations == "dynamic" else ". Calibrate with more inputs, of the kind that you serve"
     raise ExportError(

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from tinyq_lightning.handover.example import PLAIN, flat_names, part_of
 
 __all__ = [
+    "emptied",
     "filled",
     "others_of",
     "portable",
@@ -47,8 +48,15 @@ def tensors_of(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(visible(outputs)) if isinstance(leaf, Tensor)]
 
 
+def emptied(outputs: Any) -> Any:
+    """The structure, plain values and dtypes alone: tensors of no device's memory, and None for any other object."""
+    return filled(outputs, (torch.empty(0, dtype=each.dtype, device="meta") for each in tensors_of(outputs)))
+
+
 def filled(outputs: Any, tensors: Iterator[Tensor]) -> Any:
-    """The same structure, dataclasses included, with other tensors.
+    """The same structure, dataclasses included, with other tensors, and with None for objects that graphs do not hold.
+
+    What a dataclass computed of its fields is left out, since it belongs to the former tensors.
 
     Args:
         outputs: what a method returned.
@@ -57,9 +65,13 @@ def filled(outputs: Any, tensors: Iterator[Tensor]) -> Any:
 
     def changed(leaf: Any) -> Any:
         if not _is_dataclass(leaf):
-            return next(tensors) if isinstance(leaf, Tensor) else leaf
-        made = copy.copy(leaf)
-        for name, value in _fields(leaf).items():
+            if isinstance(leaf, Tensor):
+                return next(tensors)
+            return leaf if isinstance(leaf, PLAIN) else None
+        made, fields = copy.copy(leaf), _fields(leaf)
+        for name in getattr(leaf, "__dict__", {}).keys() - fields.keys():
+            del made.__dict__[name]
+        for name, value in fields.items():
             object.__setattr__(made, name, filled(value, tensors))
         return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
@@ -92,7 +92,7 @@ def write_pt2(request: Request, path: str) -> Sequence[str]:
 
 
 def refuse_classes(example: Example) -> None:
-    """Check that the inputs are in plain containers: a file does not hold the classes of others.
+    """Check that the inputs are in containers of Python's own: a file does not hold the classes of others.
 
     Raises:
         ExportError: they are not.
@@ -109,7 +109,7 @@ def _other_class(value: Any) -> type | None:
     """The class of a container that is none of Python's own."""
     if pytree.tree_is_leaf(value):
         return None
-    if type(value) not in (tuple, list, dict, OrderedDict):
+    if type(value) not in (tuple, list, dict, OrderedDict, defaultdict, deque):
         return type(value)
     inside = value.values() if isinstance(value, dict) else value
     return next((found for each in inside if (found := _other_class(each))), None)
@@ -117,7 +117,8 @@ def _other_class(value: Any) -> type | None:
 
 def open_pt2(path: str, request: Request) -> Callable[[Example], Sequence[Tensor]]:
     """Load a ``.pt2`` file."""
-    program = torch.export.load(path)
+    with errors_logged_alone("torch._export.serde.serialize"):  # of a deque, which it loads all the same
+        program = torch.export.load(path)
     module, structure = program.module(), program.call_spec.in_spec
 
     def run(example: Example) -> Sequence[Tensor]:

@@ -15,7 +15,7 @@ from tinyq_lightning.errors import ExportError
 from tinyq_lightning.handover.dynamic import DynamicDims
 from tinyq_lightning.handover.example import Example, named_arguments
 from tinyq_lightning.handover.formats import FORMATS, Program, Run, format_for
-from tinyq_lightning.handover.outputs import filled, tensors_of
+from tinyq_lightning.handover.outputs import emptied, filled, tensors_of
 from tinyq_lightning.handover.request import Request
 
 __all__ = [
@@ -39,7 +39,9 @@ def session_forward(
         with session_forward(model, "net.onnx"):
             trainer.validate(model, datamodule=data)
 
-    The method is run itself once, on the first inputs, for the structure of what it returns.
+    The method is run itself once, on the first inputs, for the structure of what it returns. Numbers and text among
+    its outputs stay those of that call, also a number taken from a size; objects that no file holds, such as a cache,
+    are None.
 
     Args:
         model: the module that was exported, or the float one; on any device.
@@ -49,8 +51,8 @@ def session_forward(
         threads: of the runtime; by default as many as torch takes.
 
     Raises:
-        ExportError: the format does not run; or the block did not call the method, so that what it measured is not
-            the exported file.
+        ExportError: the format does not run; the file gives another number of tensors than the method; or the block
+            did not call the method, so that what it measured is not the exported file.
     """
     wanted = format_for(os.fspath(path), to)
     if not isinstance(wanted, Program):
@@ -94,10 +96,15 @@ class _InPlace:
         on_cpu = pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         example = Example(on_cpu[0], on_cpu[1], named_arguments(self._own, *on_cpu))
         if self._run is None:
-            self._outputs = self._own(*args, **kwargs)
+            self._outputs = emptied(self._own(*args, **kwargs))
             request = Request(self._model, example, DynamicDims({}, {}), (), threads=self._threads)
             self._run = self._wanted.open(self._path, request)
         outputs = self._run(example)
         self.calls += 1
         kinds = [tensor.dtype for tensor in tensors_of(self._outputs)]
+        if len(outputs) != len(kinds):
+            raise ExportError(
+                f"{self._path} gives {len(outputs)} tensors, and what {type(self._model).__name__} returns has "
+                f"{len(kinds)}: give the method that was exported, of a model in the same state"
+            )
         return filled(self._outputs, (each.to(device, kind) for each, kind in zip(outputs, kinds, strict=True)))

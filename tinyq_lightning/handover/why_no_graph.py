@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+import sysconfig
 import traceback
+from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from tinyq_lightning.handover.request import Request
@@ -15,52 +19,74 @@ __all__ = [
     "why_no_graph",
 ]
 
-_TORCH, _HERE = (os.path.dirname(os.path.abspath(each)) for each in (torch.__file__, os.path.dirname(__file__)))
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_PATHS = sysconfig.get_paths()
 
 
 def why_no_graph(request: Request, error: Exception) -> str:
-    """The reason and the advice.
+    """The reason and the advice. What the model merely holds may not be the reason: torch's own words stand beside it.
 
     Args:
         request: what was to be exported.
         error: what torch, or the model while it was traced, raised.
     """
+    place = _place(request, error)
+    own = f"{type(error).__name__}: {_shortened(str(error))}{place}{_advice(request)}"
     scripted = [name for name, each in request.module.named_modules() if isinstance(each, torch.jit.ScriptModule)]
     if scripted:
-        return f"{scripted[0]} is a scripted module, of which torch.export takes none: have it as a Python module"
+        return (
+            f"{scripted[0]} is a scripted module, of which torch.export takes none: have it as a Python module. torch "
+            f"itself says: {own}"
+        )
     if _packs(request):
         return (
-            f"it packs sequences{_place(error)}, and a graph cannot take sizes from the values of the lengths. Run the "
+            f"it packs sequences{place}, and a graph cannot take sizes from the values of the lengths. Run the "
             "layer over the padded sequences: in one direction, what is behind the end of a sequence changes nothing "
-            "before it, and `out[torch.arange(x.shape[0]), lengths - 1]` is the output at the end of each"
+            "before it, and `out[torch.arange(x.shape[0]), lengths - 1]` is the output at the end of each. "
+            f"torch itself says: {own}"
         )
     if type(error).__name__ == "GuardOnDataDependentSymNode":
         return (
             "it takes a branch or a size from the values of a tensor (if, while, int(x), x.item())"
-            f"{_place(error)}, and a graph is the same for all values: write torch.where, or export a method without it"
+            f"{place}, and a graph is the same for all values: write torch.where, or export a method without it"
         )
-    return f"{type(error).__name__}: {_shortened(str(error))}{_place(error)}{_advice(request)}"
+    return own
 
 
 def _packs(request: Request) -> bool:
     """Whether a layer of the model is given a PackedSequence."""
-    given = list[Any]()
-    hooks = [each.register_forward_pre_hook(lambda _, args: given.extend(args)) for each in request.module.modules()]
+    packs = False
+
+    def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal packs
+        packs = packs or any(isinstance(each, PackedSequence) for each in args)
+
+    hooks = [each.register_forward_pre_hook(look) for each in request.module.modules()]
     example = request.example.fresh()
     try:
-        request.module(*example.args, **example.kwargs)
+        with torch.no_grad(), suppress(Exception):  # the sizes that are traced may be what it fails for
+            request.module(*example.args, **example.kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    return any(isinstance(each, PackedSequence) for each in given)
+    return packs
 
 
-def _place(error: Exception) -> str:
-    """Where the model was when it failed: the last line of code that is neither torch's nor of this package."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if os.path.isfile(frame.filename) and not frame.filename.startswith((_TORCH + os.sep, _HERE + os.sep)):
-            return f", at {os.path.basename(frame.filename)}:{frame.lineno}"
-    return ""
+def _place(request: Request, error: Exception) -> str:
+    """Where the model was when it failed: the last line in a file of its classes, or else in code of the user's."""
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if _is_users(each.filename)]
+    modules = {type(each).__module__ for each in request.module.modules()}
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in modules}
+    found = [each for each in frames if each.filename in files] or frames
+    return f", at {os.path.basename(found[-1].filename)}:{found[-1].lineno}" if found else ""
+
+
+def _is_users(path: str) -> bool:
+    """Whether a file is there and neither torch's, nor of this package, nor of the standard library."""
+    installed = path.startswith((_PATHS["purelib"] + os.sep, _PATHS["platlib"] + os.sep))
+    of_python = path.startswith(_PATHS["stdlib"] + os.sep) and not installed
+    return os.path.isfile(path) and not of_python and not path.startswith((_TORCH + os.sep, _HERE + os.sep))
 
 
 def _shortened(message: str) -> str:

@@ -33,13 +33,15 @@ def in_transform() -> bool:
 
 def is_exporting() -> bool:
     """Return True inside ``torch.export``; with torch 2.7 only if it is not strict."""
-    return bool(torch.compiler._is_exporting_flag if _SAYS_SO_IN_GRAPHS else torch.compiler.is_exporting())
+    return bool(torch.compiler._is_exporting_flag if _COMPILES_AS_EXPORTING else torch.compiler.is_exporting())
 
 
-_SAYS_SO_IN_GRAPHS = torch.__version__.startswith("2.7.")  # that it exports, in what torch.compile traces, too
+# With torch 2.7, `torch.compiler.is_exporting()` is also True while torch.compile traces.
+_COMPILES_AS_EXPORTING = torch.__version__.startswith("2.7.")
 
 
-_for_this_processor = [False]  # not a ContextVar, which torch 2.7 cannot trace
+# One value for all threads, as torch's own flag is while it exports; torch 2.7 cannot trace a ContextVar.
+_for_this_processor = [False]
 
 
 @contextmanager

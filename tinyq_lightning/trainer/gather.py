@@ -38,7 +38,7 @@ class Gather:
         self._state: dict[str, Any] = {
             users_path(name): value for name, value in module.state_dict(keep_vars=True).items()
         }
-        self._device = link_device()
+        self._device = _link_device()
 
     def end(self) -> None:
         """On rank 0: nothing more is asked for."""
@@ -110,7 +110,7 @@ class _Place:
         whole.copy_(part)
 
 
-def link_device() -> torch.device:
+def _link_device() -> torch.device:
     """Where the default process group takes tensors from: the CPU, unless its backend is for GPUs alone."""
     kinds = {device.type for device in cast("dist.ProcessGroup", dist.group.WORLD)._device_types}
     return torch.device("cpu" if "cpu" in kinds else min(kinds))
