@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -278,7 +278,7 @@ class TinyQCallback(HoldsRun):
         """Undo what this callback changed in the module: Lightning calls no teardown after an exception."""
         if self._runs:
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            tell_of_quantized_layers(exception, callbacks[callbacks.index(self) + 1 :])
+            tell_of_quantized_layers(exception, [*dropwhile(lambda each: each is not self, callbacks)][1:])
         self._restore_module(trainer)
         refuse_mixed_packages(trainer)  # of a data module Lightning says only that it expected a parent
         if isinstance(exception, KeyboardInterrupt) and (self.spec.when, trainer.state.fn) == ("fit_end", "fit"):
