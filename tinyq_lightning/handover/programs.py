@@ -107,7 +107,8 @@ def refuse_classes(example: Example) -> None:
 
 def _other_class(value: Any) -> type | None:
     """The class of a container that is none of Python's own."""
-    if pytree.tree_is_leaf(value):
+    leaves = pytree.tree_leaves(value)
+    if len(leaves) == 1 and leaves[0] is value:
         return None
     if type(value) not in (tuple, list, dict, OrderedDict, defaultdict, deque):
         return type(value)
