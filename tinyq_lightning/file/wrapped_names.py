@@ -22,6 +22,9 @@ def named_as_in(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str
         module: which has no wrappers, or others than the one that was saved.
         state_dict: for the module. It is not changed.
     """
+    paths = [*(path for path, _ in module.named_modules(remove_duplicate=False)), *state_dict]
+    if all(users_path(path) == path for path in paths):
+        return state_dict  # without the module's own state dict, for which codes of four bits would be packed
     own = module.state_dict(keep_vars=True)
     names = {users_path(name): name for name in own}
     if own.keys() == state_dict.keys() or names.keys() != {users_path(name) for name in state_dict}:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from tinyq_lightning.errors import ExportError
-from tinyq_lightning.handover.example import copies_on_cpu
+from tinyq_lightning.handover.example import copies_on_cpu, named_arguments
 
 __all__ = [
     "recorded_calls",
@@ -31,12 +31,11 @@ def recorded_calls(module: nn.Module, method: str = "forward") -> Iterator[list[
         of arguments, or a dict by name if some were given by name.
     """
     own, calls = getattr(module, method), list[Any]()
-    signature = inspect.signature(own)
 
     @functools.wraps(own)
     def noting(*args: Any, **kwargs: Any) -> Any:
         args_here, kwargs_here = copies_on_cpu((args, kwargs))
-        calls.append(_by_name(signature, args_here, kwargs_here) if kwargs else args_here)
+        calls.append(_by_name(own, args_here, kwargs_here) if kwargs else args_here)
         return own(*args, **kwargs)
 
     former = vars(module).get(method)
@@ -49,14 +48,13 @@ def recorded_calls(module: nn.Module, method: str = "forward") -> Iterator[list[
             vars(module)[method] = former
 
 
-def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = dict(signature.bind(*args, **kwargs).arguments)
+def _by_name(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    signature = inspect.signature(own)
+    given = signature.bind(*args, **kwargs).arguments
     for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL and found.get(name):
+        if parameter.kind is parameter.VAR_POSITIONAL and given.get(name):
             raise ExportError(
                 f"a call gives *{name} and arguments by name ({', '.join(kwargs)}) at once, which cannot be noted: "
                 "give the inputs yourself"
             )
-        if parameter.kind is parameter.VAR_KEYWORD:
-            found |= found.pop(name, {})
-    return found
+    return named_arguments(own, args, kwargs)

@@ -77,7 +77,7 @@ def calibrate(swap: Swap, read: Read, combine: Combine | None = None) -> dict[st
 
 def why_of_no_use(swap: Swap, found: Mapping[str, Recoded]) -> str | None:
     """Why data was of no use to any layer whose kind can be calibrated; None if it was to one, or there are none."""
-    reasons = {found[name].uncalibrated for group in _groups(swap, {}) for name in group}
+    reasons = set(_reasons(swap, found).values())
     return None if None in reasons or not reasons else "; ".join(sorted(map(str, reasons)))
 
 
@@ -86,8 +86,12 @@ def layers_of_no_use(swap: Swap, found: Mapping[str, Recoded]) -> dict[str, str]
 
     Those that the data did not reach are left out: a model need not use all its layers on any data.
     """
-    reasons = {name: found[name].uncalibrated or "" for group in _groups(swap, {}) for name in group}
-    return {name: why for name, why in reasons.items() if why and not why.endswith(_NOT_CALLED)}
+    return {name: why for name, why in _reasons(swap, found).items() if why and not why.endswith(_NOT_CALLED)}
+
+
+def _reasons(swap: Swap, found: Mapping[str, Recoded]) -> dict[str, str | None]:
+    """Why each layer whose kind can be calibrated was not; None if it was."""
+    return {name: found[name].uncalibrated for group in _groups(swap, {}) for name in group}
 
 
 def passes_over_data(swap: Swap) -> int:
