@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ if NAMESPACE != "lightning.pytorch":  # these run the examples, which import tha
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    """The same seed, one thread, and none of Lightning's notes on hardware in every test."""
+    """The same seed, one thread, no graphs of other tests, and none of Lightning's notes on hardware in every test."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # the models that were compiled before count towards torch's limit of graphs
     logging.getLogger(NAMESPACE).setLevel(logging.ERROR)
     torch.set_num_threads(1)
     seed_everything(1, verbose=False)

@@ -79,7 +79,6 @@ class Lazy(Net):
 @pytest.mark.parametrize("kind", [CompiledBody, CheckpointedBody, Lazy])
 @pytest.mark.parametrize("method", ["w8a32", "w4a32"])
 def test_compiled_and_lazy_layers_are_saved_and_load_again(tmp_path, kind, method):
-    torch.compiler.reset()  # so that the models of other tests do not count towards torch's limit of graphs
     callback, model = TinyQCallback(method, report=False, strict=True), kind()
     trainer(tmp_path, keeper(tmp_path), callback, max_epochs=1).fit(model, loader(), loader(seed=1))
     assert {decision.method for decision in callback.plan} <= {"w8a32", method}

@@ -13,12 +13,6 @@ from torch import nn
 from tinyq_lightning import quantize
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """Graphs of other tests do not count towards the compiler's limit of graphs."""
-    torch._dynamo.reset()
-
-
 def network(method):
     model = nn.Sequential(
         nn.Conv2d(8, 16, 3, padding=1),

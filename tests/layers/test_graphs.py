@@ -14,12 +14,6 @@ from tinyq_lightning import quantize, quantized
 from tinyq_lightning.kernels import compiles_packed_product, exporting_for_this_processor, packing_in_graphs
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """Graphs of other tests do not count towards the compiler's limit of graphs."""
-    torch._dynamo.reset()
-
-
 def adding_to(graphs):
     """A backend that adds each graph that is made to a list."""
 
@@ -106,7 +100,6 @@ def test_a_called_layer_whose_bias_is_trained_compiles_too(kernel, method):
 @each_method
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_layer_sees_new_weights_and_gives_gradients(kernel, method):
-    torch._dynamo.reset()
     layer = random_layer(method, *LARGE)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x, up = normal(3, LARGE[1]).requires_grad_(), normal(3, LARGE[0])
@@ -221,7 +214,6 @@ def test_second_derivatives_of_a_compiled_layer_are_right_or_refused(kernel, met
 @each_method
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_transforms_inside_a_compiled_function_have_the_straight_gradient(kernel, method):
-    torch._dynamo.reset()
     layer = random_layer(method, *LARGE)
     x = normal(LARGE[1])
     got = torch.compile(lambda y: torch.func.grad(lambda z: layer(z).sum())(y), backend="aot_eager")(x)

@@ -16,12 +16,6 @@ SEQUENCES, CELLS = (nn.RNN, nn.LSTM, nn.GRU), (nn.RNNCell, nn.LSTMCell, nn.GRUCe
 EACH = pytest.mark.parametrize("kind", [*SEQUENCES, *CELLS], ids=lambda kind: kind.__name__)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """Graphs of other tests do not count towards the compiler's limit of graphs."""
-    torch._dynamo.reset()
-
-
 class First(nn.Module):
     """A recurrent layer between two others; only its output is used."""
 
