@@ -21,7 +21,7 @@ def main() -> None:
     tinyq = TinyQCallback(args.spec, exclude=args.exclude, when="test_start")
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[tinyq], enable_progress_bar=False)
     # one pass over the test set: the loop tests the int8 model, the float one runs beside it
-    trainer.test(DigitsNet(), datamodule=Digits(), ckpt_path=args.checkpoint, weights_only=True, verbose=False)
+    trainer.test(DigitsNet(), datamodule=Digits(), ckpt_path=args.checkpoint, verbose=False)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main() -> None:
 
     seed_everything(0)
     train, val = table()
-    tinyq = TinyQCallback("w8a8", monitor="val_auroc", max_drop=0.001)
+    tinyq = TinyQCallback("w8a8", monitor="val_auroc", mode="max", max_drop=0.001)
     settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     keeper = ModelCheckpoint(args.root, monitor="val_auroc", mode="max")
     trainer = Trainer(max_epochs=args.epochs, callbacks=[keeper, tinyq], **settings)

@@ -226,6 +226,7 @@ def test_what_no_graph_can_hold_is_an_error_that_says_what_to_write(tmp_path, ma
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.7"), reason="torch 2.7 exports scripted modules")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_a_scripted_module_is_named(tmp_path):
     with pytest.raises(TinyQError, match=r"function is a scripted module, .*torch itself says: "):

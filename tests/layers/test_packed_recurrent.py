@@ -79,7 +79,7 @@ def test_packed_codes_outlast_files_copies_casts_and_another_kernel(pair):
 @torch.no_grad()
 def test_programs_have_packed_codes_too(pair):
     net, packed, x = pair
-    program = torch.export.export(packed, (x,)).module()
+    program = torch.export.export(packed, (x,), strict=False).module()
     torch.testing.assert_close(first(program(x)), first(net(x)))
 
 
