@@ -206,6 +206,23 @@ def test_what_a_runtime_cannot_compute_in_a_dtype_is_an_error_with_advice(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_beyond_what_one_file_holds_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tinyq_lightning.handover.onnx_graph._LARGEST_FILE", 100)
+    net, inputs, _ = quantized("mlp")
+    report = export(net, tmp_path / "net.onnx", inputs)
+    assert report.files == (str(tmp_path / "net.onnx"), str(tmp_path / "net.onnx.data"))
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
+    assert report.bytes == sum(each.stat().st_size for each in tmp_path.iterdir())
+    assert any(each.external_data for each in onnx.load(report.path, load_external_data=False).graph.initializer)
+    np.testing.assert_allclose(run(tmp_path / "net.onnx", inputs)[0], net(inputs).detach(), rtol=1e-4, atol=1e-5)
+    static = export(
+        net, tmp_path / "static.onnx", inputs, activations="static", calibration=[inputs, inputs], max_error=0.3
+    )
+    assert len(static.files) == 2
+    with pytest.raises(ExportError, match=r"there is such a file already"):
+        export(net, tmp_path / "net.onnx", inputs)
+
+
 class Bag(nn.Module):
     """Bags that begin at offsets, some of them empty, with weights where they are sums."""
 

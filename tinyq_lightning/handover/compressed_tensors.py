@@ -64,7 +64,7 @@ def write_compressed_tensors(request: Request, path: str) -> Sequence[str]:
         notes.append("activations of w8a8 are rounded by the library's own steps, which differ a little")
     if made := _made_by_auto_model(model):
         notes.append(
-            f"load it by {type(model).__name__}.from_pretrained: AutoModel makes a {made}, of which the folder holds a part"
+            f"load it by {type(model).__name__}.from_pretrained: AutoModel makes a {made}, of which it is a part"
         )
     if left:
         notes.append(f"written as floats, since the layout knows linear layers alone: {', '.join(left)}")
