@@ -208,7 +208,8 @@ def test_what_a_runtime_cannot_compute_in_a_dtype_is_an_error_with_advice(tmp_pa
 
 def test_weights_beyond_what_one_file_holds_lie_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr("tinyq_lightning.handover.onnx_graph._LARGEST_FILE", 100)
-    net, inputs, _ = quantized("mlp")
+    net, inputs = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)), torch.randn(5, 16)
+    quantize(net, "w8a8")
     report = export(net, tmp_path / "net.onnx", inputs)
     assert report.files == (str(tmp_path / "net.onnx"), str(tmp_path / "net.onnx.data"))
     assert sorted(each.name for each in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]

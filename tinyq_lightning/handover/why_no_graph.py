@@ -53,8 +53,8 @@ def why_no_graph(request: Request, error: Exception) -> str:
         )
     if type(error).__name__ == "UncapturedHigherOrderOpError":
         return (
-            f"a branch of torch.cond, or of its like{place}, holds what ONNX has no graph for, such as a quantized layer: "
-            "compute both branches and choose by torch.where, or leave the layers in them float. torch itself says: "
+            f"a branch of torch.cond{place}, holds what ONNX has no graph for, such as a quantized layer: compute "
+            " both branches and choose by torch.where, or leave the layers in them float. torch itself says: "
             f"{own}"
         )
     if lengths := _lengths_of_recurrent(request):
