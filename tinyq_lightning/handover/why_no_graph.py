@@ -53,9 +53,8 @@ def why_no_graph(request: Request, error: Exception) -> str:
         )
     if type(error).__name__ == "UncapturedHigherOrderOpError":
         return (
-            f"a branch of torch.cond{place}, holds what ONNX has no graph for, such as a quantized layer: compute "
-            " both branches and choose by torch.where, or leave the layers in them float. torch itself says: "
-            f"{own}"
+            f"a branch of torch.cond holds what ONNX has no graph for, such as a quantized layer{place}: compute both "
+            f"branches and choose by torch.where, or leave the layers in them float. torch itself says: {own}"
         )
     if lengths := _lengths_of_recurrent(request):
         return (
