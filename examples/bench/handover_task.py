@@ -56,7 +56,10 @@ def main():
         importlib.import_module({"onnx": "onnxruntime"}.get(kind, kind))
     before = resident()
     run = OPEN[kind](path)
-    run(torch.ones(2, 64, dtype=torch.int64))
+    with (
+        torch.inference_mode()
+    ):  # as one serves: with gradients a program keeps its float weights until the result goes
+        run(torch.ones(2, 64, dtype=torch.int64))
     print(json.dumps(resident() - before))
 
 

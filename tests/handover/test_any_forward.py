@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -273,3 +274,43 @@ def test_complex_numbers_are_refused_where_a_runtime_has_none(tmp_path):
     with pytest.raises(TinyQError, match=r"an output of the model is complex, .*torch\.view_as_real"):
         export(model, tmp_path / "net.onnx", rows())
     assert export(model, tmp_path / "net.pt2", rows()).relative_error < 1e-3
+
+
+class OfAnyLength(nn.Module):
+    """A recurrent layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+def test_lengths_that_recurrent_layers_of_a_program_cannot_change_are_named(tmp_path):
+    with pytest.raises(TinyQError, match="recurrent layers such as lstm for one length of sequence: leave that"):
+        export(made(OfAnyLength()), tmp_path / "net.pt2", rows(3, 5, 6), dynamic={0: "batch", 1: "steps"})
+    assert not list(tmp_path.iterdir())
+
+
+class Choosing(Net):
+    def forward(self, x):
+        return torch.cond(x.mean() > 0, self.layer, lambda x: self.layer(-x), (x,))
+
+
+@needs_onnx
+def test_quantized_layers_in_branches_of_cond_are_told_in_onnx(tmp_path):
+    with pytest.raises(TinyQError, match=r"a branch of torch\.cond.*choose by torch\.where"):
+        export(made(Choosing()), tmp_path / "net.onnx", rows())
+    assert not list(tmp_path.iterdir())
+
+
+def test_exports_of_several_threads_take_turns(tmp_path):
+    models = [made(Net(torch.relu)) for _ in range(4)]
+
+    def one(index):
+        return export(models[index], tmp_path / f"{index}.pt2", rows()).relative_error
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(one, range(4))) < 1e-3
+    assert torch.backends.mha.get_fastpath_enabled()

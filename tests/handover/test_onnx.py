@@ -12,6 +12,7 @@ from torch import nn
 
 from tinyq_lightning import export, quantize
 from tinyq_lightning.errors import ExportError
+from tinyq_lightning.handover import session_forward
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -196,21 +197,62 @@ class Cast(nn.Module):
         return x.to(self.dtype)
 
 
-def test_what_a_runtime_cannot_compute_in_bfloat16_is_an_error_with_advice(tmp_path):
-    net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4)).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_a_runtime_cannot_compute_in_a_dtype_is_an_error_with_advice(tmp_path, dtype):
+    net = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4)).to(dtype)
     quantize(net, "w8a8")
-    with pytest.raises(ExportError, match=r"computes in torch\.bfloat16.*export model\.float\(\)"):
-        export(net, tmp_path / "net.onnx", torch.randn(3, 16).bfloat16())
+    with pytest.raises(ExportError, match=rf"computes in {dtype}.*export model\.float\(\)"):
+        export(net, tmp_path / "net.onnx", torch.randn(3, 16).to(dtype))
     assert not list(tmp_path.iterdir())
 
 
-def test_offsets_of_bags_work(tmp_path):
-    net = nn.EmbeddingBag(20, 4, mode="mean")
-    holder = nn.Sequential(net)
-    quantize(holder, "w8a32")
-    inputs = torch.randint(0, 20, (9,)), torch.tensor([0, 2, 7])
-    report = export(holder[0], tmp_path / "net.onnx", inputs, dynamic=False)
-    assert report.relative_error < CLOSE
+def test_weights_beyond_what_one_file_holds_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("tinyq_lightning.handover.onnx_graph._LARGEST_FILE", 100)
+    net, inputs = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)), torch.randn(5, 16)
+    quantize(net, "w8a8")
+    report = export(net, tmp_path / "net.onnx", inputs)
+    assert report.files == (str(tmp_path / "net.onnx"), str(tmp_path / "net.onnx.data"))
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
+    assert report.bytes == sum(each.stat().st_size for each in tmp_path.iterdir())
+    assert any(each.external_data for each in onnx.load(report.path, load_external_data=False).graph.initializer)
+    np.testing.assert_allclose(run(tmp_path / "net.onnx", inputs)[0], net(inputs).detach(), rtol=1e-4, atol=1e-5)
+    static = export(
+        net, tmp_path / "static.onnx", inputs, activations="static", calibration=[inputs, inputs], max_error=0.3
+    )
+    assert len(static.files) == 2
+    with pytest.raises(ExportError, match=r"there is such a file already"):
+        export(net, tmp_path / "net.onnx", inputs)
+
+
+class Bag(nn.Module):
+    """Bags that begin at offsets, some of them empty, with weights where they are sums."""
+
+    def __init__(self, mode, padding_idx, include_last_offset):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(20, 4, None, 2.0, False, mode, False, None, include_last_offset, padding_idx)
+
+    def forward(self, ids, offsets, weights=None):
+        return self.bag(ids, offsets, weights)
+
+
+@pytest.mark.parametrize("ending", ["onnx", "xml"])
+@pytest.mark.parametrize(("mode", "padding", "last"), [("sum", 3, False), ("mean", 3, True), ("max", None, False)])
+def test_bags_of_any_number_and_length_work(tmp_path, mode, padding, last, ending):
+    pytest.importorskip("openvino")
+    net, path = Bag(mode, padding, last).eval(), tmp_path / f"net.{ending}"
+    quantize(net, "w8a32")
+
+    def inputs(count, offsets):
+        ids = torch.randint(0, 20, (count,), generator=torch.Generator().manual_seed(count))
+        given = {"ids": ids, "offsets": torch.tensor([*offsets, *[count] * last])}
+        return given | ({"weights": torch.rand(count)} if mode == "sum" else {})
+
+    dynamic = {"ids": {0: "n"}, "offsets": {0: "bags"}} | ({"weights": {0: "n"}} if mode == "sum" else {})
+    export(net, path, inputs(9, [0, 2, 2, 7]), dynamic=dynamic, max_error=CLOSE)
+    other = inputs(17, [0, 4, 5, 5, 11, 12])
+    with session_forward(net, path):
+        found = net(**other)
+    torch.testing.assert_close(found, net(**other), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")

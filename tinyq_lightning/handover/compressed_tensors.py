@@ -62,9 +62,23 @@ def write_compressed_tensors(request: Request, path: str) -> Sequence[str]:
         notes.append("activations of w8a16 are taken as they are: the layout has no 16-bit ones")
     if any(layer.method == "w8a8" for layer in coded.values()):
         notes.append("activations of w8a8 are rounded by the library's own steps, which differ a little")
+    if made := _made_by_auto_model(model):
+        notes.append(
+            f"load it by {type(model).__name__}.from_pretrained: AutoModel makes a {made}, of which it is a part"
+        )
     if left:
         notes.append(f"written as floats, since the layout knows linear layers alone: {', '.join(left)}")
     return notes
+
+
+def _made_by_auto_model(model: Any) -> str | None:
+    """The class that AutoModel would make, if it is neither the model's nor that of what it holds."""
+    from transformers import AutoModel
+
+    made = AutoModel._model_mapping.get(type(model.config), None)
+    choices = made if isinstance(made, tuple) else (made,)
+    known = made is None or any(type(each) in choices for each in model.modules())
+    return None if known else str(choices[0].__name__)
 
 
 def _pretrained(module: nn.Module) -> tuple[str, Any]:

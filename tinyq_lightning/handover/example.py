@@ -234,8 +234,9 @@ def resized(example: Example, sizes: Mapping[str, Mapping[int, int]], seed: int)
     """Random inputs like those of the example, of other sizes.
 
     A tensor of floats gets values with the mean and the deviation of the example's. One of whole numbers (tokens,
-    masks, lengths, whatever its dtype) or with values that are not finite gets rows of the example, drawn at random,
-    and of further dimensions the first places, since other values might mean nothing.
+    masks, lengths, whatever its dtype) or with values that are not finite gets rows of the example, drawn at random
+    (in order, if they are, as offsets are), and of further dimensions the first places, since other values might mean
+    nothing.
 
     Args:
         example: the example.
@@ -268,5 +269,7 @@ def _taken(tensor: Tensor, sizes: Mapping[int, int], generator: torch.Generator)
         before = tensor.shape[place]
         rows = place == 0
         index = torch.randint(before, (size,), generator=generator) if rows else torch.arange(size) % before
+        if rows and tensor.dim() == 1 and bool((tensor[1:] >= tensor[:-1]).all()):  # offsets, which stay in order
+            index = index.sort().values.index_fill(0, torch.tensor([0]), 0)
         tensor = tensor.index_select(place, index)
     return tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +31,9 @@ __all__ = [
     "export",
 ]
 
+_ONE_AT_A_TIME = threading.RLock()
+"""That a graph is made is a flag of torch for the whole process, and so are its random numbers, which are put back."""
+
 _SHARE = 0.1  # of the error of a file: what the model must differ from itself by to be the reason
 
 
@@ -53,7 +57,8 @@ def export(
     """Write a quantized model for another runtime, run it there, and compare it with the model.
 
     What was written is run on the example and, where sizes are dynamic, on random inputs of other sizes. If it is
-    further from the quantized model than ``max_error``, no file is left. The model is as it was afterwards.
+    further from the quantized model than ``max_error``, no file is left. The model is as it was afterwards. Exports in
+    several threads take turns; meanwhile no other thread may run quantized models, since they compute as in a graph.
 
     Args:
         model_or_path: a model with quantized layers; or the path of a quantized checkpoint, or of a safetensors file
@@ -101,7 +106,7 @@ def export(
     example = example_for(model, example_inputs, method)
     dims = dynamic_dims(example, dynamic)
     _check_activations(wanted, activations, calibration)
-    with untouched(model):
+    with _ONE_AT_A_TIME, untouched(model):
         module = callable_module(model, method)
         outputs = _called(module, example)
         names = tuple(output_tensors(outputs))
@@ -191,11 +196,11 @@ def _guarded(wanted: Format, request: Request, what: str, step: Any) -> Any:
         raise
     except Exception as error:  # of a library, which may raise anything
         kinds = {each.dtype for each in (*request.module.parameters(), *request.example.tensors().values())}
-        narrow = [str(each) for each in (torch.bfloat16, torch.float16) if each in kinds]
+        unusual = [str(each) for each in (torch.bfloat16, torch.float16, torch.float64) if each in kinds]
         advice = (
-            f". It computes in {' and '.join(narrow)}, which not every runtime can: export model.float(), with inputs "
+            f". It computes in {' and '.join(unusual)}, which not every runtime can: export model.float(), with inputs "
             "in float32"
-            if narrow
+            if unusual
             else ""
         )
         reason = f"{type(error).__name__}: {error}"

@@ -94,23 +94,47 @@ class _EmbeddingForm(_WeightForm, QuantizedEmbedding):  # type: ignore[override]
 
 
 class _EmbeddingBagForm(_WeightForm, QuantizedEmbeddingBag):  # type: ignore[override]
-    """As an embedding; bags of one length are reduced over a dimension, so that their number may change."""
+    """As an embedding; bags of one length are reduced over a dimension, others scattered: any number of bags."""
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """As ``nn.EmbeddingBag.forward``."""
-        if not is_exporting() or input.dim() != 2 or not input.shape[1]:
+        if not is_exporting() or (offsets is None and not input.shape[-1]):
             return super().forward(input, offsets, per_sample_weights)
         rows = self._rows(input)
         if per_sample_weights is not None:
             rows = rows * per_sample_weights.unsqueeze(-1)
-        if self.padding_idx is None:
+        left_out = None
+        if self.padding_idx is not None:
+            left_out = (input == self.padding_idx % self.num_embeddings).unsqueeze(-1)
+        if offsets is not None:
+            return self._scattered(rows, offsets, left_out)
+        if left_out is None:
             return self._reduced_rows(rows)
-        left_out = (input == self.padding_idx % self.num_embeddings).unsqueeze(-1)
         if self.mode == "max":
             most = rows.masked_fill(left_out, -torch.inf).amax(1)
             return most.masked_fill(left_out.all(1), 0.0)
         total = rows.masked_fill(left_out, 0.0).sum(1)
         return total if self.mode == "sum" else total / (~left_out).sum(1).clamp_min(1)
+
+    def _scattered(self, rows: Tensor, offsets: Tensor, left_out: Tensor | None) -> Tensor:
+        """``[n, dim]`` reduced to ``[bags, dim]``, each bag from its offset to the next one.
+
+        torch's own translation is a loop over the bags, which OpenVINO does not read.
+        """
+        places = torch.arange(rows.shape[0])
+        bags = (offsets.long()[None] <= places[:, None]).sum(1, keepdim=True) - 1
+        counts = torch.ones_like(rows) if left_out is None else (~left_out).to(rows.dtype).expand(rows.shape)
+        if self.mode == "max":
+            kept = rows if left_out is None else rows.masked_fill(left_out, -torch.inf)
+            lowest = torch.full((offsets.shape[0], rows.shape[1]), -torch.inf, dtype=rows.dtype)
+            most = lowest.scatter_reduce(0, bags.expand(rows.shape), kept, "amax")
+            reduced = torch.where(most == -torch.inf, 0.0, most)
+        else:
+            zeros = torch.zeros(offsets.shape[0], rows.shape[1], dtype=rows.dtype)
+            reduced = zeros.scatter_add(0, bags.expand(rows.shape), rows * counts)
+            if self.mode == "mean":
+                reduced = reduced / zeros.scatter_add(0, bags.expand(rows.shape), counts).clamp_min(1)
+        return reduced[:-1] if self.include_last_offset else reduced
 
 
 class _MatrixForm(_WeightForm, Int8Matrix):

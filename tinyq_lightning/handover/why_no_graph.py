@@ -51,7 +51,24 @@ def why_no_graph(request: Request, error: Exception) -> str:
             "it takes a branch or a size from the values of a tensor (if, while, int(x), x.item())"
             f"{place}, and a graph is the same for all values: write torch.where, or export a method without it"
         )
+    if type(error).__name__ == "UncapturedHigherOrderOpError":
+        return (
+            f"a branch of torch.cond holds what ONNX has no graph for, such as a quantized layer{place}: compute both "
+            f"branches and choose by torch.where, or leave the layers in them float. torch itself says: {own}"
+        )
+    if lengths := _lengths_of_recurrent(request):
+        return (
+            f"torch.export makes recurrent layers such as {lengths} for one length of sequence: leave that dimension "
+            f"out of dynamic, pad to one length, or export to onnx, which takes any. torch itself says: {own}"
+        )
     return own
+
+
+def _lengths_of_recurrent(request: Request) -> str | None:
+    """The name of a recurrent layer of a graph of which more than the batch may change."""
+    several = any(len(places) > 1 for places in request.dims.places.values())
+    found = (name for name, each in request.module.named_modules() if isinstance(each, nn.RNNBase))
+    return next(found, None) if several else None
 
 
 def _packs(request: Request) -> bool:
