@@ -59,6 +59,46 @@ def test_it_is_quantized_only_where_a_rule_names_it():
     assert [decision.reason for decision in quantize(model)] == ["already quantized"] * 2
 
 
+class Bank(nn.Module):
+    """A convolution whose weight is mixed from a bank for each batch."""
+
+    def __init__(self, width=3):
+        super().__init__()
+        self.kernels = nn.Parameter(torch.randn(3, 8, 4, width, width))
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.kernels.mean(0))
+
+
+@pytest.mark.parametrize("method", ["w8a32", "w4a32"])
+def test_rows_of_a_bank_of_kernels_are_as_long_as_those_of_a_convolution(method):
+    model, x = nn.Sequential(Bank()), torch.randn(2, 4, 5, 5)
+    wanted = model(x).detach()
+    (decision,) = quantize(model, {"rules": [{"match": "kernels", "method": method}]})
+    share = {"w8a32": 1 + 4 / 36, "w4a32": 0.5 + (4 + 1) / 36}[method] / 4
+    assert decision.bytes == round(share * decision.float_bytes)
+    assert decision.weight_sqnr_db > {"w8a32": 42, "w4a32": 18}[method]
+    assert model.state_dict()["0.kernels.scales"].shape == (3 * 8,)
+    assert (model(x) - wanted).norm() < {"w8a32": 0.02, "w4a32": 0.2}[method] * wanted.norm()
+
+
+@pytest.mark.parametrize("method", ["w8a32", "w4a32"])
+def test_a_state_with_a_scale_for_each_row_of_the_last_dimension_means_what_it_meant(method):
+    bank, rule = Bank(width=5), {"rules": [{"match": "kernels", "method": method}]}
+    flat = nn.Module()
+    flat.kernels = nn.Parameter(bank.kernels.detach().reshape(-1, 5))
+    old, model = nn.Sequential(flat), nn.Sequential(bank)
+    for each in (old, model):
+        quantize(each, rule)
+    state = old.state_dict()
+    if method == "w8a32":
+        state["0.kernels.int8_weights"] = state["0.kernels.int8_weights"].view(3, 8, 4, 5, 5)
+    model.load_state_dict(state)
+    assert torch.equal(bank.kernels, flat.kernels.view(3, 8, 4, 5, 5))
+    assert quantize(model).decisions[0].weight_sqnr_db is None
+    assert copy.deepcopy(model).state_dict()["0.kernels.scales"].shape == (3 * 8 * 4 * 5,)
+
+
 @pytest.mark.parametrize("match", ["experts", "*", "experts.*", "*.*"])
 def test_a_pattern_for_what_is_above_it_does_not_name_it(match):
     if match.startswith("experts"):

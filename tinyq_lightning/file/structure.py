@@ -94,7 +94,8 @@ def prepare_structure(
             prefix = next(iter(find_codes(prefixes, names)), None)
             bits = METHODS[entry["method"]].bits
             codes = None if prefix is None else state[f"{prefix}{CODES[bits]}"]
-            wanted = here.shape if bits == 8 else packed_shapes(site.sizes[weight].rows, site.sizes[weight].columns)[0]
+            size = site.kind.size_with(site.sizes[weight], 0 if codes is None else len(codes))
+            wanted = here.shape if bits == 8 else packed_shapes(size.rows, size.columns)[0]
             if codes is not None and codes.shape != wanted:
                 packed = " packed" if bits == 4 else ""
                 raise CheckpointError(

@@ -165,7 +165,7 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
         scales: ``[out]`` float32.
         dtype: of the result. The product is rounded once, in float32 (float64 for a float64 result).
         groups: of a transposed convolution, whose codes are ``[in, out / groups, ...]``; 0 for all others, or
-            -1 if there is a scale for each row of the last dimension.
+            -1 if there is a scale for each row of the last dimension, or of several last ones.
 
     Returns:
         Like ``codes``, of ``dtype``.
@@ -186,7 +186,10 @@ def spread_scales(codes: Tensor, scales: Tensor, groups: int = 0) -> Tensor:
     if not groups:
         return scales.view(-1, *ones)
     if groups < 0:
-        return scales.view(*codes.shape[:-1], 1)
+        dims = 1
+        while dims < codes.dim() and codes.shape[:dims].numel() != scales.numel():
+            dims += 1
+        return scales.view(*codes.shape[:dims], *ones[dims - 1 :])
     inputs = codes.shape[0] // groups
     spread = scales.view(groups, 1, -1).expand(groups, inputs, -1)
     return spread.reshape(codes.shape[0], -1, *ones[1:])

@@ -135,6 +135,10 @@ class Kind(ABC):
     def sizes(self, layer: Any) -> Mapping[str, WeightSize]:
         """The size of each weight of a float or a quantized layer by its name, by what the layer tells of itself."""
 
+    def size_with(self, size: WeightSize, rows: int) -> WeightSize:
+        """The size of a weight of which a file has so many rows: ``size``, unless earlier files have other rows."""
+        return size
+
     def methods_of(self, layer: Any) -> tuple[str, ...]:
         """The methods that the quantized layer of ``layer``, float or quantized, can have."""
         return self.methods

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,8 +28,24 @@ __all__ = [
 ]
 
 
+# A scale of four bytes for fewer values than these would take a quarter of what the codes save, or more.
+_SHORTEST_ROW = 16
+
+
+def row_count(shape: Sequence[int]) -> int:
+    """The number of scales of a parameter: one for each row of its last dimension.
+
+    Where that is short, as in banks of kernels ``[bank, out, in, 3, 3]``, a row is of several last dimensions; but a
+    parameter has more rows than one.
+    """
+    dims = len(shape) - 1
+    while math.prod(shape[dims:]) < _SHORTEST_ROW and math.prod(shape[: dims - 1]) > 1:
+        dims -= 1
+    return math.prod(shape[:dims])
+
+
 class Int8Matrix(Int8Weight):
-    """A parameter of two dimensions or more as codes, with one scale for each row of ``[-1, last dimension]``.
+    """A parameter of two dimensions or more as codes, with as many scales as :func:`row_count` says.
 
     It is a child of the module that had the parameter, which reads its values under the parameter's name; so do
     state dicts, as ``<parameter>.int8_weights`` and ``<parameter>.scales``. See :class:`MatrixPlace`.
@@ -71,7 +88,7 @@ class Int8Matrix(Int8Weight):
 
     @override
     def _to_rows(self, weight: Tensor) -> Tensor:
-        return weight.reshape(-1, self.shape[-1])
+        return weight.reshape(len(self.scales), -1)
 
     @override
     def _from_rows(self, codes: Tensor) -> Tensor:
@@ -80,6 +97,19 @@ class Int8Matrix(Int8Weight):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         stem = prefix.removesuffix(f"{child_name(self.parameter)}.")
         super()._save_to_state_dict(destination, prefix if stem == prefix else f"{stem}{self.parameter}.", keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        scales = state_dict.get(f"{prefix}scales")
+        if isinstance(scales, Tensor) and len(self.scales) != scales.numel() == math.prod(self.shape[:-1]):
+            self._take_short_rows()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _take_short_rows(self) -> None:
+        """Have a scale for each row of the last dimension, as files have it that were written by 0.1."""
+        self.unpack()
+        self.scales = self.scales.new_ones(math.prod(self.shape[:-1]))
+        if self.bits == 4:
+            self._hold_four_bits()
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows in the brackets."""
@@ -132,8 +162,14 @@ class MatrixKind(Kind):
 
     @override
     def sizes(self, layer: Any) -> Mapping[str, WeightSize]:
-        shape = tuple(layer.shape if isinstance(layer, Int8Matrix) else layer.weight.shape)
-        return {"weight": WeightSize(shape, torch.Size(shape[:-1]).numel())}
+        if isinstance(layer, Int8Matrix):
+            return {"weight": WeightSize(layer.shape, len(layer.scales))}
+        shape = tuple(layer.weight.shape)
+        return {"weight": WeightSize(shape, row_count(shape))}
+
+    @override
+    def size_with(self, size: WeightSize, rows: int) -> WeightSize:
+        return WeightSize(size.shape, rows) if rows == math.prod(size.shape[:-1]) else size
 
     @override
     def make(self, layer: Any, codes: Mapping[str, Int8Weight], method: str, kernel: KernelName) -> Int8Matrix:

@@ -138,8 +138,11 @@ class QuantizedRecurrent(NamedCodes):
             return self
         copies = self.expanded()
         layer, parameters = copies.layer, self._parameters
-        if layer is None or any(parameters[name] is not bias for name, bias in vars(layer)["_biases"]):
+        if layer is None:
             return self._new_stand_in(copies)
+        for name, bias in layer.__dict__["_biases"]:  # a loop, as in FloatCopies.is_current
+            if parameters[name] is not bias:
+                return self._new_stand_in(copies)
         return layer
 
     def _new_stand_in(self, copies: FloatCopies) -> nn.Module:
@@ -234,7 +237,8 @@ class _Cell(QuantizedRecurrent):
     """Layers over one step, whose forward reads their weights by name."""
 
     def _float_weights(self, weights: dict[str, Tensor]) -> dict[str, Any]:
-        return weights
+        # biases as plain attributes too: torch reads them at each step, and nn.Module is slow to find parameters
+        return {**weights, **{name: self._parameters[name] for name in bias_names(self)}}
 
 
 class QuantizedRNNCell(_Cell, nn.RNNCell):
