@@ -153,7 +153,7 @@ def test_a_file_of_one_package_loads_into_a_class_of_the_other(fitted, tmp_path)
     there = type("There", (other.LightningModule,), {"__init__": init, **body})
     x = next(iter(loader()))[0]
     assert load_quantized(callback.quantized_path, there)(x).equal(load_quantized(callback.quantized_path, Net)(x))
-    with pytest.raises(ModelError, match=r"takes a class of modules, and Callback is no nn\.Module"):
+    with pytest.raises(ModelError, match=r"a class of modules is needed, and Callback is no nn\.Module"):
         load_quantized(callback.quantized_path, Callback)
 
 

@@ -370,7 +370,7 @@ MISTAKES = [
     ("quantize nothing.ckpt --model nets:Net", r"nothing\.ckpt: there is no such file"),
     ("quantize epoch=7.ckpt", "does not say which class it was made from: give --model"),
     ("quantize epoch=7.ckpt --model nets:Nett", r"'nets:Nett' cannot be imported.*package\.module:Class"),
-    ("quantize epoch=7.ckpt --model nets:Data", "takes a class of modules, and Data is no nn.Module"),
+    ("quantize epoch=7.ckpt --model nets:Data", "a class of modules is needed, and Data is no nn.Module"),
     ("quantize epoch=7.ckpt --model nets:Net", "there is such a file already: give --overwrite"),
     ("quantize epoch=7.ckpt --model nets:Net --overwrite --output epoch=7.ckpt", "is not a quantized checkpoint"),
     ("quantize epoch=7.ckpt --model nets:Net --method w8a33", "'w8a33' is not a method. Did you mean 'w8a32'"),

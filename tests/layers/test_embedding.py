@@ -254,8 +254,9 @@ def test_copies_pickles_casts_and_graphs_give_what_the_layers_give(table):
     assert torch.equal(pickle.loads(pickle.dumps(model))(words), wanted)
     assert torch.allclose(fx.symbolic_trace(model)(words), wanted)
     assert torch.allclose(torch.jit.trace(model, (words,))(words), wanted)
-    assert torch.allclose(torch.compile(model, fullgraph=True, backend="eager")(words), wanted)
-    exported = torch.export.export(model, (words,)).module()
+    not_called_yet = copy.deepcopy(model)
+    assert torch.allclose(torch.compile(not_called_yet, fullgraph=True, backend="eager")(words), wanted)
+    exported = torch.export.export(copy.deepcopy(model), (words,)).module()
     assert torch.allclose(exported(words), wanted)
     assert model.words.int8_weights.dtype == torch.int8
     half = copy.deepcopy(model).half()

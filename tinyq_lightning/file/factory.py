@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
 
@@ -34,6 +35,8 @@ def as_factory(given: Any) -> Any:
     Raises:
         ModelError: it makes no modules.
     """
+    if isinstance(given, str) and os.path.exists(given):
+        raise ModelError(f"{given!r} is a file, not a class: the path comes first, as in load_quantized({given!r}, Net)")
     if isinstance(given, str):
         found, given = given, import_named(given)
         if not callable(given) or isinstance(given, nn.Module):
@@ -45,7 +48,7 @@ def as_factory(given: Any) -> Any:
             f"instead of {name}(...), and its arguments by name, as in load_quantized(path, {name}, argument=...)"
         )
     if isinstance(given, type) and not issubclass(given, nn.Module):
-        raise ModelError(f"load_quantized takes a class of modules, and {given.__name__} is no nn.Module")
+        raise ModelError(f"a class of modules is needed, and {given.__name__} is no nn.Module")
     if not callable(given):
         raise ModelError(f"load_quantized takes a class or a function that makes the module, not a {_kind(given)}")
     return given

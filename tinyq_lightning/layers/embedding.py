@@ -66,8 +66,10 @@ class _LookUp(Int8Weight):
 
     def _packed_rows(self, input: Tensor) -> FbgemmRows | None:
         """The rows packed for look-ups of ``input``; None where it is looked up in another form."""
+        if type(input) is not Tensor or not input.is_cpu or _is_traced():
+            return None  # before the choice, whose questions to this machine no graph can hold
         choice = self._choice or self.choice  # without the property, because a microsecond counts where rows are few
-        if choice.kernel != "int8-rows" or type(input) is not Tensor or not input.is_cpu or _is_traced():
+        if choice.kernel != "int8-rows":
             return None
         if not self._buffers["scales"].is_cpu or torch._C._len_torch_dispatch_stack():  # type: ignore[union-attr]
             return None
@@ -76,7 +78,7 @@ class _LookUp(Int8Weight):
 
     def _float_table(self) -> Tensor | None:
         """A float32 copy of a small table, whose rows have the bits of :meth:`_rows`; None for others."""
-        if self.choice.kernel != "float32" or _is_traced():
+        if _is_traced() or self.choice.kernel != "float32":
             return None
         form = cast("Float32Weights | None", self.form("float32"))
         return None if form is None else form.weight
@@ -84,7 +86,7 @@ class _LookUp(Int8Weight):
     def _rows(self, input: Tensor) -> Tensor:
         """``input`` ``[...]`` of integers → ``[..., dim]`` of the layer's dtype."""
         work = torch.float64 if self.dtype == torch.float64 else torch.float32
-        packed = self.form("int4") if self.choice.kernel == "int4" and not _is_traced() else None
+        packed = self.form("int4") if not _is_traced() and self.choice.kernel == "int4" else None
         if packed is None:
             rows = torch.embedding(self.int8_weights, input)
         else:

@@ -242,7 +242,7 @@ def check_budget(trainer: Trainer, budget: Budget) -> None:
 
 
 def check_monitor(trainer: Trainer, monitor: str | None) -> None:
-    """Refuse a ``monitor`` that selects none of the ModelCheckpoints.
+    """Refuse a ``monitor`` that selects none of the ModelCheckpoints; warn of one that none of them looks at.
 
     Raises:
         SpecError: ModelCheckpoints monitor metrics, but none of them monitors this one.
@@ -252,6 +252,11 @@ def check_monitor(trainer: Trainer, monitor: str | None) -> None:
         raise SpecError(
             f"monitor: no ModelCheckpoint monitors {monitor!r}.{_meant(monitor, monitored)} "
             f"Monitored: {', '.join(monitored)}"
+        )
+    if monitor is not None and not monitored:
+        rank_zero_warn(
+            f"TinyQ: monitor={monitor!r} is not used: it chooses among ModelCheckpoints, and no ModelCheckpoint monitors "
+            f"a metric. Add ModelCheckpoint(monitor={monitor!r}, mode=...), or max_drop= for a budget"
         )
 
 
