@@ -382,7 +382,7 @@ MISTAKES = [
     ("quantize epoch=7.ckpt --model nets:Net --init wdith=5 --output q.ckpt", "no argument wdith"),
     ("quantize w8a32-epoch=7.ckpt --model nets:Net", "it is quantized already"),
     ("inspect nets.py", r"nets\.py: the file is truncated or damaged, or not one of torch\.save"),
-    ("verify epoch=7.ckpt", "this is a float Lightning checkpoint, not a quantized one"),
+    ("verify epoch=7.ckpt", "not a quantized one. Quantize it first: tinyq-lightning quantize epoch=7.ckpt --model"),
     ("bench w8a32-epoch=7.ckpt --model nets:Net --shape 3", r"forward of Net failed on an input of shape \[1, 3\]"),
     (
         "evaluate --model nets:Net --data nets:Data epoch=7.ckpt --data-init size=3",

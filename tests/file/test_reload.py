@@ -226,6 +226,8 @@ def test_files_that_do_not_fit_are_refused_by_name(fitted, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             load_quantized(path, kind, **arguments)
+    with pytest.raises(ModelError, match="the path comes first, as in load_quantized"):
+        load_quantized(Net, callback.quantized_path)
 
 
 @pytest.mark.parametrize("kind", [OmegaConf.create, lambda values: argparse.Namespace(**values)], ids=["conf", "args"])

@@ -500,6 +500,12 @@ def test_nothing_is_changed_when_the_spec_is_refused():
         assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("given", ["epoch=7.ckpt", nn.Linear])
+def test_what_is_no_module_is_refused_with_what_to_do(given):
+    with pytest.raises(ModelError, match=r"quantize takes a module, not .*tinyq-lightning quantize"):
+        quantize(given)
+
+
 def test_a_root_linear_is_refused_by_quantize_and_says_what_to_do():
     # the seventh fault of the tutorial
     linear = nn.Linear(3, 2)

@@ -491,6 +491,11 @@ def test_a_monitor_that_no_checkpoint_watches_stops_the_run_before_it_trains(tmp
         fit(tmp_path, quiet("w8a32", monitor="val_ac"))
 
 
+def test_a_monitor_that_nothing_looks_at_is_told(tmp_path):
+    with pytest.warns(UserWarning, match="monitor='val_acc' is not used"):
+        trainer(tmp_path, quiet("w8a32", monitor="val_acc"), max_epochs=1).fit(Net(), loader(), loader(seed=1))
+
+
 def test_a_folder_that_is_a_file_stops_the_run_before_it_trains(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SpecError, match=r"dirpath .* is a file"):

@@ -36,7 +36,9 @@ def as_factory(given: Any) -> Any:
         ModelError: it makes no modules.
     """
     if isinstance(given, str) and os.path.exists(given):
-        raise ModelError(f"{given!r} is a file, not a class: the path comes first, as in load_quantized({given!r}, Net)")
+        raise ModelError(
+            f"{given!r} is a file, not a class: the path comes first, as in load_quantized({given!r}, Net)"
+        )
     if isinstance(given, str):
         found, given = given, import_named(given)
         if not callable(given) or isinstance(given, nn.Module):

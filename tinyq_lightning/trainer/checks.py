@@ -255,8 +255,8 @@ def check_monitor(trainer: Trainer, monitor: str | None) -> None:
         )
     if monitor is not None and not monitored:
         rank_zero_warn(
-            f"TinyQ: monitor={monitor!r} is not used: it chooses among ModelCheckpoints, and no ModelCheckpoint monitors "
-            f"a metric. Add ModelCheckpoint(monitor={monitor!r}, mode=...), or max_drop= for a budget"
+            f"TinyQ: monitor={monitor!r} is not used: it chooses among ModelCheckpoints, and none monitors a metric. "
+            f"Add ModelCheckpoint(monitor={monitor!r}, mode=...), or max_drop= for a budget"
         )
 
 
