@@ -9,9 +9,15 @@ import torch
 from kernel_cases import LARGE, each_method, normal, random_layer, relative_error, with_products
 from torch import nn
 from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
 
 from tinyq_lightning import quantize, quantized
-from tinyq_lightning.kernels import compiles_packed_product, exporting_for_this_processor, packing_in_graphs
+from tinyq_lightning.kernels import (
+    compiles_packed_product,
+    exporting_for_this_processor,
+    packing_in_graphs,
+    takes_integers,
+)
 
 
 def adding_to(graphs):
@@ -288,6 +294,19 @@ def test_one_graph_of_any_size_has_the_gradients_of_each_of_its_layers(method):
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(not takes_integers(48), reason="graphs multiply floats on this processor")
+def test_what_comes_before_a_layer_is_computed_once_and_read_in_its_order():
+    layer = random_layer("w8a8", 64, 48)
+    layer.kernel = "int8"
+    x = normal(5, 48, 3, seed=1).transpose(1, 2)
+    with torch.no_grad():
+        got, (code,) = run_and_get_code(torch.compile(nn.Sequential(nn.GELU(), layer), fullgraph=True), x)
+        assert code.count(".erf()") == 1
+        assert relative_error(got, layer(nn.functional.gelu(x)).double()) < 1e-6
 
 
 @each_method

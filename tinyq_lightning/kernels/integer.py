@@ -19,6 +19,7 @@ from tinyq_lightning.kernels.base import LONGEST_SUM, SUM_MAX, BesideCodes
 from tinyq_lightning.kernels.fixed_point import digits_product
 from tinyq_lightning.kernels.onednn import holds_packed_constants, onednn_sums, pack_onednn
 from tinyq_lightning.kernels.probe import has_vnni, holds, is_hidden
+from tinyq_lightning.kernels.tracing import is_exporting
 from tinyq_lightning.kernels.weights import CODE_MAX, quantize_rows_to_steps
 from tinyq_lightning.methods import Method
 
@@ -101,9 +102,21 @@ def integer_product(x: Tensor, int8_weights: Tensor, scales: Tensor, method: Met
     Returns:
         ``[..., out]`` float32. A row with NaN or infinity gives no finite value.
     """
-    integers, step = quantize_rows_to_steps(x.reshape(-1, x.shape[-1]), method.steps)
+    rows = _computed_once(x).reshape(-1, x.shape[-1])
+    integers, step = quantize_rows_to_steps(rows, method.steps)
     out = scaled_sums(integers, int8_weights, scales, method) * step
     return out.view(*x.shape[:-1], int8_weights.shape[0])
+
+
+def _computed_once(x: Tensor) -> Tensor:
+    """``x`` as torch's compiler is to have it in memory, where a graph is compiled for the CPU.
+
+    Its largest value is needed before it can be rounded. A compiler that fuses both with what computes ``x`` may do
+    that twice, which costs more than memory where it is a GELU. It has no operator to ask for; it must have in memory
+    what is read by strides.
+    """
+    compiled = torch.compiler.is_dynamo_compiling() and not is_exporting()
+    return x.as_strided(x.shape, x.stride()) if compiled and x.is_cpu and type(x) is Tensor else x
 
 
 def scaled_sums(integers: Tensor, int8_weights: Tensor, scales: Tensor, method: Method) -> Tensor:
