@@ -8,17 +8,20 @@ import itertools
 import random
 import warnings
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from models import Net, keeper, loader, trainer
+from lightnings import CSVLogger
+from models import Data, Net, keeper, loader, trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from tinyq_lightning import TinyQCallback, quantized
+from tinyq_lightning.trainer.batches import KeptBatches
 from tinyq_lightning.trainer.isolation import Snapshot
 
 
@@ -352,3 +355,85 @@ def test_data_that_can_be_read_again_is_not_complained_of(tmp_path):
         callback = TinyQCallback("w8a32", report=False, save=False)
         trainer(tmp_path, keeper(tmp_path), callback).fit(Net(), loader(shuffle=True), loader(seed=1))
     assert not [str(each.message) for each in caught if "TinyQ" in str(each.message)]
+
+
+class ChangesItsData(Net):
+    """Changes what the dataset itself holds: in the hook before a transfer, in the step, and of the batch before."""
+
+    last = None
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        batch["x"].mul_(0.5)
+        return batch
+
+    def test_step(self, batch, batch_idx):
+        x, y = batch["x"].add_(0.1), batch.pop("y")
+        if self.last is not None:
+            self.last.zero_()
+        self.last = x
+        self.log("test_loss", nn.functional.cross_entropy(self(x), y))
+        self.log("test_sum", x.sum(), batch_size=len(x))
+
+
+def windows():
+    """Rows that overlap, as those of a time series do, so that a change of one changes the next."""
+    series = torch.randn(80, 8, generator=torch.Generator().manual_seed(0))
+    return [{"x": series[at : at + 32], "y": torch.arange(32) % 4} for at in range(0, 48, 8)]
+
+
+def same(batch):
+    return batch
+
+
+def test_rows_that_a_run_changes_are_the_next_models_as_they_were_and_the_own_run_is_left_alone(tmp_path):
+    alone = {}
+    for method in ("float", "w8a8"):
+        torch.manual_seed(0)
+        module = ChangesItsData()
+        with nullcontext() if method == "float" else quantized(module, method):
+            given = DataLoader(windows(), batch_size=None, collate_fn=same)
+            alone[method] = trainer(tmp_path).test(module, given, verbose=False)[0]
+    torch.manual_seed(0)
+    rows = windows()
+    callback = TinyQCallback("w8a8", when="test_start", report=False, save=False)
+    given = DataLoader(rows, batch_size=None, collate_fn=same)
+    trainer(tmp_path, callback).test(ChangesItsData(), given, verbose=False)
+    for name, values in callback.results.items():
+        assert (values["float"], values["w8a8"]) == (alone["float"][name], alone["w8a8"][name])
+    assert all(torch.equal(row["x"], as_made["x"]) and "y" in row for row, as_made in zip(rows, windows(), strict=True))
+
+
+class Fetcher:
+    """As those of Lightning: gives one batch after the other."""
+
+    def __init__(self, batches):
+        self.iterator = iter(batches)
+
+
+def test_batches_that_only_the_loop_holds_are_let_go():
+    held = [{"x": torch.zeros(4)} for _ in range(8)]
+    batches = ({"x": torch.zeros(4)} if index % 2 else held[index // 2] for index in range(16))
+    kept, fetcher = KeptBatches([held]), Fetcher(batches)
+    kept.watch(fetcher)
+    for index, batch in enumerate(fetcher.iterator):
+        if index < 8:
+            batch["x"].add_(1)
+    lasting = [part._value for part in kept._lasting]
+    assert [type(value) for value in lasting].count(torch.Tensor) == 4, "held by others, and changed"
+    kept.put_back()
+    assert all(torch.equal(each["x"], torch.zeros(4)) for each in held)
+
+
+class AsksItsTrainer(Net):
+    """A hook that asks for the class of its logger, and for the loader of its data module."""
+
+    def on_validation_epoch_end(self):
+        self.log("csv", float(isinstance(self.logger, CSVLogger)))
+        self.log("rows", float(len(self.trainer.datamodule.val_dataloader().dataset)))
+
+
+def test_loggers_have_their_class_and_data_modules_their_loaders(tmp_path):
+    callback = TinyQCallback("w8a32", report=False, save=False, strict=True)
+    trainer(tmp_path, callback, logger=CSVLogger(tmp_path), max_epochs=1).fit(AsksItsTrainer(), datamodule=Data())
+    assert callback.results["csv"]["w8a32"] == 1
+    assert callback.results["rows"]["w8a32"] == 192

@@ -15,7 +15,7 @@ __all__ = [
 
 
 def why_not_writable(folder: str | os.PathLike[str]) -> str | None:
-    """Why no file can be written to a folder, or None: writes a small file there and removes it again.
+    """Why no file can be written to a folder, or None: writes a small file there, renames and removes it.
 
     Folders that are missing are made for it and removed again.
 
@@ -31,7 +31,7 @@ def why_not_writable(folder: str | os.PathLike[str]) -> str | None:
             with fs.open(probe, "wb") as file:
                 file.write(b"\0")
             with suppress(FileNotFoundError):  # another process took it for a leftover
-                fs.rm(probe)
+                _rename(fs, probe, f"{location}/.{uuid.uuid4().hex[:12]}.tinyq-tmp")
         finally:
             for made in missing:
                 with suppress(Exception):  # many remote file systems have no folders
@@ -39,6 +39,16 @@ def why_not_writable(folder: str | os.PathLike[str]) -> str | None:
     except Exception as error:  # each file system has errors of its own
         return f"{type(error).__name__}: {error}".removesuffix(": ")
     return None
+
+
+def _rename(fs: AbstractFileSystem, probe: str, other: str) -> None:
+    """Rename a file, as the end of a save does, and remove it."""
+    try:
+        fs.mv(probe, other)
+    except Exception:
+        fs.rm(probe)
+        raise
+    fs.rm(other)
 
 
 def _missing_folders(fs: AbstractFileSystem, location: str) -> list[str]:

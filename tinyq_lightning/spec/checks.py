@@ -67,6 +67,10 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+# File systems take 255; the files beside the checkpoint have longer endings.
+_MAX_NAME_BYTES = 200
+
+
 def check_choices(values: Mapping[str, Any], reader: Reader) -> None:
     """Refuse a value that is not one of those its key allows."""
     for key, known in _CHOICES.items():
@@ -160,6 +164,10 @@ def check_save(save: Save, reader: Reader) -> None:
         reader.fail(f"filename {name!r} is one that ckpt_path='last' would pick up: begin it otherwise", "filename")
     if "{" in name:
         reader.fail(f"filename {name!r} is taken as it is: nothing is put in for braces", "filename")
+    if "\0" in name or len(name.encode()) > _MAX_NAME_BYTES:
+        reader.fail(
+            f"filename {name[:40]!r}… is no name of a file: at most {_MAX_NAME_BYTES} bytes, none zero", "filename"
+        )
 
 
 def check_budget(budget: Budget, reader: Reader) -> Budget:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from tinyq_lightning.trainer.isolation import Snapshot
+from tinyq_lightning.trainer.state import state_of
+from tinyq_lightning.trainer.values import CONSTANT_TYPES, State
 
 __all__ = [
-    "KeptBatch",
+    "KeptBatches",
     "batch_digest",
 ]
 
@@ -61,25 +65,124 @@ def _bytes_of(leaf: Any) -> bytes:
     return repr(leaf).encode()
 
 
-class KeptBatch:
-    """The content of a batch that may belong to the dataset itself, to be put back when the loop is done with it.
+class KeptBatches:
+    """The contents of batches that may belong to the dataset itself, put back when a loop is done with all of them.
 
-    What torch's own collate function or another process makes is new for each reader, and is not kept.
+    A batch is kept before the first hook of a transfer has it, and until the loop ends: two batches may share memory,
+    and a later step may change an earlier batch. What only the loop held, and tensors that nobody changed, are let go
+    once the loop has gone on. What torch's own collate function or another process makes is new for each reader, and is
+    not kept.
 
     Args:
-        batch: before any hook or step has it.
-        loaders: where it may come from.
+        loaders: where batches may come from.
     """
 
-    def __init__(self, batch: Any, loaders: list[Any]) -> None:
-        shared = any(_hands_out_its_own(loader) for loader in loaders)
-        self._snapshot = Snapshot(batch, randomness=False) if shared else None
+    def __init__(self, loaders: list[Any]) -> None:
+        self._shared = any(_hands_out_its_own(loader) for loader in loaders)
+        self._recent: deque[deque[_Part]] = deque()
+        self._lasting: list[_Part] = []
+
+    def watch(self, fetcher: Any) -> None:
+        """Keep each batch that a fetcher of Lightning's gives, from those that it holds already on.
+
+        Args:
+            fetcher: has begun its loop, and belongs to it until that ends.
+        """
+        if self._shared:
+            for batch in getattr(fetcher, "batches", ()):
+                self._keep(batch)
+            fetcher.iterator = map(self._keep, fetcher.iterator)
+
+    def _keep(self, batch: Any) -> Any:
+        self._recent.append(_parts_of(batch))
+        if len(self._recent) > _IN_USE:
+            parts = self._recent.popleft()
+            while parts:  # one by one: what only an outer object holds goes with it
+                part = parts.popleft()
+                if part.may_matter():
+                    self._lasting.append(part)
+        return batch
 
     def put_back(self) -> None:
-        """Content as it was, in the same objects."""
-        if self._snapshot is not None:
-            self._snapshot.put_back()
+        """Contents as they were, in the same objects; the first that was kept of an object counts."""
+        with torch.inference_mode(False), torch.no_grad():
+            for part in reversed([*self._lasting, *chain.from_iterable(self._recent)]):
+                part.restore()
+        self._lasting, self._recent = [], deque()
+
+
+# Lightning holds so many batches at once: that of the step, that before it, and one that it fetches ahead.
+_IN_USE = 3
+
+
+class _Part:
+    """The state of an object in a batch, and whether anything but the loop and this holds the object.
+
+    Args:
+        value: the object.
+        state: of it.
+        references: how many the state holds to the object.
+        users: how many tensors of the state use the memory of a tensor.
+    """
+
+    def __init__(self, value: Any, state: State, references: int, users: int) -> None:
+        self._value, self._references, self._users = value, references, users
+        self.restore, self._changed = state.restore, state.changed
+
+    def references(self) -> int:
+        """To the object, with those of this part."""
+        return sys.getrefcount(self._value)
+
+    def may_matter(self) -> bool:
+        """Whether the object may be read again, and may not hold what it held."""
+        if self._changed is not None and not self._changed():
+            return False
+        if self.references() > self._references + _ALONE or isinstance(self._value, np.ndarray):
+            return True
+        if isinstance(self._value, Tensor):
+            return not _is_plain_tensor(self._value) or _storage_users(self._value) > self._users + _UNSHARED
+        return False
+
+
+def _parts_of(batch: Any) -> deque[_Part]:
+    """Of everything in a batch that has a state, outer objects before those that they hold."""
+    found, seen, pending = deque[_Part](), dict[int, Any](), deque([batch])
+    with torch.inference_mode(False), torch.no_grad():
+        while pending:
+            value = pending.popleft()
+            if type(value) not in CONSTANT_TYPES and id(value) not in seen:
+                seen[id(value)] = value
+                found.extend(_part_of(value, pending))
+    return found
+
+
+def _part_of(value: Any, pending: deque[Any]) -> Iterator[_Part]:
+    """One part, if the object has a state; what hangs on it goes to ``pending``."""
+    references, users = sys.getrefcount(value), _storage_users(value)
+    if (state := state_of(value, weights=True)) is not None:
+        references, users = sys.getrefcount(value) - references, _storage_users(value) - users
+        pending.extend(part for _, part in state.parts)
+        yield _Part(value, state, references, users)
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    """Whether memory tells who else holds it: not that of NumPy, and not that of a layout or a class of its own."""
+    return (
+        type(value) is Tensor
+        and value.layout == torch.strided
+        and not (value.is_nested or value.is_meta)
+        and value.untyped_storage().resizable()
+    )
+
+
+def _storage_users(value: Any) -> int:
+    return torch._C._storage_Use_Count(value.untyped_storage()._cdata) if _is_plain_tensor(value) else 0
 
 
 def _hands_out_its_own(loader: Any) -> bool:
     return not isinstance(loader, DataLoader) or (loader.num_workers == 0 and loader.collate_fn is not default_collate)
+
+
+# What an object counts that nothing else refers to, and the storage of a tensor that has it for itself.
+_ALONE = _Part(object(), State(lambda: None), 0, 0).references()
+_UNSHARED = _storage_users(torch.empty(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
 from tinyq_lightning.trainer.evaluation import Evaluation
+from tinyq_lightning.trainer.results import numbers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = [
     "best_score",
     "check_comparable",
+    "is_near",
+    "other_than_logged",
     "recorded_score",
 ]
 
@@ -53,8 +57,28 @@ def best_score(trainer: Trainer, path: str | None, metrics: Mapping[str, float])
 
 
 def recorded_score(trainer: Trainer, path: str | None) -> tuple[str, float] | None:
-    """What a ModelCheckpoint monitors and the score it recorded for a file; None unless that is its best checkpoint."""
+    """What a ModelCheckpoint monitors and the score it recorded for a file; None unless that is its best checkpoint.
+
+    It records infinity where the metric was NaN, which tells nothing.
+    """
     for keeper in checkpoint_callbacks(trainer):
-        if path and keeper.best_model_path == path and keeper.monitor and keeper.best_model_score is not None:
-            return keeper.monitor, float(keeper.best_model_score)
+        score = keeper.best_model_score
+        if path and keeper.best_model_path == path and keeper.monitor and score is not None and math.isfinite(score):
+            return keeper.monitor, float(score)
     return None
+
+
+def other_than_logged(trainer: Trainer, metrics: Mapping[str, float]) -> dict[str, float]:
+    """What the last validation of the fit logged where it is not near ``metrics``; empty unless most are other.
+
+    A metric that counts or that tells of the training may be another in each run of the loop.
+    """
+    logged = numbers(trainer.callback_metrics)
+    both = [name for name in metrics if math.isfinite(logged.get(name, math.nan))]
+    other = {name: logged[name] for name in both if not is_near(metrics[name], logged[name])}
+    return other if 2 * len(other) > len(both) else {}
+
+
+def is_near(value: float, recorded: float) -> bool:
+    """Whether a metric is as it was recorded, but for what other processors and batch sizes make of it."""
+    return math.isclose(value, recorded, rel_tol=0.01, abs_tol=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.namespaces import is_overridden, namespace_of
-from tinyq_lightning.search import BatchTimes, waiting_for
-from tinyq_lightning.trainer.batches import KeptBatch, batch_digest
+from tinyq_lightning.search import BatchTimes
+from tinyq_lightning.trainer.batches import batch_digest
 from tinyq_lightning.trainer.callback_base import CallbackOfBoth
 from tinyq_lightning.trainer.checks import why_never_validated
 from tinyq_lightning.trainer.inner_trainer import (
@@ -28,6 +27,7 @@ from tinyq_lightning.trainer.inner_trainer import (
     state_roots,
 )
 from tinyq_lightning.trainer.isolation import Snapshot
+from tinyq_lightning.trainer.loop_watch import LoopWatch
 from tinyq_lightning.trainer.results import directions, numbers
 
 if TYPE_CHECKING:
@@ -36,86 +36,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Evaluation",
-    "LoopWatch",
     "dataloaders",
     "run_evaluation",
     "why_no_validation",
 ]
-
-
-class LoopWatch:
-    """Watches one evaluation loop, batch by batch.
-
-    Args:
-        device: that computes; it is waited for before the clock starts and before it stops.
-
-    Attributes:
-        digests: of each batch, in their order.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.digests: list[int] = []
-        self._wait = waiting_for(device)
-        self._seconds: list[float] = []
-        self._began = 0.0
-        self._kept: KeptBatch | None = None
-
-    @property
-    def seconds_per_batch(self) -> BatchTimes:
-        """Median and spread over the batches."""
-        return BatchTimes.of(self._seconds)
-
-    def batch_started(self, batch: Any, loaders: list[Any]) -> None:
-        """Before the user's hooks and step: note what the batch holds, and start the clock."""
-        self.batches_ended()
-        self.digests.append(batch_digest(batch))
-        self._kept = KeptBatch(batch, loaders)
-        self._wait()
-        self._began = time.perf_counter()
-
-    def batch_stepped(self) -> None:
-        """The step has ended."""
-        self._wait()
-        self._seconds.append(time.perf_counter() - self._began)
-
-    def batches_ended(self) -> None:
-        """The last batch is done with: what belongs to the dataset is put back as it was."""
-        if self._kept is not None:
-            self._kept.put_back()
-        self._kept = None
-
-    def refuse_lost_batch(self, module: LightningModule, loop: Any) -> None:
-        """Refuse a loop that a StopIteration has ended, which Lightning takes for the end of the data.
-
-        Args:
-            module: the user's.
-            loop: Lightning's, whose last batch is done with.
-
-        Raises:
-            EvaluationError: a step or a hook of a batch began and did not end.
-        """
-        if (raised_in := _unfinished(loop)) is not None:
-            raise EvaluationError(
-                f"{type(module).__name__}.{raised_in} raised StopIteration in batch "
-                f"{loop.batch_progress.current.completed}, which the loop took for the end of the data. If it calls "
-                "next(self.parameters()): a model whose weights are all quantized may have no parameter; take "
-                "self.device, and the dtype of the batch or of a buffer"
-            )
-
-
-def _unfinished(loop: Any) -> str | None:
-    """What of the last batch's step and hooks did not end, by the counts of Lightning's loop; None if all did."""
-    name = "test" if loop.trainer.testing else "validation"
-    count, fetcher = loop.batch_progress.current, loop._data_fetcher
-    given = fetcher.fetched - len(getattr(fetcher, "batches", ()))
-    takes_iterator = namespace_of(loop.trainer).module("loops.fetchers")._DataLoaderIterDataFetcher
-    if given > count.ready and not isinstance(fetcher, takes_iterator):
-        return "transfer_batch_to_device, or on_before_ or on_after_batch_transfer,"
-    if count.ready > count.started:
-        return f"on_{name}_batch_start, or that of a callback,"
-    if count.started > count.processed:
-        return f"{name}_step"
-    return f"on_{name}_batch_end, or that of a callback," if count.processed > count.completed else None
 
 
 class _Watch(CallbackOfBoth):
@@ -138,12 +62,13 @@ class _Watch(CallbackOfBoth):
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer._logger_connector._callback_metrics.update(self._known)
+        self.loop.loop_started(_loop(trainer))
 
     def _batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kw: Any) -> None:
         if not self.loop.digests:
             self.other_weights = weights_digest(pl_module) != self._weights
         self._each_batch()
-        self.loop.batch_started(batch, _flat(_loop(trainer)._combined_loader))
+        self.loop.batch_started(batch)
 
     def _batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         self.loop.batch_stepped()
@@ -253,7 +178,9 @@ def run_evaluation(
     """
     combined = _combined_loader(trainer, stage)
     assert combined is not None
-    loaders = namespace_of(trainer).pytorch.utilities.CombinedLoader(combined.iterables, combined._mode)
+    loaders = combined.iterables  # as the user's method gave them
+    if combined._mode != "sequential":
+        loaders = namespace_of(trainer).pytorch.utilities.CombinedLoader(combined.iterables, combined._mode)
     known = dict(trainer.callback_metrics) if stage == "validate" else {}
     watch = _Watch(module, known, batches is not None, each_batch, trainer.strategy.root_device)
     inner = inner_trainer(trainer, watch, stage, batches, moment, attributes)
@@ -286,6 +213,8 @@ def run_evaluation(
                 f"the {loop} loop of {type(module).__name__} failed when it was run again for the comparison: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        finally:
+            watch.loop.batches_ended()
     shared = trainer.strategy.broadcast((watch.metrics, watch.higher_is_better, watch.loop.seconds_per_batch))
     return Evaluation(*shared, tuple(watch.loop.digests), watch.other_weights)
 

@@ -123,8 +123,8 @@ def _failure(step: str, error: Exception, stage: str, float_path: str | None) ->
         )
     else:
         safe = (
-            "The training had finished. No float checkpoint was saved: the trained weights are in the module, and "
-            f"trainer.save_checkpoint(...) saves them. {_HOW_TO_QUANTIZE_LATER}"
+            "The training had finished. The trained weights are in the module, and trainer.save_checkpoint(...) saves "
+            f"them. {_HOW_TO_QUANTIZE_LATER}"
         )
     return kind(f"{step} failed: {reason}\n{safe}")
 

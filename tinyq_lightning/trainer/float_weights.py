@@ -130,7 +130,9 @@ def choose_float_weights(
         return FloatWeights(path, {}, stem_of(path), os.path.dirname(path), note, own)
     try:  # a file that this run wrote may hold objects of the user's classes
         checkpoint = _read(trainer, path, own)
-    except (pickle.UnpicklingError, CheckpointError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, CheckpointError) as error:
+        if own and not isinstance(error, CheckpointError):
+            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         if own or not _tells_of_objects(error):
             raise
         raise CheckpointError(

@@ -20,12 +20,12 @@ from tinyq_lightning.trainer.calibrating import calibrated_in_test
 from tinyq_lightning.trainer.comparable import check_comparable
 from tinyq_lightning.trainer.evaluation import (
     Evaluation,
-    LoopWatch,
     dataloaders,
     run_evaluation,
 )
 from tinyq_lightning.trainer.inner_trainer import state_roots
 from tinyq_lightning.trainer.isolation import Snapshot
+from tinyq_lightning.trainer.loop_watch import LoopWatch
 from tinyq_lightning.trainer.results import Results, compare, numbers
 from tinyq_lightning.trainer.tested import FloatValues, as_tested, float_values, log_of_test, may_exchange_weights
 
@@ -209,6 +209,7 @@ class TestRun:
                 self.bytes = state_bytes(module.state_dict())
         if first is None:
             self.swap.put_in()
+            self._watch.loop_started(trainer.test_loop)
         start.runs.append(self)
 
     def before_batch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -216,7 +217,7 @@ class TestRun:
         if self._undecided:
             self._leave_slower_float(batch, batch_idx, dataloader_idx)
         if self._first is self:
-            self._watch.batch_started(batch, dataloaders(self._trainer, "test"))
+            self._watch.batch_started(batch)
 
     def after_batch(self, *batch: Any, **kwargs: Any) -> None:
         """The Trainer's own step on a batch has ended."""

@@ -52,10 +52,12 @@ class State(NamedTuple):
     Attributes:
         restore: puts the state back. It returns False if the object has changed and cannot be put back.
         parts: the objects that hang on it, each with the way there.
+        changed: whether its values are others; None where that is not known.
     """
 
     restore: Callable[[], object]
     parts: Parts = ()
+    changed: Callable[[], bool] | None = None
 
 
 def enumerated(items: Iterable[Any]) -> Parts:
@@ -70,7 +72,9 @@ def of_array(value: np.ndarray[Any, Any]) -> State | None:
     if value.nbytes > _MAX_BYTES:
         return watched(lambda: hash(value.ravel()[:: max(1, value.size // 4096)].tobytes()))
     copy = value.copy()
-    return State(lambda: np.copyto(value, copy), enumerated(copy.ravel()) if value.dtype.hasobject else ())
+    if value.dtype.hasobject:
+        return State(lambda: np.copyto(value, copy), enumerated(copy.ravel()))
+    return State(lambda: np.copyto(value, copy), changed=lambda: not np.array_equal(value, copy))
 
 
 def of_tensor(value: Tensor, weights: bool) -> State:
@@ -89,7 +93,12 @@ def of_tensor(value: Tensor, weights: bool) -> State:
         if value.is_leaf and value.grad is not grad:
             value.grad = grad
 
-    return State(restore, ((name, part) for name, part in getattr(value, "__dict__", {}).items()))
+    def changed() -> bool:
+        return copy is None or not _same_memory(value, alias) or not torch.equal(value, copy)
+
+    is_plain = value.layout == torch.strided and not value.is_nested and not value.is_meta
+    parts = ((name, part) for name, part in getattr(value, "__dict__", {}).items())
+    return State(restore, parts, changed if is_plain else None)
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
