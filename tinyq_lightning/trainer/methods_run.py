@@ -235,8 +235,8 @@ class MethodsRun:
             for name, logged in islice(other_than_logged(self._trainer, before.metrics).items(), 1):
                 rank_zero_warn(
                     f"TinyQ: {name} of the float model is {before.metrics[name]:.6g}, where the last validation of the "
-                    f"fit logged {logged:.6g} for the same weights and data: it depends on the epoch, or on what a "
-                    "callback sets on the model as validation starts. Only callbacks with on_validation_batch_start "
+                    f"fit logged {logged:.6g} for the same weights and data: it depends on random numbers, "
+                    "the epoch, or what a callback sets on the model as validation starts. Only callbacks with on_validation_batch_start "
                     "run in the comparison: have it set that there"
                 )
 
