@@ -112,6 +112,27 @@ def test_a_remote_folder_that_takes_no_files(tmp_path):
     refused(tmp_path, TinyQCallback(dirpath="nosuch://share"), SpecError, "nosuch")
 
 
+class NoRename(MemoryFileSystem):
+    """A remote file system that takes files, and neither moves nor copies them, as the end of a save would."""
+
+    protocol = ("norename",)
+
+    def mv(self, path1, path2, **kwargs):
+        raise OSError("nothing is renamed here")
+
+
+def test_a_remote_folder_that_renames_no_file(tmp_path):
+    fsspec.register_implementation("norename", NoRename, clobber=True)
+    refused(tmp_path, TinyQCallback(dirpath="norename://share"), SpecError, "nothing is renamed here")
+    assert not fsspec.filesystem("norename").find("/share")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 300])
+def test_a_name_that_no_file_can_have(name):
+    with pytest.raises(SpecError, match="is no name of a file"):
+        TinyQCallback(filename=name)
+
+
 def test_the_trial_leaves_nothing_behind(tmp_path):
     class Stops(Net):
         def on_train_start(self):

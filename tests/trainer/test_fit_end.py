@@ -558,8 +558,19 @@ def test_without_a_float_checkpoint_the_error_says_that_the_weights_are_in_the_m
 
     callback = quiet("w8a32")
     told, _ = failed(tmp_path, callback, module=FailsOnInt8(), keep=False, enable_checkpointing=False)
-    assert "the trained weights are in the module" in told
+    assert "The trained weights are in the module" in told
     assert "safe" not in told
+
+
+def test_a_damaged_float_checkpoint_is_named(tmp_path):
+    class Damages(Net):
+        def on_train_end(self):
+            Path(self.trainer.checkpoint_callback.best_model_path).write_bytes(b"damaged")
+
+    told, _ = failed(tmp_path, quiet("w8a32"), module=Damages())
+    assert f"{tmp_path}/" in told
+    assert "cannot be read: " in told
+    assert "No float checkpoint" not in told
 
 
 def test_a_logger_that_fails_costs_neither_the_file_nor_the_results(tmp_path):

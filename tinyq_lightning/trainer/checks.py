@@ -289,6 +289,6 @@ def _meant(monitor: str, names: Iterable[str]) -> str:
 
 
 def checkpoint_callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
-    """The ModelCheckpoints of the run."""
+    """The ModelCheckpoints of the run; what only has the class, such as a mock in a test, keeps no files."""
     kind = namespace_of(trainer).pytorch.callbacks.ModelCheckpoint
-    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind) and hasattr(callback, "monitor")]  # type: ignore[attr-defined]
