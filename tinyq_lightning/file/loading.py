@@ -192,7 +192,8 @@ def _built(
         kind = "" if isinstance(error, TypeError) else f"{type(error).__name__}: "
         raise CheckpointError(
             f"{source}: {name} could not be built from the file's hyper_parameters: {kind}{error}. The file holds what "
-            f"save_hyperparameters saved; give the rest, as in load_quantized(path, {name}, argument=...)"
+            f"save_hyperparameters saved; give the rest, as in load_quantized(path, {name}, "
+            f"{_still_needed(module_class, content, arguments)})"
         ) from error
     made = prepare_structure(module, content, source)
     hook = getattr(module, "on_load_checkpoint", None)  # a LightningModule has it
@@ -209,6 +210,20 @@ def _built(
             f"{source}: on_load_checkpoint of {name} failed: {type(error).__name__}: {error}"
         ) from error
     return module, made
+
+
+def _still_needed(factory: Any, content: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+    """The arguments without a default that neither the file nor the caller gives, as a call would have them."""
+    stored = content.get(HYPER_PARAMETERS)
+    given = arguments.keys() | (stored.keys() if isinstance(stored, Mapping) else set())
+    needed = [
+        name
+        for name, parameter in parameters_of(factory).items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in given
+    ]
+    return ", ".join(f"{name}=..." for name in needed or ["argument"])
 
 
 def _is_argument(name: str, module_class: Any, content: Mapping[str, Any]) -> bool:

@@ -236,8 +236,8 @@ class MethodsRun:
                 rank_zero_warn(
                     f"TinyQ: {name} of the float model is {before.metrics[name]:.6g}, where the last validation of the "
                     f"fit logged {logged:.6g} for the same weights and data: it depends on random numbers, "
-                    "the epoch, or what a callback sets on the model as validation starts. Only callbacks with on_validation_batch_start "
-                    "run in the comparison: have it set that there"
+                    "the epoch, or what a callback sets on the model as validation starts. Only callbacks with "
+                    "on_validation_batch_start run in the comparison: have it set that there"
                 )
 
     @cached_property
