@@ -309,6 +309,28 @@ def test_what_comes_before_a_layer_is_computed_once_and_read_in_its_order():
         assert relative_error(got, layer(nn.functional.gelu(x)).double()) < 1e-6
 
 
+class OnAView(nn.Module):
+    """A layer on a part of what comes before, as gated blocks and first tokens have it."""
+
+    def __init__(self, layer, view):
+        super().__init__()
+        self.layer, self.view = layer, view
+
+    def forward(self, x):
+        return self.layer(self.view(nn.functional.gelu(x)))
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("view", [lambda x: x[:, 48:], lambda x: x.view(-1, 2, 48)[:, 1]], ids=["half", "place"])
+def test_a_compiled_layer_reads_a_view_where_it_lies(view):
+    model, x = OnAView(random_layer("w8a8", 64, 48), view), normal(5, 96, seed=1)
+    model.layer.kernel = "int8"
+    with torch.no_grad():
+        got = torch.compile(model, fullgraph=True)(x)
+        assert relative_error(got, model(x).double()) < 1e-2
+
+
 @each_method
 @pytest.mark.slow
 @needs_compiler

@@ -71,26 +71,3 @@ def test_weights_between_two_validations_are_not_complained_of(tmp_path):
     assert not told(
         tmp_path, True, ModelCheckpoint(tmp_path, every_n_train_steps=4), max_epochs=3, val_check_interval=5
     )
-
-
-class SetsAFlag(Callback):
-    """What the model sees in validation depends on it, without any other weights."""
-
-    def on_validation_start(self, trainer, module):
-        module.scale = 3.0
-
-    def on_validation_end(self, trainer, module):
-        module.scale = 1.0
-
-
-class Scaled(Net):
-    scale = 1.0
-
-    def forward(self, x):
-        return super().forward(self.scale * x)
-
-
-def test_what_a_callback_sets_for_validation_is_noticed_without_other_weights(tmp_path):
-    ours = TinyQCallback("w8a32", report=False, save=False)
-    with pytest.warns(UserWarning, match="logged .* for the same weights and data"):
-        trainer(tmp_path, SetsAFlag(), ours).fit(Scaled(), loader(), loader(seed=1))

@@ -77,7 +77,7 @@ def _made_by_auto_model(model: Any) -> str | None:
 
     made: Any = AutoModel._model_mapping.get(type(model.config), None)
     choices = made if isinstance(made, tuple) else (made,)
-    known = made is None or any(type(each) in choices for each in model.modules())
+    known = made is None or any(isinstance(each, choices) for each in model.modules())
     return None if known else str(choices[0].__name__)
 
 

@@ -269,7 +269,8 @@ def _taken(tensor: Tensor, sizes: Mapping[int, int], generator: torch.Generator)
         before = tensor.shape[place]
         rows = place == 0
         index = torch.randint(before, (size,), generator=generator) if rows else torch.arange(size) % before
-        if rows and tensor.dim() == 1 and bool((tensor[1:] >= tensor[:-1]).all()):  # offsets, which stay in order
+        ordered = rows and tensor.dim() == 1 and not (tensor.is_floating_point() or tensor.is_complex())
+        if ordered and bool((tensor[1:] >= tensor[:-1]).all()):  # offsets, which stay in order
             index = index.sort().values.index_fill(0, torch.tensor([0]), 0)
         tensor = tensor.index_select(place, index)
     return tensor

@@ -113,10 +113,12 @@ def _computed_once(x: Tensor) -> Tensor:
 
     Its largest value is needed before it can be rounded. A compiler that fuses both with what computes ``x`` may do
     that twice, which costs more than memory where it is a GELU. It has no operator to ask for; it must have in memory
-    what is read by strides.
+    what is read by strides. These are of a copy, which it does not make: it may lay out views as eager code does not.
     """
-    compiled = torch.compiler.is_dynamo_compiling() and not is_exporting()
-    return x.as_strided(x.shape, x.stride()) if compiled and x.is_cpu and type(x) is Tensor else x
+    if not (torch.compiler.is_dynamo_compiling() and not is_exporting() and x.is_cpu and type(x) is Tensor):
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    return x.as_strided(x.shape, x.stride())
 
 
 def scaled_sums(integers: Tensor, int8_weights: Tensor, scales: Tensor, method: Method) -> Tensor:

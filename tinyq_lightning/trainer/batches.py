@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -37,18 +37,24 @@ def batch_digest(batch: Any) -> int:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
+    """In their order, each object once: those of a graph may name each other."""
+    pending, seen = [value], dict[int, Any]()  # holds the objects, so that no other one gets their id
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor | np.ndarray | int | float | str | bytes):
+            yield value
+        elif id(value) not in seen:
+            seen[id(value)] = value
+            pending.extend(reversed(list(_items(value))))
+
+
+def _items(value: Any) -> Iterable[Any]:
     if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, Tensor | np.ndarray | int | float | str | bytes):
-        yield value
-    elif hasattr(value, "__dict__"):
-        for item in vars(value).values():
-            if isinstance(item, Tensor | np.ndarray | int | float | str | Mapping | list | tuple):
-                yield from _leaves(item)
+        return value.values()
+    if isinstance(value, list | tuple):
+        return value
+    known = (Tensor, np.ndarray, int, float, str, Mapping, list, tuple)
+    return (item for item in getattr(value, "__dict__", {}).values() if isinstance(item, known))
 
 
 def _bytes_of(leaf: Any) -> bytes:
@@ -68,10 +74,10 @@ def _bytes_of(leaf: Any) -> bytes:
 class KeptBatches:
     """The contents of batches that may belong to the dataset itself, put back when a loop is done with all of them.
 
-    A batch is kept before the first hook of a transfer has it, and until the loop ends: two batches may share memory,
-    and a later step may change an earlier batch. What only the loop held, and tensors that nobody changed, are let go
-    once the loop has gone on. What torch's own collate function or another process makes is new for each reader, and is
-    not kept.
+    A batch is kept before the first hook of a transfer has it, until three more were fetched: two batches may share
+    memory, and a later step may change an earlier batch. From then on only what something changed and others hold is
+    kept, to the end of the loop; what a step changes in older batches stays changed. What torch's own collate function
+    or another process makes is new for each reader, and is not kept.
 
     Args:
         loaders: where batches may come from.
@@ -107,7 +113,7 @@ class KeptBatches:
         """Contents as they were, in the same objects; the first that was kept of an object counts."""
         with torch.inference_mode(False), torch.no_grad():
             for part in reversed([*self._lasting, *chain.from_iterable(self._recent)]):
-                part.restore()
+                part.put_back()
         self._lasting, self._recent = [], deque()
 
 
@@ -127,7 +133,12 @@ class _Part:
 
     def __init__(self, value: Any, state: State, references: int, users: int) -> None:
         self._value, self._references, self._users = value, references, users
-        self.restore, self._changed = state.restore, state.changed
+        self._restore, self._changed = state.restore, state.changed
+
+    def put_back(self) -> None:
+        """The state of the object, unless it has that still: its memory may be read-only."""
+        if self._changed is None or self._changed():
+            self._restore()
 
     def references(self) -> int:
         """To the object, with those of this part."""
@@ -140,6 +151,8 @@ class _Part:
         if self.references() > self._references + _ALONE or isinstance(self._value, np.ndarray):
             return True
         if isinstance(self._value, Tensor):
+            if self._value.layout != torch.strided:
+                return False
             return not _is_plain_tensor(self._value) or _storage_users(self._value) > self._users + _UNSHARED
         return False
 
@@ -176,13 +189,16 @@ def _is_plain_tensor(value: Any) -> bool:
 
 
 def _storage_users(value: Any) -> int:
-    return torch._C._storage_Use_Count(value.untyped_storage()._cdata) if _is_plain_tensor(value) else 0
+    return _count_users(value.untyped_storage()._cdata) if _count_users and _is_plain_tensor(value) else 0
 
 
 def _hands_out_its_own(loader: Any) -> bool:
     return not isinstance(loader, DataLoader) or (loader.num_workers == 0 and loader.collate_fn is not default_collate)
 
 
+# A part of torch that is not public: where it is missing, everything that was changed is kept.
+_count_users = getattr(torch._C, "_storage_Use_Count", None)
+
 # What an object counts that nothing else refers to, and the storage of a tensor that has it for itself.
 _ALONE = _Part(object(), State(lambda: None), 0, 0).references()
-_UNSHARED = _storage_users(torch.empty(1))
+_UNSHARED = _storage_users(torch.empty(1, device="cpu")) if _count_users else -1

@@ -11,7 +11,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.trainer.checks import checkpoint_callbacks
 from tinyq_lightning.trainer.evaluation import Evaluation
-from tinyq_lightning.trainer.results import numbers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -20,7 +19,6 @@ __all__ = [
     "best_score",
     "check_comparable",
     "is_near",
-    "other_than_logged",
     "recorded_score",
 ]
 
@@ -66,17 +64,6 @@ def recorded_score(trainer: Trainer, path: str | None) -> tuple[str, float] | No
         if path and keeper.best_model_path == path and keeper.monitor and score is not None and math.isfinite(score):
             return keeper.monitor, float(score)
     return None
-
-
-def other_than_logged(trainer: Trainer, metrics: Mapping[str, float]) -> dict[str, float]:
-    """What the last validation of the fit logged where it is not near ``metrics``; empty unless most are other.
-
-    A metric that counts or that tells of the training may be another in each run of the loop.
-    """
-    logged = numbers(trainer.callback_metrics)
-    both = [name for name in metrics if math.isfinite(logged.get(name, math.nan))]
-    other = {name: logged[name] for name in both if not is_near(metrics[name], logged[name])}
-    return other if 2 * len(other) > len(both) else {}
 
 
 def is_near(value: float, recorded: float) -> bool:

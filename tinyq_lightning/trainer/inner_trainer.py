@@ -145,20 +145,13 @@ class _SilentTrainer(Trainer):
 
 
 class _SilentLogger(DummyLogger):
-    """Takes what the user's hooks log and drops it, but has the class, name, version and folders of a logger of theirs.
-
-    Hooks ask ``isinstance(self.logger, TensorBoardLogger)`` before they log.
-    """
+    """Takes what the user's hooks log and drops it, but has the name, version and folders of a logger of theirs."""
 
     derives = "loggers.logger.DummyLogger"
 
     def __init__(self, logger: Logger) -> None:
         super().__init__()
         self._logger = logger
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._logger)
 
     @property
     def name(self) -> str | None:  # type: ignore[override]

@@ -8,7 +8,6 @@ from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -31,7 +30,7 @@ from tinyq_lightning.search import (
 from tinyq_lightning.spec import Budget, QuantizationSpec
 from tinyq_lightning.trainer.calibrating import Calibrator
 from tinyq_lightning.trainer.checks import known_mode, refuse_without_validation
-from tinyq_lightning.trainer.comparable import best_score, check_comparable, is_near, other_than_logged
+from tinyq_lightning.trainer.comparable import best_score, check_comparable, is_near
 from tinyq_lightning.trainer.evaluation import (
     Evaluation,
     run_evaluation,
@@ -230,14 +229,6 @@ class MethodsRun:
                     f"recorded {score:.6g}: validation saw other data then, or other weights, such as an average that "
                     "a callback puts in for validation, or it depends on the epoch. The checkpoint's own weights are "
                     "quantized"
-                )
-        elif validated.were_last(self._module, next(iter(before.digests), 0)):
-            for name, logged in islice(other_than_logged(self._trainer, before.metrics).items(), 1):
-                rank_zero_warn(
-                    f"TinyQ: {name} of the float model is {before.metrics[name]:.6g}, where the last validation of the "
-                    f"fit logged {logged:.6g} for the same weights and data: it depends on random numbers, "
-                    "the epoch, or what a callback sets on the model as validation starts. Only callbacks with "
-                    "on_validation_batch_start run in the comparison: have it set that there"
                 )
 
     @cached_property

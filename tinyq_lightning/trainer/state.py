@@ -95,10 +95,15 @@ def _is_logger_or_trainer(kind: Hashable) -> bool:
     return derives_from(cast(type, kind), "Logger", "Trainer")
 
 
-def _of_object(value: Any, contents: Callable[[], object] | None = None, items: Parts = ()) -> State | None:
+def _of_object(
+    value: Any,
+    contents: Callable[[], object] | None = None,
+    items: Parts = (),
+    changed: Callable[[], bool] | None = None,
+) -> State | None:
     """Attributes and slots, and the contents if the object is a container as well."""
     if contents is not None and type(value) in _PLAIN_CONTAINERS:
-        return State(contents, items)
+        return State(contents, items, changed)
     found, slots = getattr(value, "__dict__", None), _slots(value)
     attributes = found if isinstance(found, dict) else None
     if attributes is None and not slots and contents is None:
@@ -143,12 +148,22 @@ def _of_dict(value: dict[Any, Any]) -> State | None:
         kind.update(value, items)
 
     parts = [(f"[{key!r}]", item) for key, item in items.items() if type(item) not in CONSTANT_TYPES]
-    return _of_object(value, contents, parts)
+    return _of_object(
+        value,
+        contents,
+        parts,
+        lambda: len(value) != len(items) or any(value.get(key, _MISSING) is not item for key, item in items.items()),
+    )
 
 
 def _of_list(value: list[Any]) -> State | None:
     items = list.copy(value)
-    return _of_object(value, lambda: list.__setitem__(value, slice(None), items), enumerated(items))
+    return _of_object(
+        value,
+        lambda: list.__setitem__(value, slice(None), items),
+        enumerated(items),
+        lambda: len(value) != len(items) or any(now is not item for now, item in zip(value, items, strict=True)),
+    )
 
 
 def _of_deque(value: deque[Any]) -> State | None:
@@ -172,7 +187,7 @@ def _of_set(value: set[Any]) -> State | None:
 
 
 def _of_tuple(value: Iterable[Any]) -> State | None:
-    return _of_object(value, lambda: None, enumerated(value))
+    return _of_object(value, lambda: None, enumerated(value), lambda: False)
 
 
 def _of_buffer(value: Any) -> State:

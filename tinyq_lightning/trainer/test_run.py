@@ -286,6 +286,7 @@ class TestRun:
         self._watching.close()
         self._start.close()
         if self._first is self:
+            self._watch.batches_ended()  # where the test has failed
             self.swap.take_out()
 
     def tested(self) -> AbstractContextManager[None]:

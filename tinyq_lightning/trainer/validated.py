@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tinyq_lightning.handover import copies_on_cpu
-from tinyq_lightning.trainer.batches import batch_digest
 from tinyq_lightning.trainer.callback_base import CallbackOfBoth
 from tinyq_lightning.trainer.evaluation import weights_digest
 
@@ -19,21 +18,16 @@ __all__ = [
 
 
 class ValidatedWeights:
-    """Digests of the weights that the validations of a fit ran on, and whether training went on with them.
-
-    Of the last validation the first batch too.
-    """
+    """Digests of the weights that the validations of a fit ran on, and whether training went on with them."""
 
     def __init__(self) -> None:
         self._digests: set[int] = set()
-        self._last: int | None = None  # until training goes on
-        self._of_last: tuple[int, int] | None = None
+        self._last: int | None = None
         self._exchanged = False
 
-    def in_validation(self, module: LightningModule, batch: Any) -> None:
-        """Note the weights and the first batch of a validation, as that batch begins."""
+    def in_validation(self, module: LightningModule) -> None:
+        """Note the weights of a validation, once its first batch begins."""
         self._last = weights_digest(module)
-        self._of_last = self._last, batch_digest(batch)
         self._digests.add(self._last)
 
     def in_training(self, module: LightningModule) -> None:
@@ -45,10 +39,6 @@ class ValidatedWeights:
     def are_others(self, module: LightningModule) -> bool:
         """Whether other weights were put in for validation, and no validation ran on those that ``module`` holds."""
         return self._exchanged and weights_digest(module) not in self._digests
-
-    def were_last(self, module: LightningModule, batch: int) -> bool:
-        """Whether the last validation ran on the weights that ``module`` holds, and began with this digest's batch."""
-        return self._of_last == (weights_digest(module), batch)
 
 
 class WatchesValidation(CallbackOfBoth):
@@ -73,7 +63,7 @@ class WatchesValidation(CallbackOfBoth):
         """At the first batch: all that puts weights in has done so."""
         self.keep_batch(trainer, batch)
         if batch_idx == dataloader_idx == 0 and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.validated.in_validation(pl_module, batch)
+            self.validated.in_validation(pl_module)
 
     def keep_batch(self, trainer: Trainer, batch: Any) -> None:
         """Keep a copy of the first batch, if it is wanted."""

@@ -73,8 +73,13 @@ def of_array(value: np.ndarray[Any, Any]) -> State | None:
         return watched(lambda: hash(value.ravel()[:: max(1, value.size // 4096)].tobytes()))
     copy = value.copy()
     if value.dtype.hasobject:
-        return State(lambda: np.copyto(value, copy), enumerated(copy.ravel()))
-    return State(lambda: np.copyto(value, copy), changed=lambda: not np.array_equal(value, copy))
+        return State(
+            lambda: np.copyto(value, copy),
+            enumerated(copy.ravel()),
+            lambda: any(now is not item for now, item in zip(value.flat, copy.flat, strict=True)),
+        )
+    with_nan = value.dtype.kind in "fc"
+    return State(lambda: np.copyto(value, copy), changed=lambda: not np.array_equal(value, copy, equal_nan=with_nan))
 
 
 def of_tensor(value: Tensor, weights: bool) -> State:
@@ -94,11 +99,16 @@ def of_tensor(value: Tensor, weights: bool) -> State:
             value.grad = grad
 
     def changed() -> bool:
-        return copy is None or not _same_memory(value, alias) or not torch.equal(value, copy)
+        return copy is None or not _same_memory(value, alias) or not _same_values(value, copy)
 
     is_plain = value.layout == torch.strided and not value.is_nested and not value.is_meta
     parts = ((name, part) for name, part in getattr(value, "__dict__", {}).items())
     return State(restore, parts, changed if is_plain else None)
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    """Of two tensors of one shape, where NaN is the same as NaN."""
+    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
