@@ -102,23 +102,24 @@ def integer_product(x: Tensor, int8_weights: Tensor, scales: Tensor, method: Met
     Returns:
         ``[..., out]`` float32. A row with NaN or infinity gives no finite value.
     """
-    rows = _computed_once(x).reshape(-1, x.shape[-1])
+    rows = _computed_once(x.reshape(-1, x.shape[-1]))
     integers, step = quantize_rows_to_steps(rows, method.steps)
     out = scaled_sums(integers, int8_weights, scales, method) * step
     return out.view(*x.shape[:-1], int8_weights.shape[0])
 
 
-def _computed_once(x: Tensor) -> Tensor:
-    """``x`` as torch's compiler is to have it in memory, where a graph is compiled for the CPU.
+def _computed_once(rows: Tensor) -> Tensor:
+    """``[rows, in]`` as torch's compiler is to have it in memory, where a graph is compiled for the CPU.
 
-    Its largest value is needed before it can be rounded. A compiler that fuses both with what computes ``x`` may do
-    that twice, which costs more than memory where it is a GELU. It has no operator to ask for; it must have in memory
-    what is read by strides. These are of a copy, which it does not make: it may lay out views as eager code does not.
+    The largest value of a row is needed before it can be rounded. A compiler that fuses both with what computes the row
+    may do that twice, which costs more than memory where it is a GELU. It has no operator to ask for; it must have in
+    memory what is read by strides. These are of a copy, which it does not make: it may lay out views as eager code does
+    not. They are told, not asked for: torch's tracer takes no strides that depend on a dynamic size.
     """
-    if not (torch.compiler.is_dynamo_compiling() and not is_exporting() and x.is_cpu and type(x) is Tensor):
-        return x
-    x = x.clone(memory_format=torch.contiguous_format)
-    return x.as_strided(x.shape, x.stride())
+    if not (torch.compiler.is_dynamo_compiling() and not is_exporting() and rows.is_cpu and type(rows) is Tensor):
+        return rows
+    rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows.as_strided(rows.shape, (rows.shape[1], 1))
 
 
 def scaled_sums(integers: Tensor, int8_weights: Tensor, scales: Tensor, method: Method) -> Tensor:
