@@ -56,9 +56,7 @@ def main():
         importlib.import_module({"onnx": "onnxruntime"}.get(kind, kind))
     before = resident()
     run = OPEN[kind](path)
-    with (
-        torch.inference_mode()
-    ):  # as one serves: with gradients a program keeps its float weights until the result goes
+    with torch.inference_mode():  # as one serves: with gradients a program keeps float weights until the result goes
         run(torch.ones(2, 64, dtype=torch.int64))
     print(json.dumps(resident() - before))
 

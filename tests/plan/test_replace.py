@@ -502,8 +502,9 @@ def test_nothing_is_changed_when_the_spec_is_refused():
 
 @pytest.mark.parametrize("given", ["epoch=7.ckpt", nn.Linear])
 def test_what_is_no_module_is_refused_with_what_to_do(given):
-    with pytest.raises(ModelError, match=r"quantize takes a module, not .*tinyq-lightning quantize"):
-        quantize(given)
+    for act in (lambda: quantize(given), lambda: quantized(given, "w8a32").__enter__()):
+        with pytest.raises(ModelError, match=r"quantize takes a module, not .*tinyq-lightning quantize"):
+            act()
 
 
 def test_a_root_linear_is_refused_by_quantize_and_says_what_to_do():

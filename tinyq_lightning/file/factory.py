@@ -35,11 +35,11 @@ def as_factory(given: Any) -> Any:
     Raises:
         ModelError: it makes no modules.
     """
-    if isinstance(given, str) and os.path.exists(given):
-        raise ModelError(
-            f"{given!r} is a file, not a class: the path comes first, as in load_quantized({given!r}, Net)"
-        )
     if isinstance(given, str):
+        if os.path.exists(given):
+            raise ModelError(
+                f"{given!r} is a file, not a class: the path comes first, as in load_quantized({given!r}, Net)"
+            )
         found, given = given, import_named(given)
         if not callable(given) or isinstance(given, nn.Module):
             raise ModelError(f"{found!r} is neither a class nor a function: give what makes the module")

@@ -98,9 +98,12 @@ def check_format(content: Any, path: str | os.PathLike[str]) -> None:
     """
     if not is_quantized(content):
         lightning_made = isinstance(content, Mapping) and LIGHTNING_VERSION in content
-        kind = "a float Lightning checkpoint" if lightning_made else "no Lightning checkpoint"
-        advice = f". Quantize it first: tinyq-lightning quantize {path} --model package.module:Class"
-        raise CheckpointError(f"{path}: this is {kind}, not a quantized one{advice if lightning_made else ''}")
+        if not lightning_made:
+            raise CheckpointError(f"{path}: this is no Lightning checkpoint, not a quantized one")
+        raise CheckpointError(
+            f"{path}: this is a float Lightning checkpoint, not a quantized one. Quantize it first: "
+            f"tinyq-lightning quantize {path} --model package.module:Class"
+        )
     found = content["tinyq"].get("format_version")
     if type(found) is int and found > FORMAT_VERSION:
         raise CheckpointError(

@@ -9,13 +9,16 @@ from contextlib import suppress
 import fsspec
 from fsspec import AbstractFileSystem
 
+from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.file.durable import replace_file
+
 __all__ = [
     "why_not_writable",
 ]
 
 
 def why_not_writable(folder: str | os.PathLike[str]) -> str | None:
-    """Why no file can be written to a folder, or None: writes a small file there, renames and removes it.
+    """Why no file can be written to a folder, or None: saves a small file there as all are saved, and removes it.
 
     Folders that are missing are made for it and removed again.
 
@@ -25,30 +28,19 @@ def why_not_writable(folder: str | os.PathLike[str]) -> str | None:
     try:
         fs, location = fsspec.core.url_to_fs(os.fspath(folder) or ".")
         missing = _missing_folders(fs, location)
-        probe = f"{location}/.{uuid.uuid4().hex[:12]}.tinyq-tmp"
+        name = f".{uuid.uuid4().hex[:12]}.tinyq-tmp"
         try:
-            fs.makedirs(location, exist_ok=True)
-            with fs.open(probe, "wb") as file:
-                file.write(b"\0")
+            replace_file(f"{os.fspath(folder) or '.'}/{name}", lambda file: file.write(b"\0"))
             with suppress(FileNotFoundError):  # another process took it for a leftover
-                _rename(fs, probe, f"{location}/.{uuid.uuid4().hex[:12]}.tinyq-tmp")
+                fs.rm(f"{location}/{name}")
         finally:
             for made in missing:
                 with suppress(Exception):  # many remote file systems have no folders
                     fs.rmdir(made)
     except Exception as error:  # each file system has errors of its own
-        return f"{type(error).__name__}: {error}".removesuffix(": ")
+        reason = error.__cause__ if isinstance(error, CheckpointError) else error
+        return f"{type(reason).__name__}: {reason}".removesuffix(": ")
     return None
-
-
-def _rename(fs: AbstractFileSystem, probe: str, other: str) -> None:
-    """Rename a file, as the end of a save does, and remove it."""
-    try:
-        fs.mv(probe, other)
-    except Exception:
-        fs.rm(probe)
-        raise
-    fs.rm(other)
 
 
 def _missing_folders(fs: AbstractFileSystem, location: str) -> list[str]:

@@ -164,11 +164,16 @@ def check_model(spec: QuantizationSpec, model: nn.Module) -> None:
 
 
 def refuse_root(model: nn.Module) -> None:
-    """Refuse a model that is itself a layer: no module holds it, so that no other could take its place.
+    """Refuse what is no module, and a model that is itself a layer: no module holds it for another to take its place.
 
     Raises:
-        ModelError: it is one.
+        ModelError: it is one of these.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"quantize takes a module, not {model!r}: make the module first, and load its weights into it. A file is "
+            "quantized by `tinyq-lightning quantize`, and a quantized one is loaded by load_quantized"
+        )
     if is_replaceable(model):
         other = ", or use replace_linear_with_target_and_quantize, which returns the new layer"
         raise ModelError(

@@ -60,11 +60,6 @@ def quantize(model: nn.Module, spec: SpecLike = "w8a32", calibration: Iterable[A
         ModelError: the model is itself a layer, a weight cannot be quantized, or the data cannot be used: it is empty,
             the model refuses it, or it is of no use to any layer: it reaches none, or its values are not finite.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"quantize takes a module, not {model!r}: make the module first, and load its weights into it. A file is "
-            "quantized by `tinyq-lightning quantize`, and a quantized one is loaded by load_quantized"
-        )
     asked = as_spec(spec)
     if calibration is None:
         return quantize_by_layer(model, asked)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = [
     "best_score",
     "check_comparable",
-    "is_near",
     "recorded_score",
 ]
 
@@ -64,8 +63,3 @@ def recorded_score(trainer: Trainer, path: str | None) -> tuple[str, float] | No
         if path and keeper.best_model_path == path and keeper.monitor and score is not None and math.isfinite(score):
             return keeper.monitor, float(score)
     return None
-
-
-def is_near(value: float, recorded: float) -> bool:
-    """Whether a metric is as it was recorded, but for what other processors and batch sizes make of it."""
-    return math.isclose(value, recorded, rel_tol=0.01, abs_tol=1e-6)

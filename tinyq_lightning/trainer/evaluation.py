@@ -138,7 +138,8 @@ def why_no_validation(trainer: Trainer, module: LightningModule) -> str | None:
 
 def dataloaders(trainer: Trainer, stage: Stage) -> list[Any]:
     """The dataloaders of a loop, one by one."""
-    return _flat(_combined_loader(trainer, stage))
+    combined = _combined_loader(trainer, stage)
+    return [] if combined is None else list(combined.flattened)
 
 
 def run_evaluation(
@@ -267,7 +268,3 @@ def _loop(trainer: Trainer) -> Any:
 def _combined_loader(trainer: Trainer, stage: Stage) -> CombinedLoader | None:
     loop = trainer.test_loop if stage == "test" else trainer.fit_loop.epoch_loop.val_loop
     return loop._combined_loader
-
-
-def _flat(combined: CombinedLoader | None) -> list[Any]:
-    return [] if combined is None else list(combined.flattened)

@@ -48,7 +48,6 @@ class Snapshot:
         weights: copy the values of parameters too. Without it a parameter gets back its own memory, if that was
             exchanged, but not the values in it.
         also: a former snapshot; every object that it knows is part of this one.
-        randomness: the random generators of Python, NumPy and torch belong to the snapshot.
         outside: watch what functions of the user's can change outside of objects: globals, closures, caches.
     """
 
@@ -58,14 +57,13 @@ class Snapshot:
         data: Iterable[object] = (),
         weights: bool = False,
         also: Snapshot | None = None,
-        randomness: bool = True,
         outside: bool = False,
     ) -> None:
         self._restores: list[tuple[str, Callable[[], object]]] = []
         self._written: list[tuple[str, Callable[[], object]]] = []
         self._seen: dict[int, tuple[object, str, bool]] = {}  # holds the objects: an id is theirs while they live
         self._functions: list[object] = []  # and classes, of the user's
-        self._random = _global_random_state() if randomness else []
+        self._random = _global_random_state()
         pending = [(loader, "dataloader", True) for loader in data]
         pending += [(root, type(root).__name__, False) for root in roots]
         pending += also._seen.values() if also else ()

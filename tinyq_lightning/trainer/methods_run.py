@@ -30,7 +30,7 @@ from tinyq_lightning.search import (
 from tinyq_lightning.spec import Budget, QuantizationSpec
 from tinyq_lightning.trainer.calibrating import Calibrator
 from tinyq_lightning.trainer.checks import known_mode, refuse_without_validation
-from tinyq_lightning.trainer.comparable import best_score, check_comparable, is_near
+from tinyq_lightning.trainer.comparable import best_score, check_comparable
 from tinyq_lightning.trainer.evaluation import (
     Evaluation,
     run_evaluation,
@@ -223,7 +223,7 @@ class MethodsRun:
             )
         elif recorded := best_score(self._trainer, path, before.metrics):
             monitor, score = recorded
-            if not is_near(before.metrics[monitor], score):
+            if not math.isclose(before.metrics[monitor], score, rel_tol=0.01, abs_tol=1e-6):
                 rank_zero_warn(
                     f"TinyQ: {monitor} of the best checkpoint is {before.metrics[monitor]:.6g}, where ModelCheckpoint "
                     f"recorded {score:.6g}: validation saw other data then, or other weights, such as an average that "

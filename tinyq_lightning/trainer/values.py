@@ -71,15 +71,14 @@ def of_array(value: np.ndarray[Any, Any]) -> State | None:
         return None
     if value.nbytes > _MAX_BYTES:
         return watched(lambda: hash(value.ravel()[:: max(1, value.size // 4096)].tobytes()))
-    copy = value.copy()
-    if value.dtype.hasobject:
-        return State(
-            lambda: np.copyto(value, copy),
-            enumerated(copy.ravel()),
-            lambda: any(now is not item for now, item in zip(value.flat, copy.flat, strict=True)),
-        )
-    with_nan = value.dtype.kind in "fc"
-    return State(lambda: np.copyto(value, copy), changed=lambda: not np.array_equal(value, copy, equal_nan=with_nan))
+    copy, of_objects = value.copy(), value.dtype.hasobject
+
+    def changed() -> bool:
+        if of_objects:
+            return any(now is not item for now, item in zip(value.flat, copy.flat, strict=True))
+        return not np.array_equal(value, copy, equal_nan=value.dtype.kind in "fc")
+
+    return State(lambda: np.copyto(value, copy), enumerated(copy.ravel()) if of_objects else (), changed)
 
 
 def of_tensor(value: Tensor, weights: bool) -> State:
