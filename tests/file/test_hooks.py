@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 import pytest
 import torch
 from models import Net, keeper, loader, trainer
@@ -93,6 +95,59 @@ def test_an_object_that_is_given_reaches_the_hook(path):
         assert module.criterion is loss
         assert module.training
     assert "loss_fn" not in torch.load(path, weights_only=True)
+
+
+class Kind(enum.Enum):
+    SMALL = 1
+
+
+class ReadsDeep(Net):
+    """Reads and changes what lies deep in the entries, as code does that resumes with another learning rate."""
+
+    def __init__(self, width=16, lr=0.02, kind: Kind | None = None):
+        super().__init__(width, lr)
+        self.save_hyperparameters()
+        self.kind = kind
+
+    def setup(self, stage):
+        self.teacher = nn.LayerNorm(2)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["words"] = {"a": [1]}
+
+    def on_load_checkpoint(self, checkpoint):
+        checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = checkpoint["hyper_parameters"]["lr"]
+        checkpoint["lr_schedulers"][-1]["base_lrs"] = [1.0]
+        self.next_epoch = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] + 1
+        self.best = [each for each in checkpoint["callbacks"].values() if each["best_model_path"]]
+        self.scale = checkpoint.get("MixedPrecision")
+        self.words = checkpoint["words"].pop("a")
+        self.stored = checkpoint["hyper_parameters"].pop("kind")
+        if not hasattr(self, "teacher"):
+            for name in [name for name in checkpoint["state_dict"] if name.startswith("teacher")]:
+                del checkpoint["state_dict"][name]
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+@pytest.mark.parametrize("method", ["w8a32", "w4a32"])
+def test_a_hook_reads_and_changes_what_lies_deep_and_the_file_keeps_it(tmp_path, method):
+    callback = TinyQCallback(method, report=False, strict=True)
+    module = ReadsDeep(kind=Kind.SMALL)
+    trainer(tmp_path, keeper(tmp_path), callback, max_epochs=1).fit(module, loader(), loader(seed=1))
+    tested = ReadsDeep(kind=Kind.SMALL)
+    for run in (trainer(tmp_path, TinyQCallback(report=False)), trainer(tmp_path, TinyQCallback(when="test_start"))):
+        run.test(tested, loader(), ckpt_path=callback.quantized_path, verbose=False, weights_only=True)
+    doors = (load_quantized, lambda path, kind: mixed(kind).load_from_checkpoint(path))
+    for each in (tested, *(door(callback.quantized_path, ReadsDeep) for door in doors)):
+        assert (each.next_epoch, each.best, each.scale, each.words) == (1, [], None, [1])
+        assert each.stored is Kind.SMALL
+    assert load_quantized(callback.quantized_path, ReadsDeep, lr=1.0).hparams.lr == 1.0
+    content = torch.load(callback.quantized_path, weights_only=True)
+    assert (content["hyper_parameters"]["kind"], content["words"]) == (1, {"a": [1]})
+    assert "teacher.weight" in content["state_dict"]
 
 
 class ReadsWeights(Net):

@@ -6,11 +6,13 @@ import contextlib
 import copy
 import io
 import math
+import pickle
 import random
 import shutil
 import sys
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,7 +48,8 @@ def changed(path, target, way, value):
         del place[way[-1]]
     else:
         place[way[-1]] = value(place[way[-1]]) if callable(value) else value
-    torch.save(digested(content), target)
+    # written in Python: from 3.12 on the limit of recursions in C cannot be set
+    torch.save(digested(content), target, pickle_module=SimpleNamespace(__name__="pickle", Pickler=pickle._Pickler))
     return target
 
 

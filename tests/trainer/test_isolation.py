@@ -37,6 +37,16 @@ class Slotted:
         self.total = 0
 
 
+class Hidden(Slotted):
+    """As paths of Python 3.13: a property that cannot be set has the name of a slot."""
+
+    __slots__ = ()
+    total = property(lambda self: Slotted.total.__get__(self))
+
+    def __init__(self):
+        Slotted.total.__set__(self, 0)
+
+
 class Meter:
     seen: ClassVar[list] = []
 
@@ -77,6 +87,7 @@ CHANGES = {
     "NumPy array of objects": (lambda: np.array([[], {}], dtype=object), lambda held: held[0].append(1)),
     "dataclass": (Record, lambda held: (held.losses.append(1), setattr(held, "count", 3))),
     "slots": (Slotted, lambda held: setattr(held, "total", 1)),
+    "slots below a property": (Hidden, lambda held: Slotted.total.__set__(held, 1)),
     "object": (Meter, lambda held: held.update(1)),
     "tensor": (lambda: torch.zeros(2), lambda held: held.add_(1)),
     "tensor in a dict": (lambda: {"n": torch.zeros(2)}, lambda held: held["n"].add_(1)),

@@ -20,7 +20,7 @@ from tinyq_lightning.file.loading import load_content, load_quantized, read_cont
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
 from tinyq_lightning.file.names import check_folder, file_bytes, file_exists, quantized_path, refuse_existing, stem_of
 from tinyq_lightning.file.part import content_of_part
-from tinyq_lightning.file.plain import plain
+from tinyq_lightning.file.plain import copied, plain
 from tinyq_lightning.file.safetensors import is_safetensors, read_safetensors, write_safetensors
 from tinyq_lightning.file.state import check_state
 from tinyq_lightning.file.structure import restore_structure
@@ -44,6 +44,7 @@ __all__ = [
     "check_format",
     "check_state",
     "content_of_part",
+    "copied",
     "digest_of",
     "drop_weak_references",
     "escaped",

@@ -11,6 +11,7 @@ from typing import Any
 
 from tinyq_lightning.errors import CheckpointError, ModelError
 from tinyq_lightning.file.factory import name_of, parameters_of
+from tinyq_lightning.file.plain import copied
 from tinyq_lightning.file.trust import call_with, import_class
 from tinyq_lightning.file.typed import ClassUnknown, InterpolationFound, can_be_given, restored
 from tinyq_lightning.file.validate import HYPER_PARAMETERS, HYPER_PARAMETERS_NAME, HYPER_PARAMETERS_TYPE
@@ -47,7 +48,7 @@ class Arguments:
         name = content.get(HYPER_PARAMETERS_NAME)
         takes_it = isinstance(name, str) and name in self._takes and not _is_open(self._takes[name])
         self._holder: str | None = name if takes_it else None
-        stored = _copied(dict(_items(content.get(HYPER_PARAMETERS, {}))))
+        stored = copied(dict(_items(content.get(HYPER_PARAMETERS, {}))))
         self.from_cli = stored.pop("_instantiator", None) is not None
         self._put_given_entries(stored)
         kinds: Mapping[str, str] = tinyq.get("configs", {})
@@ -176,13 +177,6 @@ def _items(stored: Any) -> Iterator[tuple[Any, Any]]:
     for key in stored:
         with suppress(Exception):
             yield key, stored[key]
-
-
-def _copied(value: Any) -> Any:
-    """A copy of the containers in it, because entries are replaced in them; other values stay the same objects."""
-    if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
-    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def _item_at(root: Any, path: Sequence[Any]) -> Any:

@@ -33,6 +33,13 @@ class FloatEntries(OrderedDict[str, Any]):
         if hasattr(state_dict, "_metadata"):
             self._metadata = state_dict._metadata
 
+    def entries(self) -> OrderedDict[str, Any]:
+        """The state dict without answers for float weights."""
+        entries = OrderedDict(self)
+        if hasattr(self, "_metadata"):
+            vars(entries)["_metadata"] = self._metadata
+        return entries
+
     def __missing__(self, key: str) -> Tensor:
         weight = self._float_weight(key)
         if weight is None:

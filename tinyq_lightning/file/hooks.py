@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
-from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.errors import CheckpointError, TinyQError
+from tinyq_lightning.file.arguments import Arguments
 from tinyq_lightning.file.factory import name_of
 from tinyq_lightning.file.float_entries import FloatEntries
+from tinyq_lightning.file.plain import copied
 from tinyq_lightning.file.trust import call_with
-from tinyq_lightning.file.validate import HYPER_PARAMETERS
+from tinyq_lightning.file.validate import HYPER_PARAMETERS, TRAINING_KEYS, is_quantized
 
 __all__ = [
     "HookView",
@@ -17,11 +19,48 @@ __all__ = [
     "dropped_entries",
 ]
 
+_COUNTS = frozenset(("ready", "started", "processed", "completed"))
+
+
+class _Nothing(dict[Any, Any]):
+    """An empty mapping. What is read below it is empty as well, and the counts of a loop's progress are 0."""
+
+    def __missing__(self, key: Any) -> Any:
+        return 0 if key in _COUNTS else _Nothing()
+
+    def __delitem__(self, key: Any) -> None:
+        super().pop(key, None)
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        return super().pop(key, *(default or (self.__missing__(key),)))
+
+
+class _NoItems(list[Any]):
+    """An empty list, of optimizers or schedulers. What is read by an index is empty, what is put there is lost."""
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return super().__getitem__(index)
+        except IndexError:
+            return _Nothing()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(index, slice) or -len(self) <= index < len(self):
+            super().__setitem__(index, value)
+
+    def __delitem__(self, index: Any) -> None:
+        if isinstance(index, slice) or -len(self) <= index < len(self):
+            super().__delitem__(index)
+
+    def pop(self, index: SupportsIndex = -1) -> Any:
+        return super().pop(index) if self else _Nothing()
+
+
 _EMPTY_TRAINING: dict[str, Callable[[], Any]] = {
-    "callbacks": dict,
-    "optimizer_states": list,
-    "lr_schedulers": list,
-    "loops": dict,
+    "callbacks": _Nothing,
+    "optimizer_states": _NoItems,
+    "lr_schedulers": _NoItems,
+    "loops": _Nothing,
 }
 """Entries that every checkpoint of a training has."""
 
@@ -29,21 +68,34 @@ _EMPTY_TRAINING: dict[str, Callable[[], Any]] = {
 class HookView(dict[str, Any]):
     """A copy of a checkpoint for a hook: with empty entries of the training, and errors for what was dropped.
 
-    Float weights are in its state dict when a hook asks for them by their names.
+    Its containers are copies, so that the hook changes nothing in the checkpoint. Float weights are in its state dict
+    when a hook asks for them by their names, and hyper-parameters have their types.
 
     Args:
         checkpoint: float or quantized.
         module_class: the class whose hook it is, for errors.
         source: the file's name, for errors.
         given: entries that the file could not hold, by the user.
+        arguments: of the module, by the user. They are among the hyper-parameters, as with Lightning.
+        trust: as of :func:`~tinyq_lightning.load_quantized`.
     """
 
     def __init__(
-        self, checkpoint: Mapping[str, Any], module_class: Any, source: str, given: Mapping[str, Any] | None = None
+        self,
+        checkpoint: Mapping[str, Any],
+        module_class: Any,
+        source: str,
+        given: Mapping[str, Any] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        trust: bool = False,
     ) -> None:
-        super().__init__(checkpoint)
-        if "tinyq" in checkpoint and isinstance(checkpoint.get("state_dict"), Mapping):
-            super().__setitem__("state_dict", FloatEntries(checkpoint["state_dict"], checkpoint["tinyq"]["plan"]))
+        super().__init__(copied(dict(checkpoint)))
+        if is_quantized(checkpoint):
+            if isinstance(checkpoint.get("state_dict"), Mapping):
+                super().__setitem__("state_dict", FloatEntries(checkpoint["state_dict"], checkpoint["tinyq"]["plan"]))
+            if HYPER_PARAMETERS in checkpoint:
+                hyper_parameters = _hyper_parameters(checkpoint, module_class, source, arguments or {}, trust)
+                super().__setitem__(HYPER_PARAMETERS, hyper_parameters)
         self._class, self._source = module_class, source
         for key, empty in _EMPTY_TRAINING.items():
             self.setdefault(key, empty())
@@ -53,6 +105,8 @@ class HookView(dict[str, Any]):
 
     def __missing__(self, key: str) -> Any:
         self._refuse(key)
+        if key in TRAINING_KEYS:
+            return _Nothing()
         raise KeyError(key)
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -75,6 +129,21 @@ class HookView(dict[str, Any]):
                 f"{self._source}: on_load_checkpoint of {name_of(self._class)} reads {key!r}, which the file could not "
                 f"hold: give it as it was, as in {call_with(self._class, key)}"
             )
+
+
+def _hyper_parameters(
+    checkpoint: Mapping[str, Any], module_class: Any, source: str, arguments: Mapping[str, Any], trust: bool
+) -> Any:
+    """Those of a quantized file as they were when the module was made, where that can be told, with the given ones."""
+    stored = copied(checkpoint[HYPER_PARAMETERS])
+    try:
+        found = Arguments(module_class, checkpoint, arguments, trust, source)
+        stored = stored if found.from_cli else found.stored
+    except (TinyQError, TypeError):  # the module was made in another way
+        pass
+    if isinstance(stored, dict):
+        stored.update({name: value for name, value in arguments.items() if "." not in name})
+    return stored
 
 
 def call_hook(hook: Callable[[Any], Any], module_class: type, checkpoint: dict[str, Any], source: str) -> None:

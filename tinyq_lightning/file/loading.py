@@ -13,6 +13,7 @@ from tinyq_lightning.errors import CheckpointError, TinyQError
 from tinyq_lightning.file.checkpoint import read_checkpoint
 from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.factory import as_factory, name_of, parameters_of
+from tinyq_lightning.file.float_entries import FloatEntries
 from tinyq_lightning.file.hooks import HookView, dropped_entries
 from tinyq_lightning.file.part import content_of_part
 from tinyq_lightning.file.safetensors import is_safetensors, read_safetensors
@@ -128,14 +129,16 @@ def load_content(
     trust: bool = False,
 ) -> Module:
     """As :func:`load_quantized`, from the content of a checked file; the module stays in the mode it was built in."""
-    module, fill = _built_weightless(module_class, content, init_args, source, trust), None
-    if module is None:
-        module, made = _built(module_class, content, init_args, source, trust)
+    built, fill = _built_weightless(module_class, content, init_args, source, trust), None
+    if built is None:
+        module, state_dict, made = _built(module_class, content, init_args, source, trust)
         fill = fill_what_is_still_held(made)
         del made  # with the float layers
+    else:
+        module, state_dict = built
     strict = getattr(module, "strict_loading", True) if strict is None else strict
     try:
-        module.load_state_dict(named_as_in(module, content["state_dict"]), strict=strict)
+        module.load_state_dict(named_as_in(module, state_dict), strict=strict)
     except Exception as error:  # load_state_dict raises RuntimeError, hooks of the class anything
         raise CheckpointError(f"{source}: the file does not fit {name_of(module_class)}: {error}") from error
     if fill is not None:
@@ -150,15 +153,15 @@ def _built_weightless(
     init_args: Mapping[str, Any],
     source: str,
     trust: bool,
-) -> Module | None:
-    """A module that has the tensors of the file as its own; None if the class cannot be built without values."""
+) -> tuple[Module, Mapping[str, Any]] | None:
+    """A module that has the tensors of the file as its own, and those; None if it cannot be built without values."""
     try:
         with watched_meta_tensors() as leaves_any:
             with without_weights():
-                module, made = _built(module_class, content, init_args, source, trust)
+                module, state_dict, made = _built(module_class, content, init_args, source, trust)
             del made  # the float layers, whose tensors are on the meta device
-            state_dict = named_as_in(module, content["state_dict"])
-            return module if take_values(module, state_dict) and not leaves_any() else None
+            taken = take_values(module, named_as_in(module, state_dict))
+            return (module, state_dict) if taken and not leaves_any() else None
     except CheckpointError as error:
         if _is_of_the_class(error):
             return None
@@ -178,8 +181,12 @@ def _built(
     init_args: Mapping[str, Any],
     source: str,
     trust: bool,
-) -> tuple[Module, list[tuple[Site, QuantizedLayer]]]:
-    """A module with the structure of the checkpoint, without its values; its float layers and what replaced them."""
+) -> tuple[Module, Mapping[str, Any], list[tuple[Site, QuantizedLayer]]]:
+    """A module with the structure of the checkpoint, without its values.
+
+    Returns:
+        The module, the state dict for it, and its float layers with what replaced them.
+    """
     name = name_of(module_class)
     entries = {key: value for key, value in init_args.items() if key in dropped_entries(content)}
     arguments = {
@@ -199,9 +206,8 @@ def _built(
     made = prepare_structure(module, content, source)
     hook = getattr(module, "on_load_checkpoint", None)  # a LightningModule has it
     if hook is None:
-        return module, made
-    # a copy, because the hook may change it and the module may be built twice
-    view = HookView({**content, "state_dict": content["state_dict"].copy()}, module_class, source, entries)
+        return module, content["state_dict"], made
+    view = HookView(content, module_class, source, entries, arguments, trust)
     try:
         hook(view)
     except TinyQError:
@@ -210,7 +216,8 @@ def _built(
         raise CheckpointError(
             f"{source}: on_load_checkpoint of {name} failed: {type(error).__name__}: {error}"
         ) from error
-    return module, made
+    state_dict = view["state_dict"]
+    return module, state_dict.entries() if isinstance(state_dict, FloatEntries) else state_dict, made
 
 
 def _still_needed(factory: Any, content: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:

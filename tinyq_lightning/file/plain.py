@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from argparse import Namespace
 from collections import OrderedDict
@@ -20,6 +21,7 @@ from tinyq_lightning.errors import CheckpointError
 
 __all__ = [
     "as_plain_tensor",
+    "copied",
     "plain",
     "plain_entries",
     "plain_state",
@@ -105,3 +107,17 @@ def plain_state(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     if hasattr(state_dict, "_metadata"):
         state._metadata = plain(state_dict._metadata)  # type: ignore[attr-defined]
     return state
+
+
+def copied(value: Any, done: dict[int, Any] | None = None) -> Any:
+    """``value`` with copies of its plain containers at every depth; all else stays the same object."""
+    done = {} if done is None else done
+    if type(value) is tuple:
+        return tuple(copied(item, done) for item in value)
+    if type(value) not in (dict, OrderedDict, list):
+        return value
+    if id(value) not in done:
+        done[id(value)] = result = copy.copy(value)  # keeps attributes, such as _metadata of a state dict
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            result[key] = copied(item, done)
+    return done[id(value)]

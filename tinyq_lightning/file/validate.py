@@ -16,6 +16,7 @@ from tinyq_lightning.version import __version__
 
 __all__ = [
     "FORMAT_VERSION",
+    "TRAINING_KEYS",
     "apart_from_weights",
     "check_format",
     "check_layers",
@@ -37,8 +38,7 @@ HYPER_PARAMETERS_TYPE = "hparams_type"
 LIGHTNING_VERSION = "pytorch-lightning_version"
 """Entries of a Lightning checkpoint. Not read from LightningModule, because reading a file must not need Lightning."""
 
-# What a float checkpoint holds for going on with the training, which an int8 model cannot do.
-_TRAINING_KEYS = {
+TRAINING_KEYS = {
     "callbacks",
     "optimizer_states",
     "lr_schedulers",
@@ -48,6 +48,7 @@ _TRAINING_KEYS = {
     "MixedPrecision",
     "native_amp_scaling_state",
 }
+"""What a float checkpoint holds for going on with the training, which an int8 model cannot do."""
 
 _LARGEST = 10**7
 """Values in an entry of ``tinyq``; a small file can refer to the same container very often."""
@@ -77,7 +78,7 @@ def format_of(methods: Iterable[str]) -> int:
 
 def without_training_entries(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint without optimizer states, loops and the like."""
-    return {key: value for key, value in checkpoint.items() if key not in _TRAINING_KEYS}
+    return {key: value for key, value in checkpoint.items() if key not in TRAINING_KEYS}
 
 
 def apart_from_weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

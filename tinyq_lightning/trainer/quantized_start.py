@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from tinyq_lightning.file import HookView, is_quantized, restore_structure, without_training_entries
+from tinyq_lightning.file import HookView, copied, is_quantized, restore_structure, without_training_entries
 from tinyq_lightning.layers import QuantizedLayer
 from tinyq_lightning.plan import Site
 
@@ -59,7 +59,7 @@ class QuantizedStart:
             self._connector._loaded_checkpoint = checkpoint
 
     def _prepare(self, checkpoint: dict[str, Any]) -> None:
-        self.restored = without_training_entries(checkpoint)
+        self.restored = copied(without_training_entries(checkpoint))  # the user's hook may change the other
         if is_quantized(checkpoint):
             path = str(self._trainer.ckpt_path)
             self._made = restore_structure(self._module, self._trainer, checkpoint, path)

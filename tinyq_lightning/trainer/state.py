@@ -117,26 +117,32 @@ def _of_object(
         if attributes is not None:
             attributes.clear()
             attributes.update(before)
-        for name, slot in slots.items():
+        for member, slot in slots:
             if slot is not _MISSING:
-                object.__setattr__(value, name, slot)
-            elif hasattr(value, name):
-                object.__delattr__(value, name)
+                member.__set__(value, slot)
+            elif _read_slot(member, value) is not _MISSING:
+                member.__delete__(value)
 
-    named = {**before, **slots}
+    named = {**before, **{member.__name__: slot for member, slot in slots}}
     return State(restore, [*items, *((f".{name}", part) for name, part in named.items() if name not in skipped)])
 
 
-def _slots(value: object) -> dict[str, object]:
-    return {name: getattr(value, name, _MISSING) for name in _slot_names(cast(Hashable, type(value)))}
+def _slots(value: object) -> list[tuple[types.MemberDescriptorType, object]]:
+    """Each slot with what is in it. By descriptors: a subclass may have a property of the name."""
+    return [(member, _read_slot(member, value)) for member in _members(cast(Hashable, type(value)))]
+
+
+def _read_slot(member: types.MemberDescriptorType, value: object) -> object:
+    try:
+        return member.__get__(value)
+    except AttributeError:
+        return _MISSING
 
 
 @functools.lru_cache(maxsize=4096)
-def _slot_names(kind: Hashable) -> tuple[str, ...]:
-    members = (
-        member for each in cast(type, kind).__mro__ if "__slots__" in vars(each) for member in vars(each).items()
-    )
-    return tuple(name for name, member in members if isinstance(member, types.MemberDescriptorType))
+def _members(kind: Hashable) -> tuple[types.MemberDescriptorType, ...]:
+    members = (each for cls in cast(type, kind).__mro__ if "__slots__" in vars(cls) for each in vars(cls).values())
+    return tuple(member for member in members if isinstance(member, types.MemberDescriptorType))
 
 
 def _of_dict(value: dict[Any, Any]) -> State | None:
