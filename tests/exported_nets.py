@@ -103,7 +103,7 @@ class Convolutions(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
         self.grouped = nn.Conv2d(8, 8, 3, padding="same", dilation=2, groups=4)
-        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
+        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=(1, 2), padding_mode="circular", bias=False)
         self.norm = nn.BatchNorm2d(12)
         self.up = nn.ConvTranspose2d(12, 8, 3, stride=2, padding=1, output_padding=1)
         self.up_norm = nn.BatchNorm2d(8)

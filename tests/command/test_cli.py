@@ -293,6 +293,7 @@ def test_a_state_dict_of_a_plain_module_goes_all_the_way(folder, capsys):
         [*bench, "w8a32-n.ckpt"],
         ["export", "w8a32-n.ckpt", "--to", "safetensors"],
         [*bench, "w8a32-n.safetensors"],
+        ["export", "w8a32-n.ckpt", *model, "--to", "pt2", "--shape", "2x8"],
     ):
         assert main(words) == 0, words
         assert capsys.readouterr().err == ""
@@ -404,6 +405,7 @@ MISTAKES = [
     ("export nets.py --to ckpt --output q.ckpt", "truncated or damaged"),
     ("export w8a32-epoch=7.ckpt --to pt2", "give --model"),
     ("export w8a32-epoch=7.ckpt --to pt2 --model nets:Net --example nets:nothing", "has no attribute 'nothing'"),
+    ("export w8a32-epoch=7.ckpt --to pt2 --model nets:Net --shape 2x9", r"failed on inputs of the shapes \w+ \[2, 9\]"),
     ("export w8a32-epoch=7.ckpt --to pt2 --model nets:Net --method fly", "no example of its inputs"),
 ]
 

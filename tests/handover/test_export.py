@@ -88,9 +88,9 @@ def test_what_is_further_off_than_the_bound_leaves_no_file(tmp_path, monkeypatch
     wrong = replace(FORMATS["pt2"], open=lambda path, request: lambda given: [request.module(*given.args) * 1.5])
     monkeypatch.setitem(FORMATS, "pt2", wrong)
     with pytest.raises(ExportError, match=r"output of what was written is 0\.5 from the quantized model, more than"):
-        export(mlp(), tmp_path / "net.pt2", example())
+        export(mlp(), tmp_path / "new" / "net.pt2", example())
     assert not list(tmp_path.iterdir())
-    assert export(mlp(), tmp_path / "net.pt2", example(), max_error=0.6).relative_error == pytest.approx(0.5)
+    assert export(mlp(), tmp_path / "new" / "net.pt2", example(), max_error=0.6).relative_error == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("step", ["write", "open"])
@@ -142,6 +142,7 @@ def test_a_format_of_several_files_is_replaced_whole_or_not_at_all(tmp_path, mon
 MISTAKES = [
     ({"path": "net.xyz"}, "its ending names no format"),
     ({"path": "nowhere://place/net.pt2"}, "cannot be written there: Protocol not known: nowhere"),
+    ({"path": "/dev/null/net.pt2", "example_inputs": None}, "cannot be written there: FileExistsError"),
     ({"path": "net.pt2", "to": "tflite"}, "there is no format 'tflite'"),
     ({"model": nn.Linear(8, 2)}, "Linear has no quantized layer"),
     ({"example_inputs": None}, "no example of its inputs"),

@@ -57,6 +57,30 @@ def test_other_nets_are_near_in_both_runtimes(tmp_path, name, shape, ending):
     assert 1e-4 < report.relative_error < 0.1
 
 
+class Heard(nn.Module):
+    """A convolution without a batch, before a recurrent layer and another convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv1d(3, 16, 3, padding=1), nn.Conv1d(8, 4, 3)
+        self.gru = nn.GRU(16, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.last(self.gru(torch.relu(self.first(x)).t())[0].t())
+
+
+@pytest.mark.parametrize(("ending", "activations"), [("onnx", "static-signed"), ("xml", "static")])
+def test_changes_of_shape_and_recurrent_layers_between_convolutions(tmp_path, ending, activations):
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    net, given = Heard().eval(), batches(3, 9)
+    quantize(net, "w8a8")
+    path = tmp_path / f"net.{ending}"
+    report = export(net, path, given[0], activations=activations, calibration=given, dynamic=False)
+    assert report.relative_error < 0.1
+    assert any("recurrent layers are float32" in note for note in report.notes) == (ending == "xml")
+
+
 def test_signed_activations_have_no_zero_points(tmp_path):
     net, inputs = quantized("mlp", "w8a32")
     path = tmp_path / "net.onnx"

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from tinyq_lightning.command.shapes import InputShape
 from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.methods import ACTIVATIONS, FORMAT_NAMES
 from tinyq_lightning.namespaces import OF_LIGHTNING
@@ -201,8 +202,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", metavar="FILE", help="default: the same name with the other ending")
     command.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
     _add_model(command)
+    inputs = command.add_mutually_exclusive_group()
     example = "returns the arguments of one call (default: the model's example_input_array)"
-    command.add_argument("--example", metavar="M:FUNCTION", help=example)
+    inputs.add_argument("--example", metavar="M:FUNCTION", help=example)
+    shape = "or draw the inputs at random, a --shape for each: 1x3x32x32, or 2x16:int64:30522 for numbers below 30522"
+    inputs.add_argument("--shape", action="append", type=InputShape.parse, metavar="SHAPE[:DTYPE[:BELOW]]", help=shape)
     command.add_argument("--method", default="forward", metavar="NAME", help="the method to export (default: forward)")
     dynamic = "names of the inputs' first dimensions, whose sizes may change (default: batch), or none"
     command.add_argument("--dynamic", nargs="+", metavar="NAME", help=dynamic)

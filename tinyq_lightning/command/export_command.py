@@ -12,9 +12,18 @@ from torch import nn
 
 from tinyq_lightning.command.answer import Answer, model_class
 from tinyq_lightning.command.loop import made_data, run_loop
+from tinyq_lightning.command.shapes import drawn
 from tinyq_lightning.errors import ExportError, ModelError
 from tinyq_lightning.file import Archive, import_lightning_class, is_safetensors, load_quantized, refuse_existing
-from tinyq_lightning.handover import ExportReport, Program, format_for, import_example, recorded_calls, session_forward
+from tinyq_lightning.handover import (
+    ExportReport,
+    Program,
+    check_place,
+    format_for,
+    import_example,
+    recorded_calls,
+    session_forward,
+)
 from tinyq_lightning.handover import export as write_export
 from tinyq_lightning.namespaces import derives_from
 from tinyq_lightning.table import Table, screen_width
@@ -34,7 +43,7 @@ def export(args: Namespace) -> Answer:
         report = write_export(args.checkpoint, path, to=wanted.name, overwrite=args.overwrite)
         return Answer(str(report), report.to_dict())
     given: dict[str, Any] = {
-        "example_inputs": import_example(args.example) if args.example else None,
+        "example_inputs": _inputs(args),
         "to": wanted.name,
         "method": args.method,
         "dynamic": _dynamic(args.dynamic),
@@ -53,7 +62,8 @@ def export(args: Namespace) -> Answer:
 
 def _measured(args: Namespace, wanted: Program, path: str, given: dict[str, Any]) -> Answer:
     """Export with ranges and example inputs from the validation data; then run the validation loop on both."""
-    refuse_existing(path, args.overwrite, ExportError)  # sooner than the validation loop runs
+    check_place(path)  # sooner than the validation loop runs
+    refuse_existing(path, args.overwrite, ExportError)
     wanted.check_activations(args.activations)
     data_class = import_lightning_class(args.data, "LightningDataModule")
     model: Any = load_quantized(args.checkpoint, _class_of(args), part=args.part, trust=args.trust, **args.init)
@@ -94,6 +104,12 @@ def _metrics(here: Mapping[str, float], report: ExportReport) -> str:
         [name, f"{value:.6g}", f"{report.metrics[name]:.6g}"] for name, value in here.items() if name in report.metrics
     ]
     return Table(["validation", "quantized", report.format], rows).text(screen_width())
+
+
+def _inputs(args: Namespace) -> Any:
+    if args.shape:
+        return drawn(args.shape)
+    return import_example(args.example) if args.example else None
 
 
 def _class_of(args: Namespace) -> Any:

@@ -5,6 +5,7 @@ from tinyq_lightning.handover.calls import recorded_calls
 from tinyq_lightning.handover.example import as_arguments, copies_on_cpu, import_example
 from tinyq_lightning.handover.exporting import export
 from tinyq_lightning.handover.formats import FORMATS, Format, Program, Tensors, format_for
+from tinyq_lightning.handover.place import check_place
 from tinyq_lightning.handover.report import ExportReport
 from tinyq_lightning.handover.session import session_forward
 
@@ -16,6 +17,7 @@ __all__ = [
     "Tensors",
     "as_arguments",
     "check_formats",
+    "check_place",
     "copies_on_cpu",
     "export",
     "export_beside",

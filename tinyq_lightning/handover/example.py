@@ -151,7 +151,8 @@ def example_for(model: nn.Module, given: Any, method: str) -> Example:
         advice = "set example_input_array in __init__, or " if method == "forward" else ""
         raise ModelError(
             f"{name}.{method} is to be exported and there is no example of its inputs: {advice}give example_inputs "
-            "(--example package.module:function): a tensor, a tuple of arguments, or a dict of arguments by name"
+            "(--example package.module:function, or --shape 1x3x32x32): a tensor, a tuple of arguments, or a dict of "
+            "arguments by name"
         )
     args, kwargs = as_arguments(copies_on_cpu(given))
     function = getattr(model, method, None)

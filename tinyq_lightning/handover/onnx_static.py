@@ -22,11 +22,14 @@ __all__ = [
 _ACTIVATIONS = ("Relu", "Clip")
 """What runtimes fuse into the product before it, so that only its output is rounded."""
 
-_CARRIED = {"Add", "AveragePool", "Concat", "Flatten", "GlobalAveragePool", "MaxPool", "Relu", "Reshape", "Transpose"}
+_SAME_RANGE = {"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+"""What hands values on as they are, so that its output has the steps of its input."""
+
+_CARRIED = {"Add", "AveragePool", "Concat", "GlobalAveragePool", "Relu", *_SAME_RANGE}
 """What runtimes compute on rounded values, if all inputs are rounded."""
 
-_SAME_RANGE = {"Flatten", "MaxPool", "Reshape", "Transpose"}
-"""What hands values on as they are, so that its output has the steps of its input."""
+_SHAPED = {"Reshape", "Squeeze", "Unsqueeze"}
+"""Of these the first input is the data, and the second a shape or dimensions."""
 
 
 @dataclass
@@ -63,7 +66,7 @@ def static_places(graph: onnx_ir.Graph) -> StaticPlaces:
             _round_output(places, node)
     for node in graph:
         if node.op_type in _CARRIED and node.outputs[0] not in places.everywhere:
-            data = [value for value in node.inputs[: 1 if node.op_type == "Reshape" else None] if value is not None]
+            data = [value for value in node.inputs[: 1 if node.op_type in _SHAPED else None] if value is not None]
             if data and all(value in places.everywhere for value in data):
                 _round_output(places, node)
     for node in graph:  # after all others, because a convolution's input may have been found before
@@ -81,13 +84,26 @@ def _multiplies_codes(node: onnx_ir.Node) -> bool:
 
 
 def _round_output(places: StaticPlaces, node: onnx_ir.Node) -> None:
-    """Round the output, or that of the activation function after it; outputs of the model stay as they are."""
+    """Round the output, or that of the activation function after it; outputs of the model stay as they are.
+
+    So do those that are such an output in another shape: ONNX Runtime would move the pair behind the change of shape,
+    and of int8 ones it (1.32) makes a node that it refuses itself.
+    """
     value = node.outputs[0]
     uses = list(value.uses())
-    if len(uses) == 1 and uses[0].node.op_type in _ACTIVATIONS and not value.is_graph_output():
+    fuses = node.op_type not in _SHAPED and len(uses) == 1 and uses[0].node.op_type in _ACTIVATIONS
+    if fuses and not value.is_graph_output():
         value = uses[0].node.outputs[0]
-    if not value.is_graph_output():
+    if not _is_handed_out(value):
         places.everywhere.setdefault(value, value)
+
+
+def _is_handed_out(value: onnx_ir.Value) -> bool:
+    """Whether the value is an output of the model, as it is or in another shape."""
+    uses = list(value.uses())
+    if value.is_graph_output() or len(uses) != 1 or uses[0].node.op_type not in _SAME_RANGE:
+        return value.is_graph_output()
+    return _is_handed_out(uses[0].node.outputs[0])
 
 
 def with_ranges(model: onnx_ir.Model, values: Iterable[onnx_ir.Value]) -> onnx_ir.Model:

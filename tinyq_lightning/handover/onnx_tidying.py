@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinyq_lightning.handover.onnx_norms import fold_norms
+from tinyq_lightning.handover.onnx_padding import spell_out_wrapped_pads
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -29,6 +30,7 @@ def tidy(model: onnx_ir.Model) -> None:
     _drop_origins(model)
     optimize_ir(model, should_fold=_folds, input_size_limit=2**31, output_size_limit=2**62)
     fold_norms(model)
+    spell_out_wrapped_pads(model)
     _lay_out(model)
     for each in (common.DeduplicateHashedInitializersPass(), common.RemoveUnusedNodesPass()):
         each(model)

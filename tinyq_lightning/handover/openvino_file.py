@@ -15,6 +15,7 @@ from tinyq_lightning.handover.example import Example
 from tinyq_lightning.handover.onnx_calibration import static_graph
 from tinyq_lightning.handover.onnx_four_bits import pack_four_bits
 from tinyq_lightning.handover.onnx_graph import onnx_graph, save_graph
+from tinyq_lightning.handover.onnx_recurrent_weights import expand_recurrent
 from tinyq_lightning.handover.request import Request
 
 __all__ = [
@@ -31,6 +32,10 @@ _PRECISION_NOTE = (
     "On a processor with bfloat16 instructions OpenVINO computes in bfloat16: INFERENCE_PRECISION_HINT = f32 keeps "
     "float32."
 )
+_RECURRENT_NOTE = (
+    "The weights of recurrent layers are float32: OpenVINO takes none in int8 beside static activations. activations = "
+    "dynamic keeps them in int8."
+)
 
 
 def write_openvino(request: Request, path: str) -> Sequence[str]:
@@ -46,13 +51,16 @@ def write_openvino(request: Request, path: str) -> Sequence[str]:
     with tempfile.TemporaryDirectory() as folder:
         onnx_path = os.path.join(folder, "model.onnx")
         is_static = request.activations != "dynamic"
-        graph = static_graph(request, _float_runner) if is_static else onnx_graph(request, rounds=False)
-        if not is_static:
+        if is_static:
+            graph = static_graph(request, _float_runner)
+            expands = expand_recurrent(graph)
+        else:
+            graph, expands = onnx_graph(request, rounds=False), False
             pack_four_bits(graph, request.module, expands=False)
         save_graph(graph, onnx_path)
         model = openvino.Core().read_model(onnx_path)
         openvino.save_model(model, path, compress_to_fp16=False)
-    return [_ROUNDING_NOTE, _PRECISION_NOTE]
+    return [_ROUNDING_NOTE, _PRECISION_NOTE, *[_RECURRENT_NOTE] * expands]
 
 
 def _float_runner(path: str) -> Callable[[Mapping[str, Any]], Sequence[Any]]:

@@ -10,7 +10,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from tinyq_lightning.errors import ExportError
-from tinyq_lightning.file import refuse_existing, temporary_folder
+from tinyq_lightning.file import refuse_existing, temporary_folder, why_not_writable
 
 __all__ = [
     "check_place",
@@ -20,15 +20,22 @@ __all__ = [
 
 
 def check_place(path: str) -> None:
-    """Check that there is a file system for a path.
+    """Check that there is a file system for a path, and that its folder, which may be missing, takes files.
 
     Raises:
-        ExportError: there is none of that name, or its library is not installed.
+        ExportError: there is none of that name, its library is not installed, or no file can be saved there.
     """
     try:
-        fsspec.core.url_to_fs(path)
+        fs, location = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
         raise ExportError(f"{path}: the file cannot be written there: {error}") from error
+    folder = os.path.dirname(os.path.abspath(location)) if isinstance(fs, LocalFileSystem) else _folder_of(path)
+    if why_not := why_not_writable(folder):
+        raise ExportError(f"{path}: the file cannot be written there: {why_not}")
+
+
+def _folder_of(url: str) -> str:
+    return url.rstrip("/").rpartition("/")[0]
 
 
 @contextmanager
@@ -36,12 +43,20 @@ def workshop(path: str) -> Iterator[str]:
     """Context manager with the path to write to: of the same name, in a temporary folder, which is then removed.
 
     Args:
-        path: the final path, local or a URL that fsspec can open. The folder lies beside a local one.
+        path: the final path, local or a URL that fsspec can open. The folder lies beside a local one, or in the first
+            folder above it that is there.
     """
     fs, location = fsspec.core.url_to_fs(path)
-    beside = os.path.dirname(os.path.abspath(location)) if isinstance(fs, LocalFileSystem) else None
+    beside = _folder_there(os.path.dirname(os.path.abspath(location))) if isinstance(fs, LocalFileSystem) else None
     with temporary_folder(beside) as folder:
         yield os.path.join(folder, os.path.basename(location.rstrip("/")))
+
+
+def _folder_there(folder: str) -> str:
+    """The folder, or the first above it that exists."""
+    while not os.path.isdir(folder) and os.path.dirname(folder) != folder:
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def move_into_place(written: str, path: str, overwrite: bool) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from tinyq_lightning.handover.onnx_recurrent import SequenceForm
 from tinyq_lightning.handover.request import Request
 
 __all__ = [
@@ -59,15 +60,17 @@ def why_no_graph(request: Request, error: Exception) -> str:
     if lengths := _lengths_of_recurrent(request):
         return (
             f"torch.export makes recurrent layers such as {lengths} for one length of sequence: leave that dimension "
-            f"out of dynamic, pad to one length, or export to onnx, which takes any. torch itself says: {own}"
+            "out of dynamic and pad to one length. In ONNX and OpenVINO files quantized ones take any. torch itself "
+            f"says: {own}"
         )
     return own
 
 
 def _lengths_of_recurrent(request: Request) -> str | None:
-    """The name of a recurrent layer of a graph of which more than the batch may change."""
+    """The name of a recurrent layer that torch exports, of a graph of which more than the batch may change."""
     several = any(len(places) > 1 for places in request.dims.places.values())
-    found = (name for name, each in request.module.named_modules() if isinstance(each, nn.RNNBase))
+    modules = request.module.named_modules()
+    found = (name for name, each in modules if isinstance(each, nn.RNNBase) and not isinstance(each, SequenceForm))
     return next(found, None) if several else None
 
 

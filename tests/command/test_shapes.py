@@ -1,0 +1,34 @@
+"""Inputs that the command line describes by shape and dtype."""
+
+import argparse
+
+import pytest
+import torch
+
+from tinyq_lightning.command.shapes import InputShape, drawn
+
+
+def test_inputs_are_drawn_by_shape_dtype_and_bound_and_are_the_same_each_time():
+    shapes = [InputShape.parse(text) for text in ("2x3x4", "5", "2x400:int64:7", "3x2:bool", "4:bfloat16")]
+    tensors = drawn(shapes)
+    assert [tuple(each.shape) for each in tensors] == [(2, 3, 4), (5,), (2, 400), (3, 2), (4,)]
+    dtypes = [torch.float32, torch.float32, torch.int64, torch.bool, torch.bfloat16]
+    assert [each.dtype for each in tensors] == dtypes
+    assert tensors[2].unique().tolist() == [*range(7)]
+    assert all(torch.equal(one, other) for one, other in zip(tensors, drawn(shapes), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("3,32", "is not SHAPE"),
+        ("2x", "is not SHAPE"),
+        ("2x0", "has a size of 0"),
+        ("2x3:float33", "'float33' in '2x3:float33' is none of float32"),
+        ("2x3:float32:4", "is said of int64 and int32"),
+        ("2x3:int64:0", "is 1 to"),
+    ],
+)
+def test_what_describes_no_tensor_is_refused_in_words(text, reason):
+    with pytest.raises(argparse.ArgumentTypeError, match=reason):
+        InputShape.parse(text)
