@@ -116,6 +116,9 @@ def test_mixed_packages_are_refused_with_the_import_to_write(tmp_path):
     run = trainer(tmp_path, TinyQCallback("w8a32"))
     with pytest.raises(TrainerError, match=rf"write `from {NAMESPACE} import LightningDataModule` where Data is def"):
         run.fit(Net(), datamodule=Data())
+    for stage in (run.fit, run.test):
+        with pytest.raises(TrainerError, match=rf"write `from {NAMESPACE} import LightningDataModule` where Data is"):
+            stage(Net(), Data())
     if not refused_by_lightning():
         kept = trainer(tmp_path, TinyQCallback("w8a32"), other.callbacks.ModelCheckpoint(), enable_checkpointing=False)
         with pytest.raises(TrainerError, match=rf"write `from {NAMESPACE}.callbacks import ModelCheckpoint`, or"):
@@ -169,7 +172,7 @@ def test_evaluate_refuses_a_data_module_of_the_other_package(fitted, tmp_path, m
     assert main(["evaluate", path, "--model", "models:Net", "--data", "models:Blobs"]) == 0
 
 
-def test_lightning_cli_of_the_other_package_takes_the_callback_by_its_class_path(tmp_path):
+def test_lightning_cli_of_the_other_package_takes_the_callback_by_its_class_path_twice_in_a_process(tmp_path):
     module = f"""
 import torch
 from {OTHER} import LightningModule
@@ -199,6 +202,7 @@ trainer:
   callbacks:
     - class_path: tinyq_lightning.TinyQCallback
       init_args: {{spec: w8a16, report: false, strict: true, dirpath: {tmp_path}}}
+    - class_path: ModelCheckpoint
 model: {{width: 8}}
 """)
     code = f"""
@@ -207,7 +211,8 @@ from pathlib import Path
 sys.path.insert(0, {str(tmp_path)!r})
 import small
 from {OTHER}.cli import LightningCLI
-cli = LightningCLI(small.Small, args=["fit", "--config", {str(tmp_path / "run.yaml")!r}], save_config_callback=None)
+for _ in range(2):
+    cli = LightningCLI(small.Small, args=["fit", "--config", {str(tmp_path / "run.yaml")!r}], save_config_callback=None)
 from tinyq_lightning import TinyQCallback, load_quantized
 callback = next(each for each in cli.trainer.callbacks if isinstance(each, TinyQCallback))
 print(callback.quantized_path)

@@ -151,6 +151,25 @@ def test_stored_hyper_parameters_are_given_to_what_takes_them(server):
         load_quantized("whole.ckpt", makes, width=8)
 
 
+class Base(nn.Module):
+    def __init__(self, config, **others):
+        super().__init__()
+        self.size = others["inferred"]
+        self.seed = others["seed"] if "seed" in others else 0  # noqa: SIM401
+
+
+class Derived(Base):
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
+
+
+def test_an_error_names_all_arguments_that_are_still_needed(server):
+    with pytest.raises(CheckpointError, match=r"load_quantized\(path, Derived, config=\.\.\., inferred=\.\.\.\)"):
+        load_quantized("task.ckpt", Derived)
+    with pytest.raises(CheckpointError, match=r"KeyError: 'inferred'.*\(path, Derived, inferred=\.\.\.\)"):
+        load_quantized("task.ckpt", Derived, config=1)
+
+
 def test_a_part_that_is_a_single_layer_is_an_error_that_names_the_module_above(server):
     with pytest.raises(CheckpointError, match=r"'net\.lstm' is a single quantized layer .*part='net' loads"):
         load_quantized("task.ckpt", lambda: torch.nn.LSTM(8, 8), part="net.lstm")

@@ -15,6 +15,7 @@ from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.factory import as_factory, name_of, parameters_of
 from tinyq_lightning.file.float_entries import FloatEntries
 from tinyq_lightning.file.hooks import HookView, dropped_entries
+from tinyq_lightning.file.needed import still_needed
 from tinyq_lightning.file.part import content_of_part
 from tinyq_lightning.file.safetensors import is_safetensors, read_safetensors
 from tinyq_lightning.file.structure import fill_what_is_still_held, prepare_structure
@@ -197,11 +198,13 @@ def _built(
     except TinyQError:
         raise
     except Exception as error:  # TypeError for arguments that do not fit, or whatever the class raises for them
+        stored = content.get(HYPER_PARAMETERS)
+        given = arguments.keys() | (stored.keys() if isinstance(stored, Mapping) else set())
         kind = "" if isinstance(error, TypeError) else f"{type(error).__name__}: "
         raise CheckpointError(
             f"{source}: {name} could not be built from the file's hyper_parameters: {kind}{error}. The file holds what "
             f"save_hyperparameters saved; give the rest, as in load_quantized(path, {name}, "
-            f"{_still_needed(module_class, content, arguments)})"
+            f"{still_needed(module_class, given)})"
         ) from error
     made = prepare_structure(module, content, source)
     hook = getattr(module, "on_load_checkpoint", None)  # a LightningModule has it
@@ -218,20 +221,6 @@ def _built(
         ) from error
     state_dict = view["state_dict"]
     return module, state_dict.entries() if isinstance(state_dict, FloatEntries) else state_dict, made
-
-
-def _still_needed(factory: Any, content: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
-    """The arguments without a default that neither the file nor the caller gives, as a call would have them."""
-    stored = content.get(HYPER_PARAMETERS)
-    given = arguments.keys() | (stored.keys() if isinstance(stored, Mapping) else set())
-    needed = [
-        name
-        for name, parameter in parameters_of(factory).items()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and name not in given
-    ]
-    return ", ".join(f"{name}=..." for name in needed or ["argument"])
 
 
 def _is_argument(name: str, module_class: Any, content: Mapping[str, Any]) -> bool:

@@ -159,7 +159,9 @@ def refuse_mixed_packages(trainer: Trainer) -> None:
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     known = [each for each in callbacks if derives_from(type(each), "Checkpoint", "ModelSummary", "ProgressBar")]
-    refuse_other_namespace(trainer, trainer.datamodule, *known)  # type: ignore[attr-defined]
+    loop: Any = getattr(trainer, f"{trainer.state.fn.value}_loop") if trainer.state.fn else None
+    given = loop and loop._data_source.instance  # where a data module is that stands for the dataloaders
+    refuse_other_namespace(trainer, trainer.datamodule, given, *known)  # type: ignore[attr-defined]
 
 
 def why_never_validated(trainer: Trainer, module: LightningModule) -> str | None:

@@ -201,8 +201,10 @@ def _callbacks(trainer: Trainer, stage: Stage, watch: Callback) -> Iterator[Call
             yield watch
         kept = _PREFIX[stage] if _changes_batches(callback, stage) else "no hook"
         muted = {name: do_nothing for name in hooks if not name.startswith(kept)}
+        name = type(callback).__name__
+        local = {"__qualname__": f"_callbacks.<locals>.{name}"}  # else LightningCLI finds two classes of the name
         with suppress(TypeError):  # a class that cannot be derived from
-            copied: Any = object.__new__(type(type(callback).__name__, (type(callback),), muted))
+            copied: Any = object.__new__(type(name, (type(callback),), muted | local))
             vars(copied).update({name: value for name, value in vars(callback).items() if name not in muted})
             yield cast("Callback", copied)
 

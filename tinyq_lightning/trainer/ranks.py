@@ -255,8 +255,8 @@ def refuse_sharding(trainer: Trainer, when: str) -> None:
             "quantizing needs each layer whole. Train without the callback, then quantize the checkpoint: "
             "tinyq-lightning quantize CHECKPOINT --model package.module:Class, where CHECKPOINT is a file, or a folder "
             "of torch.distributed.checkpoint; of DeepSpeed the file that Lightning's "
-            "convert_zero_checkpoint_to_fp32_state_dict makes. To measure both as well: "
-            "Trainer(devices=1, callbacks=[TinyQCallback(..., when='test_start')]).test(model, ckpt_path=...)"
+            "convert_zero_checkpoint_to_fp32_state_dict makes. To measure both as well, of a file: "
+            "Trainer(devices=1, callbacks=[TinyQCallback(..., when='test_start')]).test(model, ckpt_path=FILE)"
         )
 
 

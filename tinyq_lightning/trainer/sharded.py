@@ -22,6 +22,7 @@ from tinyq_lightning.file import (
     make_checkpoint,
     open_checkpoint,
 )
+from tinyq_lightning.namespaces import namespace_of
 from tinyq_lightning.plan import Plan, quantize_by_layer, state_bytes
 from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.trainer.comparable import recorded_score
@@ -82,9 +83,11 @@ def refuse_measuring_sharded(trainer: Trainer, spec: QuantizationSpec) -> None:
     if wanted:
         raise EvaluationError(
             f"{wanted} needs the model to run as it is quantized, and under {type(trainer.strategy).__name__} no "
-            "process holds it whole. Leave it out here; to have it, test the checkpoint on one device: "
-            "Trainer(devices=1, callbacks=[TinyQCallback(..., when='test_start')]).test(model, ckpt_path=...), where "
-            "configure_model must leave the model whole if self.device_mesh is None"
+            "process holds it whole. Leave it out here; to have it, give what was trained to a fit of no epochs on one "
+            "device: Trainer(devices=1, max_epochs=0, callbacks=[TinyQCallback(..., weights='current')])"
+            ".fit(Net.load_from_checkpoint(FILE), datamodule), where configure_model must leave the model whole if "
+            "self.device_mesh is None. A checkpoint that is a folder becomes FILE by python -m "
+            f"{namespace_of(trainer).fabric_name}.utilities.consolidate_checkpoint FOLDER"
         )
 
 
