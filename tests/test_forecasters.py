@@ -24,6 +24,8 @@ QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summa
         ("NBEATSModel", {"num_stacks": 2, "num_blocks": 1, "layer_widths": 32}),
         ("TiDEModel", {"hidden_size": 32}),
         ("TransformerModel", {"d_model": 16, "nhead": 2, "dim_feedforward": 32}),
+        ("TCNModel", {"kernel_size": 3, "num_filters": 8}),
+        ("BlockRNNModel", {"model": "LSTM", "hidden_dim": 16}),
     ],
 )
 def test_a_model_of_darts_trains_is_quantized_and_predicts_after_reloading(tmp_path, name, sizes):
@@ -58,6 +60,8 @@ def test_a_model_of_darts_trains_is_quantized_and_predicts_after_reloading(tmp_p
         ("NHITS", {"mlp_units": 3 * [[32, 32]]}),
         ("PatchTST", {"hidden_size": 16, "n_heads": 2, "linear_hidden_size": 32, "patch_len": 8, "stride": 4}),
         ("LSTM", {"encoder_hidden_size": 16, "decoder_hidden_size": 16}),
+        ("TCN", {"encoder_hidden_size": 16, "decoder_hidden_size": 16}),
+        ("TFT", {"hidden_size": 16, "n_head": 2}),
     ],
 )
 def test_a_model_of_neuralforecast_trains_is_quantized_and_predicts_after_reloading(tmp_path, name, sizes):

@@ -1,6 +1,6 @@
 """Run by test_ddp.py in two processes: rank 1 ends while rank 0 waits for it.
 
-python ended.py ROOT exit|kill validating|gathering
+python ended.py ROOT exit|kill|interrupt validating|gathering
 """
 
 import os
@@ -24,7 +24,7 @@ def end():
     if dist.get_rank() == 1:
         if sys.argv[2] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        raise SystemExit(3)
+        raise SystemExit(3) if sys.argv[2] == "exit" else KeyboardInterrupt
 
 
 class Ends(Net):

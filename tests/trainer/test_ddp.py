@@ -64,11 +64,18 @@ def test_a_rank_that_fails_is_waited_for_by_none_and_all_know_why(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "when"), [("exit", "validating"), ("kill", "validating"), ("exit", "gathering")])
-def test_a_rank_that_ends_ends_the_run(tmp_path, how, when):
+@pytest.mark.parametrize(
+    ("how", "when", "said"),
+    [
+        ("exit", "validating", "rank 1 has ended: SystemExit: 3"),
+        ("interrupt", "validating", "rank 1 has ended: KeyboardInterrupt, so"),
+        ("kill", "validating", "another process does not answer ("),
+        ("exit", "gathering", "rank 1 has ended: SystemExit: 3"),
+    ],
+)
+def test_a_rank_that_ends_ends_the_run(tmp_path, how, when, said):
     done = run_on_ranks("ended.py", tmp_path, how, when, fails=True)
     assert "went on" not in done.stdout
-    said = "rank 1 has ended: SystemExit: 3" if how == "exit" else "another process does not answer ("
     assert said in done.stderr
 
 

@@ -140,7 +140,9 @@ class _Group:
 
     def tell_of_end(self, error: BaseException) -> None:
         """Tell that this process ends, and why, for the others to end too."""
-        text = f"rank {dist.get_rank()} has ended: {type(error).__name__}: {error}"
+        if isinstance(error.__context__, KeyboardInterrupt):  # of which Lightning makes a SystemExit
+            error = error.__context__
+        text = f"rank {dist.get_rank()} has ended: {type(error).__name__}: {error}".removesuffix(": ")
         with suppress(RuntimeError):
             _store().set(self._keys[dist.get_rank()], pickle.dumps((0, (NotHeardError, text))))
 
