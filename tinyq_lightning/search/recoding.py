@@ -92,15 +92,21 @@ class _Chosen:
 
     Attributes:
         codes: None: they stay.
-        sqnr_db: of the codes, those that stay too.
+        weight: ``[rows, columns]``, float.
+        scales: ``[rows]``.
         before: the error of the products without calibration, for each use.
         best: with it.
     """
 
     codes: Int8Weight | None
-    sqnr_db: float
+    weight: Tensor
+    scales: Tensor
     before: _Tried
     best: _Tried
+
+    def sqnr_db(self) -> float:
+        """Of the codes, those that stay too."""
+        return weight_sqnr_db(self.weight, self.best.codes, self.scales)
 
 
 def recode(members: Sequence[Member]) -> dict[str, Recoded]:
@@ -117,7 +123,10 @@ def recode(members: Sequence[Member]) -> dict[str, Recoded]:
     with torch.inference_mode(False), torch.no_grad():  # buffers that can be trained past later
         uses = list(zip(*map(_uses, members), strict=True))
         chosen = [_chosen(members[0], each) for each in uses]
-    weights = list(_weights(members[0]).values())
+        sqnr_db = None
+        if any(made.codes is not None for made in chosen):
+            weights = list(_weights(members[0]).values())
+            sqnr_db = joint_sqnr_db(weights, [made.sqnr_db() for made in chosen])
     found = {}
     for index, member in enumerate(members):
         codes = {use[index].weight: made.codes for use, made in zip(uses, chosen, strict=True) if made.codes}
@@ -126,7 +135,6 @@ def recode(members: Sequence[Member]) -> dict[str, Recoded]:
             for use, made in zip(uses, chosen, strict=True)
             if (bias := made.best.biases[index]) is not None
         }
-        sqnr_db = joint_sqnr_db(weights, [each.sqnr_db for each in chosen]) if codes else None
         before = sum(each.before.errors[index] for each in chosen)
         now = sum(each.best.errors[index] for each in chosen)
         found[member.name] = Recoded(codes, biases, sqnr_db, now / before if before else 1.0)
@@ -165,7 +173,7 @@ def _chosen(first: Member, uses: Sequence[_Use]) -> _Chosen:
     made = None
     if best.codes is chosen:
         made = Int8Weight(0, 0, held.dtype, "meta").take_codes(size.from_rows(chosen), scales, multipliers)
-    return _Chosen(made, weight_sqnr_db(weight, best.codes, scales), before, best)
+    return _Chosen(made, weight, scales, before, best)
 
 
 def _judged(uses: Sequence[_Use], codes: Tensor, change: Tensor) -> tuple[_Tried, _Tried]:
