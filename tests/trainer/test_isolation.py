@@ -452,6 +452,28 @@ def test_rows_that_nobody_changes_are_not_kept(row):
     assert kept._lasting == []
 
 
+def test_what_many_batches_hold_is_kept_once():
+    words = {f"word {index}": [index] for index in range(300)}
+    other = [*words.values(), {"a": [1]}]
+    data = TensorDataset(torch.zeros(2))
+    held = [
+        {"x": torch.zeros(4), "words": words, "other": other, "data": data, "net": nn.Linear(2, 2)} for _ in "12345678"
+    ]
+    kept, fetcher = KeptBatches([held]), Fetcher(held)
+    kept.watch(fetcher)
+    sizes = []
+    for index, batch in enumerate(fetcher.iterator):
+        if index == 5:
+            batch["words"].clear()
+            batch["other"][0].append(3)
+            other[-1]["b"] = 1
+        sizes.append(len(kept._recent[-1]))
+    assert len(set(sizes[1:])) == 1
+    assert sizes[1] < 10 < sizes[0]
+    kept.put_back()
+    assert (len(words), words["word 0"], other[-1]) == (300, [0], {"a": [1]})
+
+
 def test_read_only_memory_is_not_written_to(tmp_path):
     np.save(tmp_path / "rows.npy", np.ones((6, 4), dtype=np.float32))
     stored = np.load(tmp_path / "rows.npy", mmap_mode="r")

@@ -6,14 +6,15 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from tinyq_lightning.trainer.held import is_frame
 from tinyq_lightning.trainer.state import state_of
 from tinyq_lightning.trainer.values import CONSTANT_TYPES, State
 
@@ -22,8 +23,8 @@ __all__ = [
     "batch_digest",
 ]
 
-# So many values of each tensor and so many tensors of a batch go into its digest.
-_SAMPLES, _LEAVES = 32, 1024
+# So many values of each tensor, items of each container and leaves of a batch go into its digest.
+_SAMPLES, _ITEMS, _LEAVES = 32, 256, 1024
 
 
 def batch_digest(batch: Any) -> int:
@@ -50,9 +51,9 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _items(value: Any) -> Iterable[Any]:
     if isinstance(value, Mapping):
-        return value.values()
+        return islice(value.values(), _ITEMS)
     if isinstance(value, list | tuple):
-        return value
+        return value[:_ITEMS]
     known = (Tensor, np.ndarray, int, float, str, Mapping, list, tuple)
     return (item for item in getattr(value, "__dict__", {}).values() if isinstance(item, known))
 
@@ -77,7 +78,8 @@ class KeptBatches:
     A batch is kept before the first hook of a transfer has it, until three more were fetched: two batches may share
     memory, and a later step may change an earlier batch. From then on only what something changed and others hold is
     kept, to the end of the loop; what a step changes in older batches stays changed. What torch's own collate function
-    or another process makes is new for each reader, and is not kept.
+    or another process makes is new for each reader, and is not kept. A large container, tensor or table that two
+    batches in a row hold, such as a vocabulary, is kept once, as the first of them had it.
 
     Args:
         loaders: where batches may come from.
@@ -87,6 +89,8 @@ class KeptBatches:
         self._shared = any(_hands_out_its_own(loader) for loader in loaders)
         self._recent: deque[deque[_Part]] = deque()
         self._lasting: list[_Part] = []
+        self._large: dict[int, Any] = {}  # in the batch before
+        self._of_all: dict[int, Any] = {}  # in several batches
 
     def watch(self, fetcher: Any) -> None:
         """Keep each batch that a fetcher of Lightning's gives, from those that it holds already on.
@@ -100,7 +104,13 @@ class KeptBatches:
             fetcher.iterator = map(self._keep, fetcher.iterator)
 
     def _keep(self, batch: Any) -> Any:
-        self._recent.append(_parts_of(batch))
+        parts, large = _parts_of(batch, self._of_all)
+        if again := {key: value for key, value in large.items() if key in self._large}:
+            self._of_all |= again
+            self._lasting.extend(self._recent[-1])
+            parts, large = _parts_of(batch, self._of_all)
+        self._large = large
+        self._recent.append(parts)
         if len(self._recent) > _IN_USE:
             parts = self._recent.popleft()
             while parts:  # one by one: what only an outer object holds goes with it
@@ -114,8 +124,11 @@ class KeptBatches:
         with torch.inference_mode(False), torch.no_grad():
             for part in reversed([*self._lasting, *chain.from_iterable(self._recent)]):
                 part.put_back()
-        self._lasting, self._recent = [], deque()
+        self._lasting, self._recent, self._large, self._of_all = [], deque(), {}, {}
 
+
+# A container of more items, or a tensor of more bytes, is looked for in the next batch.
+_LARGE_ITEMS, _LARGE_BYTES = 256, 2**16
 
 # Lightning holds so many batches at once: that of the step, that before it, and one that it fetches ahead.
 _IN_USE = 3
@@ -157,16 +170,27 @@ class _Part:
         return False
 
 
-def _parts_of(batch: Any) -> deque[_Part]:
-    """Of everything in a batch that has a state, outer objects before those that they hold."""
+def _parts_of(batch: Any, known: Mapping[int, Any]) -> tuple[deque[_Part], dict[int, Any]]:
+    """Of everything in a batch that has a state, outer objects before those that they hold; and what is large in it.
+
+    What is known is left out, with all below, and so are datasets and modules, of which others keep the state.
+    """
     found, seen, pending = deque[_Part](), dict[int, Any](), deque([batch])
     with torch.inference_mode(False), torch.no_grad():
         while pending:
             value = pending.popleft()
-            if type(value) not in CONSTANT_TYPES and id(value) not in seen:
+            if type(value) in CONSTANT_TYPES or id(value) in seen or id(value) in known:
+                continue
+            if not isinstance(value, Dataset | DataLoader | nn.Module):
                 seen[id(value)] = value
                 found.extend(_part_of(value, pending))
-    return found
+    return found, {key: value for key, value in seen.items() if _is_large(value)}
+
+
+def _is_large(value: Any) -> bool:
+    if isinstance(value, Tensor | np.ndarray):
+        return value.nbytes > _LARGE_BYTES
+    return is_frame(value) or (isinstance(value, dict | list | tuple | set | deque) and len(value) > _LARGE_ITEMS)
 
 
 def _part_of(value: Any, pending: deque[Any]) -> Iterator[_Part]:
