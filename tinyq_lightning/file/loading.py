@@ -18,7 +18,7 @@ from tinyq_lightning.file.part import content_of_part
 from tinyq_lightning.file.safetensors import is_safetensors, read_safetensors
 from tinyq_lightning.file.structure import fill_what_is_still_held, prepare_structure
 from tinyq_lightning.file.validate import HYPER_PARAMETERS
-from tinyq_lightning.file.weightless import take_values, without_weights
+from tinyq_lightning.file.weightless import take_values, watched_meta_tensors, without_weights
 from tinyq_lightning.file.wrapped_names import named_as_in
 from tinyq_lightning.plan import refuse_save_pretrained
 
@@ -153,11 +153,12 @@ def _built_weightless(
 ) -> Module | None:
     """A module that has the tensors of the file as its own; None if the class cannot be built without values."""
     try:
-        with without_weights() as leaves_any:
-            module, made = _built(module_class, content, init_args, source, trust)
+        with watched_meta_tensors() as leaves_any:
+            with without_weights():
+                module, made = _built(module_class, content, init_args, source, trust)
             del made  # the float layers, whose tensors are on the meta device
-        state_dict = named_as_in(module, content["state_dict"])
-        return module if take_values(module, state_dict) and not leaves_any() else None
+            state_dict = named_as_in(module, content["state_dict"])
+            return module if take_values(module, state_dict) and not leaves_any() else None
     except CheckpointError as error:
         if _is_of_the_class(error):
             return None
