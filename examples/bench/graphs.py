@@ -1,7 +1,7 @@
 """A network in a graph by torch: compiled, and as an AOTInductor package, which runs without Python.
 
-``bound`` is compiled with activations that are digits already: what int8 products and all that is no linear layer take,
-so what the processor would allow a method if rounding, digits and biases cost nothing. Its outputs mean nothing.
+``bare products``: compiled with nothing but int8 products where linear layers are, of digits that are there already. It
+tells what the processor allows a method if rounding, scales and biases cost nothing. Its outputs mean nothing.
 
 Each function takes the float32 network, which maps token ids to hidden states, with ids ``[batch, tokens]`` as an
 example, and returns a callable that does the same.
@@ -54,7 +54,7 @@ def compiled_apart(network: nn.Module):
     return torch.compile(network)
 
 
-class Bound(nn.Module):
+class BareProduct(nn.Module):
     """In the place of a linear layer: its product with digits ``[digits * rows, in]`` int8 that are there already."""
 
     def __init__(self, linear: nn.Linear, digits: Tensor, count: int) -> None:
@@ -69,13 +69,13 @@ class Bound(nn.Module):
         return (sums[: rows.shape[0]] * rows.amax(1, True)).view(*x.shape[:-1], -1)
 
 
-def bound(method: str, network: nn.Module, ids: Tensor):
+def bare_products(method: str, network: nn.Module, ids: Tensor):
     network, count = copy.deepcopy(network), HELD[method].digits
     linears = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
     widths = {layer.in_features for layer in linears.values()}
     digits = {width: torch.zeros(count * ids.numel(), width, dtype=torch.int8) for width in widths}
     for name, layer in linears.items():
-        network.set_submodule(name, Bound(layer, digits[layer.in_features], count))
+        network.set_submodule(name, BareProduct(layer, digits[layer.in_features], count))
     return compiled_apart(network)
 
 
@@ -92,6 +92,6 @@ def packaged(method: str, network: nn.Module, ids: Tensor):
 
 BUILDS = {
     **{f"{method} compiled": partial(compiled, method) for method in METHODS},
-    **{f"{method} bound": partial(bound, method) for method in contenders.METHODS},
+    **{f"{method} bare products": partial(bare_products, method) for method in contenders.METHODS},
     **{f"{method} AOTInductor": partial(packaged, method) for method in METHODS},
 }

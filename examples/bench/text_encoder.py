@@ -69,6 +69,6 @@ def measure(args: argparse.Namespace) -> list[dict]:
 def table(cells: list[dict]) -> tuple[str, Table]:
     title = (
         "MiniLM text encoder, batch × tokens: time of torch's eager float32 (`nn.Linear`) / time; "
-        "error of the hidden states against it. `bound`: compiled, with nothing but products where linear layers are"
+        "error of the hidden states against it. `bare products`: compiled, with nothing else where linear layers are"
     )
     return title, summary(cells)

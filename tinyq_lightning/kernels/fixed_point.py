@@ -47,8 +47,12 @@ _ROUNDING = {
 }
 
 
+# How far each digit lies above the lowest byte of an integer.
+_SHIFTS = {count: torch.tensor([[[0]], [[8]], [[16]]][:count], dtype=torch.int32, device="cpu") for count in (1, 2, 3)}
+
+
 # Below this size, call overhead costs more than memory traffic.
-_FEW_NUMBERS = 4096
+_FEW_NUMBERS = 16_384
 
 
 def by_row_blocks(x: Tensor, out_features: int, product: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
@@ -128,8 +132,7 @@ def _digits(numbers: Tensor, count: int, signed: bool) -> Tensor:
         return integers.to(dtype)
     rows, columns = integers.shape
     if rows * columns <= _FEW_NUMBERS:
-        bytes_ = integers.view(dtype).as_strided((count, rows, columns), (1, 4 * columns, 4))
-        return bytes_.contiguous().view(-1, columns)
+        return torch.bitwise_right_shift(integers, _SHIFTS[count]).to(dtype).view(-1, columns)
     digits = integers.new_empty(count * rows, columns, dtype=dtype)
     for place, digit in enumerate(digits.chunk(count), 1):
         digit.copy_(integers)
