@@ -75,6 +75,11 @@ def view():
     return held, lambda count: held.__setitem__(0, count), held.tolist
 
 
+def low_discrepancy():
+    held = torch.quasirandom.SobolEngine(1, scramble=True, seed=0)
+    return held, held.draw, lambda: (held.num_generated, held.quasi.tolist())
+
+
 def appended():
     rows = []
     return rows.append, rows.append, lambda: list(rows)
@@ -91,6 +96,7 @@ PLACES = {
     "namespace": lambda: (held := types.SimpleNamespace(n=0), lambda n: setattr(held, "n", n), lambda: held.n),
     "parameter": small_parameter,
     "view": view,
+    "low discrepancy": low_discrepancy,
     "method of a list": appended,
 }
 
@@ -116,6 +122,20 @@ def test_a_queue_without_a_look_inside_is_named():
     assert snapshot.put_back() == []
     module.held.put(1)
     assert snapshot.put_back() == ["Module.held"]
+
+
+def test_what_is_too_large_to_copy_and_what_lies_in_a_database_is_named():
+    sqlite3 = pytest.importorskip("sqlite3")
+    module = nn.Linear(2, 2)
+    module.held = sqlite3.connect(":memory:")
+    module.held.execute("create table totals(n)")
+    snapshot = Snapshot(module)
+    assert snapshot.put_back() == []
+    module.held.execute("insert into totals values(1)")
+    with torch.no_grad():
+        module.weight.add_(1)
+    assert sorted(snapshot.put_back()) == ["Linear._parameters['weight']", "Linear.held"]
+    module.held.close()
 
 
 @pytest.mark.parametrize("way", ["column", "cell", "row"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightnings import Callback, LambdaCallback, TQDMProgressBar, seed_everything
 from models import Net, NetOfHooks, keeper, loader, trainer
+from torch import nn
 
 import tinyq_lightning.callback
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
@@ -328,6 +329,38 @@ def test_weights_that_a_callback_before_it_puts_in_for_the_test_are_those_of_the
     for method, path in callback.quantized_paths.items():
         alone = separately_tested(tmp_path, load_quantized(path, Net), loader())
         assert alone == {name: pytest.approx(each[method]) for name, each in callback.results.items()}
+
+
+class Normed(Net):
+    scale = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return super().forward(self.norm(x) * self.scale)
+
+
+class AverageOfStatistics(Callback):
+    """Sets what normalizes and a flag for the test."""
+
+    def on_test_start(self, trainer, pl_module):
+        self.own, pl_module.scale = pl_module.norm.running_mean.clone(), 2.0
+        pl_module.norm.running_mean.add_(1)
+
+    def on_test_end(self, trainer, pl_module):
+        pl_module.norm.running_mean.copy_(self.own)
+        del pl_module.scale
+
+
+def test_buffers_and_flags_that_a_callback_sets_for_the_test_are_those_of_each_model(tmp_path):
+    module = Normed()
+    alone = trainer(tmp_path, AverageOfStatistics()).test(module, loader(), verbose=False)[0]
+    callback = quiet("w8a32", save=False)
+    trainer(tmp_path, AverageOfStatistics(), callback).test(module, loader(), verbose=False)
+    assert {name: values["float"] for name, values in callback.results.items()} == alone
+    assert (module.scale, module.norm.running_mean.abs().max()) == (1.0, 0.0)
 
 
 def test_nothing_is_copied_where_no_other_callback_ends_the_test(tmp_path, monkeypatch):

@@ -16,7 +16,9 @@ from tinyq_lightning.trainer.values import State, watched
 
 __all__ = [
     "HELD",
+    "is_database",
     "is_frame",
+    "of_database",
     "of_frame",
 ]
 
@@ -57,6 +59,23 @@ HELD: dict[type | tuple[type, ...], Callable[[Any], State]] = {
     (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet): _of_weak,
 }
 """What reads the state of an object, by its type."""
+
+
+def is_database(value: object) -> bool:
+    """Whether it is a connection to SQLite, which not every Python has."""
+    return hasattr(value, "total_changes") and any(kind.__module__ == "sqlite3" for kind in type(value).__mro__)
+
+
+def of_database(value: Any) -> State:
+    """How many rows were changed by it."""
+
+    def changes() -> object:
+        try:
+            return value.total_changes
+        except Exception:  # it is closed, or of another thread
+            return None
+
+    return watched(changes)
 
 
 def is_frame(value: object) -> bool:

@@ -49,6 +49,9 @@ class Snapshot:
             exchanged, but not the values in it.
         also: a former snapshot; every object that it knows is part of this one.
         outside: watch what functions of the user's can change outside of objects: globals, closures, caches.
+
+    Attributes:
+        then: is called at the end of :meth:`put_back`.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Snapshot:
         self._seen: dict[int, tuple[object, str, bool]] = {}  # holds the objects: an id is theirs while they live
         self._functions: list[object] = []  # and classes, of the user's
         self._random = _global_random_state()
+        self.then: list[Callable[[], object]] = []
         pending = [(loader, "dataloader", True) for loader in data]
         pending += [(root, type(root).__name__, False) for root in roots]
         pending += also._seen.values() if also else ()
@@ -114,6 +118,8 @@ class Snapshot:
             changed = [name for name, restore in states if restore() is False]
         for restore_random, state in self._random:
             restore_random(state)
+        for each in self.then:
+            each()
         return changed
 
     def changed_outside(self) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.namespaces import derives_from
-from tinyq_lightning.trainer.held import HELD, is_frame, of_frame
+from tinyq_lightning.trainer.held import HELD, is_database, is_frame, of_database, of_frame
 from tinyq_lightning.trainer.values import (
     CONSTANT_TYPES,
     CONSTANTS,
@@ -54,6 +54,7 @@ _MACHINERY = {
 _TORCH_STATE = (
     *(nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
     *(torch.utils.data.Dataset, torch.utils.data.Sampler, torch.utils.data.DataLoader),
+    *(torch.amp.GradScaler, torch.distributions.Distribution, torch.quasirandom.SobolEngine),
 )
 
 _PLAIN_CONTAINERS = frozenset((dict, list, set, deque, tuple, frozenset, OrderedDict, defaultdict))
@@ -77,6 +78,8 @@ def state_of(value: Any, weights: bool) -> State | None:
         return None
     if is_frame(value):
         return of_frame(value)
+    if is_database(value):
+        return of_database(value)
     if isinstance(value, Tensor):
         return of_tensor(value, weights)
     if (of_kind := _reader(cast(Hashable, type(value)))) is not None:

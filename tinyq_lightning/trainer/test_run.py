@@ -27,7 +27,14 @@ from tinyq_lightning.trainer.inner_trainer import state_roots
 from tinyq_lightning.trainer.isolation import Snapshot
 from tinyq_lightning.trainer.loop_watch import LoopWatch
 from tinyq_lightning.trainer.results import Results, compare, numbers
-from tinyq_lightning.trainer.tested import FloatValues, as_tested, float_values, log_of_test, may_exchange_weights
+from tinyq_lightning.trainer.tested import (
+    FloatValues,
+    as_tested,
+    float_values,
+    log_of_test,
+    may_exchange_weights,
+    set_by_callbacks,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -208,6 +215,8 @@ class TestRun:
             with self.swap:
                 self.bytes = state_bytes(module.state_dict())
         if first is None:
+            assert start.snapshot is not None
+            start.snapshot.then.append(set_by_callbacks(module))
             self.swap.put_in()
             self._watch.loop_started(trainer.test_loop)
         start.runs.append(self)

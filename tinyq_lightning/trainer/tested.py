@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tinyq_lightning.namespaces import namespace_of
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.trainer.validated import WatchesValidation
+from tinyq_lightning.trainer.values import MAX_COUNTS
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -23,6 +24,7 @@ __all__ = [
     "float_values",
     "log_of_test",
     "may_exchange_weights",
+    "set_by_callbacks",
 ]
 
 FloatValues: TypeAlias = "list[tuple[Tensor, Tensor]]"
@@ -58,6 +60,42 @@ def float_values(module: nn.Module, swaps: Iterable[Swap]) -> FloatValues:
         with swap:
             found |= {id(each): each for each in chain(module.parameters(), module.buffers())}
     return [(each, each.detach().clone()) for each in found.values() if each.is_floating_point()]
+
+
+def set_by_callbacks(module: nn.Module) -> Callable[[], None]:
+    """A function that sets again what callbacks may have set in a module, such as an average's buffers and a flag.
+
+    Buffers and plain attributes; the values of parameters are as they are now.
+
+    Args:
+        module: the user's, when the test has started.
+    """
+    tensors = [each for each in chain(module.parameters(), module.buffers()) if _is_put_back(each)]
+    kept = [(each, each.detach().clone()) for each in tensors]
+    plain = [(vars(each), _plain(vars(each))) for each in module.modules()]
+
+    def set_again() -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor, value in kept:
+                tensor.detach().copy_(value)
+        for attributes, values in plain:
+            attributes.update(values)
+
+    return set_again
+
+
+def _is_put_back(tensor: Tensor) -> bool:
+    may_count = not isinstance(tensor, nn.Parameter) or tensor.numel() <= MAX_COUNTS
+    return may_count and not (tensor.requires_grad or tensor.is_meta or tensor.is_inference())
+
+
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = (bool, int, float, str, type(None))
+    return {
+        name: value
+        for name, value in attributes.items()
+        if type(value) in kinds and not name.startswith("_") and name != "training"
+    }
 
 
 @contextmanager

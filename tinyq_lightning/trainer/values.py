@@ -15,6 +15,7 @@ from torch import Tensor, nn
 __all__ = [
     "CONSTANTS",
     "CONSTANT_TYPES",
+    "MAX_COUNTS",
     "Parts",
     "State",
     "enumerated",
@@ -42,8 +43,10 @@ CONSTANT_TYPES = frozenset(CONSTANTS)
 # Larger arrays are not copied, only watched.
 _MAX_BYTES = 2**28
 
-# A parameter of so many values that is not trained may be a count; the values of others are weights.
-_MAX_COUNTS = 4096
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+MAX_COUNTS = 4096
+"""A parameter of so many values that is not trained may be a count; the values of others are weights."""
 
 
 class State(NamedTuple):
@@ -82,13 +85,19 @@ def of_array(value: np.ndarray[Any, Any]) -> State | None:
 
 
 def of_tensor(value: Tensor, weights: bool) -> State:
-    """Its memory and gradient as objects, and its values unless it is a weight and those are not wanted."""
+    """Its memory and gradient as objects, and its values unless it is a weight and those are not wanted.
+
+    Of such a weight a few values are kept, which tell whether it has been changed.
+    """
     alias, grad = value.detach(), value.grad if value.is_leaf else None
     is_weight = isinstance(value, nn.Parameter) or value.requires_grad
-    counts = not value.requires_grad and value.numel() <= _MAX_COUNTS
+    counts = not value.requires_grad and value.numel() <= MAX_COUNTS
     copy = alias.clone() if not value.is_meta and (weights or not is_weight or counts) else None
+    is_plain = value.layout == torch.strided and not value.is_nested and not value.is_meta
+    watched_too = copy is None and is_plain and type(alias) is Tensor and alias.dtype in _DTYPES
+    few = _few_values(alias).clone() if watched_too else None
 
-    def restore() -> None:
+    def restore() -> bool:
         if not _same_memory(value, alias):
             value.data = alias
         if copy is not None:
@@ -96,13 +105,17 @@ def of_tensor(value: Tensor, weights: bool) -> State:
                 alias.copy_(copy)
         if value.is_leaf and value.grad is not grad:
             value.grad = grad
+        return few is None or _same_values(_few_values(alias), few)
 
     def changed() -> bool:
         return copy is None or not _same_memory(value, alias) or not _same_values(value, copy)
 
-    is_plain = value.layout == torch.strided and not value.is_nested and not value.is_meta
     parts = ((name, part) for name, part in getattr(value, "__dict__", {}).items())
     return State(restore, parts, changed if is_plain else None)
+
+
+def _few_values(tensor: Tensor) -> Tensor:
+    return tensor.flatten()[:: max(1, tensor.numel() // 32)] if tensor.is_contiguous() else tensor[:1, ...]
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
