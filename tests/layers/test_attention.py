@@ -364,6 +364,15 @@ def test_a_second_call_lists_the_projections_and_quantizes_what_was_left(exclude
     assert model.state_dict().keys() == expected.state_dict().keys()
 
 
+def test_added_keys_are_in_a_graph_of_any_batch():
+    net = nn.Sequential(nn.MultiheadAttention(16, 4, add_bias_kv=True, add_zero_attn=True, batch_first=True)).eval()
+    quantize(net, "w8a32")
+    attention, x = net[0], torch.randn(4, 5, 16)
+    sizes = dict.fromkeys(("query", "key", "value"), {0: torch.export.Dim("batch")})
+    program = torch.export.export(attention, (x, x, x), dynamic_shapes=sizes, strict=False).module()
+    torch.testing.assert_close(program(x[:3], x[:3], x[:3])[0], attention(x[:3], x[:3], x[:3])[0])
+
+
 def test_a_pickle_that_names_the_former_module_of_attention_loads():
     model = nn.ModuleList([nn.MultiheadAttention(8, 2)])
     quantize(model, "w8a32")

@@ -203,6 +203,8 @@ def _guarded(wanted: Format, request: Request, what: str, step: Any) -> Any:
             if unusual
             else ""
         )
+        if request.activations != "dynamic":
+            advice += ". With activations='dynamic' the runtime has less to rewrite, and may take it"
         reason = f"{type(error).__name__}: {error}"
         raise ExportError(f"{wanted.name}: the model could not be {what}: {reason}{advice}") from error
 

@@ -60,7 +60,7 @@ _KEPT_WITHOUT_ROWS_TO = 4_000_000
 
 
 # With fewer windows, to rebuild the float weights costs more than to convolve by them.
-_FEW_WINDOWS = 513
+_FEW_WINDOWS = 257
 
 
 # In several groups oneDNN's int8 convolution returns wrong numbers (oneDNN 3.12) from one input channel to more than so
@@ -197,7 +197,7 @@ def _without_rounding(shape: ConvShape, compact: bool) -> Choice:
     unfolds = shape.groups == 1 and not shape.transposed and shape.dims < 3 and shape.summed <= LONGEST_SUM
     if not compact and shape.weights < (_KEPT_TO if unfolds else _KEPT_WITHOUT_ROWS_TO):
         return Choice("float32", "a float copy in memory, as fast as float; the file stays small")
-    reason = "float weights are rebuilt on each call, which costs little"
+    reason = "one byte a weight in memory; float weights are rebuilt on each call, some percent of its time"
     if unfolds and has_onednn_product():
         return Choice("reference", reason, few_rows=_FEW_WINDOWS, few="windows")
     return Choice("reference", reason)

@@ -131,8 +131,8 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if causal else self._mask(q, k, key_padding_mask, attn_mask)
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.to(k.dtype).expand(len(k), 1, -1)], 1)
-            v = torch.cat([v, self.bias_v.to(v.dtype).expand(len(v), 1, -1)], 1)
+            k = torch.cat([k, self.bias_k.to(k.dtype).expand(k.shape[0], 1, -1)], 1)
+            v = torch.cat([v, self.bias_v.to(v.dtype).expand(v.shape[0], 1, -1)], 1)
         if self.add_zero_attn:
             k, v = nn.functional.pad(k, (0, 0, 0, 1)), nn.functional.pad(v, (0, 0, 0, 1))
         if mask is not None:  # no query is masked from the keys that were added
