@@ -51,6 +51,7 @@ from tinyq_lightning.trainer import (
     tell_of_interrupt,
     tell_of_quantized_layers,
     tested_weights,
+    warn_of_worst_checkpoint,
 )
 
 if TYPE_CHECKING:
@@ -175,8 +176,12 @@ class TinyQCallback(HoldsRun):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the budget against the metrics of each validation; the first is the sanity check before training."""
-        if self.spec.budget and self.spec.when == "fit_end" and trainer.state.fn == "fit":
+        if self.spec.when != "fit_end" or trainer.state.fn != "fit":
+            return
+        if self.spec.budget:
             check_budget(trainer, self.spec.budget)
+        elif self.spec.weights == "best":
+            warn_of_worst_checkpoint(trainer, self._told_worst)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve, swap, evaluate, save and report; the module is unchanged afterwards."""
@@ -224,7 +229,7 @@ class TinyQCallback(HoldsRun):
         for spec in self.spec.each():
             self._runs.append(TestRun(trainer, pl_module, spec, next(iter(before + self._runs), None), stopwatch))
         if self.report == "full":
-            self._runs[0].watch_layers()
+            self._runs[0].watch_layers(self._runs[1:])
         at_test_epoch_end(trainer, lambda: self._measure_in_test(trainer))
 
     def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:

@@ -70,7 +70,7 @@ def test_from_file_to_file_gives_the_same_codes_layer_by_layer(run):
     callback, _, _ = run
     with Archive(callback.float_path) as source:
         assert not FloatFile(source, ConvNet, {}).loaded
-        made = quantize_file(source, ConvNet, callback.plan.to_spec(), {})["state_dict"]
+        made = quantize_file(source, ConvNet, callback.plan.to_spec(), {})[0]["state_dict"]
         theirs = torch.load(callback.quantized_path, weights_only=True)["state_dict"]
         assert made.keys() == theirs.keys()
         assert all(torch.equal(torch.as_tensor(value), theirs[name]) for name, value in made.items())

@@ -95,7 +95,7 @@ def test_every_door_gives_the_same_bytes(run, tmp_path):
     callback, kind = run
     with Archive(callback.float_path) as source:
         assert FloatFile(source, kind, {}).loaded == (kind is Renamed)
-        made = quantize_file(source, kind, as_spec(SPEC), {})
+        made = quantize_file(source, kind, as_spec(SPEC), {})[0]
     module = kind.load_from_checkpoint(callback.float_path, weights_only=True)
     plan, base = quantize(module, SPEC), torch.load(callback.float_path, weights_only=True)
     again = make_checkpoint(base, module.state_dict(), plan, {}, file_sha256(callback.float_path), None)

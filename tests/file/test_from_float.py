@@ -95,7 +95,7 @@ def test_every_door_gives_the_same_bytes(tmp_path, kind, whole):
     path = callback.float_path
     with Archive(path) as source:
         assert FloatFile(source, kind, {}).loaded == whole
-        write_checkpoint(quantize_file(source, kind, as_spec(SPEC), {}), tmp_path / "command.ckpt")
+        write_checkpoint(quantize_file(source, kind, as_spec(SPEC), {})[0], tmp_path / "command.ckpt")
 
     module = kind.load_from_checkpoint(path, weights_only=True)
     plan, base = quantize(module, SPEC), torch.load(path, weights_only=True)
@@ -111,7 +111,7 @@ def test_every_door_gives_the_same_bytes(tmp_path, kind, whole):
 def test_the_float_files_dtypes_are_kept(tmp_path, precision):
     callback = after_training(tmp_path, Net, precision=precision)
     with Archive(callback.float_path) as source:
-        write_checkpoint(quantize_file(source, Net, as_spec(SPEC), {}), tmp_path / "command.ckpt")
+        write_checkpoint(quantize_file(source, Net, as_spec(SPEC), {})[0], tmp_path / "command.ckpt")
     assert (tmp_path / "command.ckpt").read_bytes() == Path(callback.quantized_path).read_bytes()
 
 
@@ -135,7 +135,7 @@ def test_what_cannot_be_quantized_is_refused_as_ever(tmp_path):
         with pytest.raises(error, match=message), Archive(tmp_path / f"{name}.ckpt") as source:
             quantize_file(source, Net, as_spec(spec), {})
     with Archive(tmp_path / "nan.ckpt") as source:
-        made = quantize_file(source, Net, QuantizationSpec(non_finite="float"), {})
+        made = quantize_file(source, Net, QuantizationSpec(non_finite="float"), {})[0]
     assert [entry["reason"] for entry in made["tinyq"]["plan"]] == ["non-finite weights", "spec", "spec"]
 
 

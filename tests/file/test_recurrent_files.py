@@ -60,7 +60,7 @@ def made(tmp_path_factory):
 def test_from_file_to_file_gives_the_bytes_of_the_callback_layer_by_layer(made, tmp_path):
     with Archive(made.float_path) as source:
         assert not FloatFile(source, Reader, {}).loaded
-        write_checkpoint(quantize_file(source, Reader, as_spec(SPEC), {}), tmp_path / "command.ckpt")
+        write_checkpoint(quantize_file(source, Reader, as_spec(SPEC), {})[0], tmp_path / "command.ckpt")
     assert (tmp_path / "command.ckpt").read_bytes() == Path(made.quantized_path).read_bytes()
 
 

@@ -100,7 +100,7 @@ def test_every_door_gives_the_same_bits(saved, tmp_path):
 
 def test_from_file_to_file_and_in_memory_give_the_same_file(saved, tmp_path):
     with Archive(saved.float_path) as source:
-        content = quantize_file(source, Mixed, as_spec(SPEC), {})
+        content = quantize_file(source, Mixed, as_spec(SPEC), {})[0]
     module = Mixed.load_from_checkpoint(saved.float_path, weights_only=True)
     plan, base = quantize(module, SPEC), torch.load(saved.float_path, weights_only=True)
     own = make_checkpoint(base, module.state_dict(), plan, {}, file_sha256(saved.float_path), None)

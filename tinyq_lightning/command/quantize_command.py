@@ -35,7 +35,7 @@ from tinyq_lightning.file import (
 )
 from tinyq_lightning.methods import METHODS
 from tinyq_lightning.namespaces import OF_LIGHTNING
-from tinyq_lightning.plan import WithValues, file_coverage
+from tinyq_lightning.plan import Coverage, WithValues
 from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.table import Table, format_bytes, screen_width
 
@@ -86,12 +86,12 @@ def quantize(args: Namespace) -> Answer:
     if output is not None:
         refuse_existing(output, args.overwrite)
     with progress("quantizing") as around:
-        path, content = _write(args, checkpoint, spec, around, folder, output)
+        path, content, covered = _write(args, checkpoint, spec, around, folder, output)
     plan = plan_of(content["tinyq"])
     before, after = sum(d.float_bytes for d in plan), sum(d.bytes for d in plan)
     text = (
         f"{on_screen(plan)}\n\n"
-        f"{file_coverage(plan, content['state_dict'])}\n"
+        f"{covered}\n"
         f"float      {checkpoint}  {file_size(checkpoint)}\n"
         f"quantized  {path}  {file_size(path)}"
     )
@@ -105,15 +105,15 @@ def _write(
     around: WithValues,
     folder: str | None,
     output: str | None = None,
-) -> tuple[str, dict[str, Any]]:
-    """The path and the content of the quantized file that was written: ``output``, or else as :func:`_target` says."""
+) -> tuple[str, dict[str, Any], Coverage]:
+    """Path, content and coverage of the quantized file that was written: to ``output``, or as :func:`_target` says."""
     with open_checkpoint(checkpoint, args.trust) as source:
         factory = model_class(args.model, source, args.trust)
-        content = quantize_file(source, factory, spec, args.init, around, args.trust)
+        content, covered = quantize_file(source, factory, spec, args.init, around, args.trust)
     path = output or _target(checkpoint, spec, folder, plan_of(content["tinyq"]).file_label)
     refuse_existing(path, args.overwrite)
     write_checkpoint(content, path)
-    return path, content
+    return path, content, covered
 
 
 def _target(checkpoint: str, spec: QuantizationSpec, folder: str | None, label: str) -> str:
@@ -173,7 +173,7 @@ def _quantize_one(args: Namespace, spec: QuantizationSpec, bar: bool, checkpoint
             result = _done_before(args, spec, checkpoint)
             if result is None:
                 with progress(os.path.basename(checkpoint)) if bar else nullcontext(nullcontext) as around:
-                    path, content = _write(args, checkpoint, spec, around, args.output)
+                    path, content, _ = _write(args, checkpoint, spec, around, args.output)
                 result = _described_file(checkpoint, "quantized", path, content["tinyq"])
         except TinyQError as error:
             text = str(error)

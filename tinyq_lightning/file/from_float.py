@@ -27,7 +27,7 @@ from tinyq_lightning.file.weightless import (
 )
 from tinyq_lightning.file.wrapped_names import named_as_in
 from tinyq_lightning.layers import Int8Weight, QuantizedRecurrent
-from tinyq_lightning.plan import WithValues, find_sites, quantize_by_layer
+from tinyq_lightning.plan import Coverage, WithValues, find_sites, quantize_by_layer
 from tinyq_lightning.spec import QuantizationSpec
 
 __all__ = [
@@ -44,7 +44,7 @@ def quantize_file(
     init_args: Mapping[str, Any],
     around: WithValues = nullcontext,
     trust: bool = False,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Coverage]:
     """Make the same quantized checkpoint of a float checkpoint as ``TinyQCallback`` does, or one of a state dict.
 
     Peak memory is the quantized model and one float layer, or the float model if :class:`FloatFile` must load it.
@@ -58,7 +58,8 @@ def quantize_file(
         around: a context manager entered for each layer while it is quantized, for a progress bar.
 
     Returns:
-        The content for :func:`~tinyq_lightning.file.checkpoint.write_checkpoint`, without metrics.
+        The content for :func:`~tinyq_lightning.file.checkpoint.write_checkpoint`, without metrics; and how much of the
+        model's weights is quantized.
 
     Raises:
         CheckpointError: the file is neither a float Lightning checkpoint nor a state dict, or does not fit the class.
@@ -78,7 +79,7 @@ def quantize_file(
     base = source.read_all(apart_from_weights(model.content))
     content = make_checkpoint(base, model.module.state_dict(), plan, {}, file_sha256(source.path), None)
     warn_of_left_out(content)
-    return content
+    return content, plan.coverage
 
 
 def _hold_as_in_the_file(module: nn.Module) -> None:

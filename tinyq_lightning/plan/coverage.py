@@ -52,7 +52,7 @@ class Coverage:
     Attributes:
         label: of the plan.
         quantized_bytes: of the layers that the plan quantizes.
-        float_bytes: of all that stays float, by the type of the module that holds it; by an empty name where
+        float_bytes: of all that stays float, by the type of the module that holds it; by one name where
             types are not known. The largest comes first.
         quantized_layers: the number of layers that the plan quantizes.
         layers: the number of layers of the plan, and of the other modules that hold a matrix or more.
@@ -103,7 +103,7 @@ def file_coverage(plan: Plan, state_dict: Mapping[str, Any]) -> Coverage:
         state_dict: float or quantized.
     """
     floats = (
-        (path, "", value)
+        (path, "other entries, buffers among them", value)
         for path, value in state_dict.items()
         if isinstance(value, Tensor) and value.is_floating_point()
     )

@@ -115,10 +115,10 @@ def layer_table(outcome: Outcome) -> Table:
             rows.append([*cells, "", "", "", ""])
         else:
             sqnr = error.output_sqnr_db.get(decision.method)
-            now = error.ms.get(decision.method, error.float_ms)
+            now = error.float_ms if decision.method == "float" else error.ms.get(decision.method, math.nan)
             shown = "" if sqnr is None else f"{sqnr:.1f}"
             crest = "" if math.isnan(error.crest) else f"{error.crest:.1f}"
-            rows.append([*cells, shown, crest, f"{error.float_ms:.3g}", f"{now:.3g}"])
+            rows.append([*cells, shown, crest, f"{error.float_ms:.3g}", "" if math.isnan(now) else f"{now:.3g}"])
     header = [*table.header, "output SQNR dB", "crest", "float ms", "ms"]
     return replace(table, header=header, rows=[*rows, [*table.rows[-1], "", "", "", ""]])
 

@@ -51,24 +51,33 @@ class LayerError:
 
 
 @contextmanager
-def measured_layers(swap: Swap) -> Iterator[dict[str, LayerError]]:
-    """Measure every layer of ``swap``, on the inputs that it is given while the model runs inside the block.
+def measured_layers(swap: Swap, *others: Swap) -> Iterator[dict[str, LayerError]]:
+    """Measure every layer that is quantized, on the inputs that it is given while the model runs inside the block.
 
     A layer that cannot be measured never makes the model's own call fail: the reason is noted in
     :attr:`LayerError.not_measured`.
 
     Args:
         swap: in or out: the layers are measured with the inputs of whichever model runs.
+        others: of the same model, out, whose layers have codes of their own.
 
     Yields:
         A dict that is filled when the block ends: by name, each layer that was called.
     """
     errors: dict[str, LayerError] = {}
-    watches = {name: _Watch(module, layer, _variants(swap, name, layer)) for name, module, layer in swap.called()}
+    watches: dict[str, _Watch] = {}
     handles = []
-    for name, module, layer in swap.called():
-        places = {id(each._forward_hooks): each for each in (module, layer)}  # a Linear shares its hooks with its layer
-        handles += [place.register_forward_hook(watches[name].look, with_kwargs=True) for place in places.values()]
+    for each in (swap, *others):
+        for name, module, layer in each.called():
+            variants = _variants(each, name, layer)
+            if name in watches:
+                watches[name].add(variants)
+                continue
+            watches[name] = watch = _Watch(module, layer, variants)
+            places = {
+                id(place._forward_hooks): place for place in (module, layer)
+            }  # a Linear shares its with its layer
+            handles += [place.register_forward_hook(watch.look, with_kwargs=True) for place in places.values()]
     try:
         yield errors
     finally:
@@ -94,14 +103,21 @@ class _Watch:
     def __init__(self, module: nn.Module, layer: QuantizedLayer, variants: Mapping[str, QuantizedLayer]) -> None:
         kind = kind_of(layer)
         assert kind is not None
-        self._kind, self._module, self._layers = kind, module, variants
-        self._noise = dict.fromkeys(self._layers, 0.0)
+        self._kind, self._module = kind, module
+        self._layers: dict[str, QuantizedLayer] = {}
+        self._noise: dict[str, float] = {}
+        self._seconds: dict[str, list[float]] = {"float": []}
+        self.add(variants)
         self._sum: Tensor | float = 0.0
         self._squares: Tensor | float = 0.0
         self._crest = 0.0
-        self._seconds: Mapping[str, list[float]] = {name: [] for name in ("float", *self._layers)}
         self._places = self._tokens = 0
         self._failure: str | None = None
+
+    def add(self, variants: Mapping[str, QuantizedLayer]) -> None:
+        """The layer by more methods, before any call."""
+        for method in variants.keys() - self._layers.keys():
+            self._layers[method], self._noise[method], self._seconds[method] = variants[method], 0.0, []
 
     def look(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward hook: run the float layer, and the quantized one by every method, in eval mode on the inputs."""

@@ -34,6 +34,7 @@ __all__ = [
     "logged_per_dataloader",
     "refuse_mixed_packages",
     "refuse_without_validation",
+    "warn_of_worst_checkpoint",
     "why_never_validated",
 ]
 
@@ -240,7 +241,28 @@ def check_budget(trainer: Trainer, budget: Budget) -> None:
     logged = logged_names(trainer)
     sanity = trainer.sanity_checking and bool(logged)
     if sanity or budget.monitor in logged or logged_per_dataloader(budget.monitor, logged):
-        known_mode(budget, dict.fromkeys(logged), directions(trainer), _SANITY_CHECK_ADVICE if sanity else "")
+        advice = _SANITY_CHECK_ADVICE if sanity else ""
+        known = known_mode(budget, dict.fromkeys(logged), directions(trainer), advice)
+        check_direction(trainer, known, by_metric=budget.mode is None)
+
+
+def warn_of_worst_checkpoint(trainer: Trainer, told: set[str]) -> None:
+    """Warn of a metric of which every ModelCheckpoint keeps the worst, by what the logged torchmetrics object tells.
+
+    Args:
+        trainer: at the end of a validation in ``fit``.
+        told: metrics that a warning has named; others are added.
+    """
+    better, keepers = directions(trainer), checkpoint_callbacks(trainer)
+    for name in {keeper.monitor for keeper in keepers if keeper.monitor in better} - told:
+        mode = "max" if better[name] else "min"
+        if mode not in {keeper.mode for keeper in keepers if keeper.monitor == name}:
+            told.add(name)
+            rank_zero_warn(
+                f"TinyQ: ModelCheckpoint(monitor={name!r}) keeps the worst checkpoint as the best one, and that one "
+                f"is quantized: give it mode={mode!r}, since {name!r} is logged as a torchmetrics object with "
+                f"higher_is_better={better[name]} (a ModelCheckpoint without a mode takes 'min')"
+            )
 
 
 def check_monitor(trainer: Trainer, monitor: str | None) -> None:
@@ -262,16 +284,22 @@ def check_monitor(trainer: Trainer, monitor: str | None) -> None:
         )
 
 
-def check_direction(trainer: Trainer, budget: Budget) -> None:
+def check_direction(trainer: Trainer, budget: Budget, by_metric: bool = False) -> None:
     """Refuse a budget for which another direction is better than for the ModelCheckpoints of its metric.
+
+    Args:
+        trainer: of the run.
+        budget: with its mode, if that is known.
+        by_metric: whether the logged metric told it.
 
     Raises:
         SpecError: they monitor the metric, and each of them has the opposite mode.
     """
     modes = {keeper.mode for keeper in checkpoint_callbacks(trainer) if keeper.monitor == budget.monitor}
     if budget.mode is not None and modes and budget.mode not in modes:
+        told = f", by the torchmetrics object that is logged as {budget.monitor!r}," if by_metric else ""
         raise SpecError(
-            f"budget: mode={budget.mode!r} contradicts ModelCheckpoint(monitor={budget.monitor!r}, "
+            f"budget: mode={budget.mode!r}{told} contradicts ModelCheckpoint(monitor={budget.monitor!r}, "
             f"mode={modes.pop()!r}), whose best checkpoint would be the worst by the budget: one of them is wrong (a "
             "ModelCheckpoint without a mode takes 'min')"
         )

@@ -180,8 +180,8 @@ class MethodsRun:
 
         A loop that fails only when it is measured costs a warning and the layers not reached, not the file.
         """
-        swap = self._calibrated[0]
-        with measured_layers(swap) as errors, swap.opened():
+        swap, *others = self._calibrated
+        with measured_layers(swap, *others) as errors, swap.opened():
             try:
                 self._evaluate(batches=SIGNAL_BATCHES)
             except EvaluationError as error:

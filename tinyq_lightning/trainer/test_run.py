@@ -6,7 +6,7 @@ the others over the same dataloaders, each from the state that the run began wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -277,9 +277,10 @@ class TestRun:
             loop._results, connector._current_fx = results, fx
             before.put_back()
 
-    def watch_layers(self) -> None:
-        """Have the layers measured on the first batches, as the Trainer's own steps run them."""
-        self.layers = self._watching.enter_context(measured_layers(self.swap))
+    def watch_layers(self, others: Sequence[TestRun]) -> None:
+        """Have the layers of this run and of others measured on the first batches, as the Trainer's steps run them."""
+        swaps = (each.swap for each in others)
+        self.layers = self._watching.enter_context(measured_layers(self.swap, *swaps))
 
     @property
     def module(self) -> LightningModule:
