@@ -4,8 +4,8 @@ import argparse
 import copy
 
 import torch
-import torch._dynamo.config
 from contenders import BFLOAT16, build, kernels
+from graphs import compiled_apart
 from summary import show, summary
 from timing import compare
 from torch import nn
@@ -20,8 +20,6 @@ def measure(args: argparse.Namespace) -> list[dict]:
     names, cells = [name for name in args.contenders if name not in BFLOAT16], []
     if args.quick:
         names = [name for name in names if name in ("float32", "w8a32")]  # compiling takes seconds for each
-    # All compile nn.Sequential.forward: past the limit, 8 by default, the others would run eagerly without a word.
-    torch._dynamo.config.recompile_limit = 8 * len(names)
     for width in (64,) if args.quick else (768, 2048):
         network = nn.Sequential(*(module for _ in range(LAYERS) for module in (nn.Linear(width, width), nn.ReLU())))
         networks, failed = build(names, network)
@@ -31,7 +29,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
             wanted = dict.fromkeys(networks, copy.deepcopy(network).double()(x.double()))
             for mode in ("eager", "compiled"):
                 torch.compiler.reset()
-                runs = networks if mode == "eager" else {name: torch.compile(net) for name, net in networks.items()}
+                runs = networks if mode == "eager" else {name: compiled_apart(net) for name, net in networks.items()}
                 calls = {name: lambda net=net, x=x: net(x) for name, net in runs.items()}
                 here = compare(calls, wanted, {}, args, {name: kernels(net, rows) for name, net in networks.items()})
                 column = f"{width} wide, {rows} row{'s' * (rows > 1)}, {mode}"
