@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import dropwhile, takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from tinyq_lightning.errors import SpecError
 from tinyq_lightning.handover import check_formats
@@ -89,7 +89,8 @@ class TinyQCallback(HoldsRun):
         calibrate: choose codes by what they do to the outputs of layers on so many validation batches, a number or
             ``{"batches": 8}``; overrides the spec. With ``test_start`` too it is validation data, never what is tested.
         save: whether to write the quantized checkpoint.
-        dirpath: the folder of the quantized checkpoint; by default that of the float one, or ``default_root_dir``.
+        dirpath: the folder of the quantized checkpoint; by default that of the float one, of the run's ModelCheckpoint,
+            or ``default_root_dir``.
         filename: the name of the quantized checkpoint; by default ``<method>-<float stem>.ckpt``.
         report: whether to print the comparison and the layers, log them to loggers that take tables or text, and write
             ``.json``, ``.html`` and ``.yaml`` beside the checkpoint. ``full`` adds output SQNR, crest factor and time.
@@ -212,7 +213,11 @@ class TinyQCallback(HoldsRun):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the quantized layers in for the Trainer to test; the float model is tested after it."""
-        if self.spec.when != "test_start" or (self._quantized_start and self._quantized_start.label):
+        if self._quantized_start and self._quantized_start.label:
+            return
+        if self.spec.when != "test_start":
+            if self.plan is None:
+                rank_zero_info("TinyQ: the float model is tested: quantizing it here takes when='test_start'")
             return
         before = [run for callback in _tinyq_callbacks(trainer) for run in callback._runs]
         stopwatch = Stopwatch() if self.spec.never_slower else None

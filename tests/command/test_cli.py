@@ -239,6 +239,9 @@ def test_evaluate_gives_the_trainers_numbers(folder, capsys):
     wanted = trainer(folder).test(module, loader(seed=2, batch_size=64), verbose=False)[0]
     assert metrics["epoch=7.ckpt"] == wanted
     assert metrics["w8a32-epoch=7.ckpt"].keys() == wanted.keys()
+    assert main([*command, "--loop", "validate", files[0]]) == 0
+    wanted = trainer(folder).validate(module, loader(seed=1, batch_size=64), verbose=False)[0]
+    assert json.loads(capsys.readouterr().out)["metrics"][files[0]] == wanted
 
 
 def test_bench_times_model_and_layers(folder, capsys):

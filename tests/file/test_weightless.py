@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tinyq_lightning import load_quantized, quantize
 from tinyq_lightning.errors import CheckpointError, ModelError
 from tinyq_lightning.file.checkpoint import make_checkpoint, read_checkpoint, write_checkpoint
 from tinyq_lightning.file.loading import _built_weightless
-from tinyq_lightning.file.weightless import named_tensors, without_weights
+from tinyq_lightning.file.weightless import named_tensors, watched_meta_tensors, without_weights
 
 
 def saved(module, path):
@@ -133,11 +134,34 @@ def test_nothing_that_is_loaded_shares_memory_that_the_class_keeps_apart(tmp_pat
 
 
 def test_parameters_made_outside_the_block_are_real():
-    with without_weights() as leaves_any:
+    with without_weights():
         inside = nn.Linear(2, 2)
     assert inside.weight.is_meta
-    assert leaves_any()
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+@pytest.mark.parametrize("collected", [False, True])
+def test_meta_tensors_of_the_block_alone_are_noticed_and_garbage_is_not(collected):
+    older = nn.Linear(2, 2, device="meta")
+    gc.collect()
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        with watched_meta_tensors() as leaves_any:
+            assert not leaves_any()
+            cycle = nn.ModuleList([nn.Linear(2, 2, device="meta")])
+            cycle.itself = [cycle]
+            if collected:
+                gc.collect()
+            assert leaves_any()
+            del cycle
+        assert gc.isenabled() == enabled
+    gc.enable()
+    with watched_meta_tensors() as leaves_any:
+        cycle = [nn.Linear(2, 2, device="meta")]
+        cycle.append(cycle)
+        del cycle
+        assert not leaves_any()
+    assert older.weight.is_meta
 
 
 def test_arguments_of_loading(tmp_path):

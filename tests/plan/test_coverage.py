@@ -43,6 +43,13 @@ def test_a_small_head_on_a_large_backbone_is_not_all_of_the_model():
     assert str(whole.coverage) == whole.table().splitlines()[-1]
 
 
+def test_a_parameter_of_no_layer_is_one_of_its_module():
+    model = Vision()
+    model.position = nn.Parameter(torch.zeros(64, 64))
+    found = str(Swap(model, QuantizationSpec()).plan.coverage)
+    assert found.endswith(", 3 of 4 layers; in float 9.5 % parameters of Vision, 0.3 % BatchNorm2d")
+
+
 MODELS = {
     "tied and attention": TiedEncoder,
     "shared layer": lambda: nn.Sequential(*[nn.Linear(8, 8)] * 3, nn.Linear(8, 4, bias=False)),

@@ -64,9 +64,9 @@ def test_the_plan_the_file_and_the_report_tell_of_smaller_errors(tmp_path, capsy
     assert [entry["output_error"] for entry in entries] == shares
     report = json.loads(path.with_suffix(".json").read_text())
     assert [layer["output_error"] for layer in report["layers"]] == shares
-    assert report["calibration"].startswith("calibrated on 8 batches: ")
+    assert report["calibration"].startswith("calibrated on up to 8 batches: ")
     assert "the median the squared error of outputs is" in capsys.readouterr().out
-    assert "Calibrated on 8 batches" in path.with_suffix(".html").read_text()
+    assert "Calibrated on up to 8 batches" in path.with_suffix(".html").read_text()
     resolved = path.with_suffix(".yaml").read_text()
     assert "only with the same validation batches" in resolved
     assert yaml.safe_load(resolved)["calibrate"] == {"batches": 8}

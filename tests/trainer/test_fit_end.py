@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -15,13 +16,14 @@ from lightnings import (
     EMAWeightAveraging,
     LightningModule,
     SingleDeviceStrategy,
+    StochasticWeightAveraging,
     WeightAveraging,
     seed_everything,
 )
 from models import CLASSES, FEATURES, Blobs, Net, NetOfHooks, keeper, loader, trainer
 from torch import nn
 
-from tinyq_lightning import TinyQCallback, TinyQError, load_quantized
+from tinyq_lightning import TinyQCallback, TinyQError, load_quantized, quantize
 from tinyq_lightning.errors import CheckpointError, EvaluationError, SpecError, TrainerError
 from tinyq_lightning.layers.linear import QuantizedLinear
 from tinyq_lightning.trainer import choose_float_weights, files_before_fit
@@ -48,6 +50,28 @@ def validated(root, module, data=None, **settings):
 
 def quiet(*args, **kwargs):
     return TinyQCallback(*args, report=False, **kwargs)
+
+
+# Which weights, and where
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_current_weights_lie_where_the_run_keeps_its_checkpoints_and_of_averages_the_best_one_tells(tmp_path):
+    best, current = TinyQCallback("w8a32", strict=True), TinyQCallback("w8a32", weights="current", strict=True)
+    run, module = fit(tmp_path, best, current, StochasticWeightAveraging(1e-2, 0.5), max_epochs=4)
+    assert {Path(each.quantized_path).parent for each in (best, current)} == {Path(run.checkpoint_callback.dirpath)}
+    assert best.quantized_path != current.quantized_path
+    notes = [json.loads(Path(each.quantized_path).with_suffix(".json").read_text())["note"] for each in (best, current)]
+    assert "without what StochasticWeightAveraging averages" in notes[0]
+    assert notes[1] == "the weights at the end of training"
+    averaged = Net()
+    averaged.load_state_dict(module.state_dict())
+    want = quantize(averaged, "w8a32") and averaged.state_dict()
+    found = load_quantized(current.quantized_path, Net).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in want.items())
+    alone = quiet("w8a32", weights="current", strict=True)
+    fit(tmp_path / "alone", alone, keep=False, enable_checkpointing=False)
+    assert Path(alone.quantized_path).parent == tmp_path / "alone"
 
 
 # Nothing of the user's changes

@@ -136,7 +136,7 @@ def test_keep_all_brings_each_within_the_budget(tmp_path):
         (["w8a8", "float"], "float model is measured in any case"),
         ({"method": ["w8a8", 8]}, "8 cannot be compared"),
         ({"keep": "smallest"}, "needs a budget"),
-        ({"keep": "biggest"}, "'biggest' is not a keep"),
+        ({"keep": "biggest"}, "'biggest' is not a value of keep"),
     ],
 )
 def test_a_wrong_list_is_refused_when_it_is_given(spec, message):

@@ -11,6 +11,7 @@ from lightnings import Callback, LambdaCallback, TQDMProgressBar, seed_everythin
 from models import Net, NetOfHooks, keeper, loader, trainer
 from torch import nn
 
+import tinyq_lightning.callback
 from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
 from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
 from tinyq_lightning.layers.linear import QuantizedLinear
@@ -186,6 +187,15 @@ def test_a_module_that_is_quantized_already_is_not_compared_with_itself(fitted, 
 def test_a_pattern_that_matches_nothing_is_named(tmp_path):
     with pytest.raises(SpecError, match=r"'hed' matches no layer\. Did you mean 'head'"):
         trainer(tmp_path, quiet("w8a32", exclude=["hed"])).test(Net(), loader(), verbose=False)
+
+
+def test_a_callback_for_fits_tells_in_a_test_of_a_float_model_how_to_quantize_there(tmp_path, monkeypatch):
+    path = trained(tmp_path)
+    callback, told = TinyQCallback("w8a32", report=False), []
+    monkeypatch.setattr(tinyq_lightning.callback, "rank_zero_info", told.append)
+    trainer(tmp_path, callback).test(Net(), loader(seed=2), ckpt_path=path, verbose=False, weights_only=True)
+    assert told == ["TinyQ: the float model is tested: quantizing it here takes when='test_start'"]
+    assert callback.plan is None
 
 
 def test_nothing_happens_in_a_fit(tmp_path):

@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(
         commands,
         "evaluate",
-        "your test loop on each file, float or quantized, in one table",
+        "your test or validation loop on each file, float or quantized, in one table",
         "tinyq-lightning evaluate --model nets:Net --data nets:Data epoch=7.ckpt w8a32-epoch=7.ckpt",
     )
     files = "float and quantized checkpoints, saved state dicts, safetensors files made from quantized ones"
@@ -161,7 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--data", required=True, metavar="M:CLASS", help="the LightningDataModule class")
     _add_init(command, "--data-init", "an argument of the data module")
     command.add_argument("--accelerator", default="cpu", help="as of the Trainer (default: cpu)")
-    command.add_argument("--limit-batches", type=_limit, metavar="N", help="test on the first batches only")
+    command.add_argument("--limit-batches", type=_limit, metavar="N", help="the first batches only")
+    loop = "which of your loops (default: test)"
+    command.add_argument("--loop", choices=("test", "validate"), default="test", help=loop)
 
     command = _add(
         commands,

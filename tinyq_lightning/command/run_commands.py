@@ -41,17 +41,19 @@ __all__ = [
 
 
 def evaluate(args: Namespace) -> Answer:
-    """Run the user's test loop on every file; the results are one table."""
+    """Run the user's test or validation loop on every file; the results are one table."""
     data_class = import_lightning_class(args.data, "LightningDataModule")
     metrics: dict[str, dict[str, float]] = {}
     for path in args.checkpoints:
         module = _load(args, path)
         data = made_data(data_class, args.data, args.data_init)
         limits = {"accelerator": args.accelerator, "limit": args.limit_batches}
-        metrics[path] = run_loop(module, data, "test", path, shows=not args.json, **limits)
+        metrics[path] = run_loop(module, data, args.loop, path, shows=not args.json, **limits)
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     if not names:
-        raise EvaluationError(f"test_step of {args.model or 'the model'} logs no metric")
+        raise EvaluationError(
+            f"{args.loop.replace('validate', 'validation')}_step of {args.model or 'the model'} logs no metric"
+        )
     rows = [
         [path, file_size(path), *(f"{values[name]:.6g}" if name in values else "" for name in names)]
         for path, values in metrics.items()

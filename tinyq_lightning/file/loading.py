@@ -19,7 +19,7 @@ from tinyq_lightning.file.part import content_of_part
 from tinyq_lightning.file.safetensors import is_safetensors, read_safetensors
 from tinyq_lightning.file.structure import fill_what_is_still_held, prepare_structure
 from tinyq_lightning.file.validate import HYPER_PARAMETERS
-from tinyq_lightning.file.weightless import take_values, without_weights
+from tinyq_lightning.file.weightless import take_values, watched_meta_tensors, without_weights
 from tinyq_lightning.file.wrapped_names import named_as_in
 from tinyq_lightning.plan import refuse_save_pretrained
 
@@ -156,11 +156,12 @@ def _built_weightless(
 ) -> tuple[Module, Mapping[str, Any]] | None:
     """A module that has the tensors of the file as its own, and those; None if it cannot be built without values."""
     try:
-        with without_weights() as leaves_any:
-            module, state_dict, made = _built(module_class, content, init_args, source, trust)
+        with watched_meta_tensors() as leaves_any:
+            with without_weights():
+                module, state_dict, made = _built(module_class, content, init_args, source, trust)
             del made  # the float layers, whose tensors are on the meta device
-        taken = take_values(module, named_as_in(module, state_dict))
-        return (module, state_dict) if taken and not leaves_any() else None
+            taken = take_values(module, named_as_in(module, state_dict))
+            return (module, state_dict) if taken and not leaves_any() else None
     except CheckpointError as error:
         if _is_of_the_class(error):
             return None

@@ -158,10 +158,14 @@ def _decision_of(path: str, decisions: Mapping[str, Decision]) -> Decision | Non
 
 
 def _type_name(model: nn.Module, path: str) -> str:
-    """The class of the module at ``path``, by the name that users write; torch makes subclasses of some."""
-    owner = path.partition(".parametrizations.")[0]
-    name = type(model.get_submodule(owner)).__name__
-    return name.removeprefix("Parametrized").removeprefix("NonDynamicallyQuantizable")
+    """The class of the module at ``path``, by the name that users write; torch makes subclasses of some.
+
+    Of a user's module with layers in it, which is none itself, ``parameters of`` the class.
+    """
+    owner = model.get_submodule(path.partition(".parametrizations.")[0])
+    name = type(owner).__name__.removeprefix("Parametrized").removeprefix("NonDynamicallyQuantizable")
+    is_layer = type(owner).__module__.startswith("torch.") or not any(owner.children())
+    return name if is_layer else f"parameters of {name}"
 
 
 def _percent(share: float) -> str:

@@ -76,6 +76,7 @@ class Reference:
 
 
 _EXACT_DICTS = (dict, OrderedDict, defaultdict)
+_CONTAINERS = {*_EXACT_DICTS, list, tuple, set}
 
 
 # What cannot hold a layer.
@@ -120,9 +121,10 @@ def find_references(model: nn.Module, layers: Collection[nn.Module]) -> Mapping[
         attributes = vars(module)
         compiled = "_orig_mod" in module._modules
         for name, value in attributes.items():
-            if name not in _SKIPPED and not (compiled and name in _OF_COMPILED):
-                where = users_path(f"{path}.{name}".removeprefix("."))
-                pending.append(_Held(value, where, Place(attributes, name), not name.endswith("_hooks")))
+            if _holds_none(value) or name in _SKIPPED or (compiled and name in _OF_COMPILED):
+                continue
+            where = users_path(f"{path}.{name}".removeprefix("."))
+            pending.append(_Held(value, where, Place(attributes, name), not name.endswith("_hooks")))
     for kind in {each for module in model.modules() for each in type(module).__mro__}:
         if _package(kind) not in _SURROUNDINGS:
             pending.extend(_Held(value, f"{kind.__name__}.{name}", None, True) for name, value in vars(kind).items())
@@ -137,6 +139,11 @@ def find_references(model: nn.Module, layers: Collection[nn.Module]) -> Mapping[
             seen.add(id(value))
             pending.extend(islice(_below(held), _MOST_OBJECTS))
     return found
+
+
+def _holds_none(value: Any) -> bool:
+    """Whether a value is, at first sight, a leaf or empty, as most attributes of a module are."""
+    return type(value) in _LEAVES or (type(value) in _CONTAINERS and not value)
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class Outcome:
         if asked is None:
             return None
         shares = [each.output_error for each in self.plan if each.output_error is not None]
-        batches = f"{asked.batches} batch{'es' * (asked.batches > 1)}"
+        batches = f"up to {asked.batches} batch{'es' * (asked.batches > 1)}"
         if not shares:
             return f"calibrated on {batches}: no layer could be"
         kept = sum(share < 1 for share in shares)

@@ -74,7 +74,7 @@ _MAX_NAME_BYTES = 200
 def check_choices(values: Mapping[str, Any], reader: Reader) -> None:
     """Refuse a value that is not one of those its key allows."""
     for key, known in _CHOICES.items():
-        reader.choice(values[key], known, key)
+        reader.choice(values[key], known, f"value of {key}", key)
 
 
 def check_kinds(kinds: Any, reader: Reader) -> tuple[str, ...]:
@@ -186,7 +186,7 @@ def check_budget(budget: Budget, reader: Reader) -> Budget:
     if budget.mode is not None:
         reader.choice(budget.mode, ("min", "max"), "mode")
     if budget.monitor is None or reader.text(budget.monitor, "monitor") is None:
-        reader.fail("the key 'monitor' is missing")
+        reader.fail("a budget needs monitor, the name of the metric that may lose max_drop, such as val_acc")
     if budget.ladder is not None:
         _check_ladder(budget.ladder, reader)
     return replace(budget, max_drop=drop.strip()) if isinstance(drop, str) else budget

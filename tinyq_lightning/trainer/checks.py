@@ -111,8 +111,8 @@ def _check_target(trainer: Trainer, spec: QuantizationSpec) -> None:
     """Write a small file to the folder of the quantized checkpoint, if that folder is known before training."""
     folder, source = spec.save.dirpath, f"{spec.origin.where('save', 'dirpath')}: dirpath"
     if folder is None:
-        if checkpoint_callbacks(trainer) and spec.weights != "current":
-            return  # the folder is that of the checkpoint, where a ModelCheckpoint has to write as well
+        if checkpoint_callbacks(trainer):
+            return  # the folder is that of a ModelCheckpoint, which has to write there as well
         folder, source = trainer.default_root_dir, "default_root_dir"
     if why_not := why_not_writable(folder):
         raise SpecError(

@@ -185,8 +185,23 @@ def _best_or_last(trainer: Trainer, wanted: str, monitor: str | None) -> tuple[s
         if path and file_exists(path):
             by = f" ({keeper.monitor})" if wanted == "best" and keeper.monitor else ""
             kind = "latest" if wanted == "best" and not by else wanted
-            return path, f"{kind} checkpoint{by}"
+            return path, f"{kind} checkpoint{by}{_note_on_averaging(trainer)}"
     return None
+
+
+def _note_on_averaging(trainer: Trainer) -> str:
+    """What a checkpoint lacks: StochasticWeightAveraging puts the averages into the module when training ends."""
+    names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}  # type: ignore[attr-defined]
+    if "StochasticWeightAveraging" not in names:
+        return ""
+    return ", without what StochasticWeightAveraging averages: weights='current' takes that"
+
+
+def _folder_of_run(trainer: Trainer) -> str:
+    """Where weights of no file go: the folder of a fit's ModelCheckpoint, or ``default_root_dir``."""
+    keepers = checkpoint_callbacks(trainer) if trainer.state.fn == "fit" else ()
+    folders = [keeper.dirpath for keeper in keepers if isinstance(keeper.dirpath, (str, os.PathLike))]
+    return os.fspath(next(iter(folders), trainer.default_root_dir))
 
 
 def current_weights(trainer: Trainer, note: str) -> FloatWeights:
@@ -197,7 +212,7 @@ def current_weights(trainer: Trainer, note: str) -> FloatWeights:
     if trainer.state.fn == "fit":
         base["epoch"] = _last_epoch(trainer)
     stem = f"epoch={base['epoch']}-step={base['global_step']}"
-    return FloatWeights(None, base, stem, trainer.default_root_dir, note)
+    return FloatWeights(None, base, stem, _folder_of_run(trainer), note)
 
 
 def _last_epoch(trainer: Trainer) -> int:

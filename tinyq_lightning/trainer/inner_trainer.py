@@ -290,7 +290,8 @@ def quiet() -> Iterator[None]:
     roots = [*(name for each in NAMESPACES for name in (each.name, each.fabric_name)), "lightning_utilities"]
     below = tuple(f"{root}." for root in roots)
     loggers = [logging.getLogger(name) for name in roots]
-    loggers += [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(below)]
+    known = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(below)]
+    loggers += [logger for logger in known if logger.level]  # the others take the level of these
     levels = [(logger, logger.level) for logger in loggers]
     try:
         for logger in loggers:
