@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import types
@@ -121,6 +122,29 @@ def test_a_queue_without_a_look_inside_is_named():
     snapshot = Snapshot(module)
     assert snapshot.put_back() == []
     module.held.put(1)
+    assert snapshot.put_back() == ["Module.held"]
+
+
+def numbers():
+    yield from range(9)
+
+
+ITERATORS = {
+    "count": itertools.count,
+    "zip of a generator": lambda: zip(numbers(), range(9), strict=False),
+    "map of a generator": lambda: map(len, ([each] for each in range(9))),
+    "list of functions": lambda: iter([len, lambda: 0]),
+    "chain": lambda: itertools.chain(range(3), numbers()),
+}
+
+
+@pytest.mark.parametrize("name", ITERATORS)
+def test_an_iterator_is_named_if_it_was_read(name):
+    module = nn.Module()
+    module.held = ITERATORS[name]()
+    snapshot = Snapshot(module)
+    assert snapshot.put_back() == []
+    next(module.held)
     assert snapshot.put_back() == ["Module.held"]
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import array
 import functools
+import gc
 import io
+import itertools
 import pickle
 import random
 import types
+import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, cast
@@ -60,6 +63,9 @@ _TORCH_STATE = (
 _PLAIN_CONTAINERS = frozenset((dict, list, set, deque, tuple, frozenset, OrderedDict, defaultdict))
 
 _MISSING = object()
+
+# Iterators over iterators that are looked into.
+_MAX_DEPTH = 8
 
 
 def package_of(kind: Any) -> str:
@@ -209,15 +215,30 @@ def _of_iterator(value: Iterator[Any]) -> State | None:
     if hasattr(value, "__dict__") and package_of(type(value)) != "torch":
         return _of_object(value)
 
-    def place() -> object:
-        if package_of(type(value)) == "torch":
-            return getattr(value, "_num_yielded", 0)
-        try:
-            return pickle.dumps(value)
-        except Exception:
-            return object()  # unlike any other: nothing tells whether it has been read
+    return watched(lambda: _place(value, 0))
 
-    return watched(place)
+
+def _place(value: Any, depth: int) -> object:
+    """Where an iterator stands: as it would be pickled, its length, or where those stand that it reads from."""
+    if package_of(type(value)) == "torch":
+        return getattr(value, "_num_yielded", 0)
+    if hasattr(value, "gi_frame"):
+        frame = value.gi_frame
+        return frame and (frame.f_lasti, {name: id(part) for name, part in frame.f_locals.items()})
+    if isinstance(value, itertools.count):
+        return repr(value)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of itertools, from Python 3.12 on
+            return pickle.dumps(value)
+    except Exception:  # it holds what cannot be pickled
+        if hasattr(value, "__length_hint__"):
+            return value.__length_hint__()
+    held = [part for each in gc.get_referents(value) for part in (each if type(each) is tuple else (each,))]
+    read = [each for each in held if isinstance(each, Iterator)]
+    if not read or depth == _MAX_DEPTH:
+        return object()  # unlike any other: nothing tells whether it has been read
+    return [_place(each, depth + 1) for each in read]
 
 
 def _of_partial(value: functools.partial[Any]) -> State | None:
