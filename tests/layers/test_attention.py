@@ -368,7 +368,8 @@ def test_added_keys_are_in_a_graph_of_any_batch():
     net = nn.Sequential(nn.MultiheadAttention(16, 4, add_bias_kv=True, add_zero_attn=True, batch_first=True)).eval()
     quantize(net, "w8a32")
     attention, x = net[0], torch.randn(4, 5, 16)
-    sizes = {name: {0: torch.export.Dim("batch")} for name in ("query", "key", "value")}
+    batch = torch.export.Dim("batch")
+    sizes = {name: {0: batch} for name in ("query", "key", "value")}
     program = torch.export.export(attention, (x, x, x), dynamic_shapes=sizes, strict=False).module()
     torch.testing.assert_close(program(x[:3], x[:3], x[:3])[0], attention(x[:3], x[:3], x[:3])[0])
 
