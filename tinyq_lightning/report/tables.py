@@ -42,10 +42,15 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Table:
         on_disk = [(os.path.getsize(str(path)), os.path.getsize(str(float_path))) for path, float_path in paths]
         rows.append(["file on disk", format_bytes(on_disk[0][1]), *_sizes(on_disk)])
     times = [each.seconds for each in outcomes]
-    if min(each.batches for each in (first.float_seconds, *times)) >= _BATCHES:
+    if not any(map(_is_noise, (first.float_seconds, *times))):
         cells = [text for now in times for text in (_milliseconds(now), _change(now, first.float_seconds))]
         rows.append(["ms per batch", _milliseconds(first.float_seconds), *cells])
     return Table(header, rows, kept=2, step=2)
+
+
+def _is_noise(times: BatchTimes) -> bool:
+    """Whether a time tells nothing: of few batches, or of a machine that was busy with other work."""
+    return times.batches < _BATCHES or times.spread > times.seconds / 3
 
 
 def _milliseconds(times: BatchTimes) -> str:
