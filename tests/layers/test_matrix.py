@@ -82,6 +82,15 @@ def test_rows_of_a_bank_of_kernels_are_as_long_as_those_of_a_convolution(method)
     assert (model(x) - wanted).norm() < {"w8a32": 0.02, "w4a32": 0.2}[method] * wanted.norm()
 
 
+def test_a_bank_of_short_rows_is_packed_where_memory_is_to_be_small():
+    packed, plain = Bank(width=3), Bank(width=3)
+    plain.load_state_dict(packed.state_dict())
+    for model, kernel in ((packed, "compact"), (plain, "auto")):
+        rule = {"match": "0.kernels", "method": "w4a32"}
+        quantize(nn.Sequential(model), {"rules": [rule], "kernel": kernel})
+    assert torch.equal(packed.kernels, plain.kernels)
+
+
 @pytest.mark.parametrize("method", ["w8a32", "w4a32"])
 def test_a_state_with_a_scale_for_each_row_of_the_last_dimension_means_what_it_meant(method):
     bank, rule = Bank(width=5), {"rules": [{"match": "kernels", "method": method}]}

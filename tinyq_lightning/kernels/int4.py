@@ -33,7 +33,7 @@ class NibbleWeights(CodeHolder):
         codes: ``multiplier * code``, int8 in the shape of the weight.
         scales: ``[out]`` float32.
         multipliers: ``[out, ceil(groups / 2)]`` uint8, packed.
-        to_rows: brings codes into ``[out, in]``; None if the last dimension is a row.
+        to_rows: brings codes into ``[out, in]``; None if the values of a row lie one after the other.
         from_rows: its inverse.
 
     Attributes:
@@ -51,7 +51,8 @@ class NibbleWeights(CodeHolder):
         from_rows: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(codes, scales)
-        rows = codes.flatten(0, -2) if to_rows is None else to_rows(codes)
+        whole = codes.view(len(scales), -1) if codes.dim() > 2 else codes
+        rows = whole if to_rows is None else to_rows(codes)
         self.int4_weights, self._multipliers = collapse(rows, multipliers), multipliers
         self._columns, self._from_rows = rows.shape[1], from_rows
 
