@@ -206,6 +206,22 @@ def test_verify_tells_the_right_float_file_from_another(folder, capsys):
     assert differs == ["state_dict.head.int8_weights", "state_dict.head.scales", "tinyq.plan"]
 
 
+def test_quantize_counts_weights_and_inspect_all_entries(folder, capsys):
+    Path("buffered.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Buffered(nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(nn.Linear(8, 8, bias=False))\n"
+        "        self.register_buffer('mask', torch.zeros(64))\n"
+    )
+    torch.save({"0.weight": torch.randn(8, 8), "mask": torch.zeros(64)}, "buffered.pt")
+    assert main(["quantize", "buffered.pt", "--model", "buffered:Buffered", "--output", "buffered.ckpt"]) == 0
+    assert "100 % of the weight bytes in int8 (w8a32), 1 of 1 layer\n" in capsys.readouterr().out
+    assert main(["inspect", "buffered.ckpt"]) == 0
+    assert (
+        "50.0 % of the weight bytes in int8 (w8a32), 1 of 1 layer; in float 50.0 % other entries, buffers among them"
+        in capsys.readouterr().out
+    )
+
+
 def test_inspect_tells_what_a_file_is(folder, capsys):
     assert main(["inspect", "w8a32-epoch=7.ckpt"]) == 0
     text = capsys.readouterr().out

@@ -153,6 +153,22 @@ def test_a_layer_that_cannot_be_measured_costs_a_line_in_the_report_and_no_more(
     assert load_quantized(path, Mapped)
 
 
+@pytest.mark.parametrize("when", ["fit_end", "test_start"])
+def test_methods_of_other_codes_have_figures_of_their_own(tmp_path, when):
+    callback = TinyQCallback(["w8a16", "w4a32"], when=when, report="full", dirpath=tmp_path, strict=True)
+    run = trainer(tmp_path, callback, max_epochs=1)
+    if when == "fit_end":
+        run.fit(Net(), loader(shuffle=True), loader(seed=1))
+    else:
+        run.test(Net(), loader(seed=2), verbose=False)
+    for method, path in callback.quantized_paths.items():
+        content = json.loads(Path(path).with_suffix(".json").read_text())
+        for layer in content["layers"]:
+            assert layer["output_sqnr_db"]["w8a16"] > layer["output_sqnr_db"]["w4a32"] + 10, (method, layer)
+            assert layer["ms"].keys() >= {"w8a16", "w4a32"}
+        assert "No layer's error was measured" not in Path(path).with_suffix(".html").read_text()
+
+
 class FailsInTheThirdLoop(Net):
     """The loops are those of the float model, of the quantized one, and the one in which layers are measured."""
 

@@ -203,6 +203,22 @@ def test_a_mode_that_contradicts_the_model_checkpoint_of_the_metric(tmp_path):
     assert callback.search.met, "one keeps the highest, the other the lowest"
 
 
+def test_a_model_checkpoint_that_keeps_the_worst_by_the_metrics_own_word(tmp_path):
+    lowest = keeper(tmp_path / "lowest", mode="min")
+    told = r"mode='max', by the torchmetrics object that is logged as 'val_acc', contradicts ModelCheckpoint"
+    budget = TinyQCallback("w8a32", monitor="val_acc", max_drop=0.5, save=False)
+    refused(tmp_path, budget, SpecError, told, callbacks=[lowest], num_sanity_val_steps=2)
+    plain = TinyQCallback("w8a32", report=False, save=False)
+    with pytest.warns(UserWarning, match=r"keeps the worst checkpoint .* give it mode='max'") as warned:
+        trainer(tmp_path, lowest, plain, max_epochs=2).fit(Net(), loader(shuffle=True), loader(seed=1))
+    assert sum("keeps the worst" in str(each.message) for each in warned) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*keeps the worst")
+        for callback in (TinyQCallback("w8a32", weights="current", report=False, save=False), plain):
+            keepers = [lowest] if callback is not plain else [lowest, keeper(tmp_path)]
+            trainer(tmp_path, *keepers, callback, max_epochs=1).fit(Net(), loader(shuffle=True), loader(seed=1))
+
+
 class Squares(Counts):
     """Logs a torchmetrics object of which less is better."""
 

@@ -227,8 +227,8 @@ class MethodsRun:
                 rank_zero_warn(
                     f"TinyQ: {monitor} of the best checkpoint is {before.metrics[monitor]:.6g}, where ModelCheckpoint "
                     f"recorded {score:.6g}: validation saw other data then, or other weights, such as an average that "
-                    "a callback puts in for validation, or it depends on the epoch. The checkpoint's own weights are "
-                    "quantized"
+                    "a callback puts in for validation, or the score depends on the epoch, or on training "
+                    "batches that the same metric object saw. The checkpoint's own weights are quantized"
                 )
 
     @cached_property
