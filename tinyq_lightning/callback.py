@@ -181,7 +181,7 @@ class TinyQCallback(HoldsRun):
         if self.spec.budget:
             check_budget(trainer, self.spec.budget)
         elif self.spec.weights == "best":
-            warn_of_worst_checkpoint(trainer, self._told_worst)
+            warn_of_worst_checkpoint(trainer, self.monitor, self._told_worst)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve, swap, evaluate, save and report; the module is unchanged afterwards."""
@@ -221,7 +221,8 @@ class TinyQCallback(HoldsRun):
         if self._quantized_start and self._quantized_start.label:
             return
         if self.spec.when != "test_start":
-            if self.plan is None:
+            others = _tinyq_callbacks(trainer)
+            if self.plan is None and self is others[0] and all(each.spec.when != "test_start" for each in others):
                 rank_zero_info("TinyQ: the float model is tested: quantizing it here takes when='test_start'")
             return
         before = [run for callback in _tinyq_callbacks(trainer) for run in callback._runs]

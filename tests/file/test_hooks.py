@@ -11,6 +11,7 @@ from torch import nn
 
 from tinyq_lightning import QuantizedCheckpointMixin, TinyQCallback, load_quantized
 from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.file.hooks import HookView
 
 pytestmark = pytest.mark.filterwarnings("ignore:the quantized checkpoint holds plain data only")
 
@@ -148,6 +149,30 @@ def test_a_hook_reads_and_changes_what_lies_deep_and_the_file_keeps_it(tmp_path,
     content = torch.load(callback.quantized_path, weights_only=True)
     assert (content["hyper_parameters"]["kind"], content["words"]) == (1, {"a": [1]})
     assert "teacher.weight" in content["state_dict"]
+
+
+class PutsWeights(Net):
+    """Puts float weights where it read them, and takes the whole state dict."""
+
+    def on_load_checkpoint(self, checkpoint):
+        state = checkpoint.pop("state_dict")
+        state["head.weight"] = 1.0 * state["head.weight"]
+        if self.hparams.lr != 0:
+            checkpoint["state_dict"] = state
+
+
+def test_float_weights_that_a_hook_puts_beside_their_codes_are_not_loaded(path):
+    want = load_quantized(path, Net).state_dict()
+    for lr in (0.1, 0.0):
+        found = load_quantized(path, PutsWeights, lr=lr).state_dict()
+        assert all(torch.equal(found[name], value) for name, value in want.items())
+
+
+def test_a_pair_of_one_tuple_deep_down_is_copied_once(path):
+    content, pair = torch.load(path, weights_only=True), (1,)
+    for _ in range(40):
+        pair = (pair, pair)
+    assert HookView({**content, "extra": pair}, Net, "q.ckpt")["extra"][0][1][0]
 
 
 class ReadsWeights(Net):

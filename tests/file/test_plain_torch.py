@@ -160,6 +160,7 @@ class Base(nn.Module):
 
 class Derived(Base):
     def __init__(self, config, **kwargs):
+        kwargs["size"] = 3  # written, not read
         super().__init__(config, **kwargs)
 
 

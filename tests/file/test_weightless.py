@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -162,6 +163,16 @@ def test_meta_tensors_of_the_block_alone_are_noticed_and_garbage_is_not(collecte
         del cycle
         assert not leaves_any()
     assert older.weight.is_meta
+
+
+def test_garbage_is_collected_again_when_the_last_thread_has_loaded():
+    first, second = watched_meta_tensors(), watched_meta_tensors()
+    with ExitStack() as stack:
+        stack.enter_context(first)
+        with second:
+            stack.close()
+            assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 def test_arguments_of_loading(tmp_path):

@@ -248,6 +248,14 @@ def images():
     }
 
 
+@pytest.mark.parametrize("kernel", ["auto", "compact"])
+def test_four_bits_take_channels_last_after_quantizing(kernel):
+    x, model = normal(2, 6, 9, 9), nn.Sequential(nn.Conv2d(6, 8, 3))
+    quantize(model, {"method": "w4a32", "kernel": kernel})
+    want = model(x)
+    torch.testing.assert_close(model.to(memory_format=torch.channels_last)(x), want)
+
+
 @pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 8, 3), lambda: nn.Conv3d(3, 8, 2), lambda: nn.Conv2d(4, 8, 1)])
 def test_the_weight_lies_in_memory_as_the_float_weight(make):
     for layout in (

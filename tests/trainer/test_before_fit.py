@@ -209,14 +209,16 @@ def test_a_model_checkpoint_that_keeps_the_worst_by_the_metrics_own_word(tmp_pat
     budget = TinyQCallback("w8a32", monitor="val_acc", max_drop=0.5, save=False)
     refused(tmp_path, budget, SpecError, told, callbacks=[lowest], num_sanity_val_steps=2)
     plain = TinyQCallback("w8a32", report=False, save=False)
-    with pytest.warns(UserWarning, match=r"keeps the worst checkpoint .* give it mode='max'") as warned:
+    with pytest.warns(UserWarning, match=r"mode='min'\) keeps the worst checkpoint .* higher_is_better=True") as warned:
         trainer(tmp_path, lowest, plain, max_epochs=2).fit(Net(), loader(shuffle=True), loader(seed=1))
     assert sum("keeps the worst" in str(each.message) for each in warned) == 1
+    quiet = {"report": False, "save": False}
+    current, of_loss = TinyQCallback(weights="current", **quiet), TinyQCallback(monitor="val_loss", **quiet)
+    loss = keeper(tmp_path / "loss", monitor="val_loss", mode="min")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*keeps the worst")
-        for callback in (TinyQCallback("w8a32", weights="current", report=False, save=False), plain):
-            keepers = [lowest] if callback is not plain else [lowest, keeper(tmp_path)]
-            trainer(tmp_path, *keepers, callback, max_epochs=1).fit(Net(), loader(shuffle=True), loader(seed=1))
+        for callbacks in ([lowest, current], [keeper(tmp_path), lowest, plain], [lowest, loss, of_loss]):
+            trainer(tmp_path, *callbacks, max_epochs=1).fit(Net(), loader(shuffle=True), loader(seed=1))
 
 
 class Squares(Counts):

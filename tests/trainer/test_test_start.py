@@ -196,6 +196,9 @@ def test_a_callback_for_fits_tells_in_a_test_of_a_float_model_how_to_quantize_th
     trainer(tmp_path, callback).test(Net(), loader(seed=2), ckpt_path=path, verbose=False, weights_only=True)
     assert told == ["TinyQ: the float model is tested: quantizing it here takes when='test_start'"]
     assert callback.plan is None
+    both = [quiet("w8a32"), callback, TinyQCallback("w8a8", report=False)]
+    trainer(tmp_path, *both).test(Net(), loader(seed=2), ckpt_path=path, verbose=False, weights_only=True)
+    assert len(told) == 1
 
 
 def test_nothing_happens_in_a_fit(tmp_path):

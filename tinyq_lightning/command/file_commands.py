@@ -115,9 +115,8 @@ def verify(args: Namespace) -> Answer:
     plan = plan_of(tinyq)
     with open_checkpoint(args.float, args.trust) as source, progress("quantizing again") as around:
         spec = replace(plan.to_spec(), calibrate=None)  # the data is not here
-        again = quantize_file(source, model_class(args.model, source, args.trust), spec, args.init, around, args.trust)[
-            0
-        ]
+        factory = model_class(args.model, source, args.trust)
+        again, _ = quantize_file(source, factory, spec, args.init, around, args.trust)
     if tinyq["float_sha256"] not in (None, again["tinyq"]["float_sha256"]):
         text += f"\n{args.float}: this is not the float file it was made from, by SHA-256"
         return Answer(text, data | {"same": False, "differs": ["float_sha256"]}, good=False)

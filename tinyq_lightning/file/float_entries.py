@@ -30,12 +30,14 @@ class FloatEntries(OrderedDict[str, Any]):
     def __init__(self, state_dict: Mapping[str, Any] = {}, plan: Sequence[Mapping[str, Any]] = ()) -> None:
         super().__init__(state_dict)
         self._plan = {entry["name"]: entry for entry in plan}
+        self._saved = set(state_dict)
         if hasattr(state_dict, "_metadata"):
             self._metadata = state_dict._metadata
 
     def entries(self) -> OrderedDict[str, Any]:
-        """The state dict without answers for float weights."""
-        entries = OrderedDict(self)
+        """What there is by now, without float weights that were put there beside their codes."""
+        kept = (item for item in self.items() if item[0] in self._saved or self._prefix(item[0]) is None)
+        entries = OrderedDict(kept)
         if hasattr(self, "_metadata"):
             vars(entries)["_metadata"] = self._metadata
         return entries

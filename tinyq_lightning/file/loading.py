@@ -219,7 +219,7 @@ def _built(
         raise CheckpointError(
             f"{source}: on_load_checkpoint of {name} failed: {type(error).__name__}: {error}"
         ) from error
-    state_dict = view["state_dict"]
+    state_dict = view.get("state_dict", content["state_dict"])
     return module, state_dict.entries() if isinstance(state_dict, FloatEntries) else state_dict, made
 
 

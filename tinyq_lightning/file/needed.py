@@ -57,6 +57,6 @@ def _read_from(function: Any, rest: str) -> Iterator[str]:
     optional = {each.value for test in tests for each in ast.walk(test) if isinstance(each, ast.Constant)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == rest:
-            key = node.slice
-            if isinstance(key, ast.Constant) and isinstance(key.value, str) and key.value not in optional:
+            key, reads = node.slice, isinstance(node.ctx, ast.Load)
+            if reads and isinstance(key, ast.Constant) and isinstance(key.value, str) and key.value not in optional:
                 yield key.value

@@ -112,11 +112,13 @@ def plain_state(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
 def copied(value: Any, done: dict[int, Any] | None = None) -> Any:
     """``value`` with copies of its plain containers at every depth; all else stays the same object."""
     done = {} if done is None else done
-    if type(value) is tuple:
-        return tuple(copied(item, done) for item in value)
-    if type(value) not in (dict, OrderedDict, list):
+    if type(value) not in (dict, OrderedDict, list, tuple):
         return value
-    if id(value) not in done:
+    if id(value) in done:
+        return done[id(value)]
+    if type(value) is tuple:
+        done[id(value)] = tuple(copied(item, done) for item in value)
+    else:
         done[id(value)] = result = copy.copy(value)  # keeps attributes, such as _metadata of a state dict
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             result[key] = copied(item, done)

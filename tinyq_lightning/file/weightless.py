@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -56,25 +55,46 @@ def watched_meta_tensors() -> Iterator[Callable[[], bool]]:
 
     Yields:
         A function, to be called in the block, that returns True if any meta tensor made in the block still exists. If
-        something had garbage collected meanwhile, older ones may count too.
+        something had garbage collected meanwhile, older ones may count too, and those of other threads always do.
     """
-    resume = gc.isenabled()
-    gc.disable()
-    before, collections = _meta_tensors(generation=0), _collections()
-    known = {id(tensor) for tensor in before}  # `before` keeps them alive, so no new tensor gets such an id
+    with _COLLECTOR.resting():
+        before, collections = _meta_tensors(generation=0), _collections()
+        known = {id(tensor) for tensor in before}  # `before` keeps them alive, so no new tensor gets such an id
 
-    def leaves_any() -> bool:
-        generation = 0 if _collections() == collections else None
-        left = [weakref.ref(tensor) for tensor in _meta_tensors(generation) if id(tensor) not in known]
-        if left:
-            gc.collect(2 if generation is None else generation)
-        return any(tensor() is not None for tensor in left)
+        def leaves_any() -> bool:
+            young = _collections() == collections
+            left = {id(tensor) for tensor in _meta_tensors(0 if young else None)} - known
+            if left:
+                gc.collect(0 if young else 2)
+                left &= {id(tensor) for tensor in _meta_tensors(1 if young else None)}  # what was not garbage is older
+            return bool(left)
 
-    try:
         yield leaves_any
-    finally:
-        if resume:
-            gc.enable()
+
+
+class _Collector:
+    """The collector of garbage, which rests while any thread has it rest."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._resumes = threading.Lock(), 0, False
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        with self._lock:
+            if self._users == 0:
+                self._resumes = gc.isenabled()
+                gc.disable()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0 and self._resumes:
+                    gc.enable()
+
+
+_COLLECTOR = _Collector()
 
 
 def _meta_tensors(generation: int | None) -> list[Tensor]:

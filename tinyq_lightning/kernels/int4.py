@@ -51,8 +51,7 @@ class NibbleWeights(CodeHolder):
         from_rows: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(codes, scales)
-        whole = codes.view(len(scales), -1) if codes.dim() > 2 else codes
-        rows = whole if to_rows is None else to_rows(codes)
+        rows = codes.reshape(len(scales), -1) if to_rows is None else to_rows(codes)
         self.int4_weights, self._multipliers = collapse(rows, multipliers), multipliers
         self._columns, self._from_rows = rows.shape[1], from_rows
 

@@ -44,9 +44,9 @@ CODE_MAX = 127
 _BLOCK_WEIGHTS = 524_288
 
 
-# Squares are summed over the rows of about this many weights, and then over these sums: always in the same order, so
-# that a weight has the same SQNR to the last bit in every file.
-_SUMMED_WEIGHTS = 262_144
+# Squares are summed over the rows of half a block, and then over these sums: always in the same order, so that a weight
+# has the same SQNR to the last bit in every file.
+_SUMS = 2
 
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -57,8 +57,12 @@ LARGEST_SCALE = torch.finfo(torch.float32).max / CODE_MAX * (1 - torch.finfo(tor
 """The largest scale that does not overflow float32 when it is multiplied by 127 again."""
 
 
-def _block_rows(weight: Tensor, weights: int = _BLOCK_WEIGHTS) -> int:
-    return max(1, min(weight.shape[0], weights // max(1, weight.shape[1])))
+def _summed_rows(weight: Tensor) -> int:
+    return max(1, _BLOCK_WEIGHTS // _SUMS // max(1, weight.shape[1]))
+
+
+def _block_rows(weight: Tensor) -> int:
+    return max(1, min(weight.shape[0], _SUMS * _summed_rows(weight)))
 
 
 def row_blocks(weight: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -102,11 +106,11 @@ def quantize_per_row_with_sqnr(weight: Tensor) -> tuple[Tensor, Tensor, float]:
     """As :func:`quantize_per_row`, and :func:`weight_sqnr_db` of the result from the same pass over the weight."""
     weight, codes, scales = _with_outputs(weight)
     rounded, sqnr = _buffer(weight), _Sqnr(weight)
-    for quotients, _, out in _quotients(weight, scales, codes):
+    for quotients, scale, out in _quotients(weight, scales, codes):
         whole = torch.round(quotients, out=rounded[: len(out)])
         out.copy_(whole)
-        sqnr.add(quotients, whole)
-    return codes, _finished(scales, weight), sqnr.db(scales)
+        sqnr.add(quotients, whole, scale)
+    return codes, _finished(scales, weight), sqnr.db()
 
 
 def refuse_unfit(weight: Tensor) -> None:
@@ -220,8 +224,8 @@ def weight_sqnr_db(weight: Tensor, codes: Tensor, scales: Tensor) -> float:
     sqnr, buffer = _Sqnr(weight), _buffer(weight)
     for block, code, scale in row_blocks(weight, codes, scales):
         quotients = torch.div(block.to(torch.float32), scale, out=buffer[: len(block)])
-        sqnr.add(quotients, code.to(torch.float32))
-    return sqnr.db(scales)
+        sqnr.add(quotients, code.to(torch.float32), scale)
+    return sqnr.db()
 
 
 def joint_sqnr_db(weights: Sequence[Tensor], sqnr_db: Sequence[float]) -> float:
@@ -240,22 +244,22 @@ class _Sqnr:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._norms = torch.zeros(len(weight), 2, dtype=torch.float32, device=weight.device)
-        self._left, self._summed_rows = self._norms, _block_rows(weight, _SUMMED_WEIGHTS)
+        self._norms = torch.empty(_block_rows(weight), 2, dtype=torch.float32, device=weight.device)
+        self._power = torch.zeros(2, dtype=torch.float64, device=weight.device)
+        self._summed_rows = _summed_rows(weight)
 
-    def add(self, quotients: Tensor, codes: Tensor) -> None:
-        """Count the next rows in; the quotients are overwritten."""
-        signal, noise = self._left[: len(codes)].unbind(1)
-        self._left = self._left[len(codes) :]
+    def add(self, quotients: Tensor, codes: Tensor, scale: Tensor) -> None:
+        """Count a block in, ``scale`` being ``[rows, 1]``; the quotients are overwritten."""
+        norms = self._norms[: len(scale)]
+        signal, noise = norms.unbind(1)
         torch.linalg.vector_norm(quotients, dim=1, out=signal)
         torch.linalg.vector_norm(quotients.sub_(codes), dim=1, out=noise)
+        for squares in torch.split(norms.double().mul_(scale).square_(), self._summed_rows):
+            self._power += squares.sum(0)
 
-    def db(self, scales: Tensor) -> float:
-        """The ratio of all rows, whose scales are ``[rows, 1]``."""
-        total = torch.zeros(2, dtype=torch.float64, device=scales.device)
-        for squares in torch.split(self._norms.double().mul_(scales).square_(), self._summed_rows):
-            total += squares.sum(0)
-        signal, noise = total.tolist()
+    def db(self) -> float:
+        """The ratio of all rows."""
+        signal, noise = self._power.tolist()
         return 10 * math.log10(signal / noise) if signal and noise else math.inf
 
 

@@ -164,7 +164,7 @@ def _type_name(model: nn.Module, path: str) -> str:
     """
     owner = model.get_submodule(path.partition(".parametrizations.")[0])
     name = type(owner).__name__.removeprefix("Parametrized").removeprefix("NonDynamicallyQuantizable")
-    is_layer = type(owner).__module__.startswith("torch.") or not any(owner.children())
+    is_layer = type(owner).__module__.startswith("torch.") or next(owner.children(), None) is None
     return name if is_layer else f"parameters of {name}"
 
 

@@ -74,9 +74,8 @@ def measured_layers(swap: Swap, *others: Swap) -> Iterator[dict[str, LayerError]
                 watches[name].add(variants)
                 continue
             watches[name] = watch = _Watch(module, layer, variants)
-            places = {
-                id(place._forward_hooks): place for place in (module, layer)
-            }  # a Linear shares its with its layer
+            # a Linear shares its hooks with its layer
+            places = {id(place._forward_hooks): place for place in (module, layer)}
             handles += [place.register_forward_hook(watch.look, with_kwargs=True) for place in places.values()]
     try:
         yield errors
@@ -116,8 +115,9 @@ class _Watch:
 
     def add(self, variants: Mapping[str, QuantizedLayer]) -> None:
         """The layer by more methods, before any call."""
-        for method in variants.keys() - self._layers.keys():
-            self._layers[method], self._noise[method], self._seconds[method] = variants[method], 0.0, []
+        for method, layer in variants.items():
+            if method not in self._layers:
+                self._layers[method], self._noise[method], self._seconds[method] = layer, 0.0, []
 
     def look(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward hook: run the float layer, and the quantized one by every method, in eval mode on the inputs."""

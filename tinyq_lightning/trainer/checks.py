@@ -32,6 +32,7 @@ __all__ = [
     "checkpoint_callbacks",
     "known_mode",
     "logged_per_dataloader",
+    "preferred_keepers",
     "refuse_mixed_packages",
     "refuse_without_validation",
     "warn_of_worst_checkpoint",
@@ -246,23 +247,29 @@ def check_budget(trainer: Trainer, budget: Budget) -> None:
         check_direction(trainer, known, by_metric=budget.mode is None)
 
 
-def warn_of_worst_checkpoint(trainer: Trainer, told: set[str]) -> None:
-    """Warn of a metric of which every ModelCheckpoint keeps the worst, by what the logged torchmetrics object tells.
+def warn_of_worst_checkpoint(trainer: Trainer, monitor: str | None, told: set[str]) -> None:
+    """Warn if the ModelCheckpoint that is looked at keeps the worst, by what the logged torchmetrics object tells.
 
     Args:
         trainer: at the end of a validation in ``fit``.
+        monitor: as of :func:`preferred_keepers`.
         told: metrics that a warning has named; others are added.
     """
-    better, keepers = directions(trainer), checkpoint_callbacks(trainer)
-    for name in {keeper.monitor for keeper in keepers if keeper.monitor in better} - told:
-        mode = "max" if better[name] else "min"
-        if mode not in {keeper.mode for keeper in keepers if keeper.monitor == name}:
-            told.add(name)
-            rank_zero_warn(
-                f"TinyQ: ModelCheckpoint(monitor={name!r}) keeps the worst checkpoint as the best one, and that one "
-                f"is quantized: give it mode={mode!r}, since {name!r} is logged as a torchmetrics object with "
-                f"higher_is_better={better[name]} (a ModelCheckpoint without a mode takes 'min')"
-            )
+    better, keepers = directions(trainer), preferred_keepers(trainer, monitor)
+    name = keepers[0].monitor if keepers else None
+    if name is None or name in told or name not in better or (keepers[0].mode == "max") == better[name]:
+        return
+    told.add(name)
+    rank_zero_warn(
+        f"TinyQ: ModelCheckpoint(monitor={name!r}, mode={keepers[0].mode!r}) keeps the worst checkpoint as the best, "
+        f"and that one is quantized: {name!r} is logged as a torchmetrics object with higher_is_better={better[name]} "
+        "(a ModelCheckpoint without a mode takes 'min')"
+    )
+
+
+def preferred_keepers(trainer: Trainer, monitor: str | None) -> list[ModelCheckpoint]:
+    """The ModelCheckpoints of the run; those that monitor ``monitor`` come first, if it is given."""
+    return sorted(checkpoint_callbacks(trainer), key=lambda keeper: monitor is not None and keeper.monitor != monitor)
 
 
 def check_monitor(trainer: Trainer, monitor: str | None) -> None:

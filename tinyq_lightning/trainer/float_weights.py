@@ -22,7 +22,7 @@ from tinyq_lightning.file import (
     why_not_writable,
     without_training_entries,
 )
-from tinyq_lightning.trainer.checks import checkpoint_callbacks
+from tinyq_lightning.trainer.checks import checkpoint_callbacks, preferred_keepers
 from tinyq_lightning.trainer.inner_trainer import Moment, shadowed
 from tinyq_lightning.trainer.ranks import is_sharded
 
@@ -177,10 +177,7 @@ def _chosen(
 
 def _best_or_last(trainer: Trainer, wanted: str, monitor: str | None) -> tuple[str, str] | None:
     """Path and note of the checkpoint that a ModelCheckpoint saved; None if none did."""
-    keepers = sorted(
-        checkpoint_callbacks(trainer), key=lambda keeper: monitor is not None and keeper.monitor != monitor
-    )
-    for keeper in keepers:
+    for keeper in preferred_keepers(trainer, monitor):
         path = getattr(keeper, f"{wanted}_model_path", "")
         if path and file_exists(path):
             by = f" ({keeper.monitor})" if wanted == "best" and keeper.monitor else ""
