@@ -138,6 +138,28 @@ ITERATORS = {
 }
 
 
+def steps():
+    at = 1000
+    while True:
+        yield at
+        at += 1
+
+
+STARTED = {"yield from": numbers, "loop": lambda: (each for each in range(9)), "steps": steps}
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_a_generator_that_has_begun_is_named_if_it_was_read_on(name):
+    module = nn.Module()
+    module.held = STARTED[name]()
+    next(module.held)
+    snapshot = Snapshot(module)
+    assert snapshot.put_back() == []
+    for _ in range(2):  # twice: a number that was let go gives its memory to the next
+        next(module.held)
+        assert snapshot.put_back() == ["Module.held"]
+
+
 @pytest.mark.parametrize("name", ITERATORS)
 def test_an_iterator_is_named_if_it_was_read(name):
     module = nn.Module()

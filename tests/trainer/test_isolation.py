@@ -47,6 +47,28 @@ class Hidden(Slotted):
         Slotted.total.__set__(self, 0)
 
 
+class AttrDict(dict):
+    """Raises no AttributeError for what it lacks."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+class NotReady:
+    """Raises for what it lacks, and has slots only."""
+
+    __slots__ = ("total",)
+
+    def __init__(self):
+        self.total = []
+
+    def __getattr__(self, name):
+        raise RuntimeError("not ready")
+
+    def __str__(self):
+        return str(self.total)
+
+
 class Meter:
     seen: ClassVar[list] = []
 
@@ -78,6 +100,8 @@ CHANGES = {
     "defaultdict": (lambda: defaultdict(list), lambda held: held["x"].append(1)),
     "Counter": (Counter, lambda held: held.update("a")),
     "OrderedDict": (lambda: OrderedDict(a=1, b=2), lambda held: held.move_to_end("a")),
+    "AttrDict": (AttrDict, grow),
+    "not ready": (NotReady, lambda held: held.total.append(1)),
     "UserDict": (UserDict, grow),
     "deque": (lambda: deque([1], maxlen=2), lambda held: held.extend([2, 3])),
     "set": (set, lambda held: held.add(1)),
@@ -112,6 +136,8 @@ def shown(held):
         return str(held.get_state().tolist())
     if isinstance(held, io.StringIO):
         return held.getvalue() + str(held.tell())
+    if isinstance(held, AttrDict | NotReady):
+        return str(held)
     owner = getattr(held, "__self__", held)
     if isinstance(owner, Meter | Slotted):
         return str((getattr(owner, "__dict__", None), getattr(owner, "total", None), Meter.seen))
@@ -452,26 +478,67 @@ def test_rows_that_nobody_changes_are_not_kept(row):
     assert kept._lasting == []
 
 
-def test_what_many_batches_hold_is_kept_once():
-    words = {f"word {index}": [index] for index in range(300)}
-    other = [*words.values(), {"a": [1]}]
-    data = TensorDataset(torch.zeros(2))
-    held = [
-        {"x": torch.zeros(4), "words": words, "other": other, "data": data, "net": nn.Linear(2, 2)} for _ in "12345678"
-    ]
+class BatchOfItsOwn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("x", torch.zeros(2))
+
+
+def test_datasets_and_modules_that_batches_hold_are_not_walked_over():
+    data, net = TensorDataset(torch.zeros(2)), nn.Linear(2, 2)
+    held = [{"rows": [{"n": 0}], "data": data, "net": net}, BatchOfItsOwn()]
     kept, fetcher = KeptBatches([held]), Fetcher(held)
     kept.watch(fetcher)
-    sizes = []
-    for index, batch in enumerate(fetcher.iterator):
-        if index == 5:
-            batch["words"].clear()
-            batch["other"][0].append(3)
-            other[-1]["b"] = 1
-        sizes.append(len(kept._recent[-1]))
-    assert len(set(sizes[1:])) == 1
-    assert sizes[1] < 10 < sizes[0]
+    first, second = fetcher.iterator
+    assert len(kept._recent[0]) == 3, "the batch, its rows and the one row"
+    first["rows"][0]["n"] = 1
+    second.x.add_(1)
     kept.put_back()
-    assert (len(words), words["word 0"], other[-1]) == (300, [0], {"a": [1]})
+    assert (first["rows"], second.x.tolist()) == ([{"n": 0}], [0.0, 0.0])
+
+
+def refilled(rows):
+    """One list for all batches."""
+    batch = []
+    for each in rows:
+        batch[:] = each
+        yield batch
+
+
+def test_a_list_that_a_loader_refills_and_frames_that_several_batches_hold_are_put_back_and_let_go():
+    rows = [[{"n": 0} for _ in range(300)] for _ in range(3)]
+    kept, fetcher = KeptBatches([rows]), Fetcher(refilled(rows))
+    kept.watch(fetcher)
+    for batch in fetcher.iterator:
+        for row in batch:
+            row["n"] += 1
+    kept.put_back()
+    assert all(row == {"n": 0} for each in rows for row in each)
+    frames = [torch.full((2**15,), float(at)) for at in range(12)]
+    windows_of_four = (frames[at : at + 4] for at in range(9))
+    kept, fetcher = KeptBatches([frames]), Fetcher(windows_of_four)
+    kept.watch(fetcher)
+    assert len(list(fetcher.iterator)) == 9
+    assert kept._lasting == []
+
+
+@pytest.mark.filterwarnings("ignore")  # torch tells of layouts that may change
+def test_batches_of_every_layout_are_kept():
+    ones = [torch.ones(2), torch.ones(3)]
+    nested = [torch.nested.nested_tensor(ones, layout=layout) for layout in (torch.strided, torch.jagged)]
+    held = [torch.eye(4).to_sparse(), torch.eye(4).to_sparse_csr(), *nested, torch.empty(3, device="meta")] * 2
+    kept, fetcher = KeptBatches([held]), Fetcher(held)
+    kept.watch(fetcher)
+    assert len(list(fetcher.iterator)) == 10
+    kept.put_back()
+
+
+def test_the_ends_of_long_containers_count_in_a_digest():
+    digests = {batch_digest([int(row == at) for row in range(300)]) for at in (0, 127, 172, 299)}
+    assert len(digests | {batch_digest([0] * 300)}) == 5
+    assert batch_digest({"words": dict.fromkeys(range(9999), 0), "x": 1}) != batch_digest(
+        {"words": dict.fromkeys(range(9999), 0), "x": 2}
+    )
 
 
 def test_read_only_memory_is_not_written_to(tmp_path):

@@ -357,13 +357,60 @@ class AverageOfStatistics(Callback):
         del pl_module.scale
 
 
-def test_buffers_and_flags_that_a_callback_sets_for_the_test_are_those_of_each_model(tmp_path):
+class AverageOfNothing(Callback):
+    def on_test_start(self, trainer, pl_module):
+        pl_module.flag = 1
+
+
+class ExchangesStatistics(AverageOfStatistics):
+    """Puts another buffer in."""
+
+    def on_test_start(self, trainer, pl_module):
+        self.own, pl_module.scale = pl_module.norm.running_mean, 2.0
+        pl_module.norm.running_mean = self.own + 1
+
+    def on_test_end(self, trainer, pl_module):
+        pl_module.norm.running_mean = self.own
+        del pl_module.scale
+
+
+class WithBatches(AverageOfStatistics):
+    """All its hooks run again for each model."""
+
+    def on_test_batch_start(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("kind", [AverageOfStatistics, ExchangesStatistics, WithBatches])
+def test_buffers_and_flags_that_an_earlier_callback_sets_for_the_test_are_those_of_each_model(tmp_path, kind):
     module = Normed()
-    alone = trainer(tmp_path, AverageOfStatistics()).test(module, loader(), verbose=False)[0]
+    alone = trainer(tmp_path, kind()).test(module, loader(), verbose=False)[0]
     callback = quiet("w8a32", save=False)
-    trainer(tmp_path, AverageOfStatistics(), callback).test(module, loader(), verbose=False)
+    trainer(tmp_path, kind(), callback).test(module, loader(), verbose=False)
     assert {name: values["float"] for name, values in callback.results.items()} == alone
     assert (module.scale, module.norm.running_mean.abs().max()) == (1.0, 0.0)
+
+
+class CountsItsHooks(Net):
+    evaluated = started = 0
+
+    def on_test_model_eval(self):
+        self.evaluated += 1
+        super().on_test_model_eval()
+
+    def on_test_start(self):
+        self.started += 1
+
+    def test_step(self, batch, batch_idx):
+        super().test_step(batch, batch_idx)
+        self.log_dict({"evaluated": float(self.evaluated), "started": float(self.started)})
+
+
+def test_what_the_modules_own_hooks_set_is_set_once(tmp_path):
+    callback = quiet(["w8a32", "w8a8"], save=False)
+    trainer(tmp_path, AverageOfNothing(), callback).test(CountsItsHooks(), loader(), verbose=False)
+    for name in ("evaluated", "started"):
+        assert [callback.results[name][each] for each in ("float", "w8a32", "w8a8")] == [1.0, 1.0, 1.0]
 
 
 def test_nothing_is_copied_where_no_other_callback_ends_the_test(tmp_path, monkeypatch):

@@ -6,29 +6,32 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, islice
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from tinyq_lightning.trainer.held import is_frame
 from tinyq_lightning.trainer.state import state_of
-from tinyq_lightning.trainer.values import CONSTANT_TYPES, State
+from tinyq_lightning.trainer.values import CONSTANT_TYPES, State, attributes_of
 
 __all__ = [
     "KeptBatches",
     "batch_digest",
 ]
 
-# So many values of each tensor, items of each container and leaves of a batch go into its digest.
-_SAMPLES, _ITEMS, _LEAVES = 32, 256, 1024
+# So many values of each tensor, items at each end of a container and leaves of a batch go into its digest.
+_SAMPLES, _ENDS, _LEAVES = 32, 128, 1024
 
 
 def batch_digest(batch: Any) -> int:
-    """A number that two batches share if they hold the same; from some values of each tensor, array, number, text."""
+    """A number that two batches share if they hold the same; from some values of each tensor, array, number, text.
+
+    Of a container of more than 256 items the first and the last 128 count, and of all those the first 1024 leaves: two
+    batches that differ elsewhere have one digest.
+    """
     digest = 0
     for index, leaf in enumerate(_leaves(batch)):
         if index == _LEAVES:
@@ -51,17 +54,21 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _items(value: Any) -> Iterable[Any]:
     if isinstance(value, Mapping):
-        return islice(value.values(), _ITEMS)
+        return _ends(list(value.values()))
     if isinstance(value, list | tuple):
-        return value[:_ITEMS]
+        return _ends(list(value))
     known = (Tensor, np.ndarray, int, float, str, Mapping, list, tuple)
-    return (item for item in getattr(value, "__dict__", {}).values() if isinstance(item, known))
+    return (item for item in (attributes_of(value) or {}).values() if isinstance(item, known))
+
+
+def _ends(items: list[Any]) -> list[Any]:
+    return items if len(items) <= 2 * _ENDS else items[:_ENDS] + items[-_ENDS:]
 
 
 def _bytes_of(leaf: Any) -> bytes:
     if isinstance(leaf, Tensor):
-        if hasattr(leaf, "to_local"):  # a DTensor: the part that this process holds
-            leaf = leaf.to_local()
+        if hasattr(type(leaf), "to_local"):  # a DTensor: the part that this process holds
+            leaf = cast(Any, leaf).to_local()
         if leaf.is_meta or leaf.is_nested or leaf.layout != torch.strided:
             return str(leaf.dtype).encode()
         flat = leaf.detach().flatten()
@@ -78,8 +85,8 @@ class KeptBatches:
     A batch is kept before the first hook of a transfer has it, until three more were fetched: two batches may share
     memory, and a later step may change an earlier batch. From then on only what something changed and others hold is
     kept, to the end of the loop; what a step changes in older batches stays changed. What torch's own collate function
-    or another process makes is new for each reader, and is not kept. A large container, tensor or table that two
-    batches in a row hold, such as a vocabulary, is kept once, as the first of them had it.
+    or another process makes is new for each reader, and is not kept. Nor are datasets, dataloaders and modules
+    that a batch holds, or anything below them.
 
     Args:
         loaders: where batches may come from.
@@ -89,8 +96,6 @@ class KeptBatches:
         self._shared = any(_hands_out_its_own(loader) for loader in loaders)
         self._recent: deque[deque[_Part]] = deque()
         self._lasting: list[_Part] = []
-        self._large: dict[int, Any] = {}  # in the batch before
-        self._of_all: dict[int, Any] = {}  # in several batches
 
     def watch(self, fetcher: Any) -> None:
         """Keep each batch that a fetcher of Lightning's gives, from those that it holds already on.
@@ -104,13 +109,7 @@ class KeptBatches:
             fetcher.iterator = map(self._keep, fetcher.iterator)
 
     def _keep(self, batch: Any) -> Any:
-        parts, large = _parts_of(batch, self._of_all)
-        if again := {key: value for key, value in large.items() if key in self._large}:
-            self._of_all |= again
-            self._lasting.extend(self._recent[-1])
-            parts, large = _parts_of(batch, self._of_all)
-        self._large = large
-        self._recent.append(parts)
+        self._recent.append(_parts_of(batch))
         if len(self._recent) > _IN_USE:
             parts = self._recent.popleft()
             while parts:  # one by one: what only an outer object holds goes with it
@@ -124,11 +123,8 @@ class KeptBatches:
         with torch.inference_mode(False), torch.no_grad():
             for part in reversed([*self._lasting, *chain.from_iterable(self._recent)]):
                 part.put_back()
-        self._lasting, self._recent, self._large, self._of_all = [], deque(), {}, {}
+        self._lasting, self._recent = [], deque()
 
-
-# A container of more items, or a tensor of more bytes, is looked for in the next batch.
-_LARGE_ITEMS, _LARGE_BYTES = 256, 2**16
 
 # Lightning holds so many batches at once: that of the step, that before it, and one that it fetches ahead.
 _IN_USE = 3
@@ -170,27 +166,22 @@ class _Part:
         return False
 
 
-def _parts_of(batch: Any, known: Mapping[int, Any]) -> tuple[deque[_Part], dict[int, Any]]:
-    """Of everything in a batch that has a state, outer objects before those that they hold; and what is large in it.
+def _parts_of(batch: Any) -> deque[_Part]:
+    """Of everything in a batch that has a state, outer objects before those that they hold.
 
-    What is known is left out, with all below, and so are datasets and modules, of which others keep the state.
+    Datasets, dataloaders and modules that it holds are left out with all below: they are no part of its content, and to
+    walk over them for each batch would take long. A batch that is one itself is not.
     """
     found, seen, pending = deque[_Part](), dict[int, Any](), deque([batch])
     with torch.inference_mode(False), torch.no_grad():
         while pending:
             value = pending.popleft()
-            if type(value) in CONSTANT_TYPES or id(value) in seen or id(value) in known:
+            if type(value) in CONSTANT_TYPES or id(value) in seen:
                 continue
-            if not isinstance(value, Dataset | DataLoader | nn.Module):
+            if value is batch or not isinstance(value, Dataset | DataLoader | nn.Module):
                 seen[id(value)] = value
                 found.extend(_part_of(value, pending))
-    return found, {key: value for key, value in seen.items() if _is_large(value)}
-
-
-def _is_large(value: Any) -> bool:
-    if isinstance(value, Tensor | np.ndarray):
-        return value.nbytes > _LARGE_BYTES
-    return is_frame(value) or (isinstance(value, dict | list | tuple | set | deque) and len(value) > _LARGE_ITEMS)
+    return found
 
 
 def _part_of(value: Any, pending: deque[Any]) -> Iterator[_Part]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -63,7 +64,14 @@ HELD: dict[type | tuple[type, ...], Callable[[Any], State]] = {
 
 def is_database(value: object) -> bool:
     """Whether it is a connection to SQLite, which not every Python has."""
-    return hasattr(value, "total_changes") and any(kind.__module__ == "sqlite3" for kind in type(value).__mro__)
+    return _is_connection(cast(Hashable, type(value)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_connection(kind: Hashable) -> bool:
+    """By the class alone: the attributes of others' objects are not asked for."""
+    bases = cast(type, kind).__mro__
+    return any(base.__name__ == "Connection" and base.__module__ == "sqlite3" for base in bases)
 
 
 def of_database(value: Any) -> State:
@@ -80,7 +88,7 @@ def of_database(value: Any) -> State:
 
 def is_frame(value: object) -> bool:
     """Whether it is a table or a column of pandas, which need not be installed."""
-    return type(value).__module__.partition(".")[0] == "pandas" and hasattr(value, "_mgr")
+    return str(type(value).__module__).partition(".")[0] == "pandas" and hasattr(value, "_mgr")
 
 
 def of_frame(value: Any) -> State:

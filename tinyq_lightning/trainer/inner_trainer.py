@@ -28,6 +28,7 @@ else:
 __all__ = [
     "Moment",
     "Stage",
+    "changes_batches",
     "do_nothing",
     "inner_trainer",
     "nothing_saved",
@@ -199,7 +200,7 @@ def _callbacks(trainer: Trainer, stage: Stage, watch: Callback) -> Iterator[Call
     for index, callback in enumerate(callbacks):
         if index == min(ours, default=0):
             yield watch
-        kept = _PREFIX[stage] if _changes_batches(callback, stage) else "no hook"
+        kept = _PREFIX[stage] if changes_batches(callback, stage) else "no hook"
         muted = {name: do_nothing for name in hooks if not name.startswith(kept)}
         name = type(callback).__name__
         local = {"__qualname__": f"_callbacks.<locals>.{name}"}  # else LightningCLI finds two classes of the name
@@ -213,7 +214,7 @@ def _is_ours(callback: Callback) -> bool:
     return any(package_of(kind) == "tinyq_lightning" for kind in type(callback).__mro__)
 
 
-def _changes_batches(callback: Callback, stage: Stage) -> bool:
+def changes_batches(callback: Callback, stage: Stage) -> bool:
     """Whether it is a callback of the user's with a hook before each batch."""
     hook = f"{_PREFIX[stage]}_batch_start"
     definer = next((kind for kind in type(callback).__mro__ if hook in vars(kind)), None)

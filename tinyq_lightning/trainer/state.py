@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import functools
 import gc
 import io
 import itertools
+import operator
 import pickle
 import random
 import types
@@ -26,11 +28,11 @@ from tinyq_lightning.trainer.values import (
     CONSTANTS,
     Parts,
     State,
+    attributes_of,
     enumerated,
     of_array,
     of_bit_generator,
     of_file,
-    of_generator,
     of_numpy_random_state,
     of_random,
     of_tensor,
@@ -64,13 +66,16 @@ _PLAIN_CONTAINERS = frozenset((dict, list, set, deque, tuple, frozenset, Ordered
 
 _MISSING = object()
 
+_GENERATORS = (types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType)
+
 # Iterators over iterators that are looked into.
 _MAX_DEPTH = 8
 
 
 def package_of(kind: Any) -> str:
     """The name of the top-level package that a class or function comes from; empty if it says none."""
-    return (getattr(kind, "__module__", None) or "").partition(".")[0]
+    module = getattr(kind, "__module__", None)
+    return module.partition(".")[0] if isinstance(module, str) else ""
 
 
 def state_of(value: Any, weights: bool) -> State | None:
@@ -113,8 +118,7 @@ def _of_object(
     """Attributes and slots, and the contents if the object is a container as well."""
     if contents is not None and type(value) in _PLAIN_CONTAINERS:
         return State(contents, items, changed)
-    found, slots = getattr(value, "__dict__", None), _slots(value)
-    attributes = found if isinstance(found, dict) else None
+    attributes, slots = attributes_of(value), _slots(value)
     if attributes is None and not slots and contents is None:
         return None
     before = dict(attributes or {})
@@ -212,9 +216,13 @@ def _of_buffer(value: Any) -> State:
 
 def _of_iterator(value: Iterator[Any]) -> State | None:
     """Of an iterator that is not written in Python, such as one of a list or of a DataLoader."""
-    if hasattr(value, "__dict__") and package_of(type(value)) != "torch":
+    if attributes_of(value) is not None and package_of(type(value)) != "torch":
         return _of_object(value)
 
+    return _of_place(value)
+
+
+def _of_place(value: Any) -> State:
     return watched(lambda: _place(value, 0))
 
 
@@ -222,9 +230,8 @@ def _place(value: Any, depth: int) -> object:
     """Where an iterator stands: as it would be pickled, its length, or where those stand that it reads from."""
     if package_of(type(value)) == "torch":
         return getattr(value, "_num_yielded", 0)
-    if hasattr(value, "gi_frame"):
-        frame = value.gi_frame
-        return frame and (frame.f_lasti, {name: id(part) for name, part in frame.f_locals.items()})
+    if isinstance(value, _GENERATORS):
+        return _place_of_generator(value, depth)
     if isinstance(value, itertools.count):
         return repr(value)
     try:
@@ -232,13 +239,36 @@ def _place(value: Any, depth: int) -> object:
             warnings.simplefilter("ignore", DeprecationWarning)  # of itertools, from Python 3.12 on
             return pickle.dumps(value)
     except Exception:  # it holds what cannot be pickled
-        if hasattr(value, "__length_hint__"):
-            return value.__length_hint__()
+        if (left := _length_left(value)) is not None:
+            return left
     held = [part for each in gc.get_referents(value) for part in (each if type(each) is tuple else (each,))]
     read = [each for each in held if isinstance(each, Iterator)]
     if not read or depth == _MAX_DEPTH:
         return object()  # unlike any other: nothing tells whether it has been read
     return [_place(each, depth + 1) for each in read]
+
+
+def _place_of_generator(value: Any, depth: int) -> object:
+    """The line and the variables of it and of those that it delegates to by ``yield from``, if it has begun."""
+    places: list[object] = []
+    while isinstance(value, types.GeneratorType):
+        frame = value.gi_frame
+        places.append(frame and (frame.f_lasti, {name: _shown(part) for name, part in frame.f_locals.items()}))
+        value = value.gi_yieldfrom
+    if isinstance(value, Iterator):
+        left = _length_left(value)  # before it is pickled, with all that it is over
+        places.append(_place(value, depth + 1) if left is None else left)
+    return places
+
+
+def _length_left(value: Any) -> int | None:
+    with contextlib.suppress(Exception):
+        return operator.length_hint(value) if hasattr(type(value), "__length_hint__") else None
+    return None
+
+
+def _shown(value: object) -> object:
+    return value if type(value) in CONSTANT_TYPES else id(value)
 
 
 def _of_partial(value: functools.partial[Any]) -> State | None:
@@ -269,7 +299,7 @@ _BY_TYPE: dict[type | tuple[type, ...], Callable[[Any], State | None]] = {
     np.random.RandomState: of_numpy_random_state,
     torch.Generator: of_torch_generator,
     io.IOBase: of_file,
-    (types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType): of_generator,
+    _GENERATORS: _of_place,
     functools.partial: _of_partial,
     types.MethodType: _of_method,
     Iterator: _of_iterator,

@@ -29,11 +29,11 @@ from tinyq_lightning.trainer.loop_watch import LoopWatch
 from tinyq_lightning.trainer.results import Results, compare, numbers
 from tinyq_lightning.trainer.tested import (
     FloatValues,
+    SetByCallbacks,
     as_tested,
     float_values,
     log_of_test,
     may_exchange_weights,
-    set_by_callbacks,
 )
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def forget_test_start(trainer: Trainer) -> None:
         noted.close()
 
 
-# An attribute of a Trainer's test loop.
-_NOTED = "_tinyq_test_start"
+# An attribute of a Trainer's test loop, and methods of the loop.
+_NOTED, _HOOKS = "_tinyq_test_start", ("reset", "_on_evaluation_start", "_on_evaluation_epoch_end")
 
 
 def _noted(trainer: Trainer) -> _TestStart | None:
@@ -105,11 +105,13 @@ class _TestStart:
         self._trainer, self._module, self._loop = trainer, module, trainer.test_loop
         self.snapshot: Snapshot | None = None
         self._attributes: dict[str, Any] = {}  # of the Trainer
+        self._callbacks: SetByCallbacks | None = None
         self.on_epoch_end: list[Callable[[], object]] = []
         self.runs: list[TestRun] = []
         self.tested: FloatValues = []
-        self._own = {name: vars(self._loop).get(name) for name in ("reset", "_on_evaluation_epoch_end")}
+        self._own = {name: vars(self._loop).get(name) for name in _HOOKS}
         vars(self._loop)["reset"] = partial(self._reset, self._loop.reset)
+        vars(self._loop)["_on_evaluation_start"] = partial(self._begin, self._loop._on_evaluation_start)
         vars(self._loop)["_on_evaluation_epoch_end"] = partial(self._end_epoch, self._loop._on_evaluation_epoch_end)
 
     def _reset(self, own: Callable[[], None]) -> None:
@@ -117,6 +119,16 @@ class _TestStart:
         self.snapshot = Snapshot(*roots, data=dataloaders(self._trainer, "test"), outside=True)
         self._attributes = dict(vars(self._trainer))
         own()
+
+    def _begin(self, own: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        self._callbacks = SetByCallbacks(self._trainer, self._module)
+        own(*args, **kwargs)
+
+    def note_callbacks(self) -> None:
+        """Have what callbacks have set in the module until now set for each further model."""
+        assert self.snapshot is not None
+        assert self._callbacks is not None
+        self.snapshot.then.append(self._callbacks.noted())
 
     def _end_epoch(self, own: Callable[[], None]) -> None:
         own()
@@ -200,6 +212,8 @@ class TestRun:
             )
         start = _noted(trainer)
         assert start is not None
+        if first is None:
+            start.note_callbacks()
         self._trainer, self._module, self._start = trainer, module, start
         self._first = first or self
         self.stopwatch = stopwatch
@@ -215,8 +229,6 @@ class TestRun:
             with self.swap:
                 self.bytes = state_bytes(module.state_dict())
         if first is None:
-            assert start.snapshot is not None
-            start.snapshot.then.append(set_by_callbacks(module))
             self.swap.put_in()
             self._watch.loop_started(trainer.test_loop)
         start.runs.append(self)

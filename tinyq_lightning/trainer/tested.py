@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tinyq_lightning.namespaces import namespace_of
 from tinyq_lightning.plan import Swap
+from tinyq_lightning.trainer.inner_trainer import changes_batches
 from tinyq_lightning.trainer.validated import WatchesValidation
 from tinyq_lightning.trainer.values import MAX_COUNTS
 
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FloatValues",
+    "SetByCallbacks",
     "as_tested",
     "float_values",
     "log_of_test",
     "may_exchange_weights",
-    "set_by_callbacks",
 ]
 
 FloatValues: TypeAlias = "list[tuple[Tensor, Tensor]]"
@@ -62,31 +63,71 @@ def float_values(module: nn.Module, swaps: Iterable[Swap]) -> FloatValues:
     return [(each, each.detach().clone()) for each in found.values() if each.is_floating_point()]
 
 
-def set_by_callbacks(module: nn.Module) -> Callable[[], None]:
-    """A function that sets again what callbacks may have set in a module, such as an average's buffers and a flag.
+class SetByCallbacks:
+    """What callbacks before ours set in a module when a test starts, such as an average's buffers and a flag.
 
-    Buffers and plain attributes; the values of parameters are as they are now.
+    Buffers, small parameters that are not trained, and plain attributes: what a snapshot puts back. Nothing where a
+    callback's own hooks run again for each model, since its values would be set twice.
 
     Args:
-        module: the user's, when the test has started.
+        trainer: whose callbacks' ``on_test_start`` come next.
+        module: the user's.
     """
-    tensors = [each for each in chain(module.parameters(), module.buffers()) if _is_put_back(each)]
-    kept = [(each, each.detach().clone()) for each in tensors]
-    plain = [(vars(each), _plain(vars(each))) for each in module.modules()]
 
-    def set_again() -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            for tensor, value in kept:
-                tensor.detach().copy_(value)
-        for attributes, values in plain:
-            attributes.update(values)
+    def __init__(self, trainer: Trainer, module: nn.Module) -> None:
+        callback = namespace_of(trainer).pytorch.Callback
+        earlier = list(takewhile(lambda each: not isinstance(each, WatchesValidation), _callbacks(trainer)))
+        sets = any(getattr(each.on_test_start, "__func__", None) is not callback.on_test_start for each in earlier)
+        again = any(changes_batches(each, "test") for each in earlier)
+        modules = list(module.modules()) if sets and not again else []
+        self._tensors = [(*found, found[-1].detach().clone()) for each in modules for found in _put_back(each)]
+        self._plain = [(vars(each), _plain(vars(each))) for each in modules]
 
-    return set_again
+    def noted(self) -> Callable[[], None]:
+        """A function that sets again what was set since; of a tensor that was exchanged, the values in the old one."""
+        tensors = [
+            (holder, name, tensor, holder[name].detach().clone())
+            for holder, name, tensor, value in self._tensors
+            if _was_set(holder.get(name), value)
+        ]
+        plain = [
+            (attributes, {name: value for name, value in _plain(attributes).items() if before.get(name, self) != value})
+            for attributes, before in self._plain
+        ]
+
+        def set_again() -> None:
+            with torch.inference_mode(False), torch.no_grad():
+                for holder, name, tensor, value in tensors:
+                    if holder.get(name) is tensor:
+                        tensor.detach().copy_(value)
+            for attributes, values in plain:
+                attributes.update(values)
+
+        return set_again
 
 
-def _is_put_back(tensor: Tensor) -> bool:
-    may_count = not isinstance(tensor, nn.Parameter) or tensor.numel() <= MAX_COUNTS
-    return may_count and not (tensor.requires_grad or tensor.is_meta or tensor.is_inference())
+def _put_back(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Of a module's own tensors those whose values a snapshot puts back, each with what holds it and its name."""
+    holders: list[dict[str, Any]] = [module._buffers, module._parameters]
+    for holder in holders:
+        for name, tensor in holder.items():
+            if tensor is None or tensor.requires_grad or tensor.is_inference() or not _is_plain(tensor):
+                continue
+            if not isinstance(tensor, nn.Parameter) or tensor.numel() <= MAX_COUNTS:
+                yield holder, name, tensor
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    of_its_own = tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta
+    return not of_its_own and type(tensor.detach()) is Tensor
+
+
+def _was_set(now: Tensor | None, value: Tensor) -> bool:
+    """Whether a tensor, or the one in its place, has other values than were there, of one shape and type."""
+    if now is None or not _is_plain(now):
+        return False
+    alike = (now.shape, now.dtype, now.device) == (value.shape, value.dtype, value.device)
+    return alike and not torch.equal(now, value)
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:

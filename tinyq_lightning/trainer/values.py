@@ -18,12 +18,12 @@ __all__ = [
     "MAX_COUNTS",
     "Parts",
     "State",
+    "attributes_of",
     "enumerated",
     "is_written",
     "of_array",
     "of_bit_generator",
     "of_file",
-    "of_generator",
     "of_numpy_random_state",
     "of_random",
     "of_tensor",
@@ -61,6 +61,15 @@ class State(NamedTuple):
     restore: Callable[[], object]
     parts: Parts = ()
     changed: Callable[[], bool] | None = None
+
+
+def attributes_of(value: object) -> dict[str, Any] | None:
+    """Its ``__dict__``, past what its class does when attributes are asked for; None if it has none."""
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except Exception:  # a property, such as that of a proxy for what is not there
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def enumerated(items: Iterable[Any]) -> Parts:
@@ -110,7 +119,7 @@ def of_tensor(value: Tensor, weights: bool) -> State:
     def changed() -> bool:
         return copy is None or not _same_memory(value, alias) or not _same_values(value, copy)
 
-    parts = ((name, part) for name, part in getattr(value, "__dict__", {}).items())
+    parts = ((name, part) for name, part in (attributes_of(value) or {}).items())
     return State(restore, parts, changed if is_plain else None)
 
 
@@ -124,6 +133,8 @@ def _same_values(one: Tensor, other: Tensor) -> bool:
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
+    if one.is_nested or other.is_nested:
+        return one.is_nested and other.is_nested  # their shapes cannot always be asked for
     if one.device != other.device or one.dtype != other.dtype or one.shape != other.shape:
         return False
     return one.is_meta or one.layout != torch.strided or one.data_ptr() == other.data_ptr()
@@ -185,16 +196,6 @@ def of_file(value: io.IOBase) -> State | None:
         return True
 
     return State(restore)
-
-
-def of_generator(value: Any) -> State:
-    """The place in a generator function, to be watched."""
-
-    def place() -> object:
-        frame = getattr(value, "gi_frame", None)
-        return frame and (frame.f_lasti, {name: id(part) for name, part in frame.f_locals.items()})
-
-    return watched(place)
 
 
 def watched(place: Callable[[], object]) -> State:
