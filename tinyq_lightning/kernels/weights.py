@@ -41,12 +41,7 @@ CODE_MAX = 127
 
 # Work happens in blocks of about this many weights: fewer, and calling the operators costs as much as their work;
 # more, and a block leaves the cache between one operator and the next.
-_BLOCK_WEIGHTS = 524_288
-
-
-# Squares are summed over the rows of half a block, and then over these sums: always in the same order, so that a weight
-# has the same SQNR to the last bit in every file.
-_SUMS = 2
+_BLOCK_WEIGHTS = 262_144
 
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -57,12 +52,8 @@ LARGEST_SCALE = torch.finfo(torch.float32).max / CODE_MAX * (1 - torch.finfo(tor
 """The largest scale that does not overflow float32 when it is multiplied by 127 again."""
 
 
-def _summed_rows(weight: Tensor) -> int:
-    return max(1, _BLOCK_WEIGHTS // _SUMS // max(1, weight.shape[1]))
-
-
 def _block_rows(weight: Tensor) -> int:
-    return max(1, min(weight.shape[0], _SUMS * _summed_rows(weight)))
+    return max(1, min(weight.shape[0], _BLOCK_WEIGHTS // max(1, weight.shape[1])))
 
 
 def row_blocks(weight: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -152,7 +143,7 @@ def _finished(scales: Tensor, weight: Tensor) -> Tensor:
     if not torch.isfinite(scales).all():
         bad = count_non_finite(weight)
         raise ModelError(f"{bad} of {weight.numel()} weights are not finite (NaN, infinite, or beyond float32)")
-    return scales.clamp_max(LARGEST_SCALE).view(-1)
+    return scales.clamp_max_(LARGEST_SCALE).view(-1)
 
 
 def count_non_finite(weight: Tensor) -> int:
@@ -246,7 +237,6 @@ class _Sqnr:
     def __init__(self, weight: Tensor) -> None:
         self._norms = torch.empty(_block_rows(weight), 2, dtype=torch.float32, device=weight.device)
         self._power = torch.zeros(2, dtype=torch.float64, device=weight.device)
-        self._summed_rows = _summed_rows(weight)
 
     def add(self, quotients: Tensor, codes: Tensor, scale: Tensor) -> None:
         """Count a block in, ``scale`` being ``[rows, 1]``; the quotients are overwritten."""
@@ -254,8 +244,7 @@ class _Sqnr:
         signal, noise = norms.unbind(1)
         torch.linalg.vector_norm(quotients, dim=1, out=signal)
         torch.linalg.vector_norm(quotients.sub_(codes), dim=1, out=noise)
-        for squares in torch.split(norms.double().mul_(scale).square_(), self._summed_rows):
-            self._power += squares.sum(0)
+        self._power += norms.double().mul_(scale).square_().sum(0)
 
     def db(self) -> float:
         """The ratio of all rows."""
