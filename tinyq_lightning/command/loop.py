@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule
 
 __all__ = [
+    "STEPS",
     "made_data",
     "run_loop",
 ]
+
+STEPS = {"test": "test", "validate": "validation"}
+"""The loops that a command runs, and what their steps are called after."""
 
 
 def made_data(data_class: Any, name: str, arguments: Mapping[str, Any]) -> LightningDataModule:
@@ -74,6 +78,7 @@ def run_loop(
         )
         logged = getattr(trainer, loop)(module, datamodule=data, verbose=False)
     except Exception as error:
-        name = {"validate": "validation", "test": "test"}[loop]
-        raise EvaluationError(f"{of}: the {name} loop could not be run: {type(error).__name__}: {error}") from error
+        raise EvaluationError(
+            f"{of}: the {STEPS[loop]} loop could not be run: {type(error).__name__}: {error}"
+        ) from error
     return {name: float(value) for each in logged for name, value in each.items()}

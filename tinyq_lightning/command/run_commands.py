@@ -11,7 +11,7 @@ from torch import nn
 from tinyq_lightning.command.answer import Answer, file_size, model_class
 from tinyq_lightning.command.bench import example_input, time_layers, time_model
 from tinyq_lightning.command.file_commands import spec_of
-from tinyq_lightning.command.loop import made_data, run_loop
+from tinyq_lightning.command.loop import STEPS, made_data, run_loop
 from tinyq_lightning.errors import CheckpointError, EvaluationError, ModelError
 from tinyq_lightning.file import (
     FloatFile,
@@ -51,9 +51,7 @@ def evaluate(args: Namespace) -> Answer:
         metrics[path] = run_loop(module, data, args.loop, path, shows=not args.json, **limits)
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     if not names:
-        raise EvaluationError(
-            f"{args.loop.replace('validate', 'validation')}_step of {args.model or 'the model'} logs no metric"
-        )
+        raise EvaluationError(f"{STEPS[args.loop]}_step of {args.model or 'the model'} logs no metric")
     rows = [
         [path, file_size(path), *(f"{values[name]:.6g}" if name in values else "" for name in names)]
         for path, values in metrics.items()

@@ -94,8 +94,9 @@ class HookView(dict[str, Any]):
             if isinstance(checkpoint.get("state_dict"), Mapping):
                 super().__setitem__("state_dict", FloatEntries(checkpoint["state_dict"], checkpoint["tinyq"]["plan"]))
             if HYPER_PARAMETERS in checkpoint:
-                hyper_parameters = _hyper_parameters(checkpoint, module_class, source, arguments or {}, trust)
-                super().__setitem__(HYPER_PARAMETERS, hyper_parameters)
+                stored = super().__getitem__(HYPER_PARAMETERS)
+                restored = _hyper_parameters(stored, checkpoint, module_class, source, arguments or {}, trust)
+                super().__setitem__(HYPER_PARAMETERS, restored)
         self._class, self._source = module_class, source
         for key, empty in _EMPTY_TRAINING.items():
             self.setdefault(key, empty())
@@ -132,10 +133,14 @@ class HookView(dict[str, Any]):
 
 
 def _hyper_parameters(
-    checkpoint: Mapping[str, Any], module_class: Any, source: str, arguments: Mapping[str, Any], trust: bool
+    stored: Any,
+    checkpoint: Mapping[str, Any],
+    module_class: Any,
+    source: str,
+    arguments: Mapping[str, Any],
+    trust: bool,
 ) -> Any:
     """Those of a quantized file as they were when the module was made, where that can be told, with the given ones."""
-    stored = copied(checkpoint[HYPER_PARAMETERS])
     try:
         found = Arguments(module_class, checkpoint, arguments, trust, source)
         stored = stored if found.from_cli else found.stored

@@ -25,17 +25,14 @@ def still_needed(factory: Any, given: Collection[str]) -> str:
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     taken = parameters_of(factory)
     needed = [name for name, each in taken.items() if each.default is each.empty and each.kind in named]
-    inits = [vars(cls)["__init__"] for cls in factory.__mro__ if "__init__" in vars(cls)] if _is_class(factory) else []
+    classes = factory.__mro__ if isinstance(factory, type) else ()
+    inits = [vars(cls)["__init__"] for cls in classes if "__init__" in vars(cls)]
     for function in inits or [factory]:
         if (rest := _name_of_rest(function)) is None:
             break  # what it takes is named, and the classes below it get no other names of the caller
         needed += _read_from(function, rest)
     missing = [name for name in dict.fromkeys(needed) if name not in given]
     return ", ".join(f"{name}=..." for name in missing or ["argument"])
-
-
-def _is_class(factory: Any) -> bool:
-    return isinstance(factory, type)
 
 
 def _name_of_rest(function: Any) -> str | None:

@@ -48,7 +48,7 @@ _ROUNDING = {
 
 
 # How far each digit lies above the lowest byte of an integer.
-_SHIFTS = {count: torch.tensor([[[0]], [[8]], [[16]]][:count], dtype=torch.int32, device="cpu") for count in (1, 2, 3)}
+_SHIFTS = {count: torch.tensor([[[0]], [[8]], [[16]]][:count], dtype=torch.int32, device="cpu") for count in (2, 3)}
 
 
 # Below this size, call overhead costs more than memory traffic.

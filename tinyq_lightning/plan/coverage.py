@@ -34,7 +34,7 @@ class HeldWeight:
 
     Attributes:
         path: its dotted name.
-        type_name: the class of the module that holds it; empty if it is not known.
+        type_name: the class of the module that holds it, or what it is called where that is not known.
         bytes: what it takes.
         is_matrix: whether it has two dimensions or more.
     """
@@ -77,7 +77,7 @@ class Coverage:
         held = " and ".join(f"int{bits}" for bits in self.bits) or "int8"
         text = f"{_percent(self.quantized_bytes / total)} of the weight bytes in {held} ({self.label}), "
         text += f"{self.quantized_layers} of {self.layers} layer{'s' * (self.layers != 1)}"
-        named = [(name, size) for name, size in self.float_bytes.items() if name and size]
+        named = [(name, size) for name, size in self.float_bytes.items() if size]
         shown = [f"{_percent(size / total)} {name}" for name, size in named[:_SHOWN]]
         if rest := sum(size for _, size in named[_SHOWN:]):
             shown.append(f"{_percent(rest / total)} other")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,11 +69,11 @@ def measured_layers(swap: Swap, *others: Swap) -> Iterator[dict[str, LayerError]
     handles = []
     for each in (swap, *others):
         for name, module, layer in each.called():
-            variants = _variants(each, name, layer)
             if name in watches:
-                watches[name].add(variants)
+                watches[name].add(each, name, layer)
                 continue
-            watches[name] = watch = _Watch(module, layer, variants)
+            watches[name] = watch = _Watch(module, layer)
+            watch.add(each, name, layer)
             # a Linear shares its hooks with its layer
             places = {id(place._forward_hooks): place for place in (module, layer)}
             handles += [place.register_forward_hook(watch.look, with_kwargs=True) for place in places.values()]
@@ -85,39 +85,39 @@ def measured_layers(swap: Swap, *others: Swap) -> Iterator[dict[str, LayerError]
         errors |= {name: found for name, watch in watches.items() if (found := watch.error())}
 
 
-def _variants(swap: Swap, name: str, layer: QuantizedLayer) -> dict[str, QuantizedLayer]:
-    """A layer by each method of its bits; if there is a budget, which may ask for more bits, also by those of more."""
+def _methods(swap: Swap, layer: QuantizedLayer) -> list[str]:
+    """The methods of a layer's bits; if there is a budget, which may ask for more bits, also those of more."""
     climbs = swap.plan.spec.budget is not None
-    return {
-        method: swap.layer_by(name, method)
+    return [
+        method
         for method in LADDER[:-1]
         if method in methods_of(layer)
         and (METHODS[method].bits == layer.bits or (climbs and METHODS[method].bits > layer.bits))
-    }
+    ]
 
 
 class _Watch:
     """Sums over the calls of one layer."""
 
-    def __init__(self, module: nn.Module, layer: QuantizedLayer, variants: Mapping[str, QuantizedLayer]) -> None:
+    def __init__(self, module: nn.Module, layer: QuantizedLayer) -> None:
         kind = kind_of(layer)
         assert kind is not None
         self._kind, self._module = kind, module
         self._layers: dict[str, QuantizedLayer] = {}
         self._noise: dict[str, float] = {}
         self._seconds: dict[str, list[float]] = {"float": []}
-        self.add(variants)
         self._sum: Tensor | float = 0.0
         self._squares: Tensor | float = 0.0
         self._crest = 0.0
         self._places = self._tokens = 0
         self._failure: str | None = None
 
-    def add(self, variants: Mapping[str, QuantizedLayer]) -> None:
-        """The layer by more methods, before any call."""
-        for method, layer in variants.items():
+    def add(self, swap: Swap, name: str, layer: QuantizedLayer) -> None:
+        """Measure the layer of that name by the methods of its bits too; before any call."""
+        for method in _methods(swap, layer):
             if method not in self._layers:
-                self._layers[method], self._noise[method], self._seconds[method] = layer, 0.0, []
+                self._layers[method] = swap.layer_by(name, method)
+                self._noise[method], self._seconds[method] = 0.0, []
 
     def look(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward hook: run the float layer, and the quantized one by every method, in eval mode on the inputs."""

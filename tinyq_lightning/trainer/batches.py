@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tinyq_lightning.trainer.state import state_of
-from tinyq_lightning.trainer.values import CONSTANT_TYPES, State, attributes_of
+from tinyq_lightning.trainer.values import CONSTANT_TYPES, State, attributes_of, has_values
 
 __all__ = [
     "KeptBatches",
@@ -69,7 +69,7 @@ def _bytes_of(leaf: Any) -> bytes:
     if isinstance(leaf, Tensor):
         if hasattr(type(leaf), "to_local"):  # a DTensor: the part that this process holds
             leaf = cast(Any, leaf).to_local()
-        if leaf.is_meta or leaf.is_nested or leaf.layout != torch.strided:
+        if not has_values(leaf):
             return str(leaf.dtype).encode()
         flat = leaf.detach().flatten()
         return repr((tuple(leaf.shape), flat[:: max(1, flat.numel() // _SAMPLES)].tolist())).encode()

@@ -22,6 +22,7 @@ from tinyq_lightning.file import (
     why_not_writable,
     without_training_entries,
 )
+from tinyq_lightning.namespaces import derives_from
 from tinyq_lightning.trainer.checks import checkpoint_callbacks, preferred_keepers
 from tinyq_lightning.trainer.inner_trainer import Moment, shadowed
 from tinyq_lightning.trainer.ranks import is_sharded
@@ -188,8 +189,8 @@ def _best_or_last(trainer: Trainer, wanted: str, monitor: str | None) -> tuple[s
 
 def _note_on_averaging(trainer: Trainer) -> str:
     """What a checkpoint lacks: StochasticWeightAveraging puts the averages into the module when training ends."""
-    names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}  # type: ignore[attr-defined]
-    if "StochasticWeightAveraging" not in names:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(derives_from(type(each), "StochasticWeightAveraging") for each in callbacks):
         return ""
     return ", without what StochasticWeightAveraging averages: weights='current' takes that"
 

@@ -14,7 +14,7 @@ from tinyq_lightning.namespaces import namespace_of
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.trainer.inner_trainer import changes_batches
 from tinyq_lightning.trainer.validated import WatchesValidation
-from tinyq_lightning.trainer.values import MAX_COUNTS
+from tinyq_lightning.trainer.values import MAX_COUNTS, has_values
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -41,8 +41,12 @@ def may_exchange_weights(trainer: Trainer) -> bool:
     others = [
         each for each in _callbacks(trainer) if not isinstance(each, WatchesValidation | pytorch.callbacks.ProgressBar)
     ]
-    # a hook may be any callable that an instance has, such as that of a LambdaCallback
-    return any(getattr(each.on_test_end, "__func__", None) is not pytorch.Callback.on_test_end for each in others)
+    return any(_does(each, "on_test_end", pytorch.Callback) for each in others)
+
+
+def _does(callback: Any, hook: str, base: type) -> bool:
+    """Whether a callback has a hook of its own: any callable that it has, such as that of a LambdaCallback."""
+    return getattr(getattr(callback, hook), "__func__", None) is not getattr(base, hook)
 
 
 def _callbacks(trainer: Trainer) -> Sequence[Any]:
@@ -75,9 +79,9 @@ class SetByCallbacks:
     """
 
     def __init__(self, trainer: Trainer, module: nn.Module) -> None:
-        callback = namespace_of(trainer).pytorch.Callback
+        base = namespace_of(trainer).pytorch.Callback
         earlier = list(takewhile(lambda each: not isinstance(each, WatchesValidation), _callbacks(trainer)))
-        sets = any(getattr(each.on_test_start, "__func__", None) is not callback.on_test_start for each in earlier)
+        sets = any(_does(each, "on_test_start", base) for each in earlier)
         again = any(changes_batches(each, "test") for each in earlier)
         modules = list(module.modules()) if sets and not again else []
         self._tensors = [(*found, found[-1].detach().clone()) for each in modules for found in _put_back(each)]
@@ -118,8 +122,7 @@ def _put_back(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    of_its_own = tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta
-    return not of_its_own and type(tensor.detach()) is Tensor
+    return has_values(tensor) and type(tensor.detach()) is Tensor
 
 
 def _was_set(now: Tensor | None, value: Tensor) -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "State",
     "attributes_of",
     "enumerated",
+    "has_values",
     "is_written",
     "of_array",
     "of_bit_generator",
@@ -102,7 +103,7 @@ def of_tensor(value: Tensor, weights: bool) -> State:
     is_weight = isinstance(value, nn.Parameter) or value.requires_grad
     counts = not value.requires_grad and value.numel() <= MAX_COUNTS
     copy = alias.clone() if not value.is_meta and (weights or not is_weight or counts) else None
-    is_plain = value.layout == torch.strided and not value.is_nested and not value.is_meta
+    is_plain = has_values(value)
     watched_too = copy is None and is_plain and type(alias) is Tensor and alias.dtype in _DTYPES
     few = _few_values(alias).clone() if watched_too else None
 
@@ -121,6 +122,11 @@ def of_tensor(value: Tensor, weights: bool) -> State:
 
     parts = ((name, part) for name, part in (attributes_of(value) or {}).items())
     return State(restore, parts, changed if is_plain else None)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether it is one block of numbers in memory: strided, not nested, not on the meta device."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
 
 
 def _few_values(tensor: Tensor) -> Tensor:
