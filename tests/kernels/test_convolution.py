@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import each_method, normal, relative_error
 
+from tinyq_lightning.kernels import conv_choice
 from tinyq_lightning.kernels.conv_choice import CONV_FORMS, ConvShape, choose_convolution
 from tinyq_lightning.kernels.conv_onednn import has_int8_convolution
 from tinyq_lightning.kernels.convolution import Geometry, convolve, quantized_convolution
@@ -26,7 +27,7 @@ def cases(draw):
     """A geometry, codes and an input that it can move over."""
     dims = draw(st.integers(1, 3))
     groups = draw(st.sampled_from([1, 1, 2, 3]))
-    channels = groups * draw(st.sampled_from([1, 2, 5, 17]))
+    channels = groups * draw(st.sampled_from([1, 2, 4, 5, 17, 24]))
     outputs = groups * draw(st.sampled_from([1, 3, 8, 31, 48, 70]))
     each = [draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (5, 1), (2, 2), (3, 2)])) for _ in range(dims)]
     kernel, dilation = zip(*each, strict=True)
@@ -36,7 +37,7 @@ def cases(draw):
         kernel, dilation, padding, groups = (1,) * dims, (1,) * dims, (0,) * dims, 1
     moves = zip(kernel, dilation, padding, strict=True)
     smallest = [max(1, gap * (width - 1) + 1 - 2 * pad) for width, gap, pad in moves]
-    sizes = [size + draw(st.sampled_from([0, 1, 2, 6])) for size in smallest]
+    sizes = [size + draw(st.sampled_from([0, 1, 2, 6, 15])) for size in smallest]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     codes = torch.randint(-127, 128, (outputs, channels // groups, *kernel), generator=generator).to(torch.int8)
     x = torch.randint(-127, 128, (draw(st.integers(1, 3)), channels, *sizes), generator=generator).float()
@@ -137,7 +138,9 @@ STRAY = {  # codes, geometry and input for which oneDNN alone returns wrong numb
     "a window on both sides": ((32, 16, 2, 2), Geometry((1, 1), (1, 1), (2, 2)), (1, 16, 7, 1)),
     "the same in groups": ((32, 17, 2, 2), Geometry((1, 1), (1, 1), (2, 2), 2), (9, 34, 4, 1)),
     "padded depth of one": ((8, 1, 3, 5, 5), Geometry((1, 1, 1), (1, 2, 2), (1, 1, 1)), (2, 1, 1, 16, 16)),
-    "padded places in groups": ((96, 4, 1, 1), Geometry((1, 1), (1, 0), (1, 1), 3), (2, 12, 5, 4)),
+    "padded places in groups": ((48, 4, 1, 1), Geometry((1, 1), (1, 0), (1, 1), 3), (2, 12, 5, 4)),
+    "padded above, not beside": ((8, 4, 7, 1), Geometry((3, 1), (3, 0), (1, 1), 1), (2, 4, 21, 64)),
+    "padded above by a wide kernel": ((16, 24, 5, 3), Geometry((1, 2), (2, 0), (1, 2), 1), (2, 24, 4, 132)),
 }
 
 
@@ -151,6 +154,16 @@ def test_where_onednn_goes_astray_the_input_is_padded_before(case):
     name = choose_convolution("int8", METHODS["w8a8"], shape_of(codes, geometry)).kernel
     assert name == ("int8-onednn" if geometry.groups == 1 else "int8-grouped")
     assert torch.equal(product(name, "w8a8", x, codes, scales, None, geometry), wanted)
+
+
+@int8_only
+@pytest.mark.parametrize("wide_ones_are_exact", [True, False])
+def test_wide_groups_are_convolved_at_once_where_that_is_exact(wide_ones_are_exact, monkeypatch):
+    monkeypatch.setattr(conv_choice, "convolves_wide_groups", lambda: wide_ones_are_exact)
+    for outputs in (16, 32, 64):
+        shape = ConvShape(4 * 64, 4 * outputs, 64 * 9, False, groups=4)
+        kernel = "int8-grouped" if wide_ones_are_exact or outputs == 16 else "int8-apart"
+        assert choose_convolution("auto", METHODS["w8a8"], shape).kernel == kernel
 
 
 @int8_only

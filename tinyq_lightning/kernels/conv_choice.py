@@ -22,6 +22,7 @@ from tinyq_lightning.kernels.conv_onednn import (
     Int8ApartWeights,
     Int8ConvWeights,
     Int8GroupedWeights,
+    convolves_wide_groups,
     has_int8_convolution,
 )
 from tinyq_lightning.kernels.convolution import Geometry, StraightConvolution, quantized_convolution
@@ -63,10 +64,12 @@ _KEPT_WITHOUT_ROWS_TO = 4_000_000
 _FEW_WINDOWS = 257
 
 
-# In several groups oneDNN's int8 convolution returns wrong numbers (oneDNN 3.12) from one input channel to more than so
-# many outputs, and where outputs are more than a block and fill none, of codes that it lays out anew for another input.
+# In several groups oneDNN's int8 convolution returns wrong numbers (oneDNN 3.12) from one input channel to more than
+# _FROM_ONE_CHANNEL outputs each, and where outputs are more than a block and fill none, of codes that it lays out anew
+# for another input. With AMX it does so from any number of channels to more than _WITH_AMX outputs.
 _FROM_ONE_CHANNEL = 32
 _BLOCK = 64
+_WITH_AMX = 16
 
 
 # Such groups are convolved one after the other. Of fewer weights each, the calls take longer than they win.
@@ -221,6 +224,8 @@ def _strays(shape: ConvShape) -> bool:
     if shape.groups == 1:
         return False
     outputs = shape.out_channels // shape.groups
+    if not convolves_wide_groups():
+        return outputs > _WITH_AMX
     if shape.in_channels == shape.groups:
         return outputs > _FROM_ONE_CHANNEL
     return outputs > _BLOCK and outputs % _BLOCK > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -22,6 +22,7 @@ __all__ = [
     "Int8ApartWeights",
     "Int8ConvWeights",
     "Int8GroupedWeights",
+    "convolves_wide_groups",
     "has_int8_convolution",
     "int8_convolution",
     "pack_convolution",
@@ -36,7 +37,13 @@ def has_int8_convolution() -> bool:
     bits, which saturate; the probe convolves the largest digits and weights, with borders, to find out.
     """
     names = ("qconv_prepack", "qconv_pointwise")
-    return not is_hidden("int8") and has_vnni() and has_operator("onednn", *names) and holds(_is_exact)
+    return not is_hidden("int8") and has_vnni() and has_operator("onednn", *names) and holds(lambda: _is_exact(_PROBES))
+
+
+@functools.cache
+def convolves_wide_groups() -> bool:
+    """Return True if several groups of many outputs each are exact in one call: not so with AMX (oneDNN 3.12)."""
+    return holds(lambda: _is_exact(_PROBES_OF_WIDE_GROUPS))
 
 
 class _PackedConvolution(RoundedConvForm):
@@ -145,13 +152,15 @@ def _moves_of_operator(
     """How the operator moves over an input of these sizes, and what is added to it, or cut off, before; None if not.
 
     Where a window may lie in the padding altogether, its places on both sides of the input included, where a dimension
-    of one place is padded, and where one window is all that a stride leaves, the operator returns wrong numbers or
-    breaks (oneDNN 3.12): such inputs are padded before, and cut to what is used of them.
+    of one place is padded, where one window is all that a stride leaves, and, with AMX, where all dimensions but the
+    last are padded, the operator returns wrong numbers or breaks (oneDNN 3.12): such inputs are padded before, and cut
+    to what is used of them.
     """
     spans = tuple(gap * (width - 1) + 1 for gap, width in zip(geometry.dilation, kernel, strict=True))
     counts = output_sizes(sizes, kernel, geometry)
     places = zip(sizes, spans, geometry.padding, geometry.dilation, strict=True)
     inside = all(not pad or (pad < span and size > 1 and size >= gap) for size, span, pad, gap in places)
+    inside = inside and (geometry.padding[-1] > 0 or not any(geometry.padding))
     if inside and all(count > 1 or stride == 1 for count, stride in zip(counts, geometry.stride, strict=True)):
         return geometry, None
     pads: list[int] = []
@@ -166,17 +175,32 @@ def _operator() -> Callable[..., Tensor]:
     return torch.ops.onednn.qconv_pointwise.default
 
 
-def _is_exact() -> bool:
+# Channels, outputs, groups, widths of the kernel, sizes of the input.
+_Probe = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]
+
+
+_PROBES: tuple[_Probe, ...] = (
+    (64, 32, 1, (3, 3), (6, 5)),
+    (6, 6, 6, (3, 3), (7, 7)),
+    (3, 8, 1, (1, 5), (1, 9)),
+    (8, 4, 2, (2, 3, 2), (3, 4, 5)),
+    (1, 8, 1, (3, 5, 5), (2, 6, 7)),
+    (64, 64, 2, (3, 3), (5, 5)),
+)
+
+
+# With AMX all of these are wrong. So are some of 17 to 32 outputs, of codes that are laid out anew for another input.
+_PROBES_OF_WIDE_GROUPS: tuple[_Probe, ...] = (
+    (6, 96, 2, (3, 3), (5, 5)),
+    (32, 66, 2, (1, 5), (1, 14)),
+    (48, 80, 2, (3, 3), (4, 7)),
+)
+
+
+def _is_exact(probes: Sequence[_Probe]) -> bool:
     """Whether the largest digits do not saturate, and random ones give exact sums, up to the borders."""
     generator = torch.Generator("cpu").manual_seed(0)
-    for channels, outputs, groups, kernel, sizes in (
-        (64, 32, 1, (3, 3), (6, 5)),
-        (6, 6, 6, (3, 3), (7, 7)),
-        (3, 8, 1, (1, 5), (1, 9)),
-        (8, 4, 2, (2, 3, 2), (3, 4, 5)),
-        (1, 8, 1, (3, 5, 5), (2, 6, 7)),
-        (6, 96, 2, (3, 3), (5, 5)),
-    ):
+    for channels, outputs, groups, kernel, sizes in probes:
         shapes = (outputs, channels // groups, *kernel), (2, channels, *sizes)
         codes, digits = (torch.randint(-127, 128, each, generator=generator, device="cpu") for each in shapes)
         codes, digits = codes.to(torch.int8), digits.int()
