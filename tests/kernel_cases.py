@@ -73,13 +73,22 @@ def median_errors_of_w8a32(shapes, batches, mean=0):
     return torch.tensor(mine).median(), torch.tensor(linears).median()
 
 
-def with_products(monkeypatch, has_plain=False, has_onednn=False, has_fbgemm=False, has_float16=False, has_split=False):
+def with_products(
+    monkeypatch,
+    has_plain=False,
+    has_onednn=False,
+    has_fbgemm=False,
+    has_float16=False,
+    has_split=False,
+    has_amx=False,
+):
     """Play a machine that has these products and no others."""
     for module in (int8, integer):
         monkeypatch.setattr(module, "has_plain_product", lambda: has_plain)
     monkeypatch.setattr(int8, "has_onednn_product", lambda: has_onednn)
     monkeypatch.setattr(int8, "has_fbgemm_product", lambda: has_fbgemm)
     monkeypatch.setattr(int8, "has_split_product", lambda: has_split)
+    monkeypatch.setattr(int8, "has_amx", lambda: has_amx)
     for module in (int8, float16, float32):
         monkeypatch.setattr(module, "has_float16_product", lambda: has_float16)
 

@@ -14,7 +14,7 @@ from tinyq_lightning.kernels.fbgemm import has_fbgemm_product
 from tinyq_lightning.kernels.float16 import has_float16_product
 from tinyq_lightning.kernels.int8 import has_int8_product
 from tinyq_lightning.kernels.integer import has_plain_product
-from tinyq_lightning.kernels.onednn import has_onednn_product, onednn_sums, pack_onednn
+from tinyq_lightning.kernels.onednn import has_onednn_product, onednn_sums, pack_onednn, unpack_onednn
 from tinyq_lightning.methods import METHODS
 
 
@@ -107,3 +107,10 @@ def test_hiding_what_there_is_not_is_an_error():
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "TINYQ_WITHOUT": "vnni"}
     )
     assert "TINYQ_WITHOUT hides vnni: it takes int8, int8-split, float16, quantized" in done.stderr
+
+
+@pytest.mark.skipif(not has_onednn_product(), reason="no int8 product of oneDNN's on this processor")
+def test_codes_are_packed_as_they_are_whatever_their_strides():
+    codes = torch.randint(-127, 128, (300, 200), dtype=torch.int8)
+    for strided in (codes, codes.t(), codes[::2, 1:]):
+        assert torch.equal(unpack_onednn(pack_onednn(strided)), strided)

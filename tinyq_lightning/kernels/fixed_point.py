@@ -82,6 +82,7 @@ def digits_product(
     scales: Tensor,
     bias: Tensor | None,
     signed: bool,
+    scaled: bool = False,
 ) -> Tensor:
     """``x @ (q * s)ᵀ + bias`` with the activations held in ``method.digits`` int8 digits.
 
@@ -92,6 +93,7 @@ def digits_product(
         scales: ``s``, ``[out]`` float32.
         bias: ``[out]`` floating, or None.
         signed: whether ``sums`` takes digits as int8, or as uint8 with 128 added.
+        scaled: whether it gives the sums, of one digit, times ``s``.
 
     Returns:
         ``[rows, out]`` float32. A row with NaN or infinity gives no finite value.
@@ -100,6 +102,8 @@ def digits_product(
     def product(rows: Tensor, out: Tensor | None) -> Tensor:
         step = activation_steps(rows, STEPS[method.digits])
         parts = sums(_digits(torch.div(rows, step), method.digits, signed))
+        if scaled:
+            return plus_bias(torch.mul(parts, step, out=parts if out is None else out), bias)
         return plus_bias(_put_together(parts, method.digits, scales, out).mul_(step), bias)
 
     return by_row_blocks(x, scales.shape[0], product)

@@ -41,7 +41,7 @@ def has_onednn_product() -> bool:
 
 def pack_onednn(codes: Tensor) -> Packed:
     """Lay out codes ``[out, in]`` int8 for :func:`onednn_sums`: one byte a weight."""
-    return torch.ops.onednn.qlinear_prepack(codes, None)
+    return torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)  # it takes no account of strides
 
 
 def unpack_onednn(packed: Packed) -> Tensor:
@@ -49,19 +49,19 @@ def unpack_onednn(packed: Packed) -> Tensor:
     return packed.to_dense().t().contiguous()  # type: ignore[attr-defined, no-any-return]
 
 
-def onednn_sums(digits: Tensor, packed: Packed, ones: Tensor, zero_points: Tensor) -> Tensor:
-    """``(digits − 128) @ qᵀ``, the sums exact in int32.
+def onednn_sums(digits: Tensor, packed: Packed, scales: Tensor, zero_points: Tensor) -> Tensor:
+    """``(digits − 128) @ (q * s)ᵀ``, the sums exact in int32.
 
     Args:
         digits: ``[rows, in]`` uint8.
         packed: from :func:`pack_onednn`.
-        ones: ``[out]`` float32, ones.
+        scales: ``s``, ``[out]`` float32.
         zero_points: ``[out]`` int32, zeros.
 
     Returns:
-        ``[rows, out]`` float32, rounded once from its integer sum.
+        ``[rows, out]`` float32, rounded once from its integer sum and once by its scale.
     """
-    return _operator()(digits, 1.0, 128, packed, ones, zero_points, None, 1.0, 0, torch.float32, "none", [], "")
+    return _operator()(digits, 1.0, 128, packed, scales, zero_points, None, 1.0, 0, torch.float32, "none", [], "")
 
 
 # Cached, because the lookup costs a microsecond.
@@ -113,10 +113,13 @@ class OnednnWeights(CodeHolder):
 
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        return digits_product(method, x, self._sums, scales, bias, signed=False)
+        scaled = method.digits == 1
+        factors = scales if scaled else self._ones
 
-    def _sums(self, digits: Tensor) -> Tensor:
-        return onednn_sums(digits, self._packed, self._ones, self._zero_points)
+        def sums(digits: Tensor) -> Tensor:
+            return onednn_sums(digits, self._packed, factors, self._zero_points)
+
+        return digits_product(method, x, sums, scales, bias, signed=False, scaled=scaled)
 
     @override
     def _unpacked(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from tinyq_lightning.kernels.tracing import outside_modes
 __all__ = [
     "Packed",
     "fbgemm",
+    "has_amx",
     "has_operator",
     "has_vnni",
     "holds",
@@ -61,6 +63,13 @@ def has_vnni() -> bool:
         return bool(able.get("avx512_vnni") or able.get("avx_vnni"))
     probe = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(torch.cpu, "_is_avx512_vnni_supported", None)
     return probe is not None and bool(probe())
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether the processor multiplies tiles of int8, as oneDNN does with packed codes there: AMX."""
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return has_vnni() and bool(able.get("amx_int8"))
 
 
 def is_hidden(*names: str) -> bool:
