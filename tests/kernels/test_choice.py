@@ -47,9 +47,9 @@ def test_each_int8_product_will_do_alone(method, has, small, large, monkeypatch)
 @each_method
 def test_with_amx_codes_are_packed_sooner_and_by_onednn_alone(method, monkeypatch):
     with_products(monkeypatch, has_plain=True, has_onednn=True, has_fbgemm=True, has_amx=True)
-    kernels = [choose_kernel("auto", METHODS[method], size, size).kernel for size in (384, 768, 2048)]
-    middling = "int8" if method == "w8a32" else "int8-onednn"
-    assert kernels == ["int8", middling, "int8-onednn"]
+    labels = [choose_kernel("auto", METHODS[method], size, size).label for size in (384, 768, 2048)]
+    assert labels == ["float32" if method == "w8a32" else "int8", "int8-onednn", "int8-onednn"]
+    assert choose_kernel("compact", METHODS[method], 384, 384).label == "int8"
 
 
 def test_one_feature_does_not_go_by_plain_codes_whose_product_is_wrong_there(monkeypatch):

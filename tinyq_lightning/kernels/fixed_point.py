@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tinyq_lightning.kernels.base import STEPS, plus_bias
-from tinyq_lightning.kernels.weights import activation_steps
+from tinyq_lightning.kernels.weights import SMALLEST_SCALE, activation_steps
 from tinyq_lightning.methods import Method
 
 __all__ = [
@@ -100,13 +100,21 @@ def digits_product(
     """
 
     def product(rows: Tensor, out: Tensor | None) -> Tensor:
-        step = activation_steps(rows, STEPS[method.digits])
+        step = _steps(rows, STEPS[method.digits])
         parts = sums(_digits(torch.div(rows, step), method.digits, signed))
         if scaled:
             return plus_bias(torch.mul(parts, step, out=parts if out is None else out), bias)
         return plus_bias(_put_together(parts, method.digits, scales, out).mul_(step), bias)
 
     return by_row_blocks(x, scales.shape[0], product)
+
+
+def _steps(rows: Tensor, steps: Tensor) -> Tensor:
+    """As :func:`activation_steps`, with the same bits; absolute values would have to be written before they are read."""
+    if rows.numel() <= _FEW_NUMBERS:
+        return activation_steps(rows, steps)
+    largest = torch.maximum(rows.amax(-1, True), rows.amin(-1, True).neg_())
+    return largest.div_(steps).clamp_min_(SMALLEST_SCALE)
 
 
 def _put_together(parts: Tensor, count: int, scales: Tensor, out: Tensor | None) -> Tensor:

@@ -31,15 +31,18 @@ def has_int8_product() -> bool:
 _PACKED_FROM = 1_000_000
 
 
-# The same with AMX, where packed codes are multiplied twice as fast as plain ones if rows are many. Below a million
-# weights w8a32 takes plain codes there too, since a float copy for few rows lies beside them.
-_PACKED_FROM_WITH_AMX = 500_000
+# The same with AMX, where packed codes are multiplied twice as fast as plain ones if rows are many.
+_PACKED_FROM_WITH_AMX = 400_000
 
 
 # Break-even of w8a32, whose three digits are three products: from this many multiply-adds (rows × weights) on it is
 # faster than a float copy, for small layers and for those of at least 400,000 weights. The other methods round
 # activations, and are no slower by their digits than by floats for any number of rows.
 _PAYS_FROM, _MIDDLING, _PAYS_FROM_MIDDLING = 10_000_000, 400_000, 2_500_000
+
+
+def _packed_from() -> int:
+    return _PACKED_FROM_WITH_AMX if has_amx() else _PACKED_FROM
 
 
 def _splits(layer: LayerShape) -> bool:
@@ -78,8 +81,7 @@ class _Int8(Kernel):
         packed = "int8-onednn" if has_onednn_product() else ""
         if layer.method.digits == 1 and has_fbgemm_product() and not has_amx():  # which FBGEMM does not use
             packed = "int8-fbgemm"
-        packed_from = _PACKED_FROM_WITH_AMX if layer.method.rounds and has_amx() else _PACKED_FROM
-        plain = takes_integers(layer.in_features) and (layer.weights < packed_from or not packed)
+        plain = takes_integers(layer.in_features) and (layer.weights < _packed_from() or not packed)
         return "int8" if plain else packed
 
     @override
@@ -92,8 +94,10 @@ class _Int8(Kernel):
             wins = layer.compact or (not has_float16_product() and layer.weights >= _PACKED_FROM)
             return Choice("int8-split", "int8 products of digits in two parts") if wins else None
         variant, reason = self.variant(layer), "the processor has int8 products"
-        if layer.method.rounds or layer.compact or layer.weights >= _PACKED_FROM:
+        if layer.method.rounds or layer.compact or layer.weights >= _packed_from():
             return Choice(variant, reason)
+        if has_amx():  # three products of plain codes are slower there than one of floats, whatever the rows
+            return Choice("float32", "a float copy in memory, the fastest for layers this small; the file stays small")
         pays_from = _PAYS_FROM if layer.weights < _MIDDLING else _PAYS_FROM_MIDDLING
         few = f"{reason}; fewer rows than told go by a float copy in memory, which kernel: compact does without"
         return Choice(variant, few, math.ceil(pays_from / layer.weights), "float32")

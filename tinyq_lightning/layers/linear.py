@@ -195,9 +195,11 @@ class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
     def _takes_integers(self, device: str) -> bool:  # run once, while a graph is traced
         if not takes_integers(self.in_features, device):
             return False
+        asked, kernel = wanted_kernel(self.kernel), self._choice_on(device).kernel
+        # A float copy that a layer keeps for speed, though integers are exact here, is for calls outside of graphs.
+        integers = kernel.startswith("int8") or (asked == "auto" and kernel == "float32")
         # An exported program may run on a processor whose product saturates, so it takes the product if asked for.
-        asked = wanted_kernel(self.kernel) == "int8"
-        return self._choice_on(device).kernel.startswith("int8") and (asked or not is_exporting_for_any_processor())
+        return integers and (asked == "int8" or not is_exporting_for_any_processor())
 
     def _part(self, rows: slice) -> QuantizedLinear:
         """A layer of some of the rows."""
