@@ -242,3 +242,22 @@ def test_a_mode_that_contradicts_the_metric(tmp_path, mode):
     else:
         trainer(tmp_path, callback, **settings).fit(Squares(), loader(), loader(seed=1))
         assert callback.search.met
+
+
+@pytest.mark.parametrize(
+    ("max_drop", "monitor", "mode", "warns"),
+    [
+        (1, "val_acc", None, True),
+        ("100%", "val_acc", "max", True),
+        (0.99, "val_acc", "max", False),
+        ("1%", "val_acc", "max", False),
+        (1, "val_loss", "min", False),
+    ],
+)
+def test_a_budget_that_limits_nothing_is_told_of_once(tmp_path, max_drop, monitor, mode, warns):
+    budget = {"monitor": monitor, "mode": mode, "max_drop": max_drop}
+    run = trainer(tmp_path, TinyQCallback(**budget, save=False, report=False))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(Net(), loader(shuffle=True), loader(seed=1))
+    assert sum("limits nothing where" in str(each.message) for each in caught) == warns

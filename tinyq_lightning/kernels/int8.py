@@ -88,7 +88,7 @@ class _Int8(Kernel):
         if layer.method.rounds or layer.compact or layer.weights >= _PACKED_FROM:
             return Choice(variant, reason)
         pays_from = _PAYS_FROM if layer.weights < _MIDDLING else _PAYS_FROM_MIDDLING
-        few = f"{reason}; fewer rows than told go by a float copy in memory, which kernel: compact does without"
+        few = f"{reason}; fewer rows than told go by a float copy in memory"
         return Choice(variant, few, math.ceil(pays_from / layer.weights), "float32")
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "preferred_keepers",
     "refuse_mixed_packages",
     "refuse_without_validation",
+    "warn_of_no_limit",
     "warn_of_worst_checkpoint",
     "why_never_validated",
 ]
@@ -264,6 +265,26 @@ def warn_of_worst_checkpoint(trainer: Trainer, monitor: str | None, told: set[st
         f"TinyQ: ModelCheckpoint(monitor={name!r}, mode={keepers[0].mode!r}) keeps the worst checkpoint as the best, "
         f"and that one is quantized: {name!r} is logged as a torchmetrics object with higher_is_better={better[name]} "
         "(a ModelCheckpoint without a mode takes 'min')"
+    )
+
+
+def warn_of_no_limit(trainer: Trainer, budget: Budget, told: set[str]) -> None:
+    """Warn if a metric that lies between 0 and 1, of which more is better, may lose 1 or more.
+
+    Args:
+        trainer: at the end of a validation in ``fit``.
+        budget: of the spec.
+        told: metrics that a warning has named; this one is added.
+    """
+    name, value = budget.monitor, trainer.callback_metrics.get(budget.monitor)
+    grows = budget.mode == "max" or directions(trainer).get(name)
+    if value is None or name in told or not grows or budget.allowed(1.0) < 1 or not 0 <= float(value) <= 1:
+        return
+    told.add(name)
+    rank_zero_warn(
+        f"TinyQ: max_drop={budget.max_drop!r} limits nothing where {name!r} lies between 0 and 1, as "
+        f"{float(value):.3g} does: max_drop=0.01 is one point of a hundred, max_drop='1%' one percent of the float "
+        "value"
     )
 
 
