@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from models import Net, keeper, loader, trainer
 from omegaconf import OmegaConf
 from torch import nn
-from torchmetrics import MeanSquaredError
+from torchmetrics import MeanSquaredError, MetricCollection
 
 from tinyq_lightning import TinyQCallback
 from tinyq_lightning.errors import ModelError, SpecError
@@ -231,6 +231,34 @@ class Squares(Counts):
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         self.val_mse(self(batch[0])[:, 0], batch[1].float())
         self.log("val_mse", self.val_mse)
+
+
+class Computed(Counts):
+    """Logs the values of a collection, which torchmetrics objects know the direction of."""
+
+    def __init__(self):
+        super().__init__()
+        self.errors = MetricCollection({"mse": MeanSquaredError()}, prefix="val/")
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.errors.update(self(batch[0])[:, 0], batch[1].float())
+
+    def on_validation_epoch_end(self):
+        self.log_dict(self.errors.compute())
+        self.errors.reset()
+
+
+@pytest.mark.parametrize("mode", ["max", "min", None])
+def test_a_mode_that_contradicts_the_collection_whose_values_are_logged(tmp_path, mode):
+    callback = TinyQCallback("w8a32", monitor="val/mse", mode=mode, max_drop="50%", report=False)
+    settings = {"num_sanity_val_steps": 2, "enable_checkpointing": False}
+    if mode == "max":
+        refused(
+            tmp_path, callback, SpecError, "mode='max' contradicts .*higher_is_better=False", Computed(), **settings
+        )
+    else:
+        trainer(tmp_path, callback, **settings).fit(Computed(), loader(), loader(seed=1))
+        assert callback.search.met
 
 
 @pytest.mark.parametrize("mode", ["max", "min", None])

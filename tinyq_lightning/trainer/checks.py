@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
+from tinyq_lightning.errors import EvaluationError, ModelError, SpecError, quoted
 from tinyq_lightning.file import check_folder, check_state, typed_entries, why_not_writable
 from tinyq_lightning.namespaces import derives_from, is_overridden, namespace_of, refuse_other_namespace
 from tinyq_lightning.plan import check_model, sites_for, weights_of, why_stays_float
@@ -138,8 +138,7 @@ def _check_hyper_parameters(trainer: Trainer, module: LightningModule) -> list[s
             typed_entries(vars(owner).get("_hparams", {}) if owner is not None else {}, entry, dropped, [])
         except Exception as error:  # of OmegaConf, or of a value's own class
             raise ModelError(
-                f"the hyper-parameters of {name} cannot be resolved, so no checkpoint could hold them: "
-                f"{type(error).__name__}: {error}"
+                f"the hyper-parameters of {name} cannot be resolved, so no checkpoint could hold them: {quoted(error)}"
             ) from error
         if dropped:
             names = ", ".join(name + each.removeprefix(entry) for each in dropped)
@@ -219,8 +218,9 @@ def known_mode(
     if budget.mode is not None:
         if monitor in higher_is_better and (budget.mode == "max") != higher_is_better[monitor]:
             raise SpecError(
-                f"budget: mode={budget.mode!r} contradicts the metric: {monitor!r} is logged as a torchmetrics object "
-                f"with higher_is_better={higher_is_better[monitor]}. Leave mode out, or log the value that you mean"
+                f"budget: mode={budget.mode!r} contradicts the metric: {monitor!r} is the value of a torchmetrics "
+                f"object with higher_is_better={higher_is_better[monitor]}. Leave mode out, or log the value that you "
+                "mean"
             )
         return budget
     if monitor not in higher_is_better:
