@@ -24,7 +24,7 @@ from tinyq_lightning.report import (
     report_steps,
 )
 from tinyq_lightning.search import Stopwatch
-from tinyq_lightning.spec import SpecOrMethods, as_spec, with_arguments
+from tinyq_lightning.spec import SpecOrMethods, as_spec, names_near_keywords, with_arguments
 from tinyq_lightning.trainer import (
     FloatWeights,
     HoldsRun,
@@ -51,6 +51,7 @@ from tinyq_lightning.trainer import (
     tell_of_interrupt,
     tell_of_quantized_layers,
     tested_weights,
+    warn_of_no_limit,
     warn_of_worst_checkpoint,
 )
 
@@ -103,7 +104,7 @@ class TinyQCallback(HoldsRun):
             ``error`` holds it, and the run ends as without the callback. What is wrong before training is raised.
 
     Attributes:
-        quantized_paths: path of each file that was written, by method.
+        quantized_paths: path of each file that was written, by method; one for methods that ended as the same plan.
         float_path: path of the checkpoint that was quantized, or None.
         plan: the decision for each layer (of several methods, of the first that was saved); None before a run.
         plans: the plan of each method.
@@ -118,6 +119,7 @@ class TinyQCallback(HoldsRun):
         SpecError: the spec or an argument is wrong.
     """
 
+    @names_near_keywords
     def __init__(
         self,
         spec: SpecOrMethods = "w8a32",
@@ -180,8 +182,9 @@ class TinyQCallback(HoldsRun):
             return
         if self.spec.budget:
             check_budget(trainer, self.spec.budget)
+            warn_of_no_limit(trainer, self.spec.budget, self._told_metrics)
         elif self.spec.weights == "best":
-            warn_of_worst_checkpoint(trainer, self.monitor, self._told_worst)
+            warn_of_worst_checkpoint(trainer, self.monitor, self._told_metrics)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve, swap, evaluate, save and report; the module is unchanged afterwards."""
@@ -195,11 +198,11 @@ class TinyQCallback(HoldsRun):
     def _quantize_after_fit(self, trainer: Trainer, module: LightningModule) -> list[Outcome]:
         source = choose_float_weights(trainer, self.spec.weights, self.monitor, self._files_before)
         self.float_path = source.path
-        outcomes = []
+        outcomes: list[Outcome] = []
         if is_sharded(trainer):
             for made in quantize_sharded(trainer, module, self.spec, source):
                 outcome = outcome_of_shards(made, self._column_name(made.plan), source)
-                outcomes.append(self._save(trainer, None, source, outcome, made.take_content))
+                outcomes.append(self._save(trainer, None, source, outcome, made.take_content, outcomes))
             return outcomes
         with preserved(module, weights=source.path is not None):
             source.load_into(trainer, module)
@@ -210,7 +213,7 @@ class TinyQCallback(HoldsRun):
                 if measured.kept:
                     with measured.swap:
                         content = quantized_content(module, source, outcome, "validate")
-                        outcome = self._save(trainer, module, source, outcome, content)
+                        outcome = self._save(trainer, module, source, outcome, content, outcomes)
                 outcomes.append(outcome)
         if run.why_not:
             rank_zero_warn(f"TinyQ: quantized without a comparison: {run.why_not}")
@@ -276,7 +279,7 @@ class TinyQCallback(HoldsRun):
                 with run.tested():
                     outcome = self._outcome_of_test(run, source)
                     content = quantized_content(module, source, outcome, "test")
-                    outcomes.append(self._save(trainer, module, source, outcome, content))
+                    outcomes.append(self._save(trainer, module, source, outcome, content, outcomes))
         self._close_test_runs()
         if outcomes:
             self._report(trainer, outcomes)
@@ -293,7 +296,7 @@ class TinyQCallback(HoldsRun):
         self._restore_module(trainer)
         refuse_mixed_packages(trainer)  # of a data module Lightning says only that it expected a parent
         if isinstance(exception, KeyboardInterrupt) and (self.spec.when, trainer.state.fn) == ("fit_end", "fit"):
-            tell_of_interrupt(trainer, self.quantized_paths.values())
+            tell_of_interrupt(trainer, dict.fromkeys(self.quantized_paths.values()))
 
     def _restore_module(self, trainer: Trainer) -> None:
         self._close_test_runs()
@@ -318,11 +321,19 @@ class TinyQCallback(HoldsRun):
         source: FloatWeights,
         outcome: Outcome,
         content: Callable[[], dict[str, Any]],
+        earlier: Sequence[Outcome],
     ) -> Outcome:
-        """Write the quantized checkpoint if one is wanted, and the exports of ``module``, which is quantized now."""
+        """Write the quantized checkpoint if one is wanted, and the exports of ``module``, which is quantized now.
+
+        A method that ended as the plan of an earlier one has its file.
+        """
         self.plan, self.search = self.plan or outcome.plan, self.search or outcome.search
         if not self.save or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return outcome
+        for each in earlier:
+            if each.quantized_path and each.plan.has_codes_of(outcome.plan):
+                self.quantized_paths[outcome.name] = each.quantized_path
+                return replace(outcome, quantized_path=each.quantized_path, same_as=each.name)
         with step_after_run(self, trainer, "Saving the quantized checkpoint"):
             taken = {path for callback in _tinyq_callbacks(trainer) for path in callback.quantized_paths.values()}
             path, self._told = save_quantized(trainer, source, outcome.plan, content, taken, self._told)

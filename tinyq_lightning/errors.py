@@ -12,6 +12,7 @@ __all__ = [
     "SpecError",
     "TinyQError",
     "TrainerError",
+    "quoted",
 ]
 
 
@@ -49,3 +50,12 @@ class TrainerError(TinyQError, RuntimeError):
 
 class MissingExtraError(TinyQError, ImportError):
     """An optional dependency is needed and not installed."""
+
+
+def quoted(error: BaseException) -> str:
+    """An exception as an error of ours quotes it: its type and its text, if it has one and that can be made."""
+    try:
+        text = str(error)
+    except Exception:  # of a class of others
+        text = "its text cannot be made"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -29,7 +29,7 @@ from tinyq_lightning.plan import (
     resolve,
     why_not_replaced,
 )
-from tinyq_lightning.spec import Origin, QuantizationSpec
+from tinyq_lightning.spec import Origin, QuantizationSpec, names_near_keywords
 
 __all__ = [
     "Quantizer",
@@ -53,12 +53,14 @@ class Quantizer:
         plan: the plan that was carried out, None before it or where the model is one ``nn.Linear``.
     """
 
+    @names_near_keywords
     def __init__(self, model: nn.Module, logger: logging.Logger | None = None) -> None:
         self.model = model
         self.logger = logger or logging.getLogger("tinyq_lightning")
         self.quantized_model: nn.Module | None = None
         self.plan: Plan | None = None
 
+    @names_near_keywords
     def quantize(self, q_method: str = "w8a32", module_not_to_quantize: Sequence[str] | None = None) -> nn.Module:
         """Quantize the model in place and return it.
 

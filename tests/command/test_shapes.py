@@ -4,7 +4,10 @@ import argparse
 
 import pytest
 import torch
+from torch import nn
 
+from tinyq_lightning.command.bench import example_input
+from tinyq_lightning.command.cli import _parser
 from tinyq_lightning.command.shapes import InputShape, drawn
 
 
@@ -32,3 +35,24 @@ def test_inputs_are_drawn_by_shape_dtype_and_bound_and_are_the_same_each_time():
 def test_what_describes_no_tensor_is_refused_in_words(text, reason):
     with pytest.raises(argparse.ArgumentTypeError, match=reason):
         InputShape.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        (["3x32x32"], [(3, 32, 32)]),
+        (["3", "32", "32"], [(3, 32, 32)]),
+        (["8"], [(8,)]),
+        (["4x8", "2x16:int64:7"], [(4, 8), (2, 16)]),
+    ],
+)
+@pytest.mark.parametrize("command", ["bench", "export"])
+def test_both_commands_take_both_spellings(command, words, sizes):
+    args = _parser().parse_args([command, "q.ckpt", "--shape", *words, "--shape", "5"])
+    assert [each.sizes for each in args.shape] == [*sizes, (5,)]
+
+
+def test_inputs_of_bench_are_led_by_the_batch():
+    shapes = [InputShape.parse("8"), InputShape.parse("3x2:int64:7")]
+    (floats, numbers), named = example_input(nn.Identity(), shapes, 4)
+    assert (floats.shape, numbers.shape, numbers.dtype, named) == ((4, 8), (4, 3, 2), torch.int64, {})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from tinyq_lightning import QuantizationSpec, quantize
+from tinyq_lightning import QuantizationSpec, Quantizer, quantize
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.plan.checks import check_patterns
@@ -154,11 +154,11 @@ def test_kinds_that_the_model_has_none_of_are_refused_with_the_line(tmp_path):
         resolve(QuantizationSpec.from_yaml(path), Net())
 
 
-def test_a_model_that_takes_more_memory_than_its_floats_says_so():
+def test_copies_for_speed_are_said_with_the_kernel_that_has_none():
     plan = resolve(QuantizationSpec(), Net())
-    held, floats = sum(each.memory_bytes for each in plan), sum(each.float_bytes for each in plan)
-    assert (", more than the " in plan.memory_note()) == (held > floats)
-    assert ", more than the " not in resolve(spec(kernel="compact"), Net()).memory_note()
+    copies = any(each.memory_bytes > each.bytes for each in plan)
+    assert (" of it copies for speed (none with kernel: compact); as floats " in plan.memory_note()) == copies
+    assert "copies" not in resolve(spec(kernel="compact"), Net()).memory_note()
 
 
 def test_an_embedding_tied_to_a_linear_is_in_the_plan_and_names_its_other_end():
@@ -386,11 +386,25 @@ def test_a_rule_shadowed_in_part_is_no_error():
 
 
 @pytest.mark.parametrize(
-    "keys", [{"method": "float"}, {"exclude": ["*"]}, {"rules": [{"match": "*", "method": "float"}]}]
+    ("keys", "entry"),
+    [
+        ({"method": "float"}, r"\(method\): 'float' leaves all 6 layers float"),
+        ({"exclude": ["*"]}, r"\(exclude\.0\): '\*' leaves all 6 layers float"),
+        ({"rules": [{"match": "*", "method": "float"}]}, r"\(rules\.0\.match\): rule 1 \('\*': float\) leaves all 6"),
+        (
+            {"exclude": ["head"], "rules": [{"match": "re:.*", "method": "float"}]},
+            r"leaves all 6 layers float, .*: rule 1 \('re:\.\*': float\) at .*, 'head' at spec \(exclude\.0\)",
+        ),
+    ],
 )
-def test_a_spec_that_leaves_everything_float_is_refused(keys):
-    with pytest.raises(SpecError, match="leaves all 6 layers float"):
+def test_a_spec_that_leaves_everything_float_is_refused_by_the_entry_that_does(keys, entry):
+    with pytest.raises(SpecError, match=entry):
         resolve(spec(**keys), Net())
+
+
+def test_the_tutorials_argument_is_named_if_it_leaves_everything_float():
+    with pytest.raises(SpecError, match=r"module_not_to_quantize \(exclude\.0\): '\*' leaves all 5 layers float"):
+        Quantizer(Net()).quantize(module_not_to_quantize=["*"])
 
 
 def test_patterns_are_checked_without_a_look_at_any_weight():

@@ -65,7 +65,13 @@ def test_every_key_of_the_yaml_is_read(write):
     assert QuantizationSpec.from_yaml(write(FULL)) == FULL_SPEC
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "exclude:\nrules:\nbudget:\nsave:\n"])
+@pytest.mark.parametrize("text", ["", "# nothing\n"])
+def test_an_empty_file_is_the_default_and_a_warning_says_so(write, text):
+    with pytest.warns(UserWarning, match=r"the file is empty, so it leaves all at the default, method: w8a32"):
+        assert QuantizationSpec.from_yaml(write(text)) == QuantizationSpec()
+
+
+@pytest.mark.parametrize("text", ["{}", "exclude:\nrules:\nbudget:\nsave:\n"])
 def test_keys_left_out_or_left_empty_have_their_defaults(write, text):
     spec = QuantizationSpec.from_yaml(write(text))
     assert spec == QuantizationSpec() == QuantizationSpec.from_dict({})

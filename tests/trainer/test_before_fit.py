@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from models import Net, keeper, loader, trainer
 from omegaconf import OmegaConf
 from torch import nn
-from torchmetrics import MeanSquaredError
+from torchmetrics import MeanSquaredError, MetricCollection
 
 from tinyq_lightning import TinyQCallback
 from tinyq_lightning.errors import ModelError, SpecError
@@ -233,6 +233,34 @@ class Squares(Counts):
         self.log("val_mse", self.val_mse)
 
 
+class Computed(Counts):
+    """Logs the values of a collection, which torchmetrics objects know the direction of."""
+
+    def __init__(self):
+        super().__init__()
+        self.errors = MetricCollection({"mse": MeanSquaredError()}, prefix="val/")
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.errors.update(self(batch[0])[:, 0], batch[1].float())
+
+    def on_validation_epoch_end(self):
+        self.log_dict(self.errors.compute())
+        self.errors.reset()
+
+
+@pytest.mark.parametrize("mode", ["max", "min", None])
+def test_a_mode_that_contradicts_the_collection_whose_values_are_logged(tmp_path, mode):
+    callback = TinyQCallback("w8a32", monitor="val/mse", mode=mode, max_drop="50%", report=False)
+    settings = {"num_sanity_val_steps": 2, "enable_checkpointing": False}
+    if mode == "max":
+        refused(
+            tmp_path, callback, SpecError, "mode='max' contradicts .*higher_is_better=False", Computed(), **settings
+        )
+    else:
+        trainer(tmp_path, callback, **settings).fit(Computed(), loader(), loader(seed=1))
+        assert callback.search.met
+
+
 @pytest.mark.parametrize("mode", ["max", "min", None])
 def test_a_mode_that_contradicts_the_metric(tmp_path, mode):
     callback = TinyQCallback("w8a32", monitor="val_mse", mode=mode, max_drop="50%", report=False)
@@ -242,3 +270,22 @@ def test_a_mode_that_contradicts_the_metric(tmp_path, mode):
     else:
         trainer(tmp_path, callback, **settings).fit(Squares(), loader(), loader(seed=1))
         assert callback.search.met
+
+
+@pytest.mark.parametrize(
+    ("max_drop", "monitor", "mode", "warns"),
+    [
+        (1, "val_acc", None, True),
+        ("100%", "val_acc", "max", True),
+        (0.99, "val_acc", "max", False),
+        ("1%", "val_acc", "max", False),
+        (1, "val_loss", "min", False),
+    ],
+)
+def test_a_budget_that_limits_nothing_is_told_of_once(tmp_path, max_drop, monitor, mode, warns):
+    budget = {"monitor": monitor, "mode": mode, "max_drop": max_drop}
+    run = trainer(tmp_path, TinyQCallback(**budget, save=False, report=False))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(Net(), loader(shuffle=True), loader(seed=1))
+    assert sum("limits nothing where" in str(each.message) for each in caught) == warns

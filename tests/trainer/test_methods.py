@@ -78,6 +78,24 @@ def test_one_table_compares_them(tmp_path, capsys):
     assert {"val_acc", "weights", "file on disk"} <= {line.split("  ")[0] for line in shown.splitlines()}
 
 
+TWINS = {"method": ["w8a8", "w8a16", "w8a32"], "rules": [{"match": "*", "method": "w8a16"}]}
+
+
+def test_methods_that_end_as_one_plan_have_one_file(tmp_path, capsys):
+    callback = TinyQCallback(TWINS)
+    fit(tmp_path, callback)
+    assert list(callback.quantized_paths) == TWINS["method"]
+    (path,) = set(callback.quantized_paths.values())
+    assert sorted(each.suffix for each in tmp_path.glob("w8a*")) == [".ckpt", ".html", ".json", ".yaml"]
+    shown = capsys.readouterr().out
+    assert shown.count("layer by layer the same as w8a8, so one file is both") == 2
+    assert shown.count(f"quantized  {path}") == 1
+
+    at_test = TinyQCallback(TWINS, when="test_start", report=False)
+    trainer(tmp_path, at_test).test(Counts(), loader(), ckpt_path=callback.float_path, verbose=False, weights_only=True)
+    assert len(set(at_test.quantized_paths.values())) == 1
+
+
 def test_at_test_time_one_pass_measures_all(tmp_path):
     run = trainer(tmp_path, keeper(tmp_path))
     run.fit(Net(), loader(shuffle=True), loader(seed=1))

@@ -176,7 +176,7 @@ def test_where_all_layers_lose_the_file_holds_floats_and_a_warning_says_so(tmp_p
         module = fit(tmp_path, callback)
     assert set(methods_of(callback.plan).values()) == {"float"}
     assert Path(callback.quantized_path).name.startswith("float-"), "it is named by what it holds"
-    assert all(set(values) == {"float", "all float", "delta"} for values in callback.results.values())
+    assert all(set(values) == {"float", "all_float", "delta"} for values in callback.results.values())
     reloaded = load_quantized(callback.quantized_path, Loops)
     assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in module.state_dict().items())
     again = again_without_timing(callback, tmp_path / "again", monkeypatch, module=module)

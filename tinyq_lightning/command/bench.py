@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tinyq_lightning.command.shapes import InputShape, drawn
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.handover import as_arguments
 from tinyq_lightning.plan import find_sites
@@ -28,12 +30,12 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Those of a call: the positional ones, and those by name."""
 
 
-def example_input(module: nn.Module, shape: Sequence[int] | None, batch: int, given: Any = None) -> Arguments:
+def example_input(module: nn.Module, shapes: Sequence[InputShape] | None, batch: int, given: Any = None) -> Arguments:
     """Arguments of ``forward`` for ``batch`` samples.
 
     Args:
         module: with an ``example_input_array``, unless a shape or an example is given.
-        shape: of one sample, which is drawn at random as float32.
+        shapes: of one sample of each input, to be drawn at random.
         batch: how many samples. Tensors of the example with as many places in the first dimension as the first tensor
             has are cut or repeated.
         given: an example: a tensor, a tuple of arguments, or a dict of arguments by name.
@@ -41,8 +43,8 @@ def example_input(module: nn.Module, shape: Sequence[int] | None, batch: int, gi
     Raises:
         EvaluationError: there is none of these.
     """
-    if shape is not None:
-        return (torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0)),), {}
+    if shapes is not None:
+        return drawn([replace(each, sizes=(batch, *each.sizes)) for each in shapes]), {}
     given = getattr(module, "example_input_array", None) if given is None else given
     if given is None:
         raise EvaluationError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from tinyq_lightning.command.shapes import InputShape
+from tinyq_lightning.command.shapes import Shapes
 from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.methods import ACTIVATIONS, FORMAT_NAMES
 from tinyq_lightning.namespaces import OF_LIGHTNING
@@ -177,8 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(command)
     _add_spec(command)
     command.add_argument("--batch", type=_count, nargs="+", default=[1], metavar="N", help="batch sizes (default: 1)")
-    shape = "of one sample, where the model has no example_input_array: --shape 3 224 224"
-    command.add_argument("--shape", type=_count, nargs="+", metavar="N", help=shape)
+    shape = "of one sample, without the batch, where the model has no example_input_array; else as of export: 3x224x224"
+    command.add_argument("--shape", action=Shapes, nargs="+", metavar="SHAPE[:DTYPE[:BELOW]]", help=shape)
     example = "returns the arguments of one call; tensors are cut or repeated to each batch size"
     command.add_argument("--example", metavar="M:FUNCTION", help=example)
     command.add_argument("--layers", action="store_true", help="each quantized layer as well")
@@ -205,8 +205,11 @@ def _parser() -> argparse.ArgumentParser:
     inputs = command.add_mutually_exclusive_group()
     example = "returns the arguments of one call (default: the model's example_input_array)"
     inputs.add_argument("--example", metavar="M:FUNCTION", help=example)
-    shape = "or draw the inputs at random, a --shape for each: 1x3x32x32, or 2x16:int64:30522 for numbers below 30522"
-    inputs.add_argument("--shape", action="append", type=InputShape.parse, metavar="SHAPE[:DTYPE[:BELOW]]", help=shape)
+    shape = (
+        "or draw the inputs at random, the batch first: 1x3x32x32 or 1 3 32 32, 2x16:int64:30522 for numbers below "
+        "30522; several inputs are several words, or a --shape for each"
+    )
+    inputs.add_argument("--shape", action=Shapes, nargs="+", metavar="SHAPE[:DTYPE[:BELOW]]", help=shape)
     command.add_argument("--method", default="forward", metavar="NAME", help="the method to export (default: forward)")
     dynamic = "names of the inputs' first dimensions, whose sizes may change (default: batch), or none"
     command.add_argument("--dynamic", nargs="+", metavar="NAME", help=dynamic)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.errors import EvaluationError, quoted
 from tinyq_lightning.namespaces import namespace_of, refuse_other_namespace
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def made_data(data_class: Any, name: str, arguments: Mapping[str, Any]) -> Light
     try:
         data: LightningDataModule = data_class(**arguments)
     except Exception as error:
-        raise EvaluationError(f"{name} could not be made: {type(error).__name__}: {error}") from error
+        raise EvaluationError(f"{name} could not be made: {quoted(error)}") from error
     return data
 
 
@@ -78,7 +78,5 @@ def run_loop(
         )
         logged = getattr(trainer, loop)(module, datamodule=data, verbose=False)
     except Exception as error:
-        raise EvaluationError(
-            f"{of}: the {STEPS[loop]} loop could not be run: {type(error).__name__}: {error}"
-        ) from error
+        raise EvaluationError(f"{of}: the {STEPS[loop]} loop could not be run: {quoted(error)}") from error
     return {name: float(value) for each in logged for name, value in each.items()}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tinyq_lightning.command.answer import Answer, file_size, model_class, note, progress
 from tinyq_lightning.command.file_commands import described, on_screen, plan_of, spec_of
 from tinyq_lightning.command.workers import run_each
-from tinyq_lightning.errors import CheckpointError, TinyQError
+from tinyq_lightning.errors import CheckpointError, TinyQError, quoted
 from tinyq_lightning.file import (
     as_factory,
     file_exists,
@@ -180,7 +180,7 @@ def _quantize_one(args: Namespace, spec: QuantizationSpec, bar: bool, checkpoint
             result = FileResult(checkpoint, "failed", error=text if checkpoint in text else f"{checkpoint}: {text}")
         except Exception as error:  # the user's class can raise anything
             where = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{checkpoint}: {type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+            text = f"{checkpoint}: {quoted(error)} ({where.filename}:{where.lineno})"
             result = FileResult(checkpoint, "failed", error=text)
     told = tuple(str(each.message) for each in caught)
     return replace(result, seconds=time.perf_counter() - start, warnings=told)

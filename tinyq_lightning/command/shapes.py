@@ -6,13 +6,14 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
     "InputShape",
+    "Shapes",
     "drawn",
 ]
 
@@ -57,6 +58,19 @@ class InputShape:
                 f"{below} in {text!r}: what numbers are below is said of int64 and int32, and is 1 to 2³¹ - 1"
             )
         return cls(sizes, dtype, 2 if below is None else int(below))
+
+
+class Shapes(argparse.Action):
+    """Collects tensors to draw: each word is one (``4x8 2x16:int64``), or all are the sizes of one (``4 8``)."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Add what the words describe."""
+        words = ["x".join(values)] if all(word.isdecimal() for word in values) else values
+        try:
+            found = [InputShape.parse(word) for word in words]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument {option_string}: {error}")
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), *found])
 
 
 def drawn(shapes: Sequence[InputShape]) -> tuple[Tensor, ...]:

@@ -40,7 +40,7 @@ import torch
 # the unpickler of torch.load(weights_only=True): no public function offers it without reading all tensors
 from torch import Tensor, _weights_only_unpickler
 
-from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.errors import CheckpointError, quoted
 
 __all__ = [
     "Archive",
@@ -92,7 +92,7 @@ class Archive:
             raise CheckpointError(f"{self.path}: {error}") from error
         except Exception as error:  # unpickling damaged bytes can raise any exception
             self._close()
-            raise CheckpointError(f"{self.path}: the file is damaged: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"{self.path}: the file is damaged: {quoted(error)}") from error
 
     def __enter__(self) -> Archive:
         return self

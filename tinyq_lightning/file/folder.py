@@ -16,7 +16,7 @@ import fsspec
 import torch
 from torch import Tensor
 
-from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.errors import CheckpointError, quoted
 from tinyq_lightning.file.archive import Archive, with_tensors
 
 __all__ = [
@@ -90,7 +90,7 @@ class Folder:
         except CheckpointError:
             raise
         except Exception as error:  # unpickling damaged bytes can raise any exception
-            raise self._damaged(f".metadata cannot be read: {type(error).__name__}: {error}") from error
+            raise self._damaged(f".metadata cannot be read: {quoted(error)}") from error
         self._rest = Archive(f"{self.path}/meta.pt", trust)
         state = {name: tensor for name, tensor, _ in self._entries.values()}
         self.content: Any = {**self._rest.content, "state_dict": state}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 from torch import nn
 
-from tinyq_lightning.errors import CheckpointError, TinyQError
+from tinyq_lightning.errors import CheckpointError, TinyQError, quoted
 from tinyq_lightning.file.checkpoint import read_checkpoint
 from tinyq_lightning.file.construction import build
 from tinyq_lightning.file.factory import as_factory, name_of, parameters_of
@@ -216,9 +216,7 @@ def _built(
     except TinyQError:
         raise
     except Exception as error:
-        raise CheckpointError(
-            f"{source}: on_load_checkpoint of {name} failed: {type(error).__name__}: {error}"
-        ) from error
+        raise CheckpointError(f"{source}: on_load_checkpoint of {name} failed: {quoted(error)}") from error
     state_dict = view.get("state_dict", content["state_dict"])
     return module, state_dict.entries() if isinstance(state_dict, FloatEntries) else state_dict, made
 

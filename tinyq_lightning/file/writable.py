@@ -9,7 +9,7 @@ from contextlib import suppress
 import fsspec
 from fsspec import AbstractFileSystem
 
-from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.errors import CheckpointError, quoted
 from tinyq_lightning.file.durable import replace_file
 
 __all__ = [
@@ -38,8 +38,8 @@ def why_not_writable(folder: str | os.PathLike[str]) -> str | None:
                 with suppress(Exception):  # many remote file systems have no folders
                     fs.rmdir(made)
     except Exception as error:  # each file system has errors of its own
-        reason = error.__cause__ if isinstance(error, CheckpointError) else error
-        return f"{type(reason).__name__}: {reason}".removesuffix(": ")
+        reason = error.__cause__ or error if isinstance(error, CheckpointError) else error
+        return quoted(reason)
     return None
 
 

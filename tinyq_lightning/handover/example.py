@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from tinyq_lightning.errors import ModelError
+from tinyq_lightning.errors import ModelError, quoted
 from tinyq_lightning.file import import_named
 
 __all__ = [
@@ -113,7 +113,7 @@ def import_example(path: str) -> Any:
     try:
         return function()
     except Exception as error:
-        raise ModelError(f"{path!r} returned no example inputs: {type(error).__name__}: {error}") from error
+        raise ModelError(f"{path!r} returned no example inputs: {quoted(error)}") from error
 
 
 def copies_on_cpu(given: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tinyq_lightning.errors import ExportError, TinyQError
+from tinyq_lightning.errors import ExportError, TinyQError, quoted
 from tinyq_lightning.file import digest_of, file_bytes, read_content, refuse_existing
 from tinyq_lightning.handover.comparison import OutputError, output_errors, output_tensors, time_both, worst
 from tinyq_lightning.handover.dynamic import Dynamic, dynamic_dims
@@ -134,9 +134,7 @@ def _called(module: nn.Module, example: Example) -> Any:
         return module(*given.args, **given.kwargs)
     except Exception as error:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in example.tensors().items())
-        raise ExportError(
-            f"the model failed on inputs of the shapes {shapes}: {type(error).__name__}: {error}"
-        ) from error
+        raise ExportError(f"the model failed on inputs of the shapes {shapes}: {quoted(error)}") from error
 
 
 def _write_program(
@@ -205,7 +203,7 @@ def _guarded(wanted: Format, request: Request, what: str, step: Any) -> Any:
         )
         if request.activations != "dynamic":
             advice += ". With activations='dynamic' the runtime has less to rewrite, and may take it"
-        reason = f"{type(error).__name__}: {error}"
+        reason = quoted(error)
         raise ExportError(f"{wanted.name}: the model could not be {what}: {reason}{advice}") from error
 
 

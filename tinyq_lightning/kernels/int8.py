@@ -99,7 +99,7 @@ class _Int8(Kernel):
         if has_amx():  # three products of plain codes are slower there than one of floats, whatever the rows
             return Choice("float32", "a float copy in memory, the fastest for layers this small; the file stays small")
         pays_from = _PAYS_FROM if layer.weights < _MIDDLING else _PAYS_FROM_MIDDLING
-        few = f"{reason}; fewer rows than told go by a float copy in memory, which kernel: compact does without"
+        few = f"{reason}; fewer rows than told go by a float copy in memory"
         return Choice(variant, few, math.ceil(pays_from / layer.weights), "float32")
 
 

@@ -83,9 +83,31 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Sit
             f"of {there})"
         )
     wanted = [wanted_method(spec, site.names) for site in on]
-    left = f"all {len(on)} layers" if len(on) > 1 else "the only layer"
     if all(each.method == "float" and each.decided_by not in MEASURED_BY for each in wanted):
-        raise SpecError(f"{spec.origin.where()}: this spec leaves {left} float")
+        raise SpecError(_nothing_left(spec, on))
+
+
+def _nothing_left(spec: QuantizationSpec, on: Sequence[Site]) -> str:
+    """That a spec leaves these layers float, and by which of its entries."""
+    left = f"all {len(on)} layers" if len(on) > 1 else "the only layer"
+    deciding = dict(_deciding_entry(spec, site) for site in on)
+    if len(deciding) == 1:
+        ((path, entry),) = deciding.items()
+        return f"{spec.origin.where(*path)}: {entry} leaves {left} float, so there is nothing to quantize"
+    entries = [f"{entry} at {spec.origin.where(*path)}" for path, entry in deciding.items()]
+    return (
+        f"{spec.origin.where()}: this spec leaves {left} float, so there is nothing to quantize: {', '.join(entries)}"
+    )
+
+
+def _deciding_entry(spec: QuantizationSpec, site: Site) -> tuple[tuple[str | int, ...], str]:
+    """The entry of a spec that decides for a layer: its place, and what it says."""
+    if (pattern := excluding(spec, site.names)) is not None:
+        return ("exclude", spec.exclude.index(pattern)), repr(pattern)
+    if (index := deciding_rule(spec, site.names)) is not None:
+        rule = spec.rules[index]
+        return ("rules", index, "match"), f"rule {index + 1} ({rule.match!r}: {rule.method})"
+    return ("method",), repr(spec.method)
 
 
 def _refuse_contradictions(spec: QuantizationSpec, sites: Sequence[Site]) -> None:
@@ -104,12 +126,10 @@ def _refuse_contradictions(spec: QuantizationSpec, sites: Sequence[Site]) -> Non
 def _names_it(spec: QuantizationSpec, site: Site) -> str | None:
     """Where the spec names this layer alone, not by a glob: the place of the entry that decides."""
     pattern = excluding(spec, site.names)
-    index = None if pattern is not None else deciding_rule(spec, site.names)
-    path: tuple[str | int, ...] = ()
-    if pattern is not None:
-        path = "exclude", spec.exclude.index(pattern)
-    elif index is not None and spec.rules[index].decided_by == "rule":
-        pattern, path = spec.rules[index].match, ("rules", index, "match")
+    index = deciding_rule(spec, site.names)
+    if index is not None and spec.rules[index].decided_by == "rule":
+        pattern = spec.rules[index].match
+    path, _ = _deciding_entry(spec, site)
     literal = {part for name in site.names for part in (name, name.rpartition(".")[2])}
     return spec.origin.where(*path) if pattern in literal else None
 

@@ -164,13 +164,18 @@ class Plan:
 
     @property
     def column_label(self) -> str:
-        """What a column of results is named by: the label, or ``all float`` if a run found that better everywhere."""
-        return "all float" if self.is_float else self.label
+        """What a column of results is named by: the label, or ``all_float`` if a run found that better everywhere."""
+        return "all_float" if self.is_float else self.label
 
     @property
     def file_label(self) -> str:
         """What a file is named by: the label, or ``float`` if a run found every layer better off in float."""
         return "float" if self.is_float else self.label
+
+    def has_codes_of(self, other: Plan) -> bool:
+        """Whether both give each layer the same method and, as far as their errors tell, the same codes."""
+        ours, theirs = ([(d.name, d.method, d.weight_sqnr_db, d.output_error) for d in plan] for plan in (self, other))
+        return ours == theirs
 
     def to_spec(self) -> QuantizationSpec:
         """A spec that resolves to exactly this plan on the same model, without a search or any timing.
@@ -246,14 +251,9 @@ class Plan:
     def memory_note(self) -> str:
         """What the layers of the plan take in memory on this machine, once they were called, beside their floats."""
         held, floats = sum(each.memory_bytes for each in self), sum(each.float_bytes for each in self)
-        beside = (
-            f", more than the {format_bytes(floats)} of floats"
-            if held > floats
-            else f"; as floats {format_bytes(floats)}"
-        )
-        note = f"in memory, once called: {format_bytes(held)}{beside}"
         copies = held - sum(each.bytes for each in self)
-        return f"{note}; {format_bytes(copies)} are copies for speed, without with kernel: compact" if copies else note
+        of_it = f", {format_bytes(copies)} of it copies for speed (none with kernel: compact)" if copies else ""
+        return f"in memory, once called: {format_bytes(held)}{of_it}; as floats {format_bytes(floats)}"
 
     def worst_note(self) -> str | None:
         """The layers whose weights lost most, in a sentence; None if there are few that were measured."""

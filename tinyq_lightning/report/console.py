@@ -52,7 +52,7 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     sentences: list[str] = []
     for each in outcomes:
         coverage = str(each.coverage) if len(outcomes) > 1 else None  # of one method it is in the headline
-        told = filter(None, (coverage, each.calibration(), each.verdict(), each.speed_verdict()))
+        told = filter(None, (coverage, each.calibration(), each.verdict(), each.speed_verdict(), each.shared_file()))
         sentences += told if len(outcomes) == 1 else [f"{each.name}: {sentence}" for sentence in told]
     if sentences:
         print("\n".join(fill(sentence, width) for sentence in sentences), end="\n\n")
@@ -61,7 +61,7 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
         print()
     if first.float_path:
         print(f"float      {first.float_path}")
-    paths = [each.quantized_path for each in outcomes if each.quantized_path]
+    paths = [each.quantized_path for each in outcomes if each.quantized_path and each.same_as is None]
     for path in paths:
         print(f"quantized  {path}")
     for export in (export for each in outcomes for export in each.exports):

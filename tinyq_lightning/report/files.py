@@ -48,7 +48,7 @@ def write_report(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
 def _write(outcomes: Sequence[Outcome]) -> None:
     try:
         for outcome in outcomes:
-            if outcome.quantized_path is not None:
+            if outcome.quantized_path is not None and outcome.same_as is None:
                 stem, content = _stem_of_report(outcome.quantized_path), report_content(outcome, outcomes)
                 resolved = resolved_yaml(outcome, os.path.basename(stem))
                 _write_text(f"{stem}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")

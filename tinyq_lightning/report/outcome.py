@@ -49,6 +49,7 @@ class Outcome:
         quantized_path: the file, or None if none was written.
         note: where the weights come from.
         exports: what the model was exported in, on rank 0.
+        same_as: the name of the outcome before it whose plan it has, and whose file is its own; else None.
         stopwatch: what the run timed for ``never_slower``, or None.
         kept: whether it is saved; not if ``keep: smallest`` chose another method.
     """
@@ -69,6 +70,7 @@ class Outcome:
     stopwatch: Stopwatch | None = None
     kept: bool = True
     exports: tuple[ExportReport, ...] = ()
+    same_as: str | None = None
 
     def results_as(self, label: str) -> Results:
         """The results under another name than the column's."""
@@ -98,6 +100,12 @@ class Outcome:
         """``of 19 layers 2 float, 3 w8a16``: the layers that the search changed, by their method now."""
         counts = Counter(found.best.changes.values())
         return f"of {len(self.plan)} layers " + ", ".join(f"{counts[method]} {method}" for method in sorted(counts))
+
+    def shared_file(self) -> str | None:
+        """That the method has the file of another one, in a sentence; None if it has its own."""
+        if self.same_as is None:
+            return None
+        return f"layer by layer the same as {self.same_as}, so one file is both"
 
     def speed_verdict(self) -> str | None:
         """How many layers ``never_slower`` left float, in a sentence; None without it."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.errors import ModelError, SpecError
+from tinyq_lightning.errors import ModelError, SpecError, quoted
 from tinyq_lightning.plan import (
     Plan,
     Swap,
@@ -132,6 +132,6 @@ def _call(model: nn.Module, item: Any, index: int) -> None:
     except Exception as error:
         raise ModelError(
             f"calibration: {type(model).__name__} failed on input {index}, a {type(item).__name__} "
-            f"({type(error).__name__}: {error}). Each input is a tensor, a tuple of arguments, or a dict of arguments "
+            f"({quoted(error)}). Each input is a tensor, a tuple of arguments, or a dict of arguments "
             "by name, without labels"
         ) from error

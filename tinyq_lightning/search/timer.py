@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from tinyq_lightning.errors import quoted
+
 __all__ = [
     "BatchTimes",
     "Run",
@@ -137,5 +139,5 @@ def time_in_turns(
 
 def brief(error: Exception) -> str:
     """An error in one line of a table, for a call that could not be timed or measured."""
-    first = f"{type(error).__name__}: {error}".splitlines()[0]
+    first = quoted(error).splitlines()[0]
     return first if len(first) <= 160 else f"{first[:159]}…"

@@ -2,6 +2,7 @@
 
 from tinyq_lightning.spec.arguments import with_arguments
 from tinyq_lightning.spec.checks import METHOD_NAMES
+from tinyq_lightning.spec.keywords import names_near_keywords
 from tinyq_lightning.spec.matching import (
     Wanted,
     deciding_rule,
@@ -33,6 +34,7 @@ __all__ = [
     "as_spec",
     "deciding_rule",
     "excluding",
+    "names_near_keywords",
     "names_parameter",
     "nearest",
     "pattern_matches",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,9 +74,13 @@ def read_yaml(path: str | Path) -> tuple[DictConfig, dict[KeyPath, str]]:
     places: dict[KeyPath, str] = {(): str(path)}
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None:
-            _collect(node, (), str(path), places)
-        config = OmegaConf.create(text) if node is not None else OmegaConf.create({})
+        if node is None:
+            warnings.warn(
+                f"TinyQ: {path}: the file is empty, so it leaves all at the default, method: w8a32", stacklevel=2
+            )
+            return OmegaConf.create({}), places
+        _collect(node, (), str(path), places)
+        config = OmegaConf.create(text)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise SpecError(f"{path}{line}: not valid YAML: {error.problem}") from error
@@ -83,7 +88,7 @@ def read_yaml(path: str | Path) -> tuple[DictConfig, dict[KeyPath, str]]:
         raise SpecError(Origin(places).explain(error)) from error
     except yaml.YAMLError as error:
         raise SpecError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(config, DictConfig) or not isinstance(node, yaml.MappingNode | None):
+    if not isinstance(config, DictConfig) or not isinstance(node, yaml.MappingNode):
         raise SpecError(f"{path}:1: a spec is a mapping, for example 'method: w8a32'")
     return config, places
 

@@ -33,6 +33,7 @@ from tinyq_lightning.spec.places import Origin, apply_override, key_path, read_y
 from tinyq_lightning.spec.reader import Reader, shown
 
 __all__ = [
+    "SPEC_KEYS",
     "Budget",
     "Export",
     "QuantizationSpec",
@@ -232,7 +233,7 @@ def as_spec(spec: SpecOrMethods) -> QuantizationSpec:
     )
 
 
-_KEYS = (
+SPEC_KEYS = (
     "method",
     "kinds",
     "exclude",
@@ -258,7 +259,7 @@ _FORMER_KEYS = {"method", "exclude", "rules", "when", "weights", "kernel", "non_
 def _parse(content: Any, origin: Origin) -> QuantizationSpec:
     """A spec from plain data: its structure is read here, its values are checked as the spec is made."""
     reader = Reader(origin)
-    given = dict(reader.mapping({} if content is None else content, _KEYS))
+    given = dict(reader.mapping({} if content is None else content, SPEC_KEYS))
     if "kinds" not in given and given.keys() >= _FORMER_KEYS:
         given["kinds"] = _FORMER_KINDS
         warnings.warn(

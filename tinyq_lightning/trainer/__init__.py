@@ -1,7 +1,12 @@
 """All that needs a Trainer: the user's loop run on other weights, which float weights, checks before training."""
 
 from tinyq_lightning.trainer.before_fit import check_before_fit
-from tinyq_lightning.trainer.checks import check_budget, refuse_mixed_packages, warn_of_worst_checkpoint
+from tinyq_lightning.trainer.checks import (
+    check_budget,
+    refuse_mixed_packages,
+    warn_of_no_limit,
+    warn_of_worst_checkpoint,
+)
 from tinyq_lightning.trainer.exports import export_beside_file
 from tinyq_lightning.trainer.failures import step_after_run, tell_of_interrupt, tell_of_quantized_layers
 from tinyq_lightning.trainer.float_weights import (
@@ -51,6 +56,7 @@ __all__ = [
     "tell_of_interrupt",
     "tell_of_quantized_layers",
     "tested_weights",
+    "warn_of_no_limit",
     "warn_of_worst_checkpoint",
     "write_on_rank_zero",
 ]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.errors import EvaluationError, quoted
 from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan import Recoded, Swap
 from tinyq_lightning.search import calibrate, why_of_no_use
@@ -139,7 +139,7 @@ def _set_up_validation_data(trainer: Trainer, needs: str) -> None:
             loop.setup_data()
     except Exception as error:
         raise EvaluationError(
-            f"the validation dataloader could not be had in this test run ({type(error).__name__}: {error}): {advice}"
+            f"the validation dataloader could not be had in this test run ({quoted(error)}): {advice}"
         ) from error
     if not dataloaders(trainer, "validate"):
         raise EvaluationError(f"the validation dataloader of this test run is empty: {advice}")

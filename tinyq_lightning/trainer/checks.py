@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from tinyq_lightning.errors import EvaluationError, ModelError, SpecError
+from tinyq_lightning.errors import EvaluationError, ModelError, SpecError, quoted
 from tinyq_lightning.file import check_folder, check_state, typed_entries, why_not_writable
 from tinyq_lightning.namespaces import derives_from, is_overridden, namespace_of, refuse_other_namespace
 from tinyq_lightning.plan import check_model, sites_for, weights_of, why_stays_float
@@ -35,6 +35,7 @@ __all__ = [
     "preferred_keepers",
     "refuse_mixed_packages",
     "refuse_without_validation",
+    "warn_of_no_limit",
     "warn_of_worst_checkpoint",
     "why_never_validated",
 ]
@@ -137,8 +138,7 @@ def _check_hyper_parameters(trainer: Trainer, module: LightningModule) -> list[s
             typed_entries(vars(owner).get("_hparams", {}) if owner is not None else {}, entry, dropped, [])
         except Exception as error:  # of OmegaConf, or of a value's own class
             raise ModelError(
-                f"the hyper-parameters of {name} cannot be resolved, so no checkpoint could hold them: "
-                f"{type(error).__name__}: {error}"
+                f"the hyper-parameters of {name} cannot be resolved, so no checkpoint could hold them: {quoted(error)}"
             ) from error
         if dropped:
             names = ", ".join(name + each.removeprefix(entry) for each in dropped)
@@ -218,8 +218,9 @@ def known_mode(
     if budget.mode is not None:
         if monitor in higher_is_better and (budget.mode == "max") != higher_is_better[monitor]:
             raise SpecError(
-                f"budget: mode={budget.mode!r} contradicts the metric: {monitor!r} is logged as a torchmetrics object "
-                f"with higher_is_better={higher_is_better[monitor]}. Leave mode out, or log the value that you mean"
+                f"budget: mode={budget.mode!r} contradicts the metric: {monitor!r} is the value of a torchmetrics "
+                f"object with higher_is_better={higher_is_better[monitor]}. Leave mode out, or log the value that you "
+                "mean"
             )
         return budget
     if monitor not in higher_is_better:
@@ -264,6 +265,26 @@ def warn_of_worst_checkpoint(trainer: Trainer, monitor: str | None, told: set[st
         f"TinyQ: ModelCheckpoint(monitor={name!r}, mode={keepers[0].mode!r}) keeps the worst checkpoint as the best, "
         f"and that one is quantized: {name!r} is logged as a torchmetrics object with higher_is_better={better[name]} "
         "(a ModelCheckpoint without a mode takes 'min')"
+    )
+
+
+def warn_of_no_limit(trainer: Trainer, budget: Budget, told: set[str]) -> None:
+    """Warn if a metric that lies between 0 and 1, of which more is better, may lose 1 or more.
+
+    Args:
+        trainer: at the end of a validation in ``fit``.
+        budget: of the spec.
+        told: metrics that a warning has named; this one is added.
+    """
+    name, value = budget.monitor, trainer.callback_metrics.get(budget.monitor)
+    grows = budget.mode == "max" or directions(trainer).get(name)
+    if value is None or name in told or not grows or budget.allowed(1.0) < 1 or not 0 <= float(value) <= 1:
+        return
+    told.add(name)
+    rank_zero_warn(
+        f"TinyQ: max_drop={budget.max_drop!r} limits nothing where {name!r} lies between 0 and 1, as "
+        f"{float(value):.3g} does: max_drop=0.01 is one point of a hundred, max_drop='1%' one percent of the float "
+        "value"
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from tinyq_lightning.errors import EvaluationError
+from tinyq_lightning.errors import EvaluationError, quoted
 from tinyq_lightning.namespaces import is_overridden, namespace_of
 from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.trainer.batches import batch_digest
@@ -212,7 +212,7 @@ def run_evaluation(
             loop = {"validate": "validation", "test": "test"}[stage]
             raise EvaluationError(
                 f"the {loop} loop of {type(module).__name__} failed when it was run again for the comparison: "
-                f"{type(error).__name__}: {error}"
+                f"{quoted(error)}"
             ) from error
         finally:
             watch.loop.batches_ended()

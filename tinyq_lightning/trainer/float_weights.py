@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.errors import CheckpointError, quoted
 from tinyq_lightning.file import (
     HookView,
     file_exists,
@@ -133,7 +133,7 @@ def choose_float_weights(
         checkpoint = _read(trainer, path, own)
     except (pickle.UnpicklingError, EOFError, RuntimeError, CheckpointError) as error:
         if own and not isinstance(error, CheckpointError):
-            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"{path} cannot be read: {quoted(error)}") from error
         if own or not _tells_of_objects(error):
             raise
         raise CheckpointError(

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from tinyq_lightning.errors import TrainerError
+from tinyq_lightning.errors import TrainerError, quoted
 from tinyq_lightning.plan import users_path
 
 __all__ = [
@@ -53,7 +53,7 @@ class Gather:
             try:
                 part = self._part(name)
             except Exception as error:  # rank 0 waits for an answer, whatever failed
-                dist.gather_object(f"{type(error).__name__}: {error}")
+                dist.gather_object(quoted(error))
                 continue
             dist.gather_object(part[0])
             if part[0].is_sent:

@@ -24,7 +24,7 @@ _OF_A_RUN = (
     "_runs",
     "_earlier",
     "_told",
-    "_told_worst",
+    "_told_metrics",
     "validated",
     "first_batch",
     "log",
@@ -57,7 +57,9 @@ class HoldsRun(WatchesValidation):
         self._runs: list[TestRun] = []
         self._earlier: list[Any] = []  # callbacks of this kind
         self._told: list[str] = []  # entries that the file cannot hold, once a warning has told of them
-        self._told_worst: set[str] = set()  # metrics of which ModelCheckpoints keep the worst
+        self._told_metrics: set[str] = (
+            set()
+        )  # of which ModelCheckpoints keep the worst, or that max_drop does not limit
         self.first_batch = None
 
     def _reset_results(self) -> None:

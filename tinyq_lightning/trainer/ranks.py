@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from tinyq_lightning.errors import CheckpointError, TinyQError, TrainerError
+from tinyq_lightning.errors import CheckpointError, TinyQError, TrainerError, quoted
 from tinyq_lightning.namespaces import namespace_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def as_tinyq_error(error: Exception, other: type[TinyQError] = TinyQError) -> tu
     """Type and text of an error as a TinyQError; ``other`` is the type for exceptions of other packages."""
     if isinstance(error, TinyQError):
         return type(error), str(error)
-    return other, f"{type(error).__name__}: {error}"
+    return other, quoted(error)
 
 
 PATIENCE = timedelta(seconds=30)
@@ -142,7 +142,7 @@ class _Group:
         """Tell that this process ends, and why, for the others to end too."""
         if isinstance(error.__context__, KeyboardInterrupt):  # of which Lightning makes a SystemExit
             error = error.__context__
-        text = f"rank {dist.get_rank()} has ended: {type(error).__name__}: {error}".removesuffix(": ")
+        text = f"rank {dist.get_rank()} has ended: {quoted(error)}"
         with suppress(RuntimeError):
             _store().set(self._keys[dist.get_rank()], pickle.dumps((0, (NotHeardError, text))))
 

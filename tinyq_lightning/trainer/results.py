@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torchmetrics import MetricCollection
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -48,11 +50,13 @@ def _difference(after: float, before: float) -> float:
 def directions(trainer: Trainer) -> dict[str, bool]:
     """Whether higher is better, for each metric that was logged as a torchmetrics object that tells.
 
+    Values of a MetricCollection, as ``log_dict(collection.compute())`` logs them, are known by the collection's names.
+
     Args:
         trainer: in ``on_validation_end`` or ``on_test_end``.
     """
     results = trainer._results
-    found: dict[str, bool] = {}
+    found = _of_collections(trainer)
     if results is None:
         return found
     for result in results.values():
@@ -73,3 +77,14 @@ def logged_names(trainer: Trainer) -> set[str]:
         epoch = [result for result in results.values() if result.meta.on_epoch]
         names.update(name for result in epoch for name in results._forked_name(result, on_step=False))
     return names
+
+
+def _of_collections(trainer: Trainer) -> dict[str, bool]:
+    """By the names under which the MetricCollections of the module give the values of their metrics."""
+    module = trainer.lightning_module
+    collections = [each for each in module.modules() if isinstance(each, MetricCollection)] if module else []
+    known: dict[str, set[bool | None]] = defaultdict(set)
+    for collection in collections:
+        for name, metric in collection.items(keep_base=False, copy_state=False):
+            known[name].add(metric.higher_is_better)
+    return {name: True in told for name, told in known.items() if told in ({True}, {False})}

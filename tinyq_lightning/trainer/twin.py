@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from tinyq_lightning.errors import TrainerError
+from tinyq_lightning.errors import TrainerError, quoted
 from tinyq_lightning.plan import unwrapped
 
 __all__ = [
@@ -61,7 +61,7 @@ def unsharded_twin(module: Module) -> Module:
         except Exception as error:  # what hangs on the module may refuse in its own way
             raise TrainerError(
                 f"{type(module).__name__} is sharded and cannot be copied without its weights, which quantizing it "
-                f"here begins with: {type(error).__name__}: {error}. Train without TinyQCallback, then run "
+                f"here begins with: {quoted(error)}. Train without TinyQCallback, then run "
                 "tinyq-lightning quantize CHECKPOINT --model package.module:Class"
             ) from error
 
