@@ -7,7 +7,7 @@ import torch
 from models import Net, keeper, loader, trainer
 from torch import nn
 
-from tinyq_lightning import TinyQCallback, load_quantized
+from tinyq_lightning import QuantizedCheckpointMixin, TinyQCallback, export, load_quantized
 from tinyq_lightning.errors import ModelError
 from tinyq_lightning.file import check_state, digest_of
 
@@ -63,3 +63,34 @@ def test_what_a_file_cannot_hold_is_refused_by_name(state, said):
     module = Rows(state)
     with pytest.raises(ModelError, match=said):
         check_state(module.state_dict())
+
+
+class Versioned(QuantizedCheckpointMixin, Net):
+    """Counts its versions by text, as some models of transformers do."""
+
+    _version = "0.0.5"  # type: ignore[assignment]
+
+
+class VersionedByPair(QuantizedCheckpointMixin, Net):
+    _version = (1, 2)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [Versioned, VersionedByPair])
+def test_a_model_may_count_its_versions_as_it_likes(tmp_path, kind):
+    callback, model = TinyQCallback("w8a32", report=False, strict=True), kind()
+    trainer(tmp_path, keeper(tmp_path), callback, max_epochs=1).fit(model, loader(), loader(seed=1))
+    doors = [load_quantized(callback.quantized_path, kind), kind.load_from_checkpoint(callback.quantized_path)]
+    if kind is Versioned:
+        export(callback.quantized_path, tmp_path / "net.safetensors")
+        doors.append(load_quantized(tmp_path / "net.safetensors", kind))
+    x = torch.randn(5, 8)
+    assert len({tuple(module.eval()(x).flatten().tolist()) for module in doors}) == 1
+    assert all(module.state_dict()._metadata[""] == {"version": kind._version} for module in doors)
+
+
+def test_a_version_that_is_no_plain_data_is_refused_before_training(tmp_path):
+    class Odd(Net):
+        _version = object()  # type: ignore[assignment]
+
+    with pytest.raises(ModelError, match="the _version of the model is a object, which a quantized checkpoint"):
+        trainer(tmp_path, TinyQCallback("w8a32")).fit(Odd(), loader(), loader(seed=1))

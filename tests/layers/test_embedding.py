@@ -344,3 +344,24 @@ def test_ties_between_the_kinds_share_codes_and_come_back(method):
             "excluded",
             "tied to bag.weight (excluded)",
         ]
+
+
+class Bagged(nn.Module):
+    def __init__(self, mode, padding):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(40, 16, mode=mode, padding_idx=padding)
+
+    def forward(self, words):
+        return self.bag(words)
+
+
+@pytest.mark.parametrize("padding", [None, 0, -1])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_a_graph_of_bags_takes_any_number_of_them(mode, padding):
+    model = Bagged(mode, padding).eval()
+    quantize(model, "w8a32")
+    words = torch.randint(0, 40, (6, 5))
+    words[1] = 39 if padding == -1 else 0
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (words[:3],), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(program(words), model(words), rtol=1e-5, atol=1e-5)

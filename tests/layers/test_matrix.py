@@ -108,20 +108,53 @@ def test_a_state_with_a_scale_for_each_row_of_the_last_dimension_means_what_it_m
     assert copy.deepcopy(model).state_dict()["0.kernels.scales"].shape == (3 * 8 * 4 * 5,)
 
 
-@pytest.mark.parametrize("match", ["experts", "*", "experts.*", "*.*"])
+@pytest.mark.parametrize(
+    "match", ["experts", "*", "experts.*", "*.*", "experts.u*", "re:.*", r"re:all\.\w+(\.[a-z]+)?"]
+)
 def test_a_pattern_for_what_is_above_it_does_not_name_it(match):
     if match.startswith("experts"):
-        with pytest.raises(SpecError, match="matches no layer"):
+        told = r"It covers 'experts\.up', a parameter that no layer has: .* ends with their name, here 'up'\."
+        with pytest.raises(SpecError, match=told):
             quantize(Model(), {"rules": [{"match": match, "method": "w8a32"}]})
     else:
         model = nn.ModuleDict({"all": Model()})
         assert [each.name for each in quantize(model, {"rules": [{"match": match, "method": "w8a32"}]})] == ["all.head"]
 
 
-@pytest.mark.parametrize("match", ["up", "experts.up", "*.up", r"re:.*\.up", r"re:experts\.up"])
+@pytest.mark.parametrize("match", ["up", "experts.up", "*.up", r"re:.*\.up", r"re:experts\.up", r"re:.*\.(up|gate)"])
 def test_a_pattern_that_ends_with_its_name_names_it(match):
     plan = quantize(Model(), {"rules": [{"match": match, "method": "w8a32"}]})
     assert [decision.name for decision in plan] == ["head", "experts.up"]
+
+
+class Books(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ParameterList([nn.Parameter(torch.randn(4, 16)) for _ in range(2)])])
+        self.books = nn.ParameterList([nn.Parameter(torch.randn(4, 16)) for _ in range(2)])
+        self.head = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("match", "found"),
+    [
+        ("books.*", ["books.0", "books.1"]),
+        (r"re:books\.\d+", ["books.0", "books.1"]),
+        ("layers.*.*", None),
+        ("layers.0.*", ["layers.0.0", "layers.0.1"]),
+        ("layers.*", None),
+        ("books", None),
+    ],
+)
+def test_a_list_of_parameters_is_named_by_its_own_name(match, found):
+    spec = {"rules": [{"match": match, "method": "w8a32"}]}
+    if found:
+        assert [decision.name for decision in quantize(Books(), spec)] == ["head", *found]
+    else:
+        with pytest.raises(
+            SpecError, match=r"a parameter that no layer has: .* their name, here '(books|layers\.0)\.\*'"
+        ):
+            quantize(Books(), spec)
 
 
 def test_what_is_read_is_the_dequantized_value_and_cannot_be_assigned():

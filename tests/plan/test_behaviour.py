@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -273,6 +274,29 @@ def test_what_is_more_than_a_linear_layer_stays_float_with_the_reason(make, reas
     plan = quantize(model)
     assert (plan.decisions[0].method, plan.decisions[0].reason) == ("float", reason)
     assert set(model["layer"].state_dict()) == state
+
+
+class TellsItsStride(nn.Conv2d):
+    """As torchvision's convolutions for video, which are asked for their stride before they are made."""
+
+    @staticmethod
+    def stride_of(stride):
+        return stride, 1
+
+
+class HasAStaticForward(nn.Conv2d):
+    @staticmethod
+    def _conv_forward(x, weight, bias):
+        return x
+
+
+def test_a_static_method_does_not_keep_a_layer_float_and_can_still_be_called():
+    model = nn.ModuleDict({"told": TellsItsStride(3, 4, 3), "other": HasAStaticForward(3, 4, 3)})
+    wanted = model["told"](x := torch.randn(2, 3, 5, 5))
+    assert [decision.method for decision in quantize(model)] == ["w8a32", "float"]
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert each["told"].stride_of(2) == (2, 1)
+        torch.testing.assert_close(each["told"](x), wanted, rtol=0.1, atol=0.1)
 
 
 class TimesNumber(nn.Embedding):

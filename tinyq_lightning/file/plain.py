@@ -22,6 +22,7 @@ from tinyq_lightning.errors import CheckpointError
 __all__ = [
     "as_plain_tensor",
     "copied",
+    "odd_version",
     "plain",
     "plain_entries",
     "plain_state",
@@ -89,7 +90,7 @@ def plain_state(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     Tensors that share memory still share it. A tensor that is a part of a larger one is copied out of it.
 
     Raises:
-        CheckpointError: an entry, such as a module's extra state, is not plain data.
+        CheckpointError: an entry, such as a module's extra state, or a module's version is not plain data.
     """
     state: OrderedDict[str, Any] = OrderedDict()
     for name, value in state_dict.items():
@@ -105,8 +106,20 @@ def plain_state(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
             item = item.clone()
         state[plain(name)] = item
     if hasattr(state_dict, "_metadata"):
+        if odd := odd_version(state_dict):
+            raise CheckpointError(f"{odd}, and a quantized checkpoint holds plain data only: make it a number or text")
         state._metadata = plain(state_dict._metadata)  # type: ignore[attr-defined]
     return state
+
+
+def odd_version(state_dict: Mapping[str, Any]) -> str | None:
+    """What a module has set as its ``_version`` that is not plain data; None if none has."""
+    for name, noted in (getattr(state_dict, "_metadata", None) or {}).items():
+        try:
+            plain(noted)
+        except TypeError as error:
+            return f"the _version of {f'the module {name!r}' if name else 'the model'} is a {error}"
+    return None
 
 
 def copied(value: Any, done: dict[int, Any] | None = None) -> Any:

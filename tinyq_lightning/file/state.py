@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.file.plain import as_plain_tensor, plain
+from tinyq_lightning.file.plain import as_plain_tensor, odd_version, plain
 
 __all__ = [
     "check_state",
@@ -20,7 +20,8 @@ def check_state(state_dict: Mapping[str, Any]) -> None:
     """Refuse a state dict that a quantized file cannot hold. No values are read.
 
     Raises:
-        ModelError: an entry is a tensor that is neither dense nor ``sparse_coo``, or more than plain data.
+        ModelError: an entry is a tensor that is neither dense nor ``sparse_coo``, or it or a module's version is
+            more than plain data.
     """
     for name, value in state_dict.items():
         tensor = as_plain_tensor(value)
@@ -37,3 +38,7 @@ def check_state(state_dict: Mapping[str, Any]) -> None:
                 what = f"a {error}"
                 cure = "let get_extra_state return tensors, numbers, text, lists and dicts, or give save=False"
         raise ModelError(f"the state dict's entry {name!r} is {what}, which a quantized checkpoint cannot hold: {cure}")
+    if odd := odd_version(state_dict):
+        raise ModelError(
+            f"{odd}, which a quantized checkpoint cannot hold: make it a number or text, or give save=False"
+        )

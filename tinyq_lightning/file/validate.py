@@ -185,7 +185,9 @@ def _is_dict_of(value: Any, good: Callable[[Any], bool]) -> bool:
 
 
 def _is_metadata(value: Any) -> bool:
-    return _is_dict_of(value, _is_anything) and type(value.get("version")) in (int, type(None))
+    # torch's own modules count from 1; a class may set any other ``_version``, such as a text
+    versions = int, float, str, tuple, list, type(None)
+    return _is_dict_of(value, _is_anything) and type(value.get("version")) in versions
 
 
 def _is_decision(value: Any) -> bool:

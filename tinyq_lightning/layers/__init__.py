@@ -29,6 +29,7 @@ from tinyq_lightning.layers.recurrent import (
     QuantizedRNN,
     QuantizedRNNCell,
 )
+from tinyq_lightning.layers.why_float import static_functions
 
 __all__ = [
     "KINDS",
@@ -69,6 +70,7 @@ __all__ = [
     "kind_of",
     "linear_with",
     "methods_of",
+    "static_functions",
     "why_closed",
     "why_not_packed",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -235,16 +236,24 @@ class QuantizedEmbeddingBag(_LookUp, nn.EmbeddingBag):  # type: ignore[override]
             return sums
         table = self._float_table()
         if table is not None:
-            return self._reduced(input, table, offsets, per_sample_weights, self.padding_idx)
+            return self._reduced(input, table, offsets, per_sample_weights, padding_idx=self.padding_idx)
         if input.dim() == 2 and input.shape[1] and self.padding_idx is None and per_sample_weights is offsets is None:
             return self._reduced_rows(self._rows(input))
         rows = self._rows(input.reshape(-1))
-        places, padding = torch.arange(input.numel(), device=input.device), self.padding_idx
-        if padding is not None:  # a row of its own stands for the padding in all places
-            rows = nn.functional.pad(rows, (0, 0, 0, 1))
-            places = torch.where(input.reshape(-1) == padding % self.num_embeddings, input.numel(), places)
-            padding = input.numel()
-        return self._reduced(places.view(input.shape), rows, offsets, per_sample_weights, padding)
+        places = torch.arange(input.numel(), device=input.device).view(input.shape)
+        if self.padding_idx is None:
+            return self._reduced(places, rows, offsets, per_sample_weights)
+        # torch's operator fixes the number of rows of its table where it is told of padding, so it is not told here
+        counted = input != self.padding_idx % self.num_embeddings
+        rows = rows.masked_fill(~counted.reshape(-1, 1), -math.inf if self.mode == "max" else 0.0)
+        if self.mode != "mean":
+            reduced = self._reduced(places, rows, offsets, per_sample_weights)
+            return reduced.masked_fill(reduced == -math.inf, 0.0) if self.mode == "max" else reduced
+        sums = self._reduced(places, rows, offsets, per_sample_weights, "sum")
+        if offsets is None:
+            return sums / counted.sum(1, keepdim=True).clamp_min(1)
+        lengths = _lengths(offsets, input.numel(), counted.float(), self.include_last_offset)
+        return (sums / lengths).to(sums.dtype)
 
     def _packed_sums(self, input: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor | None:
         """The sums or means of bags of packed rows; None where they are reduced in another way."""
@@ -290,7 +299,8 @@ class QuantizedEmbeddingBag(_LookUp, nn.EmbeddingBag):  # type: ignore[override]
         table: Tensor,
         offsets: Tensor | None,
         per_sample_weights: Tensor | None,
-        padding_idx: int | None,
+        mode: str | None = None,
+        padding_idx: int | None = None,
     ) -> Tensor:
         if offsets is not None and offsets.dtype != input.dtype:
             input, offsets = input.long(), offsets.long()
@@ -298,7 +308,7 @@ class QuantizedEmbeddingBag(_LookUp, nn.EmbeddingBag):  # type: ignore[override]
             input,
             table,
             offsets,
-            mode=self.mode,
+            mode=mode or self.mode,
             per_sample_weights=per_sample_weights,
             include_last_offset=self.include_last_offset,
             padding_idx=padding_idx,
@@ -322,7 +332,7 @@ def _lengths(begins: Tensor, total: int, counted: Tensor | None, includes_last: 
         counted: ``[total]`` float32, 0 at an index that does not count; None if all do.
         includes_last: as above.
     """
-    ends = begins if includes_last else torch.cat([begins, begins.new_tensor([total])])
+    ends = begins if includes_last else torch.cat([begins, begins.new_full((1,), total)])
     if counted is None:
         lengths = ends.diff()
     else:

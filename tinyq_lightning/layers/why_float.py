@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from typing import Any
 
@@ -18,6 +19,7 @@ from tinyq_lightning.layers.behaviour import (
 
 __all__ = [
     "is_torchs",
+    "static_functions",
     "why_holds_more",
     "why_more_than",
     "why_more_than_forward",
@@ -73,7 +75,17 @@ def why_own_way(module: nn.Module, base: Any, forward: bool = False) -> str | No
     own = {name for each in kind.__mro__[: kind.__mro__.index(base)] for name in vars(each)}
     own = {name for name in own - _HARMLESS if not name.startswith("__") or name in _TELLING}
     own -= {"forward"} if forward else set()
+    own -= static_functions(module).keys()
     return f"{kind.__name__} adds {', '.join(sorted(own))} to nn.{base.__name__}" if own else None
+
+
+def static_functions(module: nn.Module) -> dict[str, Any]:
+    """The static methods that a subclass adds to torch's class: they cannot change what a layer does."""
+    kind: Any = parametrize.type_before_parametrizations(module)
+    base = next(each for each in kind.__mro__ if each.__module__.partition(".")[0] == "torch")
+    own = {name for each in kind.__mro__[: kind.__mro__.index(base)] for name in vars(each) if not hasattr(base, name)}
+    static = {name for name in own if isinstance(inspect.getattr_static(kind, name), staticmethod)}
+    return {name: getattr(kind, name) for name in sorted(static) if not name.startswith("__")}
 
 
 def why_more_than_forward(module: nn.Module) -> str | None:

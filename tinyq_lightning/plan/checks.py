@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers import is_replaceable
@@ -207,7 +208,16 @@ def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site]) -> str:
     leaves = {name.split(".")[-1] for name in names}
     other = next(((n, m) for n, m in model.named_modules() if n and pattern_matches(pattern, n)), None)
     below = sorted({n for n, _ in model.named_modules() if n.split(".")[-1] == pattern and "." in n})
-    if other and not any(name.startswith(other[0] + ".") for name in names):
+    matrices = (n for n, p in model.named_parameters() if not is_lazy(p) and p.dim() > 1)
+    matrix = next((n for n in matrices if pattern_matches(pattern, n)), None)
+    if matrix is not None:
+        holder, _, leaf = matrix.rpartition(".")
+        rule = f"{holder}.*" if leaf.isdecimal() else leaf
+        hint = (
+            f" It covers {matrix!r}, a parameter that no layer has: such are quantized only by a rule that ends with "
+            f"their name, here {rule!r}."
+        )
+    elif other and not any(name.startswith(other[0] + ".") for name in names):
         hint = f" {other[0]!r} is there, but is never quantized: its type is {type(other[1]).__name__}."
     elif below and any(name.startswith(below[0] + ".") for name in names):
         hint = f" To cover {below[0]!r} and the like, write '*.{pattern}'."

@@ -44,22 +44,39 @@ def pattern_matches(pattern: str, name: str) -> bool:
 def names_parameter(spec: QuantizationSpec, path: str) -> bool:
     """Whether a rule names the parameter with this dotted path itself, not only a module above it.
 
-    Its pattern matches the whole path and ends with the parameter's name, without a glob there.
+    Its pattern matches the whole path and ends with the parameter's name, without a glob there; or, of the entries of
+    a list of parameters, with the name of the list and ``.*``. A regular expression must not match any other name in
+    the place of the parameter's.
 
     >>> from tinyq_lightning.spec import as_spec
     >>> spec = as_spec({"rules": [{"match": "layers.*.experts.up", "method": "w8a32"}]})
     >>> names_parameter(spec, "layers.0.experts.up"), names_parameter(spec, "layers.0.experts.down")
     (True, False)
+    >>> spec = as_spec({"rules": [{"match": "codebooks.*", "method": "w8a32"}]})
+    >>> names_parameter(spec, "codebooks.0"), names_parameter(spec, "codebooks.experts.up")
+    (True, False)
     """
-    leaf = path.rpartition(".")[2]
-    for rule in spec.rules:
-        pattern = rule.match
-        if pattern.startswith("re:"):
-            if pattern.endswith(re.escape(leaf)) and re.fullmatch(pattern[3:], path):
-                return True
-        elif pattern == leaf or (pattern.endswith(f".{leaf}") and fnmatch.fnmatchcase(path, pattern)):
-            return True
-    return False
+    return any(_names(rule.match, path) for rule in spec.rules)
+
+
+# Names that no parameter has.
+_OTHER_NAMES = ("zqxj", "zq_xj0")
+
+
+def _names(pattern: str, path: str) -> bool:
+    holder, _, leaf = path.rpartition(".")
+    if pattern.startswith("re:"):
+        expression = pattern[3:]
+        if not re.fullmatch(expression, path):
+            return False
+        others = (f"{holder}.{other}".removeprefix(".") for other in _OTHER_NAMES)
+        is_open = expression.endswith((".*", ".+")) or any(re.fullmatch(expression, other) for other in others)
+        return expression.endswith(re.escape(leaf)) or not is_open
+    of_list = f"{holder.rpartition('.')[2]}.*" if holder and leaf.isdecimal() else None
+    if pattern in (leaf, of_list):
+        return pattern == leaf or fnmatch.fnmatchcase(path, pattern)
+    ends = pattern.endswith(f".{leaf}") or (of_list is not None and pattern.endswith(f".{of_list}"))
+    return ends and fnmatch.fnmatchcase(path, pattern)
 
 
 def excluding(spec: QuantizationSpec, names: Sequence[str]) -> str | None:
