@@ -96,6 +96,34 @@ def test_an_adapter_on_an_int8_base_trains_and_saves(method, tmp_path):
     assert torch.equal(adapted(x), out)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
+def test_the_class_of_a_convolution_makes_float_adapters(kind):
+    base = nn.Sequential(kind(4, 6, 3, padding=1))
+    quantize(base)
+    down = type(base[0])(base[0].in_channels, 2, base[0].kernel_size, padding=1, bias=False)  # as PEFT has it
+    up = type(base[0])(in_channels=2, out_channels=6, kernel_size=1, bias=False)
+    assert type(down) is type(up) is kind
+    x = normal(2, 4, *[5] * (down.weight.dim() - 2))
+    (base(x) + up(down(x))).square().sum().backward()
+    assert down.weight.grad.abs().sum() > 0
+
+
+def test_training_a_layer_of_codes_is_told_to_be_of_its_bias_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.LSTM(4, 4), nn.Embedding(4, 4))
+    quantize(model)
+    model.requires_grad_(False).requires_grad_()
+    for layer in model:
+        with pytest.warns(UserWarning, match="codes, which cannot be trained.*exclude"):
+            assert layer.requires_grad_() is layer
+
+
+def test_taking_a_weight_out_of_attention_is_refused_in_words():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    quantize(model)
+    with pytest.raises(ReadOnlyWeightError, match="exclude"):
+        del model[0].in_proj_weight
+
+
 def test_reading_what_a_weight_is_dequantizes_nothing(monkeypatch):
     layer, count = random_layer("w8a32", 60, 50), [0]
     real = dequantized.dequantize

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -381,3 +382,13 @@ def test_a_pickle_that_names_the_former_module_of_attention_loads():
     text = pickle.dumps(model[0], protocol=0).replace(b"tinyq_lightning.layers.attention", former)
     assert former in text
     assert type(pickle.loads(text)) is QuantizedMultiheadAttention
+
+
+def test_a_call_with_tensors_without_values_leaves_nothing_behind():
+    attention = nn.Sequential(nn.MultiheadAttention(16, 2, batch_first=True)).eval()
+    quantize(attention)
+    x, y = torch.randn(2, 5, 16), torch.randn(2, 3, 16)
+    wanted = copy.deepcopy(attention[0])(x, y, y)[0]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        attention[0](mode.from_tensor(x), mode.from_tensor(y), mode.from_tensor(y))
+    torch.testing.assert_close(attention[0](x, y, y)[0], wanted)

@@ -103,6 +103,18 @@ def test_a_compiled_network_gives_gradients(method):
     assert relative_error(mine.grad, theirs.grad.double()) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("method", ["w8a16", "w4a8"])
+def test_one_graph_of_any_size_has_the_gradients_of_each_of_its_layers(method):
+    model, x = network(method)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for samples in (3, 2):
+        mine, alone = (x[:samples].clone().requires_grad_() for _ in range(2))
+        compiled(mine).square().sum().backward()
+        model(alone).square().sum().backward()
+        assert relative_error(mine.grad, alone.grad.double()) < 1e-5
+
+
 @pytest.mark.parametrize(
     "method", ["w8a8", *(pytest.param(each, marks=pytest.mark.slow) for each in ("w8a32", "w8a16"))]
 )

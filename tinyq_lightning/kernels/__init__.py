@@ -41,6 +41,7 @@ from tinyq_lightning.kernels.tracing import (
     in_transform,
     is_exporting,
     is_exporting_for_any_processor,
+    is_mapped,
     outside_modes,
 )
 from tinyq_lightning.kernels.weights import (
@@ -98,6 +99,7 @@ __all__ = [
     "is_channels_last",
     "is_exporting",
     "is_exporting_for_any_processor",
+    "is_mapped",
     "joint_sqnr_db",
     "layout_of",
     "moments_bytes",

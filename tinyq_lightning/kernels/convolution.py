@@ -137,7 +137,7 @@ def sample_steps(x: Tensor, steps: int | Tensor) -> Tensor:
         ``[N, 1, ...]`` like ``x``, positive; not finite where the sample is not.
     """
     largest = x.abs().amax(tuple(range(1, x.dim())), True)
-    return largest.div_(divisor(largest, steps)).clamp_min_(SMALLEST_STEP)
+    return largest.div_(divisor(largest, steps)).clamp_min_(2.0**-126)  # a literal, as in activation_steps
 
 
 def quantized_convolution(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -16,6 +17,7 @@ __all__ = [
     "is_exporting",
     "is_exporting_for_any_processor",
     "is_exporting_for_this_processor",
+    "is_mapped",
     "outside_modes",
 ]
 
@@ -29,6 +31,11 @@ in_jit_trace = torch._C._is_tracing
 def in_transform() -> bool:
     """Return True inside ``torch.jit.trace``, ``torch.vmap`` and other transforms of ``torch.func``, and forward AD."""
     return bool(in_jit_trace() or _in_functorch() or forward_ad._current_level >= 0)
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Return True if the tensor stands for several, one of which ``torch.vmap`` gives to each call."""
+    return bool(torch._C._functorch.is_batchedtensor(tensor))
 
 
 def is_exporting() -> bool:

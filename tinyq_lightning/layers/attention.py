@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tinyq_lightning.errors import ModelError
+from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 from tinyq_lightning.layers.linear import QuantizedLinear
 
@@ -79,6 +79,14 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         if self.q_proj.bias is None:
             return None
         return torch.cat([self.q_proj.bias, cast(Tensor, self.k_proj.bias), cast(Tensor, self.v_proj.bias)])
+
+    def __delattr__(self, name: str) -> None:
+        if name.endswith("_proj_weight"):
+            raise ReadOnlyWeightError(
+                f"{name} of {type(self).__name__} is a read-only view of codes, so it cannot be taken out, as PEFT and "
+                "parametrizations do: leave the layer float with kinds or exclude"
+            )
+        super().__delattr__(name)
 
     def forward(
         self,

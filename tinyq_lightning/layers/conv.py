@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,7 @@ class QuantizedConv(MultiplyingLayer):
         device: where the codes lie.
     """
 
+    torch_class: ClassVar[Any]
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -100,6 +101,12 @@ class QuantizedConv(MultiplyingLayer):
     groups: int
     padding_mode: str
     _reversed_padding_repeated_twice: Sequence[int]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A layer; torch's, if the class is called as torch's is: PEFT makes adapters by ``type(layer)(2, 4, 3)``."""
+        if isinstance(args[0] if args else kwargs.get("in_channels"), int):
+            return cls.torch_class(*args, **kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self,

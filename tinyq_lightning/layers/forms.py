@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import cast
 
-from tinyq_lightning.kernels import CodeHolder, WeightForm
+from torch import Tensor
+
+from tinyq_lightning.kernels import CodeHolder, TensorSnapshot, WeightForm
 from tinyq_lightning.layers.dequantized import Dequantized
 
 __all__ = [
@@ -21,10 +23,20 @@ class Forms(dict[str, WeightForm]):
     """
 
     keeps_codes = False
+    _own: TensorSnapshot | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.dequantized = Dequantized()
+
+    def take_for_own(self, codes: Tensor) -> None:
+        """These are the layer's own codes from now on."""
+        self._own = TensorSnapshot(codes)
+
+    def are_lent(self, codes: Tensor) -> bool:
+        """Return True if these codes stand in for the layer's own for a while, as in torch.func.functional_call."""
+        own = None if self._own is None else self._own.tensor()
+        return own is not None and own is not codes
 
     def holder(self) -> CodeHolder | None:
         """The form that may be the only place of the codes."""

@@ -19,6 +19,7 @@ from tinyq_lightning.kernels import (
     WeightForm,
     dequantize,
     in_transform,
+    is_mapped,
     outside_modes,
     packed_shapes,
     quantize_groups_expanded,
@@ -108,20 +109,37 @@ class Int8Weight(QuantizedLayer):
         """The codes ``[rows, columns]`` int8."""
         if torch.compiler.is_compiling():
             self._unpack_for_graph()
+        elif in_transform():
+            self._refuse_mapped_scales()
         codes = self._buffers["int8_weights"]
         if codes is None:
             with _lock:
                 codes = self._buffers["int8_weights"]  # another thread may have unpacked them
                 if codes is None:
-                    codes = self._buffers["int8_weights"] = cast(CodeHolder, self._forms.holder()).codes()
+                    codes = cast(CodeHolder, self._forms.holder()).codes()
+                    self._hold_codes(codes)
         return codes
 
     @int8_weights.setter
     def int8_weights(self, codes: Tensor) -> None:
         with _lock:
-            self._buffers["int8_weights"] = codes
+            self._hold_codes(codes)
             self._forms.clear()
             self._keep_a_parameter()
+
+    def _hold_codes(self, codes: Tensor) -> None:
+        self._buffers["int8_weights"] = codes
+        self._forms.take_for_own(codes)
+
+    def _refuse_mapped_scales(self) -> None:
+        """Refuse to multiply one layer's codes by the scales of several layers, which one vmap calls."""
+        codes, scales = self._buffers["int8_weights"], cast(Tensor, self._buffers["scales"])
+        if is_mapped(scales) and not (codes is not None and is_mapped(codes)):
+            raise ModelError(
+                f"vmap maps over the scales of this {type(self).__name__} but not over its codes, which are not among "
+                "the buffers of a layer that has packed them: stack copies, whose codes are plain until they are "
+                "called, as in torch.func.stack_module_state([copy.deepcopy(model) for model in models])"
+            )
 
     def _codes_for_a_call(self) -> Tensor:
         """The codes, as :attr:`int8_weights`, but not kept beside a form that holds them."""
@@ -164,7 +182,7 @@ class Int8Weight(QuantizedLayer):
         codes, form = self._buffers["int8_weights"], self._forms.get(kernel)
         if form is None or not form.is_current(codes, self.scales):
             holder = self._forms.holder()
-            if holder is not None and codes is not None and not holder.handed_out(codes):
+            if codes is not None and (self._forms.are_lent(codes) if holder is None else not holder.handed_out(codes)):
                 return None
             form = self._new_form(kernel)
             if form.holds_codes or (holder is not None and not holder.is_current(self.int8_weights, self.scales)):
@@ -277,6 +295,7 @@ class Int8Weight(QuantizedLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_forms": Forms()})  # type: ignore[no-untyped-call]
+        self._hold_codes(cast(Tensor, self._buffers["int8_weights"]))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with _lock:
@@ -304,7 +323,7 @@ class Int8Weight(QuantizedLayer):
         with _lock:
             holder = self._forms.holder()
             if self._buffers["int8_weights"] is None and holder is not None:
-                self._buffers["int8_weights"] = holder.codes()
+                self._hold_codes(holder.codes())
             self._forms.clear()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -332,4 +351,7 @@ class Int8Weight(QuantizedLayer):
             after = self._buffers.get(name)
             if before is not None and after is not None and after is not before:
                 self._buffers[name] = follow(before, after)
+        codes = self._buffers["int8_weights"]
+        if codes is not None:
+            self._forms.take_for_own(codes)
         return self

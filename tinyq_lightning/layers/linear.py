@@ -212,6 +212,8 @@ class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
             if layer.choice.kernel.startswith("int8") and takes_integers(self.in_features):
                 # The whole layer holds plain codes for its parts: packed ones would lie beside them.
                 layer._choices["cpu"] = replace(layer.choice, kernel="int8")
+            if torch._C._len_torch_dispatch_stack():  # its slices may be those of a tracer, such as fake tensors
+                return layer
             found = self._parts[rows.start, rows.stop] = TensorSnapshot(codes), TensorSnapshot(self.scales), layer
         return found[2]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,16 @@ class QuantizedLayer(nn.Module):
             with torch.inference_mode(False):
                 values = torch.empty(0, dtype=self.dtype, device=self.device)
                 self._parameters[PLACEHOLDER] = nn.Parameter(values, requires_grad=False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of any module. Who asks for this very layer, as PEFT does for ``modules_to_save``, is told what stays."""
+        if requires_grad:
+            warnings.warn(
+                f"the weights of {type(self).__name__} are codes, which cannot be trained; only biases can. Leave the "
+                "layer float to train it: name it under exclude",
+                stacklevel=2,
+            )
+        return super().requires_grad_(requires_grad)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "kernel" and value not in KERNELS:

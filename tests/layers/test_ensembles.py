@@ -1,0 +1,88 @@
+"""Layers that are called with the tensors of other models, as torch.func does it."""
+
+import copy
+
+import pytest
+import torch
+from kernel_cases import normal
+from torch import nn
+
+from tinyq_lightning import quantize
+from tinyq_lightning.errors import ModelError
+
+TOKENS = torch.tensor([1, 3, 19, 0])
+
+
+class Tied(nn.Module):
+    """Rows that are looked up, and the same weight as a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 16), nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.embed(TOKENS) * x))
+
+
+NETS = {
+    "linear": (lambda: nn.Sequential(nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 4)), (3, 16)),
+    "conv": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.Tanh(), nn.Conv2d(8, 2, 1)), (3, 4, 6, 5)),
+    "tied": (Tied, (4, 16)),
+}
+each_net = pytest.mark.parametrize("net", NETS)
+each_kernel = pytest.mark.parametrize("spec", [{"method": "w8a32"}, {"method": "w4a32", "kernel": "compact"}])
+
+
+def models_of(net, spec):
+    """Two models, an input, and what each gives; none has been called."""
+    make, shape = NETS[net]
+    models, x = [], normal(*shape)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(make().eval())
+        quantize(models[-1], spec)
+    with torch.no_grad():
+        return models, x, torch.stack([copy.deepcopy(model)(x) for model in models])
+
+
+@each_net
+@each_kernel
+@pytest.mark.parametrize("on_meta", [False, True])
+@torch.no_grad()
+def test_an_ensemble_gives_what_its_models_give(net, spec, on_meta):
+    models, x, wanted = models_of(net, spec)
+    base = copy.deepcopy(models[0])
+    base = base.to("meta") if on_meta else base
+    stacked = torch.func.stack_module_state(models)
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(base, (parameters, buffers), (x,))
+
+    torch.testing.assert_close(torch.vmap(call)(*stacked), wanted, rtol=1e-4, atol=1e-5)
+    for index in (1, 0, 1):
+        one = {name: value[index] for each in stacked for name, value in each.items()}
+        got = torch.func.functional_call(base, one, (x,))
+        torch.testing.assert_close(got, wanted[index], rtol=1e-4, atol=1e-5)
+        assert all(value is not None for value in one.values())  # torch puts back what the layers hold after the call
+    if not on_meta:
+        torch.testing.assert_close(base(x), wanted[0], rtol=1e-4, atol=1e-5)
+
+
+@each_net
+@each_kernel
+@torch.no_grad()
+def test_an_ensemble_of_models_that_were_called_is_right_or_refused(net, spec):
+    models, x, wanted = models_of(net, spec)
+    base = copy.deepcopy(models[0]).to("meta")
+    for model in models:
+        model(x)
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(base, (parameters, buffers), (x,))
+
+    try:
+        got = torch.vmap(call)(*torch.func.stack_module_state(models))
+    except ModelError:  # as its text has it
+        got = torch.vmap(call)(*torch.func.stack_module_state([copy.deepcopy(model) for model in models]))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
