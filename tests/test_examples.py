@@ -53,7 +53,7 @@ def test_digits_ends_with_the_table_and_a_reloaded_model_of_the_same_score(digit
 
 def outline(line: str) -> str:
     """A line without what another processor, torch or number of epochs changes: figures, kernels and times."""
-    line = re.sub(r"(float32 to [\d,]+ rows, )?int8 (?= *\d\d\.\d )", "", line)
+    line = re.sub(r"(float32 to [\d,]+ rows, )?(int8|float32) (?= *\d\d\.\d )", "", line)
     line = re.sub(r"[-+−]?\d[\d.,]*(e-\d+)?%?", "#", line).replace("±", "")
     return " ".join(re.sub("─+", "─", line).split())
 

@@ -23,7 +23,7 @@ def test_with_vnni_small_layers_hold_plain_codes_and_large_ones_packed_codes(met
         return
     assert small.few_rows > middling.few_rows > large.few_rows == 0
     assert middling.label == f"float32 to {middling.few_rows - 1} row{'s' * (middling.few_rows > 2)}, int8"
-    assert small.reason.endswith("go by a float copy in memory, which kernel: compact does without")
+    assert small.reason.endswith("go by a float copy in memory")
 
 
 @each_method

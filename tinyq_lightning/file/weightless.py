@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils import swap_tensors
 
-from tinyq_lightning.layers import QuantizedLayer
+from tinyq_lightning.layers import Int8Weight, QuantizedLayer
 
 __all__ = [
     "drop_weak_references",
@@ -118,20 +118,24 @@ def put_value(tensor: Tensor, value: Tensor) -> None:
 
 
 def drop_weak_references(module: nn.Module) -> None:
-    """Have the recurrent layers below ``module`` refer to their parameters no more, so that values can be put there.
+    """Have the layers below ``module`` refer weakly to their tensors no more, so that values can be put there.
 
-    They keep weak references to them, and torch swaps no tensor that has one.
+    Recurrent and quantized ones do, and torch swaps no tensor that is referred to so.
     """
     for layer in module.modules():
         if isinstance(layer, nn.RNNBase):
             layer._flat_weight_refs = []
+        elif isinstance(layer, Int8Weight):
+            layer.forget_own_codes()
 
 
 def restore_weak_references(module: nn.Module) -> None:
-    """Have the recurrent layers below ``module`` run on the parameters that they hold now."""
+    """Have the layers below ``module`` refer to the tensors that they hold now."""
     for layer in module.modules():
         if isinstance(layer, nn.RNNBase):
             layer._init_flat_weights()
+        elif isinstance(layer, Int8Weight):
+            layer.recall_own_codes()
 
 
 def take_values(module: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:

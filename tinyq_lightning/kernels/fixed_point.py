@@ -110,7 +110,7 @@ def digits_product(
 
 
 def _steps(rows: Tensor, steps: Tensor) -> Tensor:
-    """As :func:`activation_steps`, with the same bits; absolute values would have to be written before they are read."""
+    """As :func:`activation_steps`, with the same bits; absolute values would have to be written first."""
     if rows.numel() <= _FEW_NUMBERS:
         return activation_steps(rows, steps)
     largest = torch.maximum(rows.amax(-1, True), rows.amin(-1, True).neg_())

@@ -19,23 +19,20 @@ class Forms(dict[str, WeightForm]):
 
     Attributes:
         dequantized: the float weight, while it is kept.
+        own: the codes that are the layer's, if it last held plain ones.
         keeps_codes: True once the layer was in a graph, which reads the plain codes: they stay beside the forms then.
     """
 
     keeps_codes = False
-    _own: TensorSnapshot | None = None
+    own: TensorSnapshot | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.dequantized = Dequantized()
 
-    def take_for_own(self, codes: Tensor) -> None:
-        """These are the layer's own codes from now on."""
-        self._own = TensorSnapshot(codes)
-
     def are_lent(self, codes: Tensor) -> bool:
         """Return True if these codes stand in for the layer's own for a while, as in torch.func.functional_call."""
-        own = None if self._own is None else self._own.tensor()
+        own = None if self.own is None else self.own.tensor()
         return own is not None and own is not codes
 
     def holder(self) -> CodeHolder | None:

@@ -16,6 +16,7 @@ from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.kernels import (
     CodeHolder,
     NibbleWeights,
+    TensorSnapshot,
     WeightForm,
     dequantize,
     in_transform,
@@ -129,7 +130,7 @@ class Int8Weight(QuantizedLayer):
 
     def _hold_codes(self, codes: Tensor) -> None:
         self._buffers["int8_weights"] = codes
-        self._forms.take_for_own(codes)
+        self.recall_own_codes()
 
     def _refuse_mapped_scales(self) -> None:
         """Refuse to multiply one layer's codes by the scales of several layers, which one vmap calls."""
@@ -351,7 +352,14 @@ class Int8Weight(QuantizedLayer):
             after = self._buffers.get(name)
             if before is not None and after is not None and after is not before:
                 self._buffers[name] = follow(before, after)
-        codes = self._buffers["int8_weights"]
-        if codes is not None:
-            self._forms.take_for_own(codes)
+        self.recall_own_codes()
         return self
+
+    def forget_own_codes(self) -> None:
+        """Keep no weak reference to the codes, so that their tensor can be swapped."""
+        self._forms.own = None
+
+    def recall_own_codes(self) -> None:
+        """Take the codes in the buffer, if there are any, for the layer's own."""
+        codes = self._buffers["int8_weights"]
+        self._forms.own = None if codes is None else TensorSnapshot(codes)
