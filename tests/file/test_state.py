@@ -92,5 +92,7 @@ def test_a_version_that_is_no_plain_data_is_refused_before_training(tmp_path):
     class Odd(Net):
         _version = object()  # type: ignore[assignment]
 
-    with pytest.raises(ModelError, match="the _version of the model is a object, which a quantized checkpoint"):
+    with pytest.raises(
+        ModelError, match="the _version of the model is of the type object, which a quantized checkpoint"
+    ):
         trainer(tmp_path, TinyQCallback("w8a32")).fit(Odd(), loader(), loader(seed=1))

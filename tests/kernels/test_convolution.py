@@ -11,12 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import each_method, normal, relative_error
+from torch import nn
 
 from tinyq_lightning.kernels import conv_choice
 from tinyq_lightning.kernels.conv_choice import CONV_FORMS, ConvShape, choose_convolution
-from tinyq_lightning.kernels.conv_onednn import has_int8_convolution
+from tinyq_lightning.kernels.conv_onednn import convolves_any_geometry, has_int8_convolution
 from tinyq_lightning.kernels.convolution import Geometry, convolve, quantized_convolution
 from tinyq_lightning.kernels.onednn import has_onednn_product
+from tinyq_lightning.layers.conv_sizes import conv_shape
 from tinyq_lightning.methods import METHODS
 
 int8_only = pytest.mark.skipif(not has_int8_convolution(), reason="no int8 convolution on this processor")
@@ -61,7 +63,11 @@ def shape_of(codes, geometry):
     outputs, channels, *kernel = codes.shape
     places = codes[0, 0].numel()
     pointwise = places == 1 and channels > 1 and geometry.groups == 1 and not any(geometry.padding)
-    return ConvShape(channels * geometry.groups, outputs, channels * places, pointwise, len(kernel), geometry.groups)
+    alike = all(len(set(each)) == 1 for each in (kernel, geometry.stride, geometry.padding))
+    width, stride = kernel[0], geometry.stride[0]
+    usual = alike and len(kernel) < 3 and set(geometry.dilation) == {1} and width % 2 == 1 and stride <= min(2, width)
+    sizes = channels * geometry.groups, outputs, channels * places
+    return ConvShape(*sizes, pointwise, len(kernel), geometry.groups, usual=usual)
 
 
 @settings(max_examples=150, deadline=None)
@@ -138,32 +144,65 @@ STRAY = {  # codes, geometry and input for which oneDNN alone returns wrong numb
     "a window on both sides": ((32, 16, 2, 2), Geometry((1, 1), (1, 1), (2, 2)), (1, 16, 7, 1)),
     "the same in groups": ((32, 17, 2, 2), Geometry((1, 1), (1, 1), (2, 2), 2), (9, 34, 4, 1)),
     "padded depth of one": ((8, 1, 3, 5, 5), Geometry((1, 1, 1), (1, 2, 2), (1, 1, 1)), (2, 1, 1, 16, 16)),
-    "padded places in groups": ((48, 4, 1, 1), Geometry((1, 1), (1, 0), (1, 1), 3), (2, 12, 5, 4)),
+    "padded places in groups": ((96, 4, 1, 1), Geometry((1, 1), (1, 0), (1, 1), 3), (2, 12, 5, 4)),
     "padded above, not beside": ((8, 4, 7, 1), Geometry((3, 1), (3, 0), (1, 1), 1), (2, 4, 21, 64)),
     "padded above by a wide kernel": ((16, 24, 5, 3), Geometry((1, 2), (2, 0), (1, 2), 1), (2, 24, 4, 132)),
+    "strides beyond a dilated kernel": ((15, 64, 2, 3), Geometry((3, 1), (1, 3), (2, 2), 1), (2, 64, 41, 41)),
+    "three dimensions, a stride of one": (
+        (64, 64, 1, 1, 3),
+        Geometry((3, 1, 1), (0, 0, 0), (1, 1, 1), 1),
+        (1, 64, 10, 10, 16),
+    ),
 }
 
 
 @int8_only
 @pytest.mark.parametrize("case", STRAY)
-def test_where_onednn_goes_astray_the_input_is_padded_before(case):
+def test_where_onednn_goes_astray_the_input_is_padded_before_or_another_kernel_taken(case):
     shape, geometry, sizes = STRAY[case]
     codes = torch.randint(-127, 128, shape).to(torch.int8)
     x, scales = normal(*sizes), torch.ones(len(codes))
     wanted = quantized_convolution(METHODS["w8a8"], "exact", x, codes, scales, None, geometry)
     name = choose_convolution("int8", METHODS["w8a8"], shape_of(codes, geometry)).kernel
-    assert name == ("int8-onednn" if geometry.groups == 1 else "int8-grouped")
+    if convolves_any_geometry():
+        assert name == ("int8-onednn" if geometry.groups == 1 else "int8-grouped")
+    name = name if name in CONV_FORMS else "float32x1"
     assert torch.equal(product(name, "w8a8", x, codes, scales, None, geometry), wanted)
 
 
 @int8_only
-@pytest.mark.parametrize("wide_ones_are_exact", [True, False])
-def test_wide_groups_are_convolved_at_once_where_that_is_exact(wide_ones_are_exact, monkeypatch):
-    monkeypatch.setattr(conv_choice, "convolves_wide_groups", lambda: wide_ones_are_exact)
-    for outputs in (16, 32, 64):
-        shape = ConvShape(4 * 64, 4 * outputs, 64 * 9, False, groups=4)
-        kernel = "int8-grouped" if wide_ones_are_exact or outputs == 16 else "int8-apart"
-        assert choose_convolution("auto", METHODS["w8a8"], shape).kernel == kernel
+@pytest.mark.parametrize("any_geometry", [True, False])
+def test_groups_and_unusual_moves_are_convolved_in_int8_where_that_is_exact(any_geometry, monkeypatch):
+    monkeypatch.setattr(conv_choice, "convolves_any_geometry", lambda: any_geometry)
+    several = ConvShape(4 * 64, 4 * 64, 64 * 9, False, groups=4)
+    depthwise, unusual = ConvShape(64, 64, 49, False, groups=64), ConvShape(64, 64, 64 * 9, False, usual=False)
+    kernels = [choose_convolution("auto", METHODS["w8a8"], shape).kernel for shape in (several, depthwise, unusual)]
+    if any_geometry:
+        assert kernels == ["int8-grouped", "int8-grouped", "int8-onednn"]
+    else:
+        assert kernels == ["int8-apart", "int8-grouped", "float32x1"]
+
+
+def test_a_convolution_is_usual_if_it_moves_alike_in_two_dimensions_at_most():
+    usual = [nn.Conv2d(3, 8, 3, 2, 1), nn.Conv1d(3, 8, 5, padding="same"), nn.Conv2d(3, 8, 1)]
+    unusual = [
+        nn.Conv2d(3, 8, (3, 1)),
+        nn.Conv2d(3, 8, 3, padding=(1, 0)),
+        nn.Conv2d(3, 8, 3, dilation=2),
+        nn.Conv2d(3, 8, 4, 4),
+        nn.Conv2d(3, 8, 3, 3),
+        nn.Conv3d(3, 8, 3),
+    ]
+    assert [conv_shape(layer).usual for layer in usual] == [True] * 3
+    assert [conv_shape(layer).usual for layer in unusual] == [False] * 6
+
+
+@int8_only
+def test_scales_of_any_strides_are_right():
+    codes, x = torch.randint(-127, 128, (64, 64, 3, 3)).to(torch.int8), normal(2, 64, 9, 9)
+    scales = torch.rand(64, 2)[:, 0]
+    wanted = product("int8-onednn", "w8a8", x, codes, scales.clone(), None)
+    assert torch.equal(product("int8-onednn", "w8a8", x, codes, scales, None), wanted)
 
 
 @int8_only
@@ -180,13 +219,20 @@ def test_groups_whose_int8_convolution_is_wrong_are_refused_with_the_reason():
 @int8_only
 @pytest.mark.parametrize(
     ("shape", "groups", "sizes"),
-    [((140, 34, 5, 3), 2, (3, 68, 9, 7)), ((240, 80, 3), 3, (2, 240, 11)), ((160, 21, 3, 3, 3), 2, (1, 42, 3, 5, 4))],
+    [
+        ((140, 34, 5, 3), 2, (3, 68, 9, 7)),
+        ((140, 34, 3, 3), 2, (3, 68, 9, 7)),
+        ((240, 80, 3), 3, (2, 240, 11)),
+        ((160, 21, 3, 3, 3), 2, (1, 42, 3, 5, 4)),
+    ],
 )
 @pytest.mark.parametrize("method", ["w8a8", "w8a16"])
 def test_such_groups_are_convolved_one_after_the_other_if_they_are_large(shape, groups, sizes, method):
     codes, x = torch.randint(-127, 128, shape).to(torch.int8), normal(*sizes)
     scales, ones = torch.rand(len(codes)) + 0.1, (1,) * (len(shape) - 2)
     geometry = Geometry(ones, ones, ones, groups)
+    if not (shape_of(codes, geometry).usual or convolves_any_geometry()):
+        pytest.skip("int8 convolutions that move so are wrong on this processor")
     choice = choose_convolution("auto", METHODS[method], shape_of(codes, geometry))
     assert (choice.kernel, choice.bytes_a_weight) == ("int8-apart", 1)
     form = CONV_FORMS["int8-apart"](codes, scales, geometry, x)

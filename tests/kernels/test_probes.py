@@ -106,7 +106,7 @@ def test_hiding_what_there_is_not_is_an_error():
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "TINYQ_WITHOUT": "vnni"}
     )
-    assert "TINYQ_WITHOUT hides vnni: it takes int8, int8-split, float16, quantized" in done.stderr
+    assert "TINYQ_WITHOUT hides vnni: it takes int8, int8-split, amx, float16, quantized" in done.stderr
 
 
 @pytest.mark.skipif(not has_onednn_product(), reason="no int8 product of oneDNN's on this processor")

@@ -226,3 +226,11 @@ def test_int8_gives_the_same_bits_row_by_row(seed, rows, columns, outputs, metho
 def test_an_output_holds_no_more_memory_than_it_has_values(kernel, method, shape):
     out = random_layer(method, *LARGE)(normal(*shape))
     assert out.untyped_storage().nbytes() == 4 * out.numel()
+
+
+@each_method
+def test_scales_of_any_strides_are_right(method, kernel):
+    layer, x = random_layer(method, *LARGE), normal(5, LARGE[1])
+    wanted = layer(x)
+    layer.scales = torch.stack([layer.scales, torch.rand(LARGE[0])], 1)[:, 0]
+    assert torch.equal(layer(x), wanted)

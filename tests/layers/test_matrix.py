@@ -13,6 +13,7 @@ from torch import nn
 from tinyq_lightning import TinyQCallback, load_quantized, quantize, quantized
 from tinyq_lightning.errors import ReadOnlyWeightError, SpecError
 from tinyq_lightning.layers import Int8Matrix
+from tinyq_lightning.spec import as_spec, names_parameter
 
 RULES = {"rules": [{"match": "experts.up", "method": "w8a8"}]}
 
@@ -296,3 +297,16 @@ def test_a_run_saves_it_and_every_door_loads_it(tmp_path, door):
         assert result
         assert type(module) is WithTable
         assert type(module.table) is nn.Parameter
+
+
+@pytest.mark.parametrize("match", ["re:.*\\w", "re:[a-v]+", "re:.*", "re:.+p"])
+def test_a_regular_expression_that_only_happens_to_fit_does_not_name_a_parameter(match):
+    spec = as_spec({"rules": [{"match": match, "method": "w8a32"}]})
+    assert not names_parameter(spec, "w")
+    assert not names_parameter(spec, "experts.w")
+
+
+def test_the_weight_of_a_layer_is_not_said_to_be_a_parameter_of_none():
+    for spec in ({"exclude": ["head.weight"]}, {"rules": [{"match": "head.weight", "method": "w8a32"}]}):
+        with pytest.raises(SpecError, match=r"Did you mean 'head'\?"):
+            quantize(Model(), spec)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tinyq_lightning.errors import CheckpointError
 
 __all__ = [
+    "VERSION_TYPES",
     "as_plain_tensor",
     "copied",
     "odd_version",
@@ -27,6 +28,10 @@ __all__ = [
     "plain_entries",
     "plain_state",
 ]
+
+
+VERSION_TYPES = (int, float, str, tuple, list, type(None))
+"""What a module may have as its ``_version``: torch's own count from 1, others have texts."""
 
 
 def plain_entries(entries: Mapping[str, Any], dropped: list[str]) -> dict[str, Any]:
@@ -113,12 +118,12 @@ def plain_state(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
 
 
 def odd_version(state_dict: Mapping[str, Any]) -> str | None:
-    """What a module has set as its ``_version`` that is not plain data; None if none has."""
+    """What a module has set as its ``_version`` that no file holds; None if none has."""
     for name, noted in (getattr(state_dict, "_metadata", None) or {}).items():
-        try:
-            plain(noted)
-        except TypeError as error:
-            return f"the _version of {f'the module {name!r}' if name else 'the model'} is a {error}"
+        version = noted.get("version")
+        if type(version) not in VERSION_TYPES:
+            owner = f"the module {name!r}" if name else "the model"
+            return f"the _version of {owner} is of the type {type(version).__name__}"
     return None
 
 

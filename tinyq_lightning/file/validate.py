@@ -9,6 +9,7 @@ from typing import Any
 
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file.codes import CODES, why_malformed
+from tinyq_lightning.file.plain import VERSION_TYPES
 from tinyq_lightning.methods import KERNELS, METHODS
 from tinyq_lightning.plan import users_path
 from tinyq_lightning.spec import METHOD_NAMES
@@ -185,9 +186,7 @@ def _is_dict_of(value: Any, good: Callable[[Any], bool]) -> bool:
 
 
 def _is_metadata(value: Any) -> bool:
-    # torch's own modules count from 1; a class may set any other ``_version``, such as a text
-    versions = int, float, str, tuple, list, type(None)
-    return _is_dict_of(value, _is_anything) and type(value.get("version")) in versions
+    return _is_dict_of(value, _is_anything) and type(value.get("version")) in VERSION_TYPES
 
 
 def _is_decision(value: Any) -> bool:

@@ -22,7 +22,7 @@ from tinyq_lightning.kernels.conv_onednn import (
     Int8ApartWeights,
     Int8ConvWeights,
     Int8GroupedWeights,
-    convolves_wide_groups,
+    convolves_any_geometry,
     has_int8_convolution,
 )
 from tinyq_lightning.kernels.convolution import Geometry, StraightConvolution, quantized_convolution
@@ -66,10 +66,9 @@ _FEW_WINDOWS = 257
 
 # In several groups oneDNN's int8 convolution returns wrong numbers (oneDNN 3.12) from one input channel to more than
 # _FROM_ONE_CHANNEL outputs each, and where outputs are more than a block and fill none, of codes that it lays out anew
-# for another input. With AMX it does so from any number of channels to more than _WITH_AMX outputs.
+# for another input. With AMX groups of one output each are all that it is trusted with.
 _FROM_ONE_CHANNEL = 32
 _BLOCK = 64
-_WITH_AMX = 16
 
 
 # Such groups are convolved one after the other. Of fewer weights each, the calls take longer than they win.
@@ -92,6 +91,8 @@ class ConvShape:
         dims: how many it has, without samples and channels.
         groups: of channels.
         transposed: whether it is a transposed convolution.
+        usual: whether it moves as those of most networks do: alike in at most two dimensions, with a kernel of odd
+            width, a stride of one or two places and no dilation.
     """
 
     in_channels: int
@@ -101,6 +102,7 @@ class ConvShape:
     dims: int = 2
     groups: int = 1
     transposed: bool = False
+    usual: bool = True
 
     @property
     def weights(self) -> int:
@@ -211,6 +213,8 @@ def _why_no_int8(shape: ConvShape, device: str) -> str:
         return f"it does not run on {device}"
     if not has_int8_convolution():
         return "no fast and exact int8 convolution here"
+    if not shape.usual and not convolves_any_geometry():
+        return "no exact int8 convolution that moves so on this processor"
     if shape.summed > LONGEST_SUM:
         return f"sums of {shape.summed:,} products can overflow int32"
     if _strays(shape) and shape.weights < _APART_FROM * shape.groups:
@@ -224,8 +228,8 @@ def _strays(shape: ConvShape) -> bool:
     if shape.groups == 1:
         return False
     outputs = shape.out_channels // shape.groups
-    if not convolves_wide_groups():
-        return outputs > _WITH_AMX
+    if not convolves_any_geometry():
+        return outputs > 1
     if shape.in_channels == shape.groups:
         return outputs > _FROM_ONE_CHANNEL
     return outputs > _BLOCK and outputs % _BLOCK > 0

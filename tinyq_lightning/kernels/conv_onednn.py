@@ -22,7 +22,7 @@ __all__ = [
     "Int8ApartWeights",
     "Int8ConvWeights",
     "Int8GroupedWeights",
-    "convolves_wide_groups",
+    "convolves_any_geometry",
     "has_int8_convolution",
     "int8_convolution",
     "pack_convolution",
@@ -41,8 +41,12 @@ def has_int8_convolution() -> bool:
 
 
 @functools.cache
-def convolves_wide_groups() -> bool:
-    """Return True if several groups of many outputs each are exact in one call: not so with AMX (oneDNN 3.12)."""
+def convolves_any_geometry() -> bool:
+    """Return True if int8 convolutions are exact however they move, and whatever their groups: not so with AMX.
+
+    oneDNN 3.12 returns wrong numbers there for some groups, and for some of each: long strides, kernels of even width,
+    dilations, padding of one dimension alone, three dimensions. Wide groups show it soonest.
+    """
     return holds(lambda: _is_exact(_PROBES_OF_WIDE_GROUPS))
 
 
@@ -148,7 +152,7 @@ def int8_convolution(digits: Tensor, packed: Packed, scales: Tensor, zero_points
     """
     moves = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
     return _operator()(
-        digits, 1.0, 128, packed, scales, zero_points, None, *moves, 1.0, 0, torch.float32, "none", [], ""
+        digits, 1.0, 128, packed, scales.contiguous(), zero_points, None, *moves, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
@@ -159,15 +163,13 @@ def _moves_of_operator(
     """How the operator moves over an input of these sizes, and what is added to it, or cut off, before; None if not.
 
     Where a window may lie in the padding altogether, its places on both sides of the input included, where a dimension
-    of one place is padded, where one window is all that a stride leaves, and, with AMX, where all dimensions but the
-    last are padded, the operator returns wrong numbers or breaks (oneDNN 3.12): such inputs are padded before, and cut
-    to what is used of them.
+    of one place is padded, and where one window is all that a stride leaves, the operator returns wrong numbers or
+    breaks (oneDNN 3.12): such inputs are padded before, and cut to what is used of them.
     """
     spans = tuple(gap * (width - 1) + 1 for gap, width in zip(geometry.dilation, kernel, strict=True))
     counts = output_sizes(sizes, kernel, geometry)
     places = zip(sizes, spans, geometry.padding, geometry.dilation, strict=True)
     inside = all(not pad or (pad < span and size > 1 and size >= gap) for size, span, pad, gap in places)
-    inside = inside and (geometry.padding[-1] > 0 or not any(geometry.padding))
     if inside and all(count > 1 or stride == 1 for count, stride in zip(counts, geometry.stride, strict=True)):
         return geometry, None
     pads: list[int] = []
@@ -196,7 +198,7 @@ _PROBES: tuple[_Probe, ...] = (
 )
 
 
-# With AMX all of these are wrong. So are some of 17 to 32 outputs, of codes that are laid out anew for another input.
+# With AMX all of these are wrong.
 _PROBES_OF_WIDE_GROUPS: tuple[_Probe, ...] = (
     (6, 96, 2, (3, 3), (5, 5)),
     (32, 66, 2, (1, 5), (1, 14)),

@@ -114,7 +114,7 @@ class OnednnWeights(CodeHolder):
     @override
     def product(self, method: Method, x: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         scaled = method.digits == 1
-        factors = scales if scaled else self._ones
+        factors = scales.contiguous() if scaled else self._ones
 
         def sums(digits: Tensor) -> Tensor:
             return onednn_sums(digits, self._packed, factors, self._zero_points)

@@ -30,7 +30,7 @@ Packed = object
 _HIDDEN = "TINYQ_WITHOUT"
 
 
-_CAN_BE_HIDDEN = ("int8", "int8-split", "float16", "quantized")
+_CAN_BE_HIDDEN = ("int8", "int8-split", "amx", "float16", "quantized")
 
 
 def holds(check: Callable[[], bool]) -> bool:
@@ -69,14 +69,15 @@ def has_vnni() -> bool:
 def has_amx() -> bool:
     """Whether the processor multiplies tiles of int8, as oneDNN does with packed codes there: AMX."""
     able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return has_vnni() and bool(able.get("amx_int8"))
+    return not is_hidden("amx") and has_vnni() and bool(able.get("amx_int8"))
 
 
 def is_hidden(*names: str) -> bool:
     """Whether the environment hides one of these from the layers, to play another processor or another torch.
 
     ``TINYQ_WITHOUT`` is a list with commas: ``int8``, the int8 instructions; ``int8-split``, what is done with int8
-    products where there are none; ``float16``, the float16 product; ``quantized``, the operators
+    products where there are none; ``amx``, that the processor multiplies tiles (``ONEDNN_MAX_CPU_ISA`` hides it from
+    oneDNN); ``float16``, the float16 product; ``quantized``, the operators
     ``torch.ops.quantized``.
     """
     listed = [name.strip() for name in os.environ.get(_HIDDEN, "").split(",") if name.strip()]

@@ -30,6 +30,11 @@ def conv_shape(layer: Any) -> ConvShape:
     channels = layer.in_channels // layer.groups
     pointwise = unmoved and places == 1 and layer.groups == 1 and channels > 1 and not layer.transposed
     dims = len(layer.kernel_size)
-    return ConvShape(
-        layer.in_channels, layer.out_channels, channels * places, pointwise, dims, layer.groups, layer.transposed
+    padding = (0,) if isinstance(layer.padding, str) else layer.padding
+    alike = all(len(set(each)) == 1 for each in (layer.kernel_size, layer.stride, padding))
+    width, stride = layer.kernel_size[0], layer.stride[0]
+    usual = (
+        dims < 3 and alike and set(layer.dilation) == {1} and width % 2 == 1 and stride in (1, 2) and stride <= width
     )
+    sizes = layer.in_channels, layer.out_channels, channels * places
+    return ConvShape(*sizes, pointwise, dims, layer.groups, layer.transposed, usual)

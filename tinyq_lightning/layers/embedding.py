@@ -245,6 +245,8 @@ class QuantizedEmbeddingBag(_LookUp, nn.EmbeddingBag):  # type: ignore[override]
             return self._reduced(places, rows, offsets, per_sample_weights)
         # torch's operator fixes the number of rows of its table where it is told of padding, so it is not told here
         counted = input != self.padding_idx % self.num_embeddings
+        if per_sample_weights is not None:
+            per_sample_weights = per_sample_weights.masked_fill(~counted, 0.0)
         rows = rows.masked_fill(~counted.reshape(-1, 1), -math.inf if self.mode == "max" else 0.0)
         if self.mode != "mean":
             reduced = self._reduced(places, rows, offsets, per_sample_weights)

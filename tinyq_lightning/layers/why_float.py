@@ -80,12 +80,16 @@ def why_own_way(module: nn.Module, base: Any, forward: bool = False) -> str | No
 
 
 def static_functions(module: nn.Module) -> dict[str, Any]:
-    """The static methods that a subclass adds to torch's class: they cannot change what a layer does."""
+    """The static methods that a subclass adds to torch's class: they cannot change what a layer does.
+
+    Without those that a pickle cannot name.
+    """
     kind: Any = parametrize.type_before_parametrizations(module)
     base = next(each for each in kind.__mro__ if each.__module__.partition(".")[0] == "torch")
     own = {name for each in kind.__mro__[: kind.__mro__.index(base)] for name in vars(each) if not hasattr(base, name)}
     static = {name for name in own if isinstance(inspect.getattr_static(kind, name), staticmethod)}
-    return {name: getattr(kind, name) for name in sorted(static) if not name.startswith("__")}
+    added = {name: getattr(kind, name) for name in sorted(static) if not name.startswith("__")}
+    return {name: each for name, each in added.items() if "<lambda>" not in getattr(each, "__qualname__", "<lambda>")}
 
 
 def why_more_than_forward(module: nn.Module) -> str | None:

@@ -147,7 +147,8 @@ def _refuse_idle_pattern(
     """The layers that a pattern matches; refuse one that matches none, or only those of kinds that are off."""
     matched = [site for site in sites if any(pattern_matches(pattern, name) for name in site.names)]
     if not matched:
-        raise SpecError(f"{where}: {_no_match(pattern, model, sites)}")
+        of_rule = any(pattern == rule.match for rule in spec.rules)
+        raise SpecError(f"{where}: {_no_match(pattern, model, sites, of_rule)}")
     names = {site.name for site in on}
     covered = [site for site in matched if site.name in names]
     if not covered:
@@ -203,14 +204,14 @@ def refuse_root(model: nn.Module) -> None:
         )
 
 
-def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site]) -> str:
+def _no_match(pattern: str, model: nn.Module, sites: Sequence[Site], of_rule: bool) -> str:
     names = [name for site in sites for name in site.names]
     leaves = {name.split(".")[-1] for name in names}
     other = next(((n, m) for n, m in model.named_modules() if n and pattern_matches(pattern, n)), None)
     below = sorted({n for n, _ in model.named_modules() if n.split(".")[-1] == pattern and "." in n})
-    matrices = (n for n, p in model.named_parameters() if not is_lazy(p) and p.dim() > 1)
-    matrix = next((n for n in matrices if pattern_matches(pattern, n)), None)
-    if matrix is not None:
+    covered = (n for n, p in model.named_parameters() if not is_lazy(p) and p.dim() > 1 and pattern_matches(pattern, n))
+    matrix = next((n for n in covered if not is_replaceable(model.get_submodule(n.rpartition(".")[0]))), None)
+    if matrix is not None and of_rule:
         holder, _, leaf = matrix.rpartition(".")
         rule = f"{holder}.*" if leaf.isdecimal() else leaf
         hint = (

@@ -42,11 +42,11 @@ def pattern_matches(pattern: str, name: str) -> bool:
 
 
 def names_parameter(spec: QuantizationSpec, path: str) -> bool:
-    """Whether a rule names the parameter with this dotted path itself, not only a module above it.
+    r"""Whether a rule names the parameter with this dotted path itself, not only a module above it.
 
     Its pattern matches the whole path and ends with the parameter's name, without a glob there; or, of the entries of
-    a list of parameters, with the name of the list and ``.*``. A regular expression must not match any other name in
-    the place of the parameter's.
+    a list of parameters, with the name of the list and ``.*``. A regular expression ends with the name in letters, or
+    with an alternation of names, or of a list with ``\d+``.
 
     >>> from tinyq_lightning.spec import as_spec
     >>> spec = as_spec({"rules": [{"match": "layers.*.experts.up", "method": "w8a32"}]})
@@ -59,24 +59,25 @@ def names_parameter(spec: QuantizationSpec, path: str) -> bool:
     return any(_names(rule.match, path) for rule in spec.rules)
 
 
-# Names that no parameter has.
-_OTHER_NAMES = ("zqxj", "zq_xj0")
-
-
 def _names(pattern: str, path: str) -> bool:
     holder, _, leaf = path.rpartition(".")
     if pattern.startswith("re:"):
-        expression = pattern[3:]
-        if not re.fullmatch(expression, path):
-            return False
-        others = (f"{holder}.{other}".removeprefix(".") for other in _OTHER_NAMES)
-        is_open = expression.endswith((".*", ".+")) or any(re.fullmatch(expression, other) for other in others)
-        return expression.endswith(re.escape(leaf)) or not is_open
+        return re.fullmatch(pattern[3:], path) is not None and _ends_with(pattern[3:], leaf)
     of_list = f"{holder.rpartition('.')[2]}.*" if holder and leaf.isdecimal() else None
     if pattern in (leaf, of_list):
         return pattern == leaf or fnmatch.fnmatchcase(path, pattern)
     ends = pattern.endswith(f".{leaf}") or (of_list is not None and pattern.endswith(f".{of_list}"))
     return ends and fnmatch.fnmatchcase(path, pattern)
+
+
+def _ends_with(expression: str, leaf: str) -> bool:
+    """Whether a regular expression ends with this name in letters, alone or among others, or with digits for digits."""
+    last = expression.rpartition(r"\.")[2]
+    if leaf.isdecimal() and last in (r"\d", r"\d+", "[0-9]", "[0-9]+"):
+        return True
+    if last.startswith("(") and last.endswith(")"):
+        return re.escape(leaf) in last[1:-1].removeprefix("?:").split("|")
+    return re.search(rf"(?<!\\){re.escape(re.escape(leaf))}$", expression) is not None
 
 
 def excluding(spec: QuantizationSpec, names: Sequence[str]) -> str | None:

@@ -278,7 +278,9 @@ def warn_of_no_limit(trainer: Trainer, budget: Budget, told: set[str]) -> None:
     """
     name, value = budget.monitor, trainer.callback_metrics.get(budget.monitor)
     grows = budget.mode == "max" or directions(trainer).get(name)
-    if value is None or name in told or not grows or budget.allowed(1.0) < 1 or not 0 <= float(value) <= 1:
+    if trainer.sanity_checking or value is None or name in told or not grows:
+        return
+    if budget.allowed(1.0) < 1 or not 0 <= float(value) <= 1:
         return
     told.add(name)
     rank_zero_warn(

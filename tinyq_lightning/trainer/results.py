@@ -82,7 +82,9 @@ def logged_names(trainer: Trainer) -> set[str]:
 def _of_collections(trainer: Trainer) -> dict[str, bool]:
     """By the names under which the MetricCollections of the module give the values of their metrics."""
     module = trainer.lightning_module
-    collections = [each for each in module.modules() if isinstance(each, MetricCollection)] if module else []
+    collections = (
+        [each for each in module.modules() if isinstance(each, MetricCollection)] if module is not None else []
+    )
     known: dict[str, set[bool | None]] = defaultdict(set)
     for collection in collections:
         for name, metric in collection.items(keep_base=False, copy_state=False):
