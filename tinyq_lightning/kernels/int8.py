@@ -31,8 +31,8 @@ def has_int8_product() -> bool:
 _PACKED_FROM = 1_000_000
 
 
-# The same with AMX, where packed codes are multiplied twice as fast as plain ones if rows are many. Measured on an Intel
-# Xeon, one thread.
+# The same with AMX, where packed codes are multiplied twice as fast as plain ones if rows are many. Measured on an
+# Intel Xeon, one thread.
 _PACKED_FROM_WITH_AMX = 400_000
 
 

@@ -90,8 +90,8 @@ class QuantizedLayer(nn.Module):
         """As of any module. Who asks for this very layer, as PEFT does for ``modules_to_save``, is told what stays."""
         if requires_grad:
             warnings.warn(
-                f"TinyQ: the weights of {type(self).__name__} are codes, which cannot be trained; only biases can. Leave the "
-                "layer float to train it: name it under exclude",
+                f"TinyQ: the weights of {type(self).__name__} are codes, which cannot be trained; only biases can. "
+                "Leave the layer float to train it: name it under exclude",
                 stacklevel=2,
             )
         return super().requires_grad_(requires_grad)
