@@ -15,7 +15,6 @@ from typing_extensions import override
 from tinyq_lightning.kernels.base import STEPS, BesideCodes, CodeHolder, WeightForm, plus_bias
 from tinyq_lightning.kernels.conv_layout import is_channels_last, layout_of
 from tinyq_lightning.kernels.convolution import (
-    SMALLEST_STEP,
     Geometry,
     convolve,
     output_sizes,
@@ -23,7 +22,7 @@ from tinyq_lightning.kernels.convolution import (
     sample_steps,
     strided,
 )
-from tinyq_lightning.kernels.fixed_point import digits_of
+from tinyq_lightning.kernels.fixed_point import digits_of, row_steps
 from tinyq_lightning.kernels.onednn import OnednnWeights
 from tinyq_lightning.kernels.weights import dequantize
 from tinyq_lightning.methods import Method
@@ -210,12 +209,11 @@ class FloatConvWeights(ConvForm, BesideCodes):
 
 
 def _steps(x: Tensor, steps: Tensor) -> Tensor:
-    """As :func:`sample_steps`, with the same bits; absolute values would have to be written before they are read."""
+    """As :func:`sample_steps`, with the same bits."""
     if len(x) * x[0].numel() < _FEW_VALUES:
         return sample_steps(x, steps)
     flat = x.permute(0, *range(2, x.dim()), 1).flatten(1) if is_channels_last(x) else x.flatten(1)
-    largest = torch.maximum(flat.amax(1), flat.amin(1).neg_()).div_(steps).clamp_min_(SMALLEST_STEP)
-    return largest.view(-1, *[1] * (x.dim() - 1))
+    return row_steps(flat, steps).view(-1, *[1] * (x.dim() - 1))
 
 
 def joined(parts: list[Tensor]) -> Tensor:

@@ -24,7 +24,6 @@ from tinyq_lightning.kernels.weights import CODE_MAX, dequantize, divisor
 from tinyq_lightning.methods import Method
 
 __all__ = [
-    "SMALLEST_STEP",
     "ConvFormulaName",
     "Geometry",
     "StraightConvolution",
@@ -40,9 +39,6 @@ ConvFormulaName = Literal["exact", "reference", "integer"]
 
 # What windows take in memory on a GPU: samples are taken one after the other if they take more.
 _WINDOW_BYTES = 2**28
-
-SMALLEST_STEP = torch.finfo(torch.float32).tiny
-"""So that a step divides; of a sample of zeros."""
 
 _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
 

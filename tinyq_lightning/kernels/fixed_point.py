@@ -22,6 +22,7 @@ __all__ = [
     "digits_of",
     "digits_product",
     "floats_in_place",
+    "row_steps",
 ]
 
 # Outputs of one block of rows: what lies between two operators stays in the cache, and memory of this size is had
@@ -100,7 +101,7 @@ def digits_product(
     """
 
     def product(rows: Tensor, out: Tensor | None) -> Tensor:
-        step = _steps(rows, STEPS[method.digits])
+        step = row_steps(rows, STEPS[method.digits])
         parts = sums(_digits(torch.div(rows, step), method.digits, signed))
         if scaled:
             return plus_bias(torch.mul(parts, step, out=parts if out is None else out), bias)
@@ -109,7 +110,7 @@ def digits_product(
     return by_row_blocks(x, scales.shape[0], product)
 
 
-def _steps(rows: Tensor, steps: Tensor) -> Tensor:
+def row_steps(rows: Tensor, steps: Tensor) -> Tensor:
     """As :func:`activation_steps`, with the same bits; absolute values would have to be written first."""
     if rows.numel() <= _FEW_NUMBERS:
         return activation_steps(rows, steps)

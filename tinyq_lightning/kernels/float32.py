@@ -13,10 +13,15 @@ from tinyq_lightning.kernels.weights import dequantize, quantize_rows_to_steps
 from tinyq_lightning.methods import Method
 
 __all__ = [
+    "FASTEST_WHERE_SMALL",
     "FLOAT32",
     "Float32Weights",
     "copy_variant",
 ]
+
+
+FASTEST_WHERE_SMALL = "a float copy in memory, the fastest for layers this small; the file stays small"
+"""Why a small layer takes one."""
 
 
 class Float32Weights(BesideCodes):
@@ -81,8 +86,7 @@ class _Float32(Kernel):
             return Choice(self.variant(layer), f"{lacking}: a float copy in memory; the file stays small")
         # The sizes at which a float copy beats the float16 product were measured.
         if layer.weights <= COPY_PAYS_TO[layer.method.digits]:
-            reason = "a float copy in memory, the fastest for layers this small; the file stays small"
-            return Choice(self.variant(layer), reason)
+            return Choice(self.variant(layer), FASTEST_WHERE_SMALL)
         return None
 
 

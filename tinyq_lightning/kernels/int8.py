@@ -10,6 +10,7 @@ from typing_extensions import override
 from tinyq_lightning.kernels.base import LONGEST_SUM, Choice, Kernel, LayerShape, WeightForm
 from tinyq_lightning.kernels.fbgemm import FbgemmWeights, has_fbgemm_product
 from tinyq_lightning.kernels.float16 import has_float16_product
+from tinyq_lightning.kernels.float32 import FASTEST_WHERE_SMALL
 from tinyq_lightning.kernels.integer import PlainWeights, has_cuda_product, has_plain_product, takes_integers
 from tinyq_lightning.kernels.onednn import OnednnWeights, has_onednn_product
 from tinyq_lightning.kernels.probe import has_amx
@@ -98,7 +99,7 @@ class _Int8(Kernel):
         if layer.method.rounds or layer.compact or layer.weights >= _packed_from():
             return Choice(variant, reason)
         if has_amx():  # three products of plain codes are slower there than one of floats, whatever the rows
-            return Choice("float32", "a float copy in memory, the fastest for layers this small; the file stays small")
+            return Choice("float32", FASTEST_WHERE_SMALL)
         pays_from = _PAYS_FROM if layer.weights < _MIDDLING else _PAYS_FROM_MIDDLING
         few = f"{reason}; fewer rows than told go by a float copy in memory"
         return Choice(variant, few, math.ceil(pays_from / layer.weights), "float32")

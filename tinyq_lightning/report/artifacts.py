@@ -30,7 +30,7 @@ def log_artifacts(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     """
     if not trainer.is_global_zero:
         return
-    found = {each.quantized_path: _files(each) for each in outcomes if each.quantized_path and each.same_as is None}
+    found = {each.own_path: _files(each) for each in outcomes if each.own_path}
     taken = [_log(logger, path, files) for logger in trainer.loggers for path, files in found.items()]
     if found and not any(taken):
         names = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "there is none"

@@ -61,7 +61,7 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
         print()
     if first.float_path:
         print(f"float      {first.float_path}")
-    paths = [each.quantized_path for each in outcomes if each.quantized_path and each.same_as is None]
+    paths = [each.own_path for each in outcomes if each.own_path]
     for path in paths:
         print(f"quantized  {path}")
     for export in (export for each in outcomes for export in each.exports):

@@ -48,8 +48,8 @@ def write_report(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
 def _write(outcomes: Sequence[Outcome]) -> None:
     try:
         for outcome in outcomes:
-            if outcome.quantized_path is not None and outcome.same_as is None:
-                stem, content = _stem_of_report(outcome.quantized_path), report_content(outcome, outcomes)
+            if outcome.own_path is not None:
+                stem, content = _stem_of_report(outcome.own_path), report_content(outcome, outcomes)
                 resolved = resolved_yaml(outcome, os.path.basename(stem))
                 _write_text(f"{stem}.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
                 _write_text(f"{stem}.yaml", resolved)

@@ -101,6 +101,11 @@ class Outcome:
         counts = Counter(found.best.changes.values())
         return f"of {len(self.plan)} layers " + ", ".join(f"{counts[method]} {method}" for method in sorted(counts))
 
+    @property
+    def own_path(self) -> str | None:
+        """The file that was written for it; None if there is none, or it has that of another one."""
+        return self.quantized_path if self.same_as is None else None
+
     def shared_file(self) -> str | None:
         """That the method has the file of another one, in a sentence; None if it has its own."""
         if self.same_as is None:
