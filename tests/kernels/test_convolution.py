@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tinyq_lightning.kernels import conv_choice
 from tinyq_lightning.kernels.conv_choice import CONV_FORMS, ConvShape, choose_convolution
 from tinyq_lightning.kernels.conv_onednn import convolves_any_geometry, has_int8_convolution
 from tinyq_lightning.kernels.convolution import Geometry, convolve, quantized_convolution
+from tinyq_lightning.kernels.integer import has_plain_product
 from tinyq_lightning.kernels.onednn import has_onednn_product
 from tinyq_lightning.layers.conv_sizes import conv_shape
 from tinyq_lightning.methods import METHODS
@@ -51,11 +53,12 @@ def cases(draw):
 
 def forms_for(codes, geometry):
     """The kernels of rounded activations that can take such codes on this machine."""
-    wanted = choose_convolution("int8", METHODS["w8a8"], shape_of(codes, geometry)).kernel
+    shape = shape_of(codes, geometry)
+    wanted = choose_convolution("int8", METHODS["w8a8"], shape).kernel
     yield "float32x1"
     if wanted in CONV_FORMS:
         yield wanted
-    if wanted == "int8" and has_int8_convolution():
+    if wanted == "int8" and has_int8_convolution() and (shape.usual or convolves_any_geometry()):
         yield "int8-onednn"
 
 
@@ -307,10 +310,31 @@ def test_the_choice_among_kernels_says_why():
                 compact = kernel == "compact" and choice.kernel in CONV_FORMS
                 assert not compact or CONV_FORMS[choice.kernel].bytes_a_weight < 4
     assert choose_convolution("auto", METHODS["w8a32"], SMALL).kernel == "float32"
-    assert choose_convolution("auto", METHODS["w8a32"], LARGE).kernel == "reference"
     assert choose_convolution("auto", METHODS["w8a8"], SMALL, "cuda").kernel == "reference"
     transposed = ConvShape(64, 64, 576, False, transposed=True)
     assert choose_convolution("int8", METHODS["w8a32"], transposed).kernel == "exact"
+
+
+@int8_only
+def test_large_w8a32_convolutions_take_digits_where_the_processor_multiplies_tiles(monkeypatch):
+    choices = {}
+    for tiles in (True, False):
+        monkeypatch.setattr(conv_choice, "has_amx", lambda tiles=tiles: tiles)
+        choices[tiles] = choose_convolution("auto", METHODS["w8a32"], LARGE).kernel
+        pointwise = ConvShape(2048, 1024, 2048, True)
+        assert choose_convolution("auto", METHODS["w8a32"], pointwise).kernel == "reference"
+    assert choices == {True: "int8-onednn", False: "reference"}
+    monkeypatch.setattr(conv_choice, "has_amx", lambda: True)
+    monkeypatch.setattr(conv_choice, "convolves_any_geometry", lambda: False)
+    unusual = replace(LARGE, usual=False)
+    assert choose_convolution("auto", METHODS["w8a32"], unusual).kernel == "reference"
+
+
+@pytest.mark.skipif(not has_plain_product(), reason="no exact product of plain codes on this processor")
+def test_pointwise_convolutions_need_no_int8_convolution(monkeypatch):
+    monkeypatch.setattr(conv_choice, "convolves_any_geometry", lambda: False)
+    strides = ConvShape(64, 128, 64, True, usual=False)
+    assert choose_convolution("auto", METHODS["w8a8"], strides).kernel == "int8"
 
 
 @int8_only
