@@ -157,8 +157,6 @@ def test_the_values_of_a_weight_follow_what_is_written_to_the_layer(kernel, meth
         assert not (layer.weight * 1).any()
     layer.quantize(normal(60, 50))
     assert torch.equal(layer.weight * 1, layer.dequantize())
-    layer.weight[0].zero_()  # a view is a plain tensor, and what is written to it is in no weight that is read later
-    assert torch.equal(layer.weight * 1, layer.dequantize())
     assert layer.bfloat16().weight.dtype == torch.bfloat16
     assert (layer.weight * 1).dtype == torch.bfloat16
 

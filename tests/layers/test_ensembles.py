@@ -81,8 +81,75 @@ def test_an_ensemble_of_models_that_were_called_is_right_or_refused(net, spec):
     def call(parameters, buffers):
         return torch.func.functional_call(base, (parameters, buffers), (x,))
 
+    told = "stack_module_state([copy.deepcopy(model) for model in models])"
     try:
         got = torch.vmap(call)(*torch.func.stack_module_state(models))
-    except ModelError:  # as its text has it
+    except ModelError as refused:
+        told = str(refused)
         got = torch.vmap(call)(*torch.func.stack_module_state([copy.deepcopy(model) for model in models]))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert "stack_module_state([copy.deepcopy(model) for model in models])" in told
+
+
+OTHERS = {
+    "buffers": lambda model: {**dict(model.named_parameters()), **dict(model.named_buffers())},
+    "detached": lambda model: {name: value.detach() for name, value in OTHERS["buffers"](model).items()},
+    "state dict": lambda model: {**dict(model.named_parameters()), **model.state_dict()},
+}
+
+
+@each_net
+@each_kernel
+@pytest.mark.parametrize("taken", OTHERS)
+@pytest.mark.parametrize("called", [(True, True), (False, True), (True, False)])
+@torch.no_grad()
+def test_a_model_called_with_the_tensors_of_another_gives_what_that_gives_or_refuses(net, spec, taken, called):
+    models, x, wanted = models_of(net, spec)
+    for model, is_called in zip(models, called, strict=True):
+        if is_called:
+            model(x)
+    theirs = OTHERS[taken](models[1])
+    told = None
+    try:
+        got = torch.func.functional_call(models[0], theirs, (x,), tie_weights=taken != "state dict")
+    except ModelError as refused:
+        told = str(refused)
+    else:
+        torch.testing.assert_close(got, wanted[1], rtol=1e-4, atol=1e-5)
+    if told is not None:
+        assert "dict(model.named_buffers())" in told
+        assert taken != "state dict" or "4" in spec["method"]  # whose packed codes are no buffers
+    assert all(value is not None for value in theirs.values())
+    torch.testing.assert_close(models[0](x), wanted[0], rtol=1e-4, atol=1e-5)
+
+
+@each_net
+@each_kernel
+@torch.no_grad()
+def test_a_model_called_with_its_own_tensors_leaves_them_where_they_are(net, spec):
+    models, x, wanted = models_of(net, spec)
+    own = OTHERS["buffers"](models[0])
+    names = set(own)
+    for _ in range(2):
+        got = torch.func.functional_call(models[0], own, (x,))
+        torch.testing.assert_close(got, wanted[0], rtol=1e-4, atol=1e-5)
+        assert {name for name, value in own.items() if value is not None} == names
+    models[0](x)
+
+
+def test_a_layer_that_has_packed_its_codes_can_be_called_with_scales_of_the_callers():
+    (model, _), _, _ = models_of("linear", {"method": "w4a32", "kernel": "compact"})
+    layer, x = model[0], normal(30, 16)
+    layer(x)
+
+    def norm(scales):
+        given = {"bias": 0 * layer.bias, "int8_weights": layer.int8_weights, "scales": scales}
+        return torch.func.functional_call(layer, given, (x,)).norm()
+
+    torch.testing.assert_close(norm(2 * layer.scales), 2 * norm(layer.scales))
+    of_scales = torch.func.grad(norm)(layer.scales)
+    torch.testing.assert_close(of_scales @ layer.scales, norm(layer.scales))
+    layer(x)  # packs them again
+    with pytest.raises(ModelError, match="scales that are not its own"):
+        torch.func.functional_call(layer, {"scales": 2 * layer.scales}, (x,))
+    layer(x)

@@ -67,6 +67,53 @@ def test_writing_to_the_weight_is_an_error_that_says_what_to_do(write):
     assert torch.equal(layer.int8_weights, before)
 
 
+VIEWS = {
+    "view": lambda weight: weight.view(-1),
+    "view of a view": lambda weight: weight.data.view(2, 12).t(),
+    "row": lambda weight: weight[1],
+    "narrow": lambda weight: weight.narrow(0, 1, 2),
+    "parts": lambda weight: weight.chunk(2)[1],
+    "rows": lambda weight: weight.unbind()[2],
+    "detached": lambda weight: torch.detach(weight.T),
+    "diagonal": lambda weight: torch.diagonal(weight),
+    "bits": lambda weight: weight.view(torch.int32),
+    "reshape": lambda weight: weight.reshape(2, -1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda view: view.copy_(view * 2),
+        lambda view: view.data.zero_(),
+        lambda view: torch.mul(view, 2, out=view),
+        lambda view: torch._foreach_neg_([view]),
+        lambda view: view.__setitem__(0, 0),
+    ],
+)
+@torch.no_grad()
+def test_writing_to_a_view_of_the_weight_is_the_same_error(view, write):
+    layer = quantized_layer()
+    wanted = view(layer.dequantize())
+    assert torch.equal(view(layer.weight), wanted)
+    with pytest.raises(ReadOnlyWeightError, match=r"would be lost.*\.quantize\(weight\).*\.clone\(\)"):
+        write(view(layer.weight))
+    got = view(layer.weight).clone()
+    assert type(got) is Tensor
+    assert (got.stride(), got.dtype) == (wanted.clone().stride(), wanted.dtype)
+    got.zero_()
+    assert torch.equal(view(layer.weight), wanted)
+
+
+def test_gradients_pass_to_what_a_view_is_multiplied_with():
+    layer, x = quantized_layer(bias=False), torch.randn(3, 6, requires_grad=True)
+    (x @ layer.weight[1:3].T).square().sum().backward()
+    plain = x.detach().requires_grad_()
+    (plain @ layer.dequantize()[1:3].T).square().sum().backward()
+    torch.testing.assert_close(x.grad, plain.grad)
+
+
 def test_augmented_assignment_to_the_layer_is_an_error_and_so_is_an_embeddings_weight():
     layer = quantized_layer()
     with pytest.raises(ReadOnlyWeightError):

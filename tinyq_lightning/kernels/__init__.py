@@ -37,11 +37,13 @@ from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
 from tinyq_lightning.kernels.recurrent import choose_recurrent_kernel
 from tinyq_lightning.kernels.tracing import (
     exporting_for_this_processor,
+    in_functional_call,
     in_jit_trace,
     in_transform,
     is_exporting,
     is_exporting_for_any_processor,
     is_mapped,
+    is_same_memory,
     outside_modes,
 )
 from tinyq_lightning.kernels.weights import (
@@ -94,12 +96,14 @@ __all__ = [
     "has_int8_convolution",
     "has_int8_product",
     "holds_packed_constants",
+    "in_functional_call",
     "in_jit_trace",
     "in_transform",
     "is_channels_last",
     "is_exporting",
     "is_exporting_for_any_processor",
     "is_mapped",
+    "is_same_memory",
     "joint_sqnr_db",
     "layout_of",
     "moments_bytes",

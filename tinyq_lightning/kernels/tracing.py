@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils import stateless
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "exporting_for_this_processor",
+    "in_functional_call",
     "in_jit_trace",
     "in_transform",
     "is_exporting",
     "is_exporting_for_any_processor",
     "is_exporting_for_this_processor",
     "is_mapped",
+    "is_same_memory",
     "outside_modes",
 ]
 
@@ -29,13 +33,49 @@ in_jit_trace = torch._C._is_tracing
 
 
 def in_transform() -> bool:
-    """Return True inside ``torch.jit.trace``, ``torch.vmap`` and other transforms of ``torch.func``, and forward AD."""
-    return bool(in_jit_trace() or _in_functorch() or forward_ad._current_level >= 0)
+    """Return True inside ``torch.jit.trace``, ``torch.vmap`` and other transforms of ``torch.func``, and forward AD.
+
+    And while ``make_fx`` records with gradients on: its graph has the operators of an autograd function alone, without
+    its gradient.
+    """
+    return bool(in_jit_trace() or _in_functorch() or forward_ad._current_level >= 0 or _in_make_fx())
+
+
+def _in_make_fx() -> bool:
+    if not torch._C._len_torch_dispatch_stack() or not torch.is_grad_enabled():
+        return False
+    return torch._C._get_dispatch_mode(_PROXIES) is not None
+
+
+_PROXIES = torch._C._TorchDispatchModeKey.PROXY
+
+
+def in_functional_call() -> bool:
+    """Whether this runs inside of ``torch.func.functional_call``, which hands back what layers hold after the call.
+
+    Torch does not tell but by its frame, so this is for what happens once, not on each call.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _FUNCTIONAL_CALL:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_FUNCTIONAL_CALL = stateless._functional_call.__code__
 
 
 def is_mapped(tensor: Tensor) -> bool:
     """Return True if the tensor stands for several, one of which ``torch.vmap`` gives to each call."""
     return bool(torch._C._functorch.is_batchedtensor(tensor))
+
+
+def is_same_memory(tensor: Tensor, other: Tensor | None) -> bool:
+    """Return True if both lie in the same memory, also where a transform of ``torch.func`` has wrapped ``tensor``."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return other is not None and bool(torch._C._is_alias_of(tensor, other))
 
 
 def is_exporting() -> bool:

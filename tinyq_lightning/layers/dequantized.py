@@ -59,12 +59,11 @@ class Dequantized:
         """The weight of ``source``: that of the last call if it has its values and nothing has changed since."""
         with _lock:
             kept = self._kept
-            # Views of a weight are plain tensors: if somebody has written to one, the weight is computed anew.
-            if kept is not None and not kept._version and self._is_current(source):
+            if kept is not None and self._is_current(source):
                 _recent.move_to_end(id(self))
                 return kept
         make = partial(_values, source, weakref.ref(self))
-        with torch.inference_mode(False):  # where torch counts what is written to views
+        with torch.inference_mode(False):  # what is made inside cannot be part of a graph with gradients
             return ReadOnlyTensor(make, shape, source.dtype, source.scales.device, source.layout)
 
     def keep(self, weight: ReadOnlyTensor, values: Tensor, source: WeightSource) -> None:

@@ -20,11 +20,13 @@ class Forms(dict[str, WeightForm]):
     Attributes:
         dequantized: the float weight, while it is kept.
         own: the codes that are the layer's, if it last held plain ones.
+        own_scales: the scales that are the layer's.
         keeps_codes: True once the layer was in a graph, which reads the plain codes: they stay beside the forms then.
     """
 
     keeps_codes = False
     own: TensorSnapshot | None = None
+    own_scales: Tensor | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,6 +34,8 @@ class Forms(dict[str, WeightForm]):
 
     def are_lent(self, codes: Tensor) -> bool:
         """Return True if these codes stand in for the layer's own for a while, as in torch.func.functional_call."""
+        if (holder := self.holder()) is not None:
+            return not holder.handed_out(codes)
         own = None if self.own is None else self.own.tensor()
         return own is not None and own is not codes
 

@@ -19,8 +19,10 @@ from tinyq_lightning.kernels import (
     TensorSnapshot,
     WeightForm,
     dequantize,
+    in_functional_call,
     in_transform,
     is_mapped,
+    is_same_memory,
     outside_modes,
     packed_shapes,
     quantize_groups_expanded,
@@ -78,6 +80,7 @@ class Int8Weight(QuantizedLayer):
         self._forms = Forms()
         self._buffers["int8_weights"] = torch.zeros(rows, columns, dtype=torch.int8, device=device)
         self.register_buffer("scales", torch.ones(rows, dtype=torch.float32, device=device))
+        self._forms.own_scales = self.scales
         self._keep_a_parameter()
 
     @property
@@ -110,8 +113,8 @@ class Int8Weight(QuantizedLayer):
         """The codes ``[rows, columns]`` int8."""
         if torch.compiler.is_compiling():
             self._unpack_for_graph()
-        elif in_transform():
-            self._refuse_mapped_scales()
+        else:
+            self._refuse_other_scales()
         codes = self._buffers["int8_weights"]
         if codes is None:
             with _lock:
@@ -129,21 +132,39 @@ class Int8Weight(QuantizedLayer):
             self._keep_a_parameter()
 
     def _hold_codes(self, codes: Tensor) -> None:
-        self._buffers["int8_weights"] = codes
-        self.recall_own_codes()
+        self._buffers["int8_weights"], self._forms.own = codes, TensorSnapshot(codes)
 
-    def _refuse_mapped_scales(self) -> None:
-        """Refuse to multiply one layer's codes by the scales of several layers, which one vmap calls."""
+    def _refuse_other_scales(self) -> None:
+        """Refuse to multiply the layer's own codes by the scales of other layers, as torch.func calls it with them.
+
+        The buffers of a layer that has packed its codes are its scales alone.
+        """
         codes, scales = self._buffers["int8_weights"], cast(Tensor, self._buffers["scales"])
-        if is_mapped(scales) and not (codes is not None and is_mapped(codes)):
+        if scales is self._forms.own_scales:
+            return
+        if in_transform() and is_mapped(scales) and not (codes is not None and is_mapped(codes)):
             raise ModelError(
                 f"vmap maps over the scales of this {type(self).__name__} but not over its codes, which are not among "
                 "the buffers of a layer that has packed them: stack copies, whose codes are plain until they are "
                 "called, as in torch.func.stack_module_state([copy.deepcopy(model) for model in models])"
             )
+        own = self._forms.own_scales
+        if is_same_memory(scales, own):
+            return
+        # of another layer that has packed its codes, or for one that has packed the codes that it shares with this one
+        others = (each._forms.own_scales for each in _packed if each is not self)
+        of_packed = any(other is own or is_same_memory(scales, other) for other in others)
+        if codes is None or (of_packed and not self._forms.are_lent(codes)):
+            raise ModelError(
+                f"this {type(self).__name__} is called with scales that are not its own, and without the codes that "
+                "they are of, which are not among the buffers of a layer that has packed them. Take them from a copy, "
+                "whose codes are plain until it is called: model = copy.deepcopy(other), {**dict(model."
+                "named_parameters()), **dict(model.named_buffers())}"
+            )
 
     def _codes_for_a_call(self) -> Tensor:
         """The codes, as :attr:`int8_weights`, but not kept beside a form that holds them."""
+        self._refuse_other_scales()
         with _lock:
             codes, holder = self._buffers["int8_weights"], self._forms.holder()
             return holder.codes() if codes is None and holder is not None else self.int8_weights
@@ -170,8 +191,10 @@ class Int8Weight(QuantizedLayer):
             The form. If it holds the codes, they are not held anywhere else from then on, unless a graph reads them.
             None if ``int8_weights`` is temporarily replaced, as by :func:`torch.func.functional_call`.
         """
-        codes, form = self._buffers["int8_weights"], self._forms.get(kernel)
-        if form is None or not form.is_current(codes, self._buffers["scales"]):  # type: ignore[arg-type]
+        codes, scales, form = self._buffers["int8_weights"], self._buffers["scales"], self._forms.get(kernel)
+        if scales is not self._forms.own_scales:
+            self._refuse_other_scales()
+        if form is None or not form.is_current(codes, scales):  # type: ignore[arg-type]
             with _lock:
                 return self._make_form(kernel)
         if codes is not None and form.holds_codes and not self._forms.keeps_codes:
@@ -183,7 +206,7 @@ class Int8Weight(QuantizedLayer):
         codes, form = self._buffers["int8_weights"], self._forms.get(kernel)
         if form is None or not form.is_current(codes, self.scales):
             holder = self._forms.holder()
-            if codes is not None and (self._forms.are_lent(codes) if holder is None else not holder.handed_out(codes)):
+            if codes is not None and self._forms.are_lent(codes):
                 return None
             form = self._new_form(kernel)
             if form.holds_codes or (holder is not None and not holder.is_current(self.int8_weights, self.scales)):
@@ -198,8 +221,8 @@ class Int8Weight(QuantizedLayer):
         return weight_form(kernel, self.int8_weights, self.scales, make)
 
     def _drop_codes(self) -> None:
-        """Let go of the plain codes if a form holds them."""
-        if self._forms.holder() is not None and not self._forms.keeps_codes:
+        """Let go of the plain codes if a form holds them, and torch.func does not put them back after this call."""
+        if self._forms.holder() is not None and not self._forms.keeps_codes and not in_functional_call():
             self._buffers["int8_weights"] = None
             _packed.add(self)
 
@@ -296,7 +319,7 @@ class Int8Weight(QuantizedLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_forms": Forms()})  # type: ignore[no-untyped-call]
-        self._hold_codes(cast(Tensor, self._buffers["int8_weights"]))
+        self.recall_own_codes()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with _lock:
@@ -337,8 +360,10 @@ class Int8Weight(QuantizedLayer):
             raise ModelError(NO_PACKED_CODES)
         if name == "int8_weights":
             object.__setattr__(self, name, value)  # by the property: nn.Module would set the buffer and keep the forms
-        else:
-            super().__setattr__(name, value)
+            return
+        super().__setattr__(name, value)
+        if name == "scales":
+            self._forms.own_scales = self.scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Casts change the bias and the dequantized view. Codes and scales move, but keep dtype and bits:
@@ -356,10 +381,10 @@ class Int8Weight(QuantizedLayer):
         return self
 
     def forget_own_codes(self) -> None:
-        """Keep no weak reference to the codes, so that their tensor can be swapped."""
-        self._forms.own = None
+        """Keep no reference to codes and scales, so that their tensors can be swapped."""
+        self._forms.own = self._forms.own_scales = None
 
     def recall_own_codes(self) -> None:
-        """Take the codes in the buffer, if there are any, for the layer's own."""
-        codes = self._buffers["int8_weights"]
+        """Take the codes in the buffer, if there are any, and the scales for the layer's own."""
+        codes, self._forms.own_scales = self._buffers["int8_weights"], self._buffers["scales"]
         self._forms.own = None if codes is None else TensorSnapshot(codes)

@@ -1,6 +1,6 @@
 """Weights that are dequantized when their values are read, and whose in-place methods are errors.
 
-An in-place method would write to a copy that nobody reads again, so it is refused instead of lost.
+An in-place method would write to a copy that nobody reads again, so it is refused instead of lost. So it is of views.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from tinyq_lightning.errors import ReadOnlyWeightError
 
@@ -22,8 +22,8 @@ __all__ = [
 class ReadOnlyTensor(Tensor):
     """A tensor that knows its shape, dtype and device, and gets its values when something reads them.
 
-    It refuses in-place methods, those of ``data`` and ``detach()`` included. What is computed from it, views among
-    that, are plain tensors, and so are its clones, copies and pickles. Functions of ``torch`` see no difference.
+    It refuses in-place methods, and so do ``data``, ``detach()`` and views of it, and views of those. What is computed
+    from it is a plain tensor, and so are its clones, copies and pickles. Functions of ``torch`` see no difference.
 
     Args:
         make: returns the values, a plain tensor; called at most once, with this tensor.
@@ -81,13 +81,13 @@ class ReadOnlyTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[position] if position < len(args) else kwargs.get(argument.name)
-                if any(isinstance(each, ReadOnlyTensor) for each in tree_leaves(given)):
-                    _refuse(func._schema.name.removeprefix("aten::"))
-        args, kwargs = tree_map_only(ReadOnlyTensor, ReadOnlyTensor.values, (args, kwargs))
-        return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            _refuse_writes(func, args, kwargs)
+        is_view = func.is_view and isinstance(args[0], ReadOnlyTensor)
+        got = func(*_plain(args), **(kwargs and {name: _plain(value) for name, value in kwargs.items()}))
+        if not is_view:
+            return got
+        return _view(got) if isinstance(got, Tensor) else [_view(each) for each in got]
 
     @property
     def data(self) -> ReadOnlyTensor:
@@ -140,6 +140,31 @@ class ReadOnlyTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            if any(isinstance(each, ReadOnlyTensor) for each in tree_leaves(given)):
+                _refuse(func._schema.name.removeprefix("aten::"))
+
+
+def _plain(given: Any) -> Any:
+    """An argument of an operator with the values of weights; torch's own functions for nested ones take longer."""
+    if isinstance(given, ReadOnlyTensor):
+        return given.values()
+    return type(given)(map(_plain, given)) if isinstance(given, list | tuple) else given
+
+
+def _view(values: Tensor) -> ReadOnlyTensor:
+    """A view of a weight, which has its values."""
+    strides, offset = values.stride(), values.storage_offset()
+    view: ReadOnlyTensor = torch.Tensor._make_wrapper_subclass(
+        ReadOnlyTensor, values.shape, strides=strides, storage_offset=offset, dtype=values.dtype, device=values.device
+    )
+    view._make, view._made = None, values
+    return view
 
 
 def _strides(shape: torch.Size, layout: torch.memory_format) -> tuple[int, ...]:
