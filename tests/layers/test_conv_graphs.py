@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_cases import each_method, normal, relative_error
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tinyq_lightning import quantize
 
@@ -166,3 +167,25 @@ def test_an_inductor_graph_gives_the_same_numbers(method):
     model, x = network(method)
     with torch.no_grad():
         assert relative_error(torch.compile(model, fullgraph=True)(x), model(x).double()) < 1e-5
+
+
+@each_method
+@pytest.mark.parametrize("tracing_mode", ["real", "fake"])
+def test_what_make_fx_records_has_the_gradients_of_the_network(method, tracing_mode):
+    model, x = network(method)
+    model.append(nn.Flatten()).append(nn.Linear(4 * 10 * 12, 3))
+    quantize(model, method)
+    trained = dict(model.requires_grad_(True).named_parameters())
+    tensors = {**trained, **dict(model.named_buffers())}
+
+    def call(tensors, x):
+        return torch.func.functional_call(model, tensors, (x,))
+
+    graph = make_fx(call, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(dict(tensors), x)
+    wanted, got = call(dict(tensors), x), graph(dict(tensors), x)
+    assert relative_error(got, wanted) < 0.02
+    trained = [each for each in trained.values() if each.numel()]
+    of_model = torch.autograd.grad(wanted.square().sum(), trained)
+    of_graph = torch.autograd.grad(got.square().sum(), trained)
+    for one, other in zip(of_graph, of_model, strict=True):
+        assert relative_error(one, other) < 0.05
