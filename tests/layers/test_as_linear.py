@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import each_method, normal, random_layer
@@ -101,7 +102,7 @@ def test_the_class_of_a_convolution_makes_float_adapters(kind):
     base = nn.Sequential(kind(4, 6, 3, padding=1))
     quantize(base)
     down = type(base[0])(base[0].in_channels, 2, base[0].kernel_size, padding=1, bias=False)  # as PEFT has it
-    up = type(base[0])(in_channels=2, out_channels=6, kernel_size=1, bias=False)
+    up = type(base[0])(in_channels=np.int64(2), out_channels=6, kernel_size=1, bias=False)
     assert type(down) is type(up) is kind
     x = normal(2, 4, *[5] * (down.weight.dim() - 2))
     (base(x) + up(down(x))).square().sum().backward()

@@ -67,8 +67,9 @@ def test_every_key_of_the_yaml_is_read(write):
 
 @pytest.mark.parametrize("text", ["", "# nothing\n"])
 def test_an_empty_file_is_the_default_and_a_warning_says_so(write, text):
-    with pytest.warns(UserWarning, match=r"the file is empty, so it leaves all at the default, method: w8a32"):
+    with pytest.warns(UserWarning, match=r"the file is empty, so it leaves all at the default, method: w8a32") as told:
         assert QuantizationSpec.from_yaml(write(text)) == QuantizationSpec()
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("text", ["{}", "exclude:\nrules:\nbudget:\nsave:\n"])

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from tinyq_lightning.kernels.base import CodeHolder
 from tinyq_lightning.kernels.fixed_point import digits_product
-from tinyq_lightning.kernels.probe import Packed, has_operator, has_vnni, holds, is_hidden
+from tinyq_lightning.kernels.probe import Packed, can, has_operator, has_vnni, holds, is_hidden
 from tinyq_lightning.kernels.tracing import is_exporting_for_this_processor
 from tinyq_lightning.methods import Method
 
@@ -77,8 +77,7 @@ def compiles_packed_product() -> bool:
     It does so for AVX512-VNNI, if the weights are known while it compiles. Calling oneDNN instead costs as much as the
     product of a few rows.
     """
-    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    if not (has_onednn_product() and able.get("avx512_vnni")):
+    if not (has_onednn_product() and can("avx512_vnni")):
         return False
     from torch._inductor import constant_folding, lowering  # noqa: F401 - what follows cannot be imported before it
     from torch._inductor.codegen import cpp_micro_gemm

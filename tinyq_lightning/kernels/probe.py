@@ -15,6 +15,7 @@ from tinyq_lightning.kernels.tracing import outside_modes
 
 __all__ = [
     "Packed",
+    "can",
     "fbgemm",
     "has_amx",
     "has_operator",
@@ -56,11 +57,16 @@ def fbgemm() -> Iterator[None]:
         torch.backends.quantized.engine = chosen
 
 
+def can(*instructions: str) -> bool:
+    """Whether torch says that the processor has one of these; a torch that does not tell says of none."""
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(able.get(name) for name in instructions)
+
+
 def has_vnni() -> bool:
     """Whether the processor has int8 products that add up in 32 bits: AVX512-VNNI or AVX-VNNI."""
     if hasattr(torch.cpu, "get_capabilities"):
-        able = torch.cpu.get_capabilities()
-        return bool(able.get("avx512_vnni") or able.get("avx_vnni"))
+        return can("avx512_vnni", "avx_vnni")
     probe = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(torch.cpu, "_is_avx512_vnni_supported", None)
     return probe is not None and bool(probe())
 
@@ -68,8 +74,7 @@ def has_vnni() -> bool:
 @functools.cache
 def has_amx() -> bool:
     """Whether the processor multiplies tiles of int8, as oneDNN does with packed codes there: AMX."""
-    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return not is_hidden("amx") and has_vnni() and bool(able.get("amx_int8"))
+    return not is_hidden("amx") and has_vnni() and can("amx_int8")
 
 
 def is_hidden(*names: str) -> bool:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class QuantizedConv(MultiplyingLayer):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A layer; torch's, if the class is called as torch's is: PEFT makes adapters by ``type(layer)(2, 4, 3)``."""
-        if isinstance(args[0] if args else kwargs.get("in_channels"), int):
+        if isinstance(args[0] if args else kwargs.get("in_channels"), SupportsIndex):  # NumPy's numbers too
             return cls.torch_class(*args, **kwargs)
         return super().__new__(cls)
 

@@ -91,7 +91,7 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Sit
 def _nothing_left(spec: QuantizationSpec, on: Sequence[Site]) -> str:
     """That a spec leaves these layers float, and by which of its entries."""
     left = f"all {len(on)} layers" if len(on) > 1 else "the only layer"
-    deciding = dict(_deciding_entry(spec, site) for site in on)
+    deciding = dict(_deciding_entry(spec, site)[:2] for site in on)
     if len(deciding) == 1:
         ((path, entry),) = deciding.items()
         return f"{spec.origin.where(*path)}: {entry} leaves {left} float, so there is nothing to quantize"
@@ -101,14 +101,15 @@ def _nothing_left(spec: QuantizationSpec, on: Sequence[Site]) -> str:
     )
 
 
-def _deciding_entry(spec: QuantizationSpec, site: Site) -> tuple[tuple[str | int, ...], str]:
-    """The entry of a spec that decides for a layer: its place, and what it says."""
+def _deciding_entry(spec: QuantizationSpec, site: Site) -> tuple[tuple[str | int, ...], str, str | None]:
+    """The entry of a spec that decides for a layer: its place, what it says, and its pattern if the user wrote one."""
     if (pattern := excluding(spec, site.names)) is not None:
-        return ("exclude", spec.exclude.index(pattern)), repr(pattern)
+        return ("exclude", spec.exclude.index(pattern)), repr(pattern), pattern
     if (index := deciding_rule(spec, site.names)) is not None:
         rule = spec.rules[index]
-        return ("rules", index, "match"), f"rule {index + 1} ({rule.match!r}: {rule.method})"
-    return ("method",), repr(spec.method)
+        said = f"rule {index + 1} ({rule.match!r}: {rule.method})"
+        return ("rules", index, "match"), said, rule.match if rule.decided_by == "rule" else None
+    return ("method",), repr(spec.method), None
 
 
 def _refuse_contradictions(spec: QuantizationSpec, sites: Sequence[Site]) -> None:
@@ -126,11 +127,7 @@ def _refuse_contradictions(spec: QuantizationSpec, sites: Sequence[Site]) -> Non
 
 def _names_it(spec: QuantizationSpec, site: Site) -> str | None:
     """Where the spec names this layer alone, not by a glob: the place of the entry that decides."""
-    pattern = excluding(spec, site.names)
-    index = deciding_rule(spec, site.names)
-    if index is not None and spec.rules[index].decided_by == "rule":
-        pattern = spec.rules[index].match
-    path, _ = _deciding_entry(spec, site)
+    path, _, pattern = _deciding_entry(spec, site)
     literal = {part for name in site.names for part in (name, name.rpartition(".")[2])}
     return spec.origin.where(*path) if pattern in literal else None
 

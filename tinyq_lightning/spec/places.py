@@ -76,7 +76,7 @@ def read_yaml(path: str | Path) -> tuple[DictConfig, dict[KeyPath, str]]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
             warnings.warn(
-                f"TinyQ: {path}: the file is empty, so it leaves all at the default, method: w8a32", stacklevel=2
+                f"TinyQ: {path}: the file is empty, so it leaves all at the default, method: w8a32", stacklevel=3
             )
             return OmegaConf.create({}), places
         _collect(node, (), str(path), places)
