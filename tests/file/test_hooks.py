@@ -48,8 +48,17 @@ class Gets(Reads):
 class OnlyWords(Reads):
     def read(self, checkpoint):
         assert checkpoint.get("no such entry") is None
-        assert "loss_fn" not in checkpoint
-        return
+        assert "no such entry" not in checkpoint
+
+
+class Asks(Reads):
+    def read(self, checkpoint):
+        return checkpoint["loss_fn"] if "loss_fn" in checkpoint and "loss_fn" in checkpoint else None
+
+
+class Puts(Reads):
+    def read(self, checkpoint):
+        return checkpoint.setdefault("loss_fn", nn.L1Loss())
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +82,7 @@ def test_entries_of_the_training_are_there_and_empty(path, tmp_path):
     assert module.words == {"a": [1]}
 
 
-@pytest.mark.parametrize(("kind", "name"), [(Reads, "loss_fn"), (Gets, "special")])
+@pytest.mark.parametrize(("kind", "name"), [(Reads, "loss_fn"), (Gets, "special"), (Puts, "loss_fn")])
 def test_an_object_that_a_hook_reads_is_asked_for_by_name_by_every_door(path, tmp_path, kind, name):
     doors = [
         lambda: load_quantized(path, kind),
@@ -86,6 +95,22 @@ def test_an_object_that_a_hook_reads_is_asked_for_by_name_by_every_door(path, tm
     for door in doors:
         with pytest.raises(CheckpointError, match=rf"reads '{name}', which the file could not hold: give it as it was"):
             door()
+
+
+def test_a_hook_that_goes_on_without_an_object_is_warned_of_by_its_name(path, tmp_path):
+    doors = [
+        lambda: load_quantized(path, Asks),
+        lambda: mixed(Asks).load_from_checkpoint(path),
+        lambda: trainer(tmp_path, TinyQCallback(report=False)).test(
+            Asks(), loader(), ckpt_path=path, verbose=False, weights_only=True
+        ),
+    ]
+    for door in doors:
+        with pytest.warns(UserWarning, match="asks for 'loss_fn', which the file could not hold: give it") as told:
+            door()
+        assert sum("asks for 'loss_fn'" in str(each.message) for each in told) == 1
+    loss = nn.L1Loss()
+    assert load_quantized(path, Asks, loss_fn=loss).criterion is loss
 
 
 def test_an_object_that_is_given_reaches_the_hook(path):

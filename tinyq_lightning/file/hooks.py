@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, SupportsIndex
 
@@ -99,10 +100,11 @@ class HookView(dict[str, Any]):
                 super().__setitem__(HYPER_PARAMETERS, restored)
         self._class, self._source = module_class, source
         for key, empty in _EMPTY_TRAINING.items():
-            self.setdefault(key, empty())
+            super().setdefault(key, empty())
         dropped = dropped_entries(checkpoint)
         self.update({key: value for key, value in (given or {}).items() if key in dropped})
-        self._absent = set(dropped) - set(self)
+        self._absent: set[object] = set(dropped) - set(self)
+        self._told: set[object] = set()
 
     def __missing__(self, key: str) -> Any:
         self._refuse(key)
@@ -120,16 +122,31 @@ class HookView(dict[str, Any]):
         self._refuse(key)
         return super().pop(key, *default)
 
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """As of a dict; raises CheckpointError for an entry that the file could not hold."""
+        self._refuse(key)
+        return super().setdefault(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        """As of a dict; warns of an entry that the file could not hold, because the hook goes on without it."""
+        if key in self._absent and key not in self._told:
+            self._told.add(key)
+            warnings.warn(f"TinyQ: {self._not_held(key, 'asks for')}", stacklevel=2)
+        return super().__contains__(key)
+
     def __setitem__(self, key: str, value: Any) -> None:
         self._absent.discard(key)
         super().__setitem__(key, value)
 
     def _refuse(self, key: str) -> None:
         if key in self._absent:
-            raise CheckpointError(
-                f"{self._source}: on_load_checkpoint of {name_of(self._class)} reads {key!r}, which the file could not "
-                f"hold: give it as it was, as in {call_with(self._class, key)}"
-            )
+            raise CheckpointError(self._not_held(key, "reads"))
+
+    def _not_held(self, key: Any, does: str) -> str:
+        return (
+            f"{self._source}: on_load_checkpoint of {name_of(self._class)} {does} {key!r}, which the file could not "
+            f"hold: give it as it was, as in {call_with(self._class, key)}"
+        )
 
 
 def _hyper_parameters(
