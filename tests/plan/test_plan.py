@@ -310,6 +310,23 @@ def test_a_weight_that_is_not_floating_point_stays_as_it_is_with_the_reason():
 def test_a_model_without_a_layer_is_refused_and_says_what_it_has():
     with pytest.raises(ModelError, match=r"Sequential has no layer to quantize \(it has 1 BatchNorm2d\)"):
         resolve(spec(), nn.Sequential(nn.BatchNorm2d(2), nn.ReLU()))
+    with pytest.raises(ModelError, match=r"it has no layers\)$"):
+        resolve(spec(), nn.ReLU())
+
+
+class Splines(nn.Module):
+    """Holds its weight beside a submodule, as layers of splines (KAN) do."""
+
+    def __init__(self):
+        super().__init__()
+        self.coefficients, self.activation = nn.Parameter(torch.ones(4, 4)), nn.SiLU()
+
+
+def test_a_model_whose_layers_have_submodules_is_told_of_them_and_of_rules_for_parameters():
+    model = nn.Sequential(Splines(), Splines())
+    with pytest.raises(ModelError, match=r"it has 2 Splines\)\. A rule may name a parameter: match: 0\.coefficients"):
+        resolve(spec(), model)
+    assert decisions(model, rules=[{"match": "0.coefficients", "method": "w8a32"}])["0.coefficients"][0] == "w8a32"
 
 
 @pytest.mark.parametrize("training", [True, False])

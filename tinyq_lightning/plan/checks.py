@@ -59,9 +59,11 @@ def check_patterns(spec: QuantizationSpec, model: nn.Module, sites: Sequence[Sit
     """
     sites = sites_for(spec, model) if sites is None else sites
     if not sites:
-        kinds = Counter(type(m).__name__ for m in model.modules() if not m._modules and m._parameters)
+        kinds = Counter(type(each).__name__ for each in model.modules() if each._parameters)
         has = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4)) or "no layers"
-        raise ModelError(f"{type(model).__name__} has no layer to quantize (it has {has})")
+        matrix = next((name for name, each in model.named_parameters() if not is_lazy(each) and each.dim() > 1), None)
+        advice = "" if matrix is None else f". A rule may name a parameter: match: {matrix}, method: w8a32"
+        raise ModelError(f"{type(model).__name__} has no layer to quantize (it has {has}){advice}")
     on = _switched_on(spec, sites)
     for index, pattern in enumerate(spec.exclude):
         _refuse_idle_pattern(spec, pattern, spec.origin.where("exclude", index), model, sites, on)
