@@ -226,6 +226,33 @@ def test_a_hook_finds_the_float_weights_by_their_names(tmp_path, method):
         assert "head.weight" not in each.keys
 
 
+class ReadsArgument(Net):
+    """Reads an argument from the stored hyper-parameters, as code does that looks up names of variables there."""
+
+    def __init__(self, width=16, lr=0.02, criterion=None):
+        super().__init__(width, lr)
+        self.save_hyperparameters()
+
+    def on_load_checkpoint(self, checkpoint):
+        self.read = checkpoint["hyper_parameters"]["criterion"]
+        checkpoint["hyper_parameters"].update(width=self.hparams.width)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Attribute 'criterion'", "ignore:TinyQ. the quantized checkpoint holds plain data only"
+)
+def test_an_argument_that_a_hook_reads_is_asked_for_by_name_by_every_door(tmp_path):
+    callback, given = TinyQCallback("w8a32", report=False, strict=True), {"criterion": nn.L1Loss()}
+    trainer(tmp_path, callback, max_epochs=0).fit(ReadsArgument(**given), loader(), loader(seed=1))
+    for load in (load_quantized, lambda path, kind, **given: mixed(kind).load_from_checkpoint(path, **given)):
+        assert load(callback.quantized_path, ReadsArgument, **given).read is given["criterion"]
+    doors = ((mixed(ReadsArgument), []), (ReadsArgument, [TinyQCallback(report=False)]))
+    for kind, callbacks in doors:
+        run, module = trainer(tmp_path, *callbacks), kind(**given)
+        with pytest.raises(CheckpointError, match=r"reads 'criterion', which the file could not hold: give it as it"):
+            run.test(module, loader(), ckpt_path=callback.quantized_path, verbose=False, weights_only=True)
+
+
 def test_an_error_of_a_hook_names_the_file(path):
     class Fails(Reads):
         def read(self, checkpoint):

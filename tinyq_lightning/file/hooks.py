@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex
 
 from tinyq_lightning.errors import CheckpointError, TinyQError
@@ -66,7 +66,62 @@ _EMPTY_TRAINING: dict[str, Callable[[], Any]] = {
 """Entries that every checkpoint of a training has."""
 
 
-class HookView(dict[str, Any]):
+class _Asked(dict[Any, Any]):
+    """A dict that tells a hook of what the file could not hold.
+
+    Args:
+        content: what the file holds.
+        absent: names of what it could not hold.
+        module_class: the class whose hook it is, for errors.
+        source: the file's name, for errors.
+    """
+
+    def __init__(self, content: Mapping[Any, Any], absent: Iterable[str], module_class: Any, source: str) -> None:
+        super().__init__(content)
+        self._absent, self._class, self._source = frozenset(absent), module_class, source
+        self._told: set[Any] = set()
+
+    def __missing__(self, key: Any) -> Any:
+        self._refuse(key)
+        raise KeyError(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """As of a dict; raises CheckpointError for what the file could not hold."""
+        self._refuse(key)
+        return super().get(key, default)
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        """As of a dict; raises CheckpointError for what the file could not hold."""
+        self._refuse(key)
+        return super().pop(key, *default)
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        """As of a dict; raises CheckpointError for what the file could not hold."""
+        self._refuse(key)
+        return super().setdefault(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        """As of a dict; warns of what the file could not hold, because the hook goes on without it."""
+        if self._lacks(key) and key not in self._told:
+            self._told.add(key)
+            warnings.warn(f"TinyQ: {self._not_held(key, 'asks for')}", stacklevel=2)
+        return super().__contains__(key)
+
+    def _lacks(self, key: object) -> bool:
+        return key in self._absent and key not in self.keys()
+
+    def _refuse(self, key: Any) -> None:
+        if self._lacks(key):
+            raise CheckpointError(self._not_held(key, "reads"))
+
+    def _not_held(self, key: Any, does: str) -> str:
+        return (
+            f"{self._source}: on_load_checkpoint of {name_of(self._class)} {does} {key!r}, which the file could not "
+            f"hold: give it as it was, as in {call_with(self._class, key)}"
+        )
+
+
+class HookView(_Asked):
     """A copy of a checkpoint for a hook: with empty entries of the training, and errors for what was dropped.
 
     Its containers are copies, so that the hook changes nothing in the checkpoint. Float weights are in its state dict
@@ -90,63 +145,25 @@ class HookView(dict[str, Any]):
         arguments: Mapping[str, Any] | None = None,
         trust: bool = False,
     ) -> None:
-        super().__init__(copied(dict(checkpoint)))
+        super().__init__(copied(dict(checkpoint)), dropped_entries(checkpoint), module_class, source)
         if is_quantized(checkpoint):
             if isinstance(checkpoint.get("state_dict"), Mapping):
-                super().__setitem__("state_dict", FloatEntries(checkpoint["state_dict"], checkpoint["tinyq"]["plan"]))
+                self["state_dict"] = FloatEntries(checkpoint["state_dict"], checkpoint["tinyq"]["plan"])
             if HYPER_PARAMETERS in checkpoint:
-                stored = super().__getitem__(HYPER_PARAMETERS)
+                stored = self[HYPER_PARAMETERS]
                 restored = _hyper_parameters(stored, checkpoint, module_class, source, arguments or {}, trust)
-                super().__setitem__(HYPER_PARAMETERS, restored)
-        self._class, self._source = module_class, source
+                if (absent := _dropped(checkpoint, HYPER_PARAMETERS)) and type(restored) is dict:
+                    restored = _Asked(restored, absent, module_class, source)
+                self[HYPER_PARAMETERS] = restored
         for key, empty in _EMPTY_TRAINING.items():
             super().setdefault(key, empty())
-        dropped = dropped_entries(checkpoint)
-        self.update({key: value for key, value in (given or {}).items() if key in dropped})
-        self._absent: set[object] = set(dropped) - set(self)
-        self._told: set[object] = set()
+        self.update({key: value for key, value in (given or {}).items() if key in self._absent})
 
-    def __missing__(self, key: str) -> Any:
+    def __missing__(self, key: Any) -> Any:
         self._refuse(key)
         if key in TRAINING_KEYS:
             return _Nothing()
         raise KeyError(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As of a dict; raises CheckpointError for an entry that the file could not hold."""
-        self._refuse(key)
-        return super().get(key, default)
-
-    def pop(self, key: str, *default: Any) -> Any:
-        """As of a dict; raises CheckpointError for an entry that the file could not hold."""
-        self._refuse(key)
-        return super().pop(key, *default)
-
-    def setdefault(self, key: str, default: Any = None) -> Any:
-        """As of a dict; raises CheckpointError for an entry that the file could not hold."""
-        self._refuse(key)
-        return super().setdefault(key, default)
-
-    def __contains__(self, key: object) -> bool:
-        """As of a dict; warns of an entry that the file could not hold, because the hook goes on without it."""
-        if key in self._absent and key not in self._told:
-            self._told.add(key)
-            warnings.warn(f"TinyQ: {self._not_held(key, 'asks for')}", stacklevel=2)
-        return super().__contains__(key)
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._absent.discard(key)
-        super().__setitem__(key, value)
-
-    def _refuse(self, key: str) -> None:
-        if key in self._absent:
-            raise CheckpointError(self._not_held(key, "reads"))
-
-    def _not_held(self, key: Any, does: str) -> str:
-        return (
-            f"{self._source}: on_load_checkpoint of {name_of(self._class)} {does} {key!r}, which the file could not "
-            f"hold: give it as it was, as in {call_with(self._class, key)}"
-        )
 
 
 def _hyper_parameters(
@@ -186,7 +203,14 @@ def call_hook(hook: Callable[[Any], Any], module_class: type, checkpoint: dict[s
 
 def dropped_entries(checkpoint: Mapping[str, Any]) -> list[str]:
     """The entries of ``on_save_checkpoint`` that the file could not hold."""
-    tinyq = checkpoint.get("tinyq")
-    dropped = tinyq.get("dropped", ()) if isinstance(tinyq, Mapping) else ()
     apart = (f"{HYPER_PARAMETERS}.", "datamodule_hyper_parameters.")
-    return [name for name in dropped if not name.startswith(apart)]
+    return [name for name in _dropped(checkpoint) if not name.startswith(apart)]
+
+
+def _dropped(checkpoint: Mapping[str, Any], entry: str | None = None) -> list[str]:
+    """What the file could not hold, or of one of its entries only, by the names that it has there."""
+    tinyq = checkpoint.get("tinyq")
+    dropped = list(tinyq.get("dropped", ())) if isinstance(tinyq, Mapping) else []
+    if entry is None:
+        return dropped
+    return [name.removeprefix(f"{entry}.") for name in dropped if name.startswith(f"{entry}.")]
