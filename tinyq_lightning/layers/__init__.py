@@ -1,6 +1,7 @@
 """Modules that hold int8 codes, and the table of the kinds of layer that they replace."""
 
 from tinyq_lightning.layers.attention import QuantizedMultiheadAttention, in_projections, linear_with
+from tinyq_lightning.layers.computed import float_weight, sources_of, why_fixed
 from tinyq_lightning.layers.conv import QuantizedConv
 from tinyq_lightning.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, ScaledQuantizedEmbedding
 from tinyq_lightning.layers.four_bit_state import why_not_packed
@@ -18,7 +19,6 @@ from tinyq_lightning.layers.linear import (
     W8A32LinearLayer,
 )
 from tinyq_lightning.layers.matrix import Int8Matrix, MatrixKind, MatrixPlace, bare_matrix
-from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.recurrent import (
     QuantizedGRU,
@@ -29,6 +29,7 @@ from tinyq_lightning.layers.recurrent import (
     QuantizedRNN,
     QuantizedRNNCell,
 )
+from tinyq_lightning.layers.weight_hooks import without_weight_hooks
 from tinyq_lightning.layers.why_float import static_functions
 
 __all__ = [
@@ -70,7 +71,10 @@ __all__ = [
     "kind_of",
     "linear_with",
     "methods_of",
+    "sources_of",
     "static_functions",
     "why_closed",
+    "why_fixed",
     "why_not_packed",
+    "without_weight_hooks",
 ]

@@ -21,10 +21,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 __all__ = [
+    "aside",
     "computes_linear",
     "computes_scaled_embedding",
     "forward_takes_one_input",
+    "gradient",
     "multiplies_matrices",
+    "own_functions",
+    "same",
+    "writes",
 ]
 
 _ROWS, _COLUMNS = 5, 3
@@ -91,12 +96,12 @@ def _computes_linear(
                 x = (_random((*lead, _COLUMNS)) * size).requires_grad_()
                 got = _forward(kind, x, tensors, sizes, training)
                 wanted = expected(x, weight, added)
-                if got is None or not _same(got, wanted) or not _same(_gradient(got, x), _gradient(wanted, x)):
+                if got is None or not same(got, wanted) or not same(gradient(got, x), gradient(wanted, x)):
                     return False
         x = _random((2, _COLUMNS))
         x[0, 0] = torch.inf
         got = _forward(kind, x, tensors, sizes, training)
-        if got is None or not _same(got, expected(x, weight, added)):
+        if got is None or not same(got, expected(x, weight, added)):
             return False
     own = {"weight": _random(shape).to(dtype), "bias": _random((_ROWS,)).to(dtype) if has_bias else None}
     return _follows_autocast(kind, own, sizes) and _same_in_own_dtype(kind, own, sizes, expected)
@@ -144,7 +149,7 @@ def computes_scaled_embedding(module: nn.Module) -> float | None:
             if got is None or again is None or again.dtype != own.dtype or again.shape != wanted.shape:
                 return None
             exact = _forward(kind, words, {"weight": torch.ones_like(weight)}, held, training)
-            if exact is None or not _same(got, nn.functional.embedding(words, weight) * exact.flatten()[0]):
+            if exact is None or not same(got, nn.functional.embedding(words, weight) * exact.flatten()[0]):
                 return None
             if not torch.allclose(again.double(), wanted.double(), rtol=4 * torch.finfo(own.dtype).eps, atol=0):
                 return None
@@ -195,7 +200,7 @@ def _random(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
-def _same(got: Any, wanted: Tensor) -> bool:
+def same(got: Any, wanted: Tensor) -> bool:
     """Whether these are the same numbers of the same dtype, up to the order in which float64 sums are taken."""
     return (
         type(got) is Tensor
@@ -210,7 +215,7 @@ def _largest(tensor: Tensor) -> float:
     return float(finite.max())
 
 
-def _gradient(output: Tensor, x: Tensor) -> Tensor:
+def gradient(output: Tensor, x: Tensor) -> Tensor:
     if not output.requires_grad:
         return torch.full_like(x, torch.nan)
     return torch.autograd.grad(output.square().sum(), x)[0]
@@ -225,10 +230,10 @@ def _forward(
     autocast: bool = False,
 ) -> Tensor | None:
     """What the forward of a class gives for a stand-in with these tensors; None if it fails or does more."""
-    if any(_writes(function) for function in _forwards(kind)):
+    if any(writes(function) for function in own_functions(kind)):
         return None
     stand_in = _stand_in(kind, {**known, **tensors, "training": training})
-    with _aside(autocast):
+    with aside(autocast):
         before = torch.get_rng_state()
         try:
             result = kind.forward(stand_in, x)
@@ -238,16 +243,15 @@ def _forward(
     return result if isinstance(result, Tensor) and not draws else None
 
 
-def _forwards(kind: type) -> Iterator[Callable[..., Any]]:
-    """The forward of a class, and those of the classes it inherits from up to torch's own."""
+def own_functions(kind: type, names: Collection[str] = ("forward",)) -> Iterator[Callable[..., Any]]:
+    """The forward of a class, or its functions of these names, and those of the classes it inherits up to torch's."""
     for each in kind.__mro__:
         if each.__module__.partition(".")[0] == "torch":
             return
-        if "forward" in vars(each):
-            yield vars(each)["forward"]
+        yield from (vars(each)[name] for name in names if name in vars(each))
 
 
-def _writes(function: Callable[..., Any]) -> bool:
+def writes(function: Callable[..., Any]) -> bool:
     """Whether a function may change anything but its own names, so that to try it would leave a trace."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return (
@@ -279,7 +283,7 @@ def _stand_in(kind: Any, values: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _aside(autocast: bool) -> Iterator[None]:
+def aside(autocast: bool) -> Iterator[None]:
     """A block that leaves no trace in random state and modes: gradients on, on the CPU."""
     with (
         torch.random.fork_rng(devices=[]),

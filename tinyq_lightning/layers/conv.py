@@ -37,10 +37,12 @@ from tinyq_lightning.kernels import (
     quantized_convolution,
     weight_form,
 )
+from tinyq_lightning.layers.computed import float_weight
 from tinyq_lightning.layers.conv_sizes import conv_shape, weight_size
 from tinyq_lightning.layers.leaf import leaf_call
 from tinyq_lightning.layers.multiplying import MultiplyingLayer
-from tinyq_lightning.layers.parametrized import float_weight
+from tinyq_lightning.layers.own_forward import padding_of
+from tinyq_lightning.layers.own_padding import OwnPadding
 from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
@@ -100,6 +102,7 @@ class QuantizedConv(MultiplyingLayer):
     output_padding: tuple[int, ...]
     groups: int
     padding_mode: str
+    own_padding: OwnPadding | None
     _reversed_padding_repeated_twice: Sequence[int]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +122,9 @@ class QuantizedConv(MultiplyingLayer):
         vars(self).update({name: vars(conv)[name] for name in _TAKEN_OVER})
         self._buffers["int8_weights"] = torch.zeros(weight_size(self).shape, dtype=torch.int8, device=device)
         self._transposed_groups = self.groups if self.transposed else 0
-        self._channels_last = is_channels_last(float_weight(conv))
+        held = conv._parameters.get("weight")
+        self._channels_last = is_channels_last(float_weight(conv) if held is None else held)
+        self.own_padding = padding_of(conv)
         self._choices = {}
         self._moves = self._moves_without_size()
         self._first: Tensor | None = None  # without values
@@ -195,7 +200,7 @@ class QuantizedConv(MultiplyingLayer):
         if self._channels_last:
             x = x.contiguous(memory_format=self._layout)
         if pads is not None:
-            x = nn.functional.pad(x, pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+            x = nn.functional.pad(x, pads, self._padding_mode())
         if torch.compiler.is_compiling():
             return self._in_graph(x, geometry)
         bias = self._parameters["bias"]
@@ -253,6 +258,8 @@ class QuantizedConv(MultiplyingLayer):
     def _moves_of(self, x: Tensor | None, output_size: list[int] | None) -> tuple[Geometry, list[int] | None]:
         """How the convolution moves over its input, and what is added to that before; None if nothing is."""
         moves = self._moves
+        if self.own_padding is not None and x is not None:
+            return moves[0], self.own_padding.ends_for(self, x.shape[2:])
         if output_size is None or x is None:
             return moves
         dims = len(self.kernel_size)
@@ -270,6 +277,8 @@ class QuantizedConv(MultiplyingLayer):
 
     def _moves_without_size(self) -> tuple[Geometry, list[int] | None]:
         zeros = (0,) * len(self.kernel_size)
+        if self.own_padding is not None:
+            return self._geometry(zeros), None
         if self.transposed:
             return self._geometry(cast("tuple[int, ...]", self.padding)), None
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
@@ -278,6 +287,12 @@ class QuantizedConv(MultiplyingLayer):
         if self.padding_mode == "zeros" and ends[::2] == ends[1::2]:
             return self._geometry(tuple(ends[-2::-2])), None
         return self._geometry(zeros), ends if any(ends) else None
+
+    def _padding_mode(self) -> str:
+        """The mode of ``torch.nn.functional.pad``."""
+        if self.own_padding is not None:
+            return self.own_padding.mode
+        return "constant" if self.padding_mode == "zeros" else self.padding_mode
 
     def _ends(self) -> list[int]:
         """What is added at both ends of each dimension, the last first; torch counts zeros by the moves of the call."""
@@ -309,6 +324,10 @@ class QuantizedConv(MultiplyingLayer):
         """What ``print(model)`` shows in the brackets."""
         kernel = "" if self.kernel == "auto" else f", kernel={self.kernel}"
         shown = nn.modules.conv._ConvNd.extra_repr(self)  # type: ignore[arg-type, no-untyped-call]
+        if self.own_padding is not None:
+            shown += (
+                ", padded by its input's size" if self.own_padding.ends is None else f", pads={self.own_padding.ends}"
+            )
         return f"{shown}, method={self.method}, dtype={self.dtype}{kernel}"
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tinyq_lightning.layers.own_forward import padding_of
+
 __all__ = [
     "unfolded",
 ]
@@ -52,6 +54,8 @@ def _windows(layer: Any, x: Tensor) -> Tensor:
 
 
 def _padded(layer: Any, x: Tensor) -> Tensor:
+    if (own := padding_of(layer)) is not None:
+        return nn.functional.pad(x, own.ends_for(layer, x.shape[2:]), own.mode)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     return nn.functional.pad(x, list(layer._reversed_padding_repeated_twice), mode)
 

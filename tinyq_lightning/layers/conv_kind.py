@@ -10,13 +10,15 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from tinyq_lightning.kernels import Choice, choose_convolution
+from tinyq_lightning.layers.computed import float_weight, sources_of
 from tinyq_lightning.layers.conv import QuantizedConv
 from tinyq_lightning.layers.conv_inputs import unfolded
 from tinyq_lightning.layers.conv_sizes import conv_shape, weight_size
 from tinyq_lightning.layers.convolutions import CONVOLUTIONS
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize
-from tinyq_lightning.layers.parametrized import float_weight
+from tinyq_lightning.layers.own_forward import padding_of
+from tinyq_lightning.layers.weight_hooks import without_weight_hooks
 from tinyq_lightning.layers.why_float import why_holds_more, why_more_than, why_weight
 from tinyq_lightning.methods import METHODS, KernelName
 
@@ -72,10 +74,11 @@ class ConvKind(Kind):
 
     @override
     def plain(self, layer: nn.Module) -> nn.Module:
-        if not parametrize.is_parametrized(layer):
+        computed = parametrize.is_parametrized(layer) or bool(sources_of(layer))
+        if not computed or padding_of(layer) is not None:
             return layer
         plain = object.__new__(_torchs(layer))
-        vars(plain).update(vars(layer))
+        vars(plain).update({**vars(layer), "_forward_pre_hooks": without_weight_hooks(layer)})
         held = {"weight": float_weight(layer).detach(), "bias": cast("Tensor | None", layer.bias)}
         parameters = {name: None if each is None else nn.Parameter(each, False) for name, each in held.items()}
         vars(plain).update(_parameters=parameters, _modules={})

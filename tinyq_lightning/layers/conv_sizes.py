@@ -7,6 +7,7 @@ from typing import Any
 
 from tinyq_lightning.kernels import ConvShape
 from tinyq_lightning.layers.kind import WeightSize
+from tinyq_lightning.layers.own_forward import padding_of
 
 __all__ = [
     "conv_shape",
@@ -26,11 +27,16 @@ def weight_size(layer: Any) -> WeightSize:
 def conv_shape(layer: Any) -> ConvShape:
     """What the choice among kernels depends on, of a float or a quantized convolution."""
     places = math.prod(layer.kernel_size)
-    unmoved = layer.padding_mode == "zeros" and layer.padding in ("valid", "same", (0,) * len(layer.kernel_size))
+    own = padding_of(layer)
+    unmoved = (
+        own is None
+        and layer.padding_mode == "zeros"
+        and layer.padding in ("valid", "same", (0,) * len(layer.kernel_size))
+    )
     channels = layer.in_channels // layer.groups
     pointwise = unmoved and places == 1 and layer.groups == 1 and channels > 1 and not layer.transposed
     dims = len(layer.kernel_size)
-    padding = (0,) if isinstance(layer.padding, str) else layer.padding
+    padding = (0,) if own is not None or isinstance(layer.padding, str) else layer.padding
     alike = all(len(set(each)) == 1 for each in (layer.kernel_size, layer.stride, padding))
     width, stride = layer.kernel_size[0], layer.stride[0]
     usual = (

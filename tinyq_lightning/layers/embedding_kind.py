@@ -12,10 +12,10 @@ from typing_extensions import override
 
 from tinyq_lightning.kernels import Choice, choose_lookup_kernel
 from tinyq_lightning.layers.behaviour import computes_scaled_embedding
+from tinyq_lightning.layers.computed import float_weight
 from tinyq_lightning.layers.embedding import QuantizedEmbedding, QuantizedEmbeddingBag, ScaledQuantizedEmbedding
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
-from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.why_float import is_torchs, why_holds_more, why_more_than, why_own_way, why_weight
 from tinyq_lightning.methods import METHODS, KernelName

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tinyq_lightning.kernels import Choice, dequantize, four_bit_bytes
+from tinyq_lightning.layers.computed import float_weight, sources_of, take_weight
 from tinyq_lightning.layers.int8_weight import Int8Weight
-from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.methods import METHODS, KernelName, with_bits
 
@@ -173,8 +172,11 @@ class Kind(ABC):
     def make_empty(self, layer: Any, method: str, kernel: KernelName) -> QuantizedLayer:
         """A quantized layer of the sizes of a float one, for ``load_state_dict`` to fill."""
 
-    def restore(self, layer: nn.Module, original: nn.Module, quantized: QuantizedLayer) -> None:
+    def restore(self, layer: nn.Module, original: nn.Module, quantized: QuantizedLayer) -> bool:
         """Give a float layer the dequantized weights, and the biases, of the quantized layer that stood for it.
+
+        Returns:
+            False if it keeps a weight that it had, because it computes it and not back.
 
         Args:
             layer: the float layer, as a :class:`Candidate` has it.
@@ -182,20 +184,25 @@ class Kind(ABC):
             quantized: the quantized layer.
         """
         layer.to(quantized.device, quantized.dtype)
-        weights, sizes = quantized.coded_weights(), self.sizes(quantized)
+        weights, sizes, taken = quantized.coded_weights(), self.sizes(quantized), True
         with torch.no_grad():
             for name, codes in weights.items():
                 rows = sizes[name].to_rows(codes.int8_weights)
                 values = sizes[name].from_rows(dequantize(rows, codes.scales, quantized.dtype))
-                if parametrize.is_parametrized(layer, name):
-                    with suppress(NotImplementedError):  # a parametrization that has no inverse
+                if sources_of(layer, name):
+                    taken &= take_weight(layer, values, name)
+                elif parametrize.is_parametrized(layer, name):
+                    try:
                         setattr(layer, name, values)
+                    except NotImplementedError:  # a parametrization that has no inverse
+                        taken = False
                 else:
                     cast(Tensor, getattr(layer, name)).data.copy_(values)
             for name, kept in quantized._parameters.items():
                 own = getattr(layer, name, None)
                 if kept is not None and name not in weights and isinstance(own, nn.Parameter):
                     own.data.copy_(kept)
+        return taken
 
     def is_quantized(self, module: object) -> bool:
         """Whether ``module`` is a quantized layer of this kind."""

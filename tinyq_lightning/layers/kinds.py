@@ -15,13 +15,13 @@ from tinyq_lightning.layers.behaviour import (
     forward_takes_one_input,
     multiplies_matrices,
 )
+from tinyq_lightning.layers.computed import float_weight
 from tinyq_lightning.layers.conv_kind import ConvKind
 from tinyq_lightning.layers.embedding_kind import EmbeddingBagKind, EmbeddingKind
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.linear import LAYERS, QuantizedLinear
 from tinyq_lightning.layers.matrix import MatrixKind
-from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.recurrent_kind import RecurrentKind
 from tinyq_lightning.layers.why_float import (
@@ -114,15 +114,15 @@ class LikeLinearKind(LinearKind):
         why = why or why_holds_more(module)
         yield Candidate(self, layer, {"weight": (module, "weight")}, why)
 
-    def restore(self, layer: nn.Module, original: nn.Module, quantized: QuantizedLayer) -> None:
+    def restore(self, layer: nn.Module, original: nn.Module, quantized: QuantizedLayer) -> bool:
         if layer.weight is original._parameters["weight"]:
-            super().restore(layer, original, quantized)
-            return
+            return super().restore(layer, original, quantized)
         original.to(quantized.device, quantized.dtype)  # would leave the transposed view behind
         with torch.no_grad():
             cast(Tensor, original.weight).data.copy_(quantized.coded_weights()["weight"].dequantize().t())
             if (bias := original._parameters["bias"]) is not None:
                 bias.data.copy_(cast(Tensor, quantized.bias))
+        return True
 
 
 class AttentionKind(LinearKind):

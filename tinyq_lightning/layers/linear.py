@@ -29,10 +29,10 @@ from tinyq_lightning.kernels import (
     takes_integers,
     wanted_kernel,
 )
+from tinyq_lightning.layers.computed import float_weight
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import leaf_call
 from tinyq_lightning.layers.multiplying import MultiplyingLayer
-from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [

@@ -12,11 +12,11 @@ from typing_extensions import Self
 
 from tinyq_lightning.errors import ReadOnlyWeightError
 from tinyq_lightning.kernels import Choice, choose_recurrent_kernel, in_transform
+from tinyq_lightning.layers.computed import float_weight
 from tinyq_lightning.layers.float_copies import FloatCopies
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 from tinyq_lightning.layers.named_codes import NamedCodes
-from tinyq_lightning.layers.parametrized import float_weight
 from tinyq_lightning.methods import METHODS
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from tinyq_lightning.layers.parametrized import float_weight
+from tinyq_lightning.layers.computed import float_weight
 
 __all__ = [
     "step_inputs",

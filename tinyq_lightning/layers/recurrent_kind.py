@@ -42,7 +42,7 @@ class RecurrentKind(Kind):
     @override
     def candidates(self, module: nn.Module, closed: str | None) -> Iterator[Candidate]:
         names, biases = weight_shapes(module), bias_names(module)
-        reasons = (why_weight(module, name) for name in names)
+        reasons = (why_weight(module, name, hooks=False) for name in names)
         why = closed or why_own_way(module, _torch_class(module)) or next(filter(None, reasons), None)
         why = why or _why_bias(module, biases) or why_holds_more(module, {*names, *biases}) or _why_mixed(module, names)
         yield Candidate(self, module, {name: (module, name) for name in names}, why)

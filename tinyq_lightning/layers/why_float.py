@@ -16,6 +16,8 @@ from tinyq_lightning.layers.behaviour import (
     computes_scaled_embedding,
     forward_takes_one_input,
 )
+from tinyq_lightning.layers.computed import sources_of
+from tinyq_lightning.layers.own_forward import OWN_FUNCTIONS, own_forward
 
 __all__ = [
     "is_torchs",
@@ -74,7 +76,7 @@ def why_own_way(module: nn.Module, base: Any, forward: bool = False) -> str | No
         return why
     own = {name for each in kind.__mro__[: kind.__mro__.index(base)] for name in vars(each)}
     own = {name for name in own - _HARMLESS if not name.startswith("__") or name in _TELLING}
-    own -= {"forward"} if forward else set()
+    own -= set(OWN_FUNCTIONS) if forward else set()
     own -= static_functions(module).keys()
     return f"{kind.__name__} adds {', '.join(sorted(own))} to nn.{base.__name__}" if own else None
 
@@ -131,23 +133,41 @@ def why_more_than(module: nn.Module, base: Any) -> str | None:
     if isinstance(module._parameters.get("weight"), UninitializedParameter):
         return None  # an error, unless it is left float
     why = why_own_way(module, base)
-    if why is None or is_torchs(module, base) or parametrize.is_parametrized(module):
+    if why is None or parametrize.is_parametrized(module) or why_replaced(module):
         return why
+    return why_own_way(module, base, forward=True) if _is_known(module, base) else why
+
+
+def _is_known(module: nn.Module, base: Any) -> bool:
+    """Whether what the forward of a subclass computes is known."""
+    if own_forward(module) is not None:
+        return True
     weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point() or not forward_takes_one_input(module):
-        return why
-    same = computes_linear(module) if base is nn.Linear else computes_scaled_embedding(module) is not None
-    return why_own_way(module, base, forward=True) if same else why
+    if is_torchs(module, base) or weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        return False
+    if not forward_takes_one_input(module):
+        return False
+    return computes_linear(module) if base is nn.Linear else computes_scaled_embedding(module) is not None
 
 
-def why_weight(module: nn.Module, name: str = "weight") -> str | None:
-    """Why a weight cannot be replaced by codes; None if it can."""
+def why_weight(module: nn.Module, name: str = "weight", hooks: bool = True) -> str | None:
+    """Why a weight cannot be replaced by codes; None if it can.
+
+    Args:
+        module: the layer.
+        name: of the weight.
+        hooks: whether one that a hook of torch computes can be.
+    """
     weight = module._parameters.get(name)
     if isinstance(weight, UninitializedParameter) or parametrize.is_parametrized(module, name):
         return None
+    if weight is None and hooks and sources_of(module, name):
+        return None
     if weight is None:
-        hooks = module._forward_pre_hooks.values()
-        named = [hook for hook in hooks if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))]
+        attached = module._forward_pre_hooks.values()
+        named = [
+            hook for hook in attached if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
+        ]
         return "its weight is computed by " + (f"the hook {type(named[0]).__name__}" if named else "a hook")
     for what, tensor in ((name, weight), ("bias", module._parameters.get("bias"))):
         if tensor is not None and type(tensor) is not nn.Parameter:
@@ -167,7 +187,9 @@ def why_holds_more(module: nn.Module, known: Collection[str] = ("weight", "bias"
         module: the layer.
         known: the parameters that a layer of its kind has.
     """
-    held: dict[str, Any] = {**module._parameters, **module._modules}
+    known = {*known, *sources_of(module)}
+    modules = module._modules if own_forward(module) is None else {}  # its own only pad
+    held: dict[str, Any] = {**module._parameters, **modules}
     scaled = isinstance(module, nn.Embedding) and not is_torchs(module, nn.Embedding)
     # The factor of a scaled embedding is carried over as a number, so a file must not hold another.
     kept = module._non_persistent_buffers_set if scaled else set()
@@ -176,7 +198,7 @@ def why_holds_more(module: nn.Module, known: Collection[str] = ("weight", "bias"
         held.pop(str(name), None)
         if str(name) in known:
             held.pop("parametrizations", None)
-    if more := sorted(held.keys() - set(known)):
+    if more := sorted(held.keys() - known):
         return f"it holds {', '.join(more)} besides its weight"
     own = next((what for key, what in _STATE_HOOKS.items() if _of_others(module, vars(module).get(key))), None)
     return f"it has {own}" if own else None

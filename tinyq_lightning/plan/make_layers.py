@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.kernels import joint_sqnr_db, quantize_groups_with_sqnr, quantize_per_row_with_sqnr
-from tinyq_lightning.layers import Int8Weight, QuantizedLayer, WeightSize, static_functions
+from tinyq_lightning.layers import Int8Weight, QuantizedLayer, WeightSize, static_functions, without_weight_hooks
 from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan.plan import Plan
 from tinyq_lightning.plan.sites import Site
@@ -105,10 +105,12 @@ def _quantized(weight: Tensor, size: WeightSize, bits: int) -> tuple[Int8Weight,
 
 def carry_over(site: Site, layer: nn.Module) -> None:
     """Give ``layer`` the hooks, the mode, and the user's attributes and buffers of the layer it stands for."""
-    original, left_behind = site.original, site.kind.left_behind | _OF_THE_FLOAT_LAYER
-    for name, value in {**static_functions(original), **vars(original)}.items():
+    original, left_behind = site.original, site.kind.left_behind | _OF_THE_FLOAT_LAYER | site.computed_from
+    held = {**static_functions(original), **vars(original), "_forward_pre_hooks": without_weight_hooks(original)}
+    for name, value in held.items():
         if name in _HOOKS or (name not in vars(layer) and name not in left_behind):
             vars(layer)[name] = value
     for name, buffer in original._buffers.items():
-        layer.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
+        if name not in left_behind:
+            layer.register_buffer(name, buffer, persistent=name not in original._non_persistent_buffers_set)
     layer.train(site.training)

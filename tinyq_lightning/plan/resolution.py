@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.kernels import Choice, count_non_finite
-from tinyq_lightning.layers import QuantizedLayer
+from tinyq_lightning.layers import QuantizedLayer, why_fixed
 from tinyq_lightning.methods import METHODS, KernelName
 from tinyq_lightning.plan.bits import method_of, with_common_bits
 from tinyq_lightning.plan.checks import check_patterns, is_on, sites_for
@@ -141,7 +141,9 @@ def _decision(site: Site, wanted: Wanted, tied: Sequence[Decision], kernel: Kern
     extra = sum(
         kept.numel() * kept.element_size()
         for name, kept in held.items()
-        if name not in site.weights and isinstance(kept, Tensor) and not isinstance(kept, UninitializedParameter)
+        if name not in {*site.weights, *site.computed_from}
+        and isinstance(kept, Tensor)
+        and not isinstance(kept, UninitializedParameter)
     )
     sizes = [] if tied else list(site.sizes.values())
     float_bytes = extra + sum(size.count for size in sizes) * site.dtype.itemsize
@@ -151,6 +153,7 @@ def _decision(site: Site, wanted: Wanted, tied: Sequence[Decision], kernel: Kern
         method, why = method_of(site, method)
         if why is not None:
             reason, asked = f"{reason}; {why}", wanted.method
+        reason = "; ".join((reason, *filter(None, (why_fixed(site.module, name) for name in site.weights))))
     choice = _kernel(site, method, kernel)
     others = [each.kernel for each in tied if each.kernel is not None]
     beside = choice.bytes_beside(others) if others and choice is not None else 0

@@ -21,6 +21,7 @@ from tinyq_lightning.layers import (
     bare_matrix,
     has_inner_layers,
     kind_of,
+    sources_of,
     why_closed,
 )
 from tinyq_lightning.plan.references import CompiledPlace, Place, find_references, place_in
@@ -97,6 +98,12 @@ class Site:
     def is_parametrized(self) -> bool:
         """Whether a weight is made anew each time that it is read."""
         return parametrize.is_parametrized(self.module)
+
+    @property
+    def computed_from(self) -> frozenset[str]:
+        """The weights that are no parameters, and the parameters and buffers that hooks or the forward compute from."""
+        sources = {name: sources_of(self.module, name) for name in self.weights}
+        return frozenset(each for name, found in sources.items() if found for each in (name, *found))
 
     @property
     def sizes(self) -> Mapping[str, WeightSize]:
@@ -287,7 +294,8 @@ def _with_ties(sites: list[Site], model: nn.Module) -> list[Site]:
             found: dict[str, str] = {}
             for tensor, owner in weights_of(holder, attribute):
                 for module, name, path, same in memory.holders(tensor):
-                    if module is owner and same and (owner is not holder or name == attribute):
+                    own = owner is not holder or name == attribute or name in sources_of(holder, attribute)
+                    if module is owner and same and own:
                         continue
                     partner = owners.get((id(module), name))
                     if partner is None or not same or not _shares(site, weight, partner, (module, name)):
@@ -304,6 +312,8 @@ def _with_ties(sites: list[Site], model: nn.Module) -> list[Site]:
 
 def _shares(site: Site, weight: str, partner: Site, place: tuple[nn.Module, str]) -> bool:
     """Whether two layers would have the same codes for a tensor that is a weight of both."""
+    if any(sources_of(holder, name) for each in (site, partner) for holder, name in each.weights.values()):
+        return False
     names = list(partner.weights)
     other = next(name for name, (module, held) in partner.weights.items() if module is place[0] and held == place[1])
     if names.index(other) != list(site.weights).index(weight) or len(names) != len(site.weights):

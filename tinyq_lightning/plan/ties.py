@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from tinyq_lightning.layers import (
     Int8Weight,
+    sources_of,
 )
 from tinyq_lightning.plan.wrappers import users_path
 
@@ -72,6 +73,7 @@ def weights_of(holder: nn.Module, name: str) -> Iterator[tuple[Tensor, nn.Module
         for module in holder.parametrizations[name].modules():  # type: ignore[index, union-attr]
             yield from ((tensor, module) for tensor in module._parameters.values() if tensor is not None)
     else:
-        tensor = holder._parameters.get(name, holder._buffers.get(name))
-        if tensor is not None:
-            yield tensor, holder
+        for each in sources_of(holder, name) or (name,):
+            tensor = holder._parameters.get(each, holder._buffers.get(each))
+            if tensor is not None:
+                yield tensor, holder

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from tinyq_lightning.file import HookView, copied, is_quantized, restore_structure, without_training_entries
 from tinyq_lightning.layers import QuantizedLayer
@@ -69,8 +69,14 @@ class QuantizedStart:
     def close(self) -> None:
         """Put the float layers back; with the dequantized weights, able to train, if those were loaded."""
         vars(self._connector).pop("restore_model", None)
+        left = []
         for site, layer in self._made:
-            if self._loaded:  # else the quantized layers are empty
-                site.kind.restore(site.module, site.original, layer)
+            if self._loaded and not site.kind.restore(site.module, site.original, layer):
+                left.append(site.name)
             site.put(site.module)
         self._made = []
+        if left:
+            rank_zero_warn(
+                f"TinyQ: {', '.join(left)}: a layer that computes its weight from others cannot be given the one of "
+                "the quantized file, and has the float weights it had before: load a float checkpoint to train on"
+            )
