@@ -15,15 +15,14 @@ from tinyq_lightning.kernels.weights import predicted_sqnr_db
 from tinyq_lightning.layers.conv import QuantizedConv
 
 
-class Standardized(nn.Conv2d):
+class Activated(nn.Conv2d):
     def forward(self, x):
-        weight = self.weight - self.weight.mean((1, 2, 3), True)
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, self.weight, self.bias).relu()
 
 
 class Turned(nn.Conv2d):
     def _conv_forward(self, input, weight, bias):
-        return super()._conv_forward(input, weight.flip(-1), bias)
+        return super()._conv_forward(input.flip(-1), weight, bias)
 
 
 class Named(nn.Conv2d):
@@ -34,9 +33,7 @@ class Named(nn.Conv2d):
 
 
 def test_what_is_more_than_a_convolution_stays_float_with_the_reason():
-    model = nn.Sequential(
-        Standardized(4, 8, 3), Turned(8, 8, 3), Named(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
-    )
+    model = nn.Sequential(Activated(4, 8, 3), Turned(8, 8, 3), Named(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     model[3].register_buffer("mask", torch.ones(8, 8, 3, 3))
     reasons = [decision.reason for decision in quantize(model, "w8a32")]
     assert "forward of its own" in reasons[0]

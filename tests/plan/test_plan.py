@@ -188,11 +188,14 @@ def test_a_forward_replaced_on_the_instance_stays_float():
     assert decisions(model)["0"] == ("float", "its forward was replaced")
 
 
-def test_pruned_weights_stay_float_and_parametrized_ones_do_not():
+def test_weights_that_are_computed_are_quantized_and_the_plan_says_what_is_fixed():
     model = nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4)))
     prune.random_unstructured(model[0], "weight", amount=0.5)
     assert decisions(model) == {
-        "0": ("float", "its weight is computed by the hook RandomUnstructured"),
+        "0": (
+            "w8a32",
+            "spec; its weight is fixed as RandomUnstructured computes it from weight_orig, weight_mask",
+        ),
         "1": ("w8a32", "spec"),
     }
 

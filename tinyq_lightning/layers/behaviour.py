@@ -216,6 +216,7 @@ def _largest(tensor: Tensor) -> float:
 
 
 def gradient(output: Tensor, x: Tensor) -> Tensor:
+    """Of the sum of squares of an output; NaN if it has none."""
     if not output.requires_grad:
         return torch.full_like(x, torch.nan)
     return torch.autograd.grad(output.square().sum(), x)[0]

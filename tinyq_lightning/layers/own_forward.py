@@ -310,7 +310,7 @@ class _Trial:
             return None
 
     def _check_types(self, padding: OwnPadding | None) -> None:
-        """Raise if the forward does not keep the dtype of the layer as torch's does, or goes its own way by autocast."""
+        """Raise if the forward does not keep the dtype of the layer as torch's does, or does not follow autocast."""
         own, single = self._made(self._described.dtype), self._made(torch.float32)
         x = _input(own, 3, self._described.dtype).normal_(generator=_generator(2))
         got, call = self._run(x, own)

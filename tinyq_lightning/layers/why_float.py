@@ -164,10 +164,8 @@ def why_weight(module: nn.Module, name: str = "weight", hooks: bool = True) -> s
     if weight is None and hooks and sources_of(module, name):
         return None
     if weight is None:
-        attached = module._forward_pre_hooks.values()
-        named = [
-            hook for hook in attached if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))
-        ]
+        before = module._forward_pre_hooks.values()
+        named = [hook for hook in before if name in (getattr(hook, "name", None), getattr(hook, "_tensor_name", None))]
         return "its weight is computed by " + (f"the hook {type(named[0]).__name__}" if named else "a hook")
     for what, tensor in ((name, weight), ("bias", module._parameters.get("bias"))):
         if tensor is not None and type(tensor) is not nn.Parameter:
