@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from tinyq_lightning import QuantizedCheckpointMixin, TinyQCallback, load_quantized, quantize, quantized
-from tinyq_lightning.file import Archive, quantize_file, write_checkpoint
+from tinyq_lightning.file import Archive, FloatFile, quantize_file, write_checkpoint
 from tinyq_lightning.layers import QuantizedConv, float_weight, kind_of
 from tinyq_lightning.layers.own_forward import own_forward
 from tinyq_lightning.spec import as_spec
@@ -395,6 +395,7 @@ def test_files_of_a_training_load_bit_equal_by_every_door(tmp_path):
     assert kept.names == set(state)
 
     with Archive(keep.best_model_path) as source:
+        assert FloatFile(source, Images, {}).loaded  # for the hook of weight_norm
         content, _ = quantize_file(source, Images, as_spec("w8a32"), {})
     write_checkpoint(content, str(tmp_path / "streamed.ckpt"))
     for other in (
@@ -405,3 +406,19 @@ def test_files_of_a_training_load_bit_equal_by_every_door(tmp_path):
         assert torch.equal(other.eval()(x), wanted)
         assert other.state_dict().keys() == state.keys()
         assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+
+
+def test_a_file_is_quantized_by_layer_without_the_float_model_in_memory(tmp_path):
+    def make():
+        return nn.Sequential(StandardizedSame(4, 8, 3, stride=2), nn.ReLU(), Same(8, 8, 3, stride=2), Flipped(8, 4, 1))
+
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(2, 4, 13, 14)
+    torch.save(model.state_dict(), tmp_path / "float.pt")
+    with Archive(str(tmp_path / "float.pt")) as source:
+        assert not FloatFile(source, make, {}).loaded
+        content, coverage = quantize_file(source, make, as_spec("w8a8"), {})
+    write_checkpoint(content, str(tmp_path / "int8.ckpt"))
+    quantize(model, "w8a8")
+    assert coverage.quantized_layers == 3
+    assert torch.equal(load_quantized(str(tmp_path / "int8.ckpt"), make).eval()(x), model(x))

@@ -252,6 +252,7 @@ def own_functions(kind: type, names: Collection[str] = ("forward",)) -> Iterator
         yield from (vars(each)[name] for name in names if name in vars(each))
 
 
+@lru_cache(maxsize=1024)
 def writes(function: Callable[..., Any]) -> bool:
     """Whether a function may change anything but its own names, so that to try it would leave a trace."""
     code = getattr(inspect.unwrap(function), "__code__", None)

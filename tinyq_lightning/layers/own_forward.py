@@ -99,7 +99,8 @@ def computed_weight(module: nn.Module) -> Tensor:
     twin = object.__new__(type(module))
     vars(twin).update({**vars(module), "training": False})
     watch = _Watch(_PRODUCTS[base], stops=True)
-    with torch.no_grad(), torch.autocast(held.device.type, enabled=False), suppress(_StopError), watch:
+    device = "cpu" if held.is_meta else held.device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False), suppress(_StopError), watch:
         type(twin).forward(twin, _input(twin, 0, held.dtype, held.device))
     return cast(Tensor, watch.calls[0]["weight"])
 
