@@ -182,6 +182,7 @@ def test_rows_of_the_weight_times_what_they_are_multiplied_with_is_the_output(na
     assert torch.allclose(product, wanted, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_padding_by_the_size_of_the_input_is_right_in_graphs_of_any_size(dynamic):
     model = nn.Sequential(Same(3, 8, 3, stride=2), nn.ReLU(), StandardizedSame(8, 8, 4, stride=3)).eval()
@@ -190,11 +191,13 @@ def test_padding_by_the_size_of_the_input_is_right_in_graphs_of_any_size(dynamic
     exported = torch.export.export(
         copy.deepcopy(model), (torch.randn(2, 3, 31, 18),), dynamic_shapes=({2: torch.export.Dim("height", min=30)},)
     ).module()
+    traced = torch.jit.trace(model, torch.randn(2, 3, 31, 18))
     with torch.no_grad():
         for height in (31, 32, 33, 40, 41):
             x = torch.randn(2, 3, height, 18)
             assert torch.allclose(compiled(x), model(x), atol=1e-5)
             assert torch.allclose(exported(x), model(x), atol=1e-5)
+            assert torch.allclose(traced(x), model(x), atol=1e-5)
 
 
 class Activated(nn.Conv2d):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "OwnPadding",
@@ -32,13 +33,14 @@ class OwnPadding:
 
         Args:
             layer: a convolution, float or quantized.
-            sizes: of the input.
+            sizes: of the input; tensors while ``torch.jit`` traces, symbols in graphs.
         """
         if self.ends is not None:
             return list(self.ends)
         ends: list[int] = []
         for size, width, step, gap in zip(sizes, layer.kernel_size, layer.stride, layer.dilation, strict=True):
             places = (size + step - 1) // step
-            total = torch.sym_max((places - 1) * step + (width - 1) * gap + 1 - size, 0)  # type: ignore[no-untyped-call]
+            more: Any = (places - 1) * step + (width - 1) * gap + 1 - size
+            total = more.clamp(min=0) if isinstance(more, Tensor) else torch.sym_max(more, 0)  # type: ignore[no-untyped-call]
             ends = [total // 2, total - total // 2, *ends]
         return ends
