@@ -41,6 +41,6 @@ class OwnPadding:
         for size, width, step, gap in zip(sizes, layer.kernel_size, layer.stride, layer.dilation, strict=True):
             places = (size + step - 1) // step
             more: Any = (places - 1) * step + (width - 1) * gap + 1 - size
-            total = more.clamp(min=0) if isinstance(more, Tensor) else torch.sym_max(more, 0)  # type: ignore[no-untyped-call]
+            total: Any = more.clamp(min=0) if isinstance(more, Tensor) else torch.sym_max(more, 0)  # type: ignore[no-untyped-call]
             ends = [total // 2, total - total // 2, *ends]
         return ends
