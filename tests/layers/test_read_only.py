@@ -97,6 +97,10 @@ def test_writing_to_a_view_of_the_weight_is_the_same_error(view, write):
     layer = quantized_layer()
     wanted = view(layer.dequantize())
     assert torch.equal(view(layer.weight), wanted)
+    with torch.inference_mode():
+        assert torch.equal(view(layer.weight), wanted)
+        weight = layer.weight
+    assert torch.equal(view(weight), wanted)
     with pytest.raises(ReadOnlyWeightError, match=r"would be lost.*\.quantize\(weight\).*\.clone\(\)"):
         write(view(layer.weight))
     got = view(layer.weight).clone()

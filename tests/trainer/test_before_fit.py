@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchmetrics import MeanSquaredError, MetricCollection
 
-from tinyq_lightning import TinyQCallback
-from tinyq_lightning.errors import ModelError, SpecError
+from tinyq_lightning import TinyQCallback, load_quantized
+from tinyq_lightning.errors import CheckpointError, ModelError, SpecError
 
 
 class Counts(Net):
@@ -156,6 +156,33 @@ def test_hyper_parameters_that_no_file_can_hold_are_named_before_training(tmp_pa
         run = trainer(tmp_path, TinyQCallback(report=False), max_epochs=0)
         with pytest.warns(UserWarning, match=re.escape(f"will not have these hyper-parameters: {names}")):
             run.fit(Configured(config), loader(), loader(seed=1))
+
+
+class Scheduled(Net):
+    """Has a hyper-parameter that a Trainer takes out before it runs, since it cannot be pickled."""
+
+    def __init__(self, width=3, schedule=None, net=None):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+@pytest.mark.filterwarnings("ignore:Attribute .* removed from hparams:UserWarning")
+@pytest.mark.parametrize("given", [{"schedule": lambda step: 0.5}, {"net": {"depth": 2, "act": lambda x: x}}])
+def test_hyper_parameters_that_the_trainer_removes_are_asked_for_by_name(tmp_path, given):
+    ((name, value),) = given.items()
+    dropped = "net.act" if name == "net" else name
+    callback = TinyQCallback(report=False, strict=True)
+    with pytest.warns(UserWarning, match=rf"will not have these hyper-parameters: Scheduled\.{dropped}\."):
+        trainer(tmp_path, keeper(tmp_path), callback).fit(Scheduled(**given), loader(), loader(seed=1))
+    assert (
+        "hyper_parameters" not in torch.load(callback.float_path)
+        or name not in (torch.load(callback.float_path)["hyper_parameters"])
+    )
+    with pytest.raises(CheckpointError, match=f"the file could not hold {dropped}, which Scheduled was made with"):
+        load_quantized(callback.quantized_path, Scheduled)
+    loaded = load_quantized(callback.quantized_path, Scheduled, **given)
+    assert loaded.hparams[name] is value
+    assert loaded.hparams["width"] == 3
 
 
 @pytest.mark.parametrize(("when", "said"), [("fit_end", "will not have"), ("test_start", "were left out")])

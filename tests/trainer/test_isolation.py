@@ -19,7 +19,7 @@ from models import Data, Net, keeper, loader, trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from tinyq_lightning import TinyQCallback, quantized
+from tinyq_lightning import TinyQCallback, quantize, quantized
 from tinyq_lightning.trainer.batches import KeptBatches, batch_digest
 from tinyq_lightning.trainer.isolation import Snapshot
 
@@ -570,3 +570,33 @@ def test_data_modules_have_their_loaders(tmp_path):
     callback = TinyQCallback("w8a32", report=False, save=False, strict=True)
     trainer(tmp_path, callback, max_epochs=1).fit(AsksItsTrainer(), datamodule=Data())
     assert callback.results["rows"]["w8a32"] == 192
+
+
+class KeepsAWeight(Net):
+    """Keeps the weight of a layer, and views of it and of a buffer, from one hook to the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(3))
+
+    def on_test_start(self):
+        self.kept = [layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)]
+        self.rows, self.last = self.kept[0][:2], self.sums[1:]
+
+    def test_step(self, batch, batch_idx):
+        super().test_step(batch, batch_idx)
+        self.sums += 1
+        self.log("kept", sum(weight.square().sum() for weight in self.kept) + self.rows.sum() + self.last.sum())
+
+
+def test_a_weight_that_a_module_keeps_is_that_of_the_model_which_is_tested(tmp_path):
+    callback, module = TinyQCallback("w4a8", when="test_start", report=False, save=False, strict=True), KeepsAWeight()
+    wanted = trainer(tmp_path).test(module, loader(), verbose=False)[0]["kept"]
+    module.sums.zero_()
+    trainer(tmp_path, callback).test(module, loader(), verbose=False)
+    module.sums.zero_()
+    quantize(module, "w4a8")
+    int8 = trainer(tmp_path).test(module, loader(), verbose=False)[0]["kept"]
+    assert callback.results["kept"]["float"] == pytest.approx(wanted)
+    assert callback.results["kept"]["w4a8"] == pytest.approx(int8)
+    assert wanted != pytest.approx(int8)

@@ -26,11 +26,18 @@ from tinyq_lightning.file.state import check_state
 from tinyq_lightning.file.structure import restore_structure
 from tinyq_lightning.file.trust import import_class, import_lightning_class, import_named
 from tinyq_lightning.file.typed import escaped, typed_entries
-from tinyq_lightning.file.validate import apart_from_weights, check_format, is_quantized, without_training_entries
+from tinyq_lightning.file.validate import (
+    HYPER_PARAMETERS,
+    apart_from_weights,
+    check_format,
+    is_quantized,
+    without_training_entries,
+)
 from tinyq_lightning.file.weightless import drop_weak_references
 from tinyq_lightning.file.writable import why_not_writable
 
 __all__ = [
+    "HYPER_PARAMETERS",
     "Archive",
     "ByLayer",
     "FloatFile",

@@ -75,7 +75,7 @@ def is_same_memory(tensor: Tensor, other: Tensor | None) -> bool:
     """Return True if both lie in the same memory, also where a transform of ``torch.func`` has wrapped ``tensor``."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    return other is not None and bool(torch._C._is_alias_of(tensor, other))
+    return other is not None and bool(torch._C._is_alias_of(tensor, other))  # type: ignore[attr-defined]
 
 
 def is_exporting() -> bool:

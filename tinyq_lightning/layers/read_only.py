@@ -160,9 +160,15 @@ def _plain(given: Any) -> Any:
 def _view(values: Tensor) -> ReadOnlyTensor:
     """A view of a weight, which has its values."""
     strides, offset = values.stride(), values.storage_offset()
-    view: ReadOnlyTensor = torch.Tensor._make_wrapper_subclass(
-        ReadOnlyTensor, values.shape, strides=strides, storage_offset=offset, dtype=values.dtype, device=values.device
-    )
+    with torch.inference_mode(False):  # as the weight is made, whose versions torch counts for its views
+        view: ReadOnlyTensor = torch.Tensor._make_wrapper_subclass(
+            ReadOnlyTensor,
+            values.shape,
+            strides=strides,
+            storage_offset=offset,
+            dtype=values.dtype,
+            device=values.device,
+        )
     view._make, view._made = None, values
     return view
 

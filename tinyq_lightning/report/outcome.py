@@ -13,7 +13,16 @@ from tinyq_lightning.handover import ExportReport
 from tinyq_lightning.plan import Coverage, Plan
 from tinyq_lightning.search import BatchTimes, LayerError, Search, Stopwatch, loses
 from tinyq_lightning.spec import QuantizationSpec
-from tinyq_lightning.trainer import FloatWeights, Measured, MethodsRun, QuantizedShards, Results, TestRun, compare
+from tinyq_lightning.trainer import (
+    FloatWeights,
+    Measured,
+    MethodsRun,
+    QuantizedShards,
+    Results,
+    TestRun,
+    compare,
+    with_removed_hyper_parameters,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -161,7 +170,8 @@ def quantized_content(
 
     def content() -> dict[str, Any]:
         results = outcome.results_as(outcome.plan.column_label)
-        return make_checkpoint(source.base, module.state_dict(), outcome.plan, results, source.sha256, loop)
+        base = with_removed_hyper_parameters(source.base, module)
+        return make_checkpoint(base, module.state_dict(), outcome.plan, results, source.sha256, loop)
 
     return content
 

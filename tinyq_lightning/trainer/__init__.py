@@ -16,6 +16,7 @@ from tinyq_lightning.trainer.float_weights import (
     tested_weights,
 )
 from tinyq_lightning.trainer.holds_run import HoldsRun
+from tinyq_lightning.trainer.hyper_parameters import with_removed_hyper_parameters
 from tinyq_lightning.trainer.isolation import preserved
 from tinyq_lightning.trainer.launched import return_to_main_process
 from tinyq_lightning.trainer.methods_run import Measured, MethodsRun
@@ -58,5 +59,6 @@ __all__ = [
     "tested_weights",
     "warn_of_no_limit",
     "warn_of_worst_checkpoint",
+    "with_removed_hyper_parameters",
     "write_on_rank_zero",
 ]

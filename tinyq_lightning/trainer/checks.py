@@ -18,6 +18,7 @@ from tinyq_lightning.file import check_folder, check_state, typed_entries, why_n
 from tinyq_lightning.namespaces import derives_from, is_overridden, namespace_of, refuse_other_namespace
 from tinyq_lightning.plan import check_model, sites_for, weights_of, why_stays_float
 from tinyq_lightning.spec import Budget, Mode, QuantizationSpec, nearest, wanted_method
+from tinyq_lightning.trainer.hyper_parameters import hyper_parameters_of
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
 from tinyq_lightning.trainer.results import directions, logged_names
 
@@ -135,7 +136,7 @@ def _check_hyper_parameters(trainer: Trainer, module: LightningModule) -> list[s
     for entry, owner in owners.items():
         name, dropped = type(owner).__name__, list[str]()
         try:
-            typed_entries(vars(owner).get("_hparams", {}) if owner is not None else {}, entry, dropped, [])
+            typed_entries({} if owner is None else hyper_parameters_of(owner), entry, dropped, [])
         except Exception as error:  # of OmegaConf, or of a value's own class
             raise ModelError(
                 f"the hyper-parameters of {name} cannot be resolved, so no checkpoint could hold them: {quoted(error)}"

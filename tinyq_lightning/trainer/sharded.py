@@ -28,6 +28,7 @@ from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.trainer.comparable import recorded_score
 from tinyq_lightning.trainer.float_weights import FloatWeights
 from tinyq_lightning.trainer.gather import Gather
+from tinyq_lightning.trainer.hyper_parameters import with_removed_hyper_parameters
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
 from tinyq_lightning.trainer.results import numbers
 from tinyq_lightning.trainer.twin import unsharded_twin, whole_class
@@ -173,6 +174,7 @@ def _quantize(
         by_layer = ByLayer(twin, read)
         plan = quantize_by_layer(twin, spec, by_layer.present)
         by_layer.fill()
+    base = with_removed_hyper_parameters(base, module)
     content = make_checkpoint(base, twin.state_dict(), plan, {}, source.sha256, None)
     return QuantizedShards(plan, float_bytes, state_bytes(content["state_dict"]), content)
 

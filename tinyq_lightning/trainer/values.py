@@ -111,8 +111,11 @@ def of_tensor(value: Tensor, weights: bool) -> State:
         if not _same_memory(value, alias):
             value.data = alias
         if copy is not None:
-            with torch.inference_mode(value.is_inference()):
-                alias.copy_(copy)
+            try:
+                with torch.inference_mode(value.is_inference()):
+                    alias.copy_(copy)
+            except RuntimeError:  # a step has made it in inference mode, a view of what has been put back outside of it
+                value.data.copy_(copy)
         if value.is_leaf and value.grad is not grad:
             value.grad = grad
         return few is None or _same_values(_few_values(alias), few)
