@@ -99,7 +99,9 @@ def of_tensor(value: Tensor, weights: bool) -> State:
 
     Of such a weight a few values are kept, which tell whether it has been changed.
     """
-    alias, grad = value.detach(), value.grad if value.is_leaf else None
+    # asked once: torch does not tell it of a view made in inference mode once its base is written to outside of that
+    is_leaf = value.is_leaf
+    alias, grad = value.detach(), value.grad if is_leaf else None
     is_weight = isinstance(value, nn.Parameter) or value.requires_grad
     counts = not value.requires_grad and value.numel() <= MAX_COUNTS
     copy = alias.clone() if not value.is_meta and (weights or not is_weight or counts) else None
@@ -111,12 +113,9 @@ def of_tensor(value: Tensor, weights: bool) -> State:
         if not _same_memory(value, alias):
             value.data = alias
         if copy is not None:
-            try:
-                with torch.inference_mode(value.is_inference()):
-                    alias.copy_(copy)
-            except RuntimeError:  # a step has made it in inference mode, a view of what has been put back outside of it
-                value.data.copy_(copy)
-        if value.is_leaf and value.grad is not grad:
+            with torch.inference_mode(value.is_inference()):
+                alias.copy_(copy)
+        if is_leaf and value.grad is not grad:
             value.grad = grad
         return few is None or _same_values(_few_values(alias), few)
 
