@@ -76,7 +76,9 @@ class _Asked(dict[Any, Any]):
         source: the file's name, for errors.
     """
 
-    def __init__(self, content: Mapping[Any, Any], absent: Iterable[str], module_class: Any, source: str) -> None:
+    def __init__(
+        self, content: Mapping[Any, Any] = {}, absent: Iterable[str] = (), module_class: Any = None, source: str = ""
+    ) -> None:
         super().__init__(content)
         self._absent, self._class, self._source = frozenset(absent), module_class, source
         self._told: set[Any] = set()
@@ -106,6 +108,9 @@ class _Asked(dict[Any, Any]):
             self._told.add(key)
             warnings.warn(f"TinyQ: {self._not_held(key, 'asks for')}", stacklevel=2)
         return super().__contains__(key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # a file or a copy is to hold a plain dict
 
     def _lacks(self, key: object) -> bool:
         return key in self._absent and key not in self.keys()

@@ -151,6 +151,9 @@ class Int8Weight(QuantizedLayer):
         own = self._forms.own_scales
         if is_same_memory(scales, own):
             return
+        plain = type(scales) is type(own) is Tensor and not in_transform() and scales.device == own.device
+        if plain and torch.equal(scales, cast(Tensor, own)):  # a copy of its own
+            return
         # of another layer that has packed its codes, or for one that has packed the codes that it shares with this one
         others = (each._forms.own_scales for each in _packed if each is not self)
         of_packed = any(other is own or is_same_memory(scales, other) for other in others)

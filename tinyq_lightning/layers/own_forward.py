@@ -2,14 +2,16 @@
 
 timm's ``ScaledStdConv2d`` multiplies by a weight that it standardizes on each call; convolutions ported from TensorFlow
 pad by the size of their input. Both are torch's product still: of a weight that does not depend on the input, and of a
-padded input. Whether a class is such a one tells no name: its forward is run on a small stand-in, the product in it is
-watched, and the results are compared with the formula that was read off, at many sizes.
+padded input. A name does not tell such a class: its forward is run on a small stand-in, the product in it is watched,
+and the results are compared with the formula that was read off, at many sizes; then by the layer's own values.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,8 +21,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 
+from tinyq_lightning.errors import ModelError
 from tinyq_lightning.layers.behaviour import (
     aside,
     forward_takes_one_input,
@@ -30,6 +32,8 @@ from tinyq_lightning.layers.behaviour import (
     writes,
 )
 from tinyq_lightning.layers.own_padding import OwnPadding
+from tinyq_lightning.layers.own_values import holds_for
+from tinyq_lightning.layers.watched import PRODUCTS, StopError, Watch, input_for, product_of, torchs_class
 
 __all__ = [
     "OWN_FUNCTIONS",
@@ -42,18 +46,14 @@ __all__ = [
 OWN_FUNCTIONS = ("forward", "_conv_forward")
 """What a subclass may have of its own."""
 
-_PRODUCTS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Linear: nn.functional.linear,
-    nn.Conv1d: torch.conv1d,
-    nn.Conv2d: torch.conv2d,
-    nn.Conv3d: torch.conv3d,
-}
-
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-
 _MODES = ("constant", "reflect", "replicate", "circular")
 
 _SCALES = (1e-8, 1.0, 1e8)  # a forward that clamps or rounds its input differs at one of them
+
+# A convolution with a stride has no more ends than these show.
+_REMAINDERS = 4
+
+_LARGEST_KERNEL = 4096  # places that one covers; larger ones take seconds to try
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
@@ -80,7 +80,13 @@ def own_forward(module: nn.Module) -> OwnForward | None:
         weight that depends on nothing but the parameters and buffers of the module.
     """
     described = _described(module)
-    return None if described is None else _tried(described)
+    if described is None:
+        return None
+    try:
+        found = _tried(described)
+    except _DrawsError:  # or a thread beside this one drew; so it is not kept
+        return None
+    return found if found is not None and holds_for(module, found.padding, bool(found.sources)) else None
 
 
 def padding_of(layer: nn.Module) -> OwnPadding | None:
@@ -93,15 +99,17 @@ def padding_of(layer: nn.Module) -> OwnPadding | None:
 
 def computed_weight(module: nn.Module) -> Tensor:
     """The weight that a module with :attr:`OwnForward.sources` multiplies by, computed once as in eval mode."""
-    base = _torchs(module)
+    base = torchs_class(module)
     assert base is not None
     held = cast(Tensor, module._parameters["weight"])
     twin = object.__new__(type(module))
     vars(twin).update({**vars(module), "training": False})
-    watch = _Watch(_PRODUCTS[base], stops=True)
+    watch = Watch(PRODUCTS[base], stops=True)
     device = "cpu" if held.is_meta else held.device.type
-    with torch.no_grad(), torch.autocast(device, enabled=False), suppress(_StopError), watch:
-        type(twin).forward(twin, _input(twin, 0, held.dtype, held.device))
+    with torch.no_grad(), torch.autocast(device, enabled=False), suppress(StopError), watch:
+        type(twin).forward(twin, input_for(twin, 0, held.dtype, held.device))
+    if not watch.calls:
+        raise ModelError(f"{type(module).__name__} computes no weight for an input of zeros: leave it float")
     return cast(Tensor, watch.calls[0]["weight"])
 
 
@@ -121,7 +129,7 @@ class _Described:
         attributes: what the module holds besides tensors and modules, of few channels.
         parameters: shape, of few channels, and dtype of each; None for one that is not there.
         buffers: likewise.
-        modules: those in it, which hold no tensors.
+        modules: copies of those in it, which hold no tensors.
     """
 
     kind: Any
@@ -135,14 +143,10 @@ class _Described:
     modules: Mapping[str, nn.Module | None] = field(compare=False)
 
 
-def _torchs(module: nn.Module) -> type[nn.Module] | None:
-    return next((base for base in _PRODUCTS if isinstance(module, base)), None)
-
-
 def _described(module: nn.Module) -> _Described | None:
     """What is to be known of a module to try its forward; None if it has none of its own, or too much to be known."""
     kind: Any = type(module)
-    base: Any = _torchs(module)
+    base: Any = torchs_class(module)
     if base is None or not any(getattr(kind, name, None) is not getattr(base, name, None) for name in OWN_FUNCTIONS):
         return None
     functions = tuple(own_functions(kind, OWN_FUNCTIONS))
@@ -155,11 +159,19 @@ def _described(module: nn.Module) -> _Described | None:
     if None in below:
         return None
     own, small = vars(nn.Module()), _small_sizes(base, module)
-    attributes = {name: value for name, value in vars(module).items() if name not in own and _is_plain(value)}
+    attributes = {name: value for name, value in vars(module).items() if name not in own}
+    kernel = zip(getattr(module, "kernel_size", ()), getattr(module, "dilation", ()), strict=True)
+    if not _is_plain(list(attributes.values())) or math.prod(gap * width for width, gap in kernel) > _LARGEST_KERNEL:
+        return None
     attributes |= {name: size for name, size in small.items() if name in attributes}
     parameters, buffers = (_small_tensors(held, weight, small) for held in (module._parameters, module._buffers))
-    told = repr((attributes, parameters, buffers, list(module._modules), below))
-    held = dict(module._modules)
+    outside = [
+        {name: value for name in each.__code__.co_names if _is_plain(value := each.__globals__.get(name))}
+        for each in functions
+        if isinstance(each, FunctionType)
+    ]
+    told = repr((attributes, parameters, buffers, list(module._modules), below, outside))
+    held = copy.deepcopy(dict(module._modules))
     return _Described(kind, base, functions, weight.dtype, told, attributes, parameters, buffers, held)
 
 
@@ -213,10 +225,12 @@ def _is_plain(value: Any) -> bool:
 
 @lru_cache(maxsize=512)
 def _tried(described: _Described) -> OwnForward | None:
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+    with aside(autocast=False):
         try:
             return _Trial(described).result()
-        except _OtherwiseError:
+        except _DrawsError:
+            raise
+        except Exception:  # whatever a forward may raise: it is not the function it is compared with
             return None
 
 
@@ -224,30 +238,8 @@ class _OtherwiseError(Exception):
     """The forward is not the product with something around it."""
 
 
-class _StopError(Exception):
-    """The weight is known, and nothing else was asked for."""
-
-
-class _Watch(TorchFunctionMode):
-    """Notes the arguments of each product of a kind inside the block.
-
-    Args:
-        product: torch's function.
-        stops: raise instead of computing it.
-    """
-
-    def __init__(self, product: Callable[..., Tensor], stops: bool = False) -> None:
-        super().__init__()
-        self._product, self._stops = product, stops
-        self.calls: list[dict[str, Any]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is self._product:
-            self.calls.append({**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs})
-            if self._stops:
-                raise _StopError
-        return func(*args, **kwargs)
+class _DrawsError(_OtherwiseError):
+    """Random numbers were drawn meanwhile."""
 
 
 class _Trial:
@@ -260,7 +252,7 @@ class _Trial:
     def __init__(self, described: _Described) -> None:
         self._described = described
         self._twin = self._made(torch.float64)
-        x = _input(self._twin, 3, torch.float64).normal_(generator=_generator(1))
+        x = input_for(self._twin, 3, torch.float64).normal_(generator=_generator(1))
         output, call = self._run(x)
         self._weight = cast(Tensor, call["weight"]).detach()
         own = self._twin._parameters["weight"]
@@ -273,20 +265,20 @@ class _Trial:
     def result(self) -> OwnForward:
         """What was found; an error if the forward is another function."""
         for padding in self._paddings:
-            if all(self._agrees(padding, index) for index in range(self._amount())):
+            if all(self._agrees(padding, index) for index in range(self._amount() + 1)):
                 self._check_types(padding)
                 return OwnForward(self._sources() if self._computes else (), padding)
         raise _OtherwiseError
 
     def _amount(self) -> int:
-        """How many sizes of input are tried: every remainder by the stride in each dimension, and one place."""
-        return 5 + 2 * max(getattr(self._twin, "stride", (1,)))
+        """How many sizes of input are tried: remainders by the stride in each dimension, and one place."""
+        return 5 + 2 * min(max(getattr(self._twin, "stride", (1,))), _REMAINDERS)
 
     def _agrees(self, padding: OwnPadding | None, index: int) -> bool:
         """Whether the forward and the formula are the same for inputs of one size, in training and in evaluation."""
         for training, scale in itertools.product((False, True), _SCALES if index < 2 else (1.0,)):
-            self._twin.training = training
-            x = _input(self._twin, index, torch.float64, amount=self._amount()).normal_(generator=_generator(index))
+            self._twin.train(training)
+            x = input_for(self._twin, index, torch.float64, amount=self._amount()).normal_(generator=_generator(index))
             x *= scale
             if index == 2:
                 x.view(-1)[0] = torch.inf
@@ -306,16 +298,16 @@ class _Trial:
     def _formula(self, x: Tensor, padding: OwnPadding | None) -> Tensor | None:
         """The product by torch's own class; None if it takes no input of that size."""
         try:
-            return _product(self._described.base, self._twin, x, self._weight.to(x.dtype), padding)
+            return product_of(self._described.base, self._twin, x, self._weight.to(x.dtype), padding)
         except (RuntimeError, ValueError):
             return None
 
     def _check_types(self, padding: OwnPadding | None) -> None:
         """Raise if the forward does not keep the dtype of the layer as torch's does, or does not follow autocast."""
         own, single = self._made(self._described.dtype), self._made(torch.float32)
-        x = _input(own, 3, self._described.dtype).normal_(generator=_generator(2))
+        x = input_for(own, 3, self._described.dtype).normal_(generator=_generator(2))
         got, call = self._run(x, own)
-        wanted = _product(self._described.base, own, x, call["weight"], padding)
+        wanted = product_of(self._described.base, own, x, call["weight"], padding)
         far = 16 * torch.finfo(wanted.dtype).eps * float(wanted.detach().abs().max())
         if got.dtype != wanted.dtype or not torch.allclose(got, wanted, rtol=0, atol=far):
             raise _OtherwiseError
@@ -330,7 +322,7 @@ class _Trial:
                 continue
             held = self._twin._parameters if name in self._twin._parameters else self._twin._buffers
             held[name] = (~value if value.dtype == torch.bool else value + 1) if value.dim() < 2 else value.flip(0, 1)
-            _, call = self._run(_input(self._twin, 3, torch.float64))
+            _, call = self._run(input_for(self._twin, 3, torch.float64))
             held[name] = value
             if name == "weight" or not torch.equal(call["weight"], self._weight):
                 found.append(name)
@@ -339,7 +331,8 @@ class _Trial:
     def _run(self, x: Tensor, twin: Any = None, autocast: bool = False) -> tuple[Tensor, dict[str, Any]]:
         """The output of the forward, and the arguments of the product in it."""
         twin = self._twin if twin is None else twin
-        watch, before = _Watch(_PRODUCTS[self._described.base]), dict(vars(twin))
+        watch, before = Watch(PRODUCTS[self._described.base]), dict(vars(twin))
+        below = [_told(each) for each in twin.children()]
         with aside(autocast), watch:
             random = torch.get_rng_state()
             try:
@@ -348,7 +341,10 @@ class _Trial:
                 raise _OtherwiseError from error
             draws = not torch.equal(random, torch.get_rng_state())
         changed = any(vars(twin).get(name, before) is not value for name, value in before.items())
-        if draws or changed or len(vars(twin)) != len(before) or len(watch.calls) != 1 or type(output) is not Tensor:
+        if draws:
+            raise _DrawsError
+        changed = changed or len(vars(twin)) != len(before) or below != [_told(each) for each in twin.children()]
+        if changed or len(watch.calls) != 1 or type(output) is not Tensor:
             raise _OtherwiseError
         if type(watch.calls[0].get("weight")) not in (Tensor, nn.Parameter):
             raise _OtherwiseError
@@ -365,7 +361,7 @@ class _Trial:
             twin._parameters[name] = None if value is None else nn.Parameter(value, False)
         for name, like in described.buffers.items():
             twin._buffers[name] = None if like is None else _random(name, *like, dtype, generator)
-        twin._modules.update(described.modules)
+        twin._modules.update(copy.deepcopy(described.modules))
         return twin
 
     def _possible_paddings(self, x: Tensor, call: Mapping[str, Any], output: Tensor) -> Iterator[OwnPadding | None]:
@@ -406,16 +402,6 @@ class _Trial:
             yield from (OwnPadding(ends, mode) for mode in _MODES)
 
 
-def _product(base: Any, layer: Any, x: Tensor, weight: Tensor, padding: OwnPadding | None) -> Tensor:
-    """Torch's own product of a layer's input and a weight."""
-    if base is nn.Linear:
-        return nn.functional.linear(x, weight, layer.bias)
-    if padding is None:
-        return cast(Tensor, base._conv_forward(layer, x, weight, layer.bias))
-    x = nn.functional.pad(x, padding.ends_for(layer, x.shape[2:]), padding.mode)
-    return _PRODUCTS[base](x, weight, layer.bias, layer.stride, 0, layer.dilation, layer.groups)
-
-
 def _random(
     name: str, shape: tuple[int, ...], own: torch.dtype, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
@@ -425,28 +411,6 @@ def _random(
     value = torch.rand(shape, dtype=torch.float64, generator=generator)
     value = value - 0.5 if name in ("weight", "bias") else value + 0.5  # a gain may have its root taken
     return value.to(dtype)
-
-
-def _input(layer: Any, index: int, dtype: torch.dtype, device: torch.device | str = "cpu", amount: int = 8) -> Tensor:
-    """An input of zeros; by its index of another size.
-
-    Args:
-        layer: linear or a convolution.
-        index: less than ``amount``. The first has what the kernel covers in its first dimension, the last is of one
-            place.
-        dtype: of the input.
-        device: of the input.
-        amount: of inputs. Those before the last have all sizes from what the kernel covers on, in each dimension, and
-            differ among the dimensions.
-    """
-    if isinstance(layer, nn.Linear):
-        lead: tuple[int, ...] = ((4,), (2, 3), (), (1000,))[index % 4]
-        return torch.zeros((*lead, layer.in_features), dtype=dtype, device=device)
-    count = amount - 1
-    more = index, count - 1 - index, (index + 1) % count
-    covered = [gap * (width - 1) + 1 for width, gap in zip(layer.kernel_size, layer.dilation, strict=True)]
-    sizes = [1 if index == count else size + more[dim] for dim, size in enumerate(covered)]
-    return torch.zeros((2, layer.in_channels, *sizes), dtype=dtype, device=device)
 
 
 def _generator(seed: int) -> torch.Generator:

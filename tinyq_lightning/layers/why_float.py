@@ -18,6 +18,7 @@ from tinyq_lightning.layers.behaviour import (
 )
 from tinyq_lightning.layers.computed import sources_of
 from tinyq_lightning.layers.own_forward import OWN_FUNCTIONS, own_forward
+from tinyq_lightning.layers.own_values import holds_for
 
 __all__ = [
     "is_torchs",
@@ -140,14 +141,14 @@ def why_more_than(module: nn.Module, base: Any) -> str | None:
 
 def _is_known(module: nn.Module, base: Any) -> bool:
     """Whether what the forward of a subclass computes is known."""
-    if own_forward(module) is not None:
-        return True
     weight = module._parameters.get("weight")
-    if is_torchs(module, base) or weight is None or weight.dim() != 2 or not weight.is_floating_point():
-        return False
-    if not forward_takes_one_input(module):
-        return False
-    return computes_linear(module) if base is nn.Linear else computes_scaled_embedding(module) is not None
+    flat = weight is not None and weight.dim() == 2 and weight.is_floating_point()
+    if flat and not is_torchs(module, base) and forward_takes_one_input(module):
+        if base is nn.Embedding:
+            return computes_scaled_embedding(module) is not None
+        if computes_linear(module) and holds_for(module, None, computes=False):
+            return True
+    return own_forward(module) is not None
 
 
 def why_weight(module: nn.Module, name: str = "weight", hooks: bool = True) -> str | None:
@@ -186,7 +187,7 @@ def why_holds_more(module: nn.Module, known: Collection[str] = ("weight", "bias"
         known: the parameters that a layer of its kind has.
     """
     known = {*known, *sources_of(module)}
-    modules = module._modules if own_forward(module) is None else {}  # its own only pad
+    modules = module._modules if own_forward(module) is None else {}  # they are in what it computes
     held: dict[str, Any] = {**module._parameters, **modules}
     scaled = isinstance(module, nn.Embedding) and not is_torchs(module, nn.Embedding)
     # The factor of a scaled embedding is carried over as a number, so a file must not hold another.
