@@ -150,6 +150,8 @@ def test_a_layer_that_has_packed_its_codes_can_be_called_with_scales_of_the_call
     of_scales = torch.func.grad(norm)(layer.scales)
     torch.testing.assert_close(of_scales @ layer.scales, norm(layer.scales))
     layer(x)  # packs them again
+    copied = torch.func.functional_call(layer, {"scales": layer.scales.clone()}, (x,))
+    assert torch.equal(copied, layer(x))
     with pytest.raises(ModelError, match="scales that are not its own"):
         torch.func.functional_call(layer, {"scales": 2 * layer.scales}, (x,))
     layer(x)

@@ -294,6 +294,90 @@ def test_what_does_anything_else_stays_float_and_is_not_changed_by_being_tried(k
     assert torch.equal(torch.get_rng_state(), random)
 
 
+class Clamps(nn.Linear):
+    """A weight beyond 1 shows it, and a stand-in has none."""
+
+    def forward(self, x):
+        return functional.linear(x, self.weight.clamp(-1, 1), self.bias)
+
+
+class ClampsTheBias(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight, self.bias.clamp(-1, 1))
+
+
+class ClampsInPlace(nn.Linear):
+    def forward(self, x):
+        self.weight.data.clamp_(-1, 1)
+        return super().forward(x)
+
+
+class StandardizesManyChannels(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True) if self.in_channels > 16 else self.weight
+        return self._conv_forward(x, weight, self.bias)
+
+
+class PoolsLargeImages(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(functional.avg_pool2d(x, 3, 1, 1) if x.shape[-1] > 32 else x)
+
+
+class HalvesSingleSamples(nn.Linear):
+    def forward(self, x):
+        return super().forward(x * 0.5 if len(x) == 1 else x)
+
+
+class Flattens(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2) if x.shape[-1] != self.in_features else x)
+
+
+class MasksIfToldTo(nn.Linear):
+    """By a tensor that is no buffer."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.mask = torch.rand(self.weight.shape) > 0.5
+
+    def forward(self, x):
+        mask = getattr(self, "mask", None)
+        return functional.linear(x, self.weight if mask is None else self.weight * mask, self.bias)
+
+
+BY_VALUES_OR_SIZES = (
+    *(Clamps, ClampsTheBias, ClampsInPlace, StandardizesManyChannels, PoolsLargeImages, HalvesSingleSamples),
+    *(Flattens, MasksIfToldTo),
+)
+
+
+@pytest.mark.parametrize("kind", BY_VALUES_OR_SIZES, ids=lambda kind: kind.__name__)
+def test_what_shows_only_by_the_layers_own_values_and_sizes_stays_float(kind):
+    layer = kind(32, 24) if issubclass(kind, nn.Linear) else kind(32, 24, 3)
+    with torch.no_grad():
+        layer.weight.mul_(40)
+        layer.bias.mul_(40)
+    state = copy.deepcopy(layer.state_dict())
+    (decision, _) = quantize(nn.Sequential(layer, nn.Linear(24, 4)))
+    assert (decision.method, decision.reason) == ("float", f"{kind.__name__} has a forward of its own")
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+class DropsIn(nn.Conv2d):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return super().forward(self.drop(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_layer_that_draws_in_training_stays_float_whatever_mode_it_is_in(training):
+    (dropping, _) = quantize(nn.Sequential(DropsIn(4, 8, 3), nn.Linear(2, 2)).train(training))
+    assert dropping.method == "float"
+
+
 def test_layers_that_differ_in_values_alone_are_tried_once():
     assert own_forward(Standardized(32, 32, 3)) is own_forward(Standardized(32, 32, 3))
 
