@@ -427,4 +427,4 @@ def test_quantizing_needs_little_memory_beyond_input_and_output():
     run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     output = 4096 * 8192 / 2**20
     for grown in map(float, run.stdout.split()):
-        assert output / 2 < grown < output + 8  # the weight itself is 64 and 128 MiB
+        assert output / 2 < grown < output + 16  # two threads take 7 MiB more; the weight itself is 64 and 128
