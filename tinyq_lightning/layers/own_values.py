@@ -29,12 +29,13 @@ def holds_for(module: nn.Module, padding: OwnPadding | None, computes: bool) -> 
     training and in evaluation. They are not to take what torch's product refuses, as one that flattens its input does.
 
     Args:
-        module: the layer. One on the meta device has no values, so it is what was read off.
+        module: the layer. One on the meta device has no values, and one that is sharded not all of them: such a one is
+            what was read off.
         padding: what it adds to its input; None if that is what torch's class adds.
         computes: whether it computes its weight from others.
     """
     tensors = [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
-    if any(each.is_meta for each in tensors):
+    if any(each.is_meta or type(each) not in (Tensor, nn.Parameter) for each in tensors):
         return True
     told = padding, computes, [(id(each), version_of(each)) for each in tensors]
     known = _known.get(module)
