@@ -182,22 +182,32 @@ def test_rows_of_the_weight_times_what_they_are_multiplied_with_is_the_output(na
     assert torch.allclose(product, wanted, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_padding_by_the_size_of_the_input_is_right_in_graphs_of_any_size(dynamic):
+def of_any_size():
     model = nn.Sequential(Same(3, 8, 3, stride=2), nn.ReLU(), StandardizedSame(8, 8, 4, stride=3)).eval()
     quantize(model)
+    return model, [torch.randn(2, 3, height, 18) for height in (31, 32, 33, 40, 41)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_padding_by_the_size_of_the_input_is_right_in_graphs_of_any_size(dynamic):
+    model, inputs = of_any_size()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=dynamic, backend="eager")
-    exported = torch.export.export(
-        copy.deepcopy(model), (torch.randn(2, 3, 31, 18),), dynamic_shapes=({2: torch.export.Dim("height", min=30)},)
-    ).module()
-    traced = torch.jit.trace(model, torch.randn(2, 3, 31, 18))
-    with torch.no_grad():
-        for height in (31, 32, 33, 40, 41):
-            x = torch.randn(2, 3, height, 18)
-            assert torch.allclose(compiled(x), model(x), atol=1e-5)
-            assert torch.allclose(exported(x), model(x), atol=1e-5)
-            assert torch.allclose(traced(x), model(x), atol=1e-5)
+    traced = torch.jit.trace(model, inputs[0])
+    for x in inputs:
+        assert torch.allclose(compiled(x), model(x), atol=1e-5)
+        assert torch.allclose(traced(x), model(x), atol=1e-5)
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.7"), reason="torch 2.7 exports no sizes that are computed so")
+@torch.no_grad()
+def test_padding_by_the_size_of_the_input_is_right_in_what_is_exported():
+    model, inputs = of_any_size()
+    heights = {2: torch.export.Dim("height", min=30)}
+    exported = torch.export.export(copy.deepcopy(model), (inputs[0],), dynamic_shapes=(heights,)).module()
+    for x in inputs:
+        assert torch.allclose(exported(x), model(x), atol=1e-5)
 
 
 class Activated(nn.Conv2d):

@@ -41,6 +41,14 @@ class OwnPadding:
         for size, width, step, gap in zip(sizes, layer.kernel_size, layer.stride, layer.dilation, strict=True):
             places = (size + step - 1) // step
             more: Any = (places - 1) * step + (width - 1) * gap + 1 - size
-            total: Any = more.clamp(min=0) if isinstance(more, Tensor) else torch.sym_max(more, 0)  # type: ignore[no-untyped-call]
+            total = _positive(more)
             ends = [total // 2, total - total // 2, *ends]
         return ends
+
+
+def _positive(more: Any) -> Any:
+    """A size of torch's tracers, or zero if it is negative."""
+    if isinstance(more, Tensor):
+        return more.clamp(min=0)
+    # torch 2.7 compiles the one alone, and torch.export takes the other alone for a size that it does not know
+    return max(more, 0) if torch.compiler.is_dynamo_compiling() else torch.sym_max(more, 0)  # type: ignore[no-untyped-call]
