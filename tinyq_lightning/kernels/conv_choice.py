@@ -204,7 +204,7 @@ def _without_rounding(shape: ConvShape, compact: bool) -> Choice:
     if not compact and shape.weights < (_KEPT_TO if unfolds else _KEPT_WITHOUT_ROWS_TO):
         return Choice("float32", "a float copy in memory, as fast as float; the file stays small")
     reason = "one byte a weight in memory; float weights are rebuilt on each call, some percent of its time"
-    if unfolds and has_amx() and not shape.pointwise and shape.groups == 1 and not _why_no_int8(shape, "cpu"):
+    if unfolds and has_amx() and not shape.pointwise and not _why_no_int8(shape, "cpu"):
         # Measured on one thread, 1 to 1,568 windows: 1.0 to 3.7 of the float layer; the other ways 0.2 to 1.5.
         return Choice(_int8_variant(shape), "activations in three int8 digits, which tiles multiply faster than floats")
     if unfolds and has_onednn_product():

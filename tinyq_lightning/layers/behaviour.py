@@ -21,21 +21,28 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 __all__ = [
+    "LEADS",
+    "SIZES",
     "aside",
     "computes_linear",
     "computes_scaled_embedding",
     "forward_takes_one_input",
     "gradient",
     "multiplies_matrices",
+    "near",
     "own_functions",
     "same",
     "writes",
 ]
 
+SIZES = (1e-8, 1.0, 1e8)
+"""Of values that are tried: a forward that clamps or rounds differs at one of them."""
+
+LEADS = ((4,), (2, 3), (), (1000,))
+"""The dimensions of inputs that are tried, but for the last."""
+
 _ROWS, _COLUMNS = 5, 3
-_SIZES = (1e-8, 1.0, 1e8)  # A forward that clamps or rounds differs at one of them.
 _AMBIGUOUS = 3  # attributes of a square weight that may tell either of its sizes
-_LEADS = ((4,), (2, 3), (), (1000,))
 _CHANGING = {"append", "extend", "insert", "update", "pop", "remove", "clear", "setdefault", "discard", "popleft"}
 _CHANGING |= {"print", "log", "log_dict", "info", "warn", "warning", "debug", "write", "next", "sleep"}
 _WRITES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_DEREF", "DELETE_ATTR", "DELETE_GLOBAL", "DELETE_SUBSCR")
@@ -88,11 +95,11 @@ def _computes_linear(
         return nn.functional.linear(x, weight.t() if transposed else weight, added)
 
     for training in (False, True):
-        for size in _SIZES:
+        for size in SIZES:
             weight = _random(shape) * size
             added = _random((_ROWS,)) * size if has_bias else None
             tensors = {"weight": weight, "bias": added}
-            for lead in _LEADS:
+            for lead in LEADS:
                 x = (_random((*lead, _COLUMNS)) * size).requires_grad_()
                 got = _forward(kind, x, tensors, sizes, training)
                 wanted = expected(x, weight, added)
@@ -122,8 +129,7 @@ def _same_in_own_dtype(
     weight = cast(Tensor, tensors["weight"])
     x = _random((4, _COLUMNS)).to(weight.dtype)
     got, wanted = _forward(kind, x, tensors, sizes, False), expected(x, weight, tensors["bias"])
-    far = 16 * torch.finfo(weight.dtype).eps * float(wanted.abs().max())
-    return got is not None and got.dtype == wanted.dtype and torch.allclose(got, wanted, rtol=0, atol=far)
+    return got is not None and near(got, wanted)
 
 
 def computes_scaled_embedding(module: nn.Module) -> float | None:
@@ -141,7 +147,7 @@ def computes_scaled_embedding(module: nn.Module) -> float | None:
         return None
     factor = ones.flatten()[0].item()
     for training in (False, True):
-        for size in _SIZES:
+        for size in SIZES:
             weight = _random(shape) * size
             got = _forward(kind, words, {"weight": weight}, held, training)
             again = _forward(kind, words, {"weight": weight.to(own.dtype)}, held, training)
@@ -208,6 +214,12 @@ def same(got: Any, wanted: Tensor) -> bool:
         and got.shape == wanted.shape
         and torch.allclose(got, wanted, rtol=1e-9, atol=1e-9 * _largest(wanted), equal_nan=True)
     )
+
+
+def near(got: Tensor, wanted: Tensor) -> bool:
+    """Whether these are the same numbers of the same dtype, up to the rounding of sums in that dtype."""
+    far = 16 * torch.finfo(wanted.dtype).eps * float(wanted.detach().abs().max())
+    return got.dtype == wanted.dtype and torch.allclose(got, wanted, rtol=0, atol=far)
 
 
 def _largest(tensor: Tensor) -> float:

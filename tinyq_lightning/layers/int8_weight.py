@@ -167,10 +167,12 @@ class Int8Weight(QuantizedLayer):
 
     def _codes_for_a_call(self) -> Tensor:
         """The codes, as :attr:`int8_weights`, but not kept beside a form that holds them."""
-        self._refuse_other_scales()
         with _lock:
             codes, holder = self._buffers["int8_weights"], self._forms.holder()
-            return holder.codes() if codes is None and holder is not None else self.int8_weights
+            if codes is not None or holder is None:
+                return self.int8_weights
+            self._refuse_other_scales()
+            return holder.codes()
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _unpack_for_graph(self) -> bool:

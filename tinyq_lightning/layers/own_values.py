@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyq_lightning.kernels import version_of
-from tinyq_lightning.layers.behaviour import aside
+from tinyq_lightning.layers.behaviour import aside, near
 from tinyq_lightning.layers.own_padding import OwnPadding
 from tinyq_lightning.layers.watched import PRODUCTS, Watch, input_for, product_of, torchs_class
 
@@ -34,7 +34,7 @@ def holds_for(module: nn.Module, padding: OwnPadding | None, computes: bool) -> 
         padding: what it adds to its input; None if that is what torch's class adds.
         computes: whether it computes its weight from others.
     """
-    tensors = [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
+    tensors = _tensors(module).values()
     if any(each.is_meta or type(each) not in (Tensor, nn.Parameter) for each in tensors):
         return True
     told = padding, computes, [(id(each), version_of(each)) for each in tensors]
@@ -62,8 +62,7 @@ def _holds(module: nn.Module, padding: OwnPadding | None, computes: bool) -> boo
                     # a linear layer may multiply by torch.matmul, by its weight as it is
                     weights.append(watch.calls[0]["weight"] if watch.calls or computes else own)
                     wanted = product_of(base, twin, x, weights[0], padding)
-                    far = 16 * torch.finfo(wanted.dtype).eps * float(wanted.abs().max())
-                    if got.dtype != wanted.dtype or not torch.allclose(got, wanted, rtol=0, atol=far):
+                    if not near(got, wanted):
                         return False
             if any(_takes(twin, x) for x in _other_inputs(whole, base)):
                 return False
@@ -100,8 +99,11 @@ def _copy(module: nn.Module) -> Any:
 
 
 def _is_unchanged(twin: Any, module: nn.Module) -> bool:
-    for name, each in (*module._parameters.items(), *module._buffers.items()):
-        held = vars(twin)["_parameters" if name in module._parameters else "_buffers"].get(name)
-        if (each is None) != (held is None) or (each is not None and not torch.equal(each, held)):
-            return False
-    return True
+    before, after = _tensors(module), _tensors(twin)
+    return before.keys() == after.keys() and all(torch.equal(each, after[name]) for name, each in before.items())
+
+
+def _tensors(module: Any) -> dict[str, Tensor]:
+    """The parameters and buffers that a layer itself has."""
+    held = {**module._parameters, **module._buffers}
+    return {name: each for name, each in held.items() if each is not None}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tinyq_lightning.layers.behaviour import LEADS
 from tinyq_lightning.layers.own_padding import OwnPadding
 
 __all__ = [
@@ -89,8 +90,7 @@ def input_for(
             on, in each dimension, and differ among the dimensions.
     """
     if isinstance(layer, nn.Linear):
-        lead: tuple[int, ...] = ((4,), (2, 3), (), (1000,))[index % 4]
-        return torch.zeros((*lead, layer.in_features), dtype=dtype, device=device)
+        return torch.zeros((*LEADS[index % len(LEADS)], layer.in_features), dtype=dtype, device=device)
     count = amount - 1
     more = index, count - 1 - index, (index + 1) % count
     covered = [gap * (width - 1) + 1 for width, gap in zip(layer.kernel_size, layer.dilation, strict=True)]
