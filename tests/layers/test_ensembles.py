@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_cases import normal
 from torch import nn
+from torch._dynamo.exc import Unsupported
 
 from tinyq_lightning import quantize
 from tinyq_lightning.errors import ModelError
@@ -155,3 +156,29 @@ def test_a_layer_that_has_packed_its_codes_can_be_called_with_scales_of_the_call
     with pytest.raises(ModelError, match="scales that are not its own"):
         torch.func.functional_call(layer, {"scales": 2 * layer.scales}, (x,))
     layer(x)
+
+
+@pytest.mark.parametrize(("net", "graph_first"), [("linear", False), ("conv", True), ("tied", True)])
+@torch.no_grad()
+def test_a_graph_refuses_the_tensors_of_another_that_lack_its_packed_codes(net, graph_first):
+    spec = {"method": "w4a32", "kernel": "compact"}
+    models, x, wanted = models_of(net, spec)
+    for model in models:
+        model(x)
+    theirs = OTHERS["buffers"](models[1])
+    if graph_first:  # which unpacks all layers: those tensors were taken before
+        torch.compile(models[0], backend="eager")(x)
+
+    def call(x, tensors):
+        return torch.func.functional_call(models[0], tensors, (x,))
+
+    for fullgraph, told in ((True, (ModelError, Unsupported)), (False, ModelError)):
+        with pytest.raises(told, match="scales that are not its own" if graph_first or not fullgraph else None):
+            torch.compile(call, backend="eager", fullgraph=fullgraph)(x, theirs)
+    with pytest.raises(ModelError, match="scales that are not its own"):
+        call(x, theirs)
+    torch._dynamo.reset()  # it would go on with the graph that it broke
+    taken_now = OTHERS["buffers"](copy.deepcopy(models[1]))
+    torch.compile(models[0], backend="eager")(x)
+    got = torch.compile(call, backend="eager", fullgraph=True)(x, taken_now)
+    torch.testing.assert_close(got, wanted[1], rtol=1e-4, atol=1e-5)

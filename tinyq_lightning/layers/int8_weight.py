@@ -16,7 +16,6 @@ from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.kernels import (
     CodeHolder,
     NibbleWeights,
-    TensorSnapshot,
     WeightForm,
     dequantize,
     in_functional_call,
@@ -30,7 +29,7 @@ from tinyq_lightning.kernels import (
     weight_form,
 )
 from tinyq_lightning.layers.dequantized import WeightSource
-from tinyq_lightning.layers.forms import Forms
+from tinyq_lightning.layers.forms import Forms, OwnTensors
 from tinyq_lightning.layers.four_bit_state import load_four_bits, packed_codes
 from tinyq_lightning.layers.moved import follow
 from tinyq_lightning.layers.quantized_layer import PLACEHOLDER, QuantizedLayer
@@ -44,8 +43,16 @@ __all__ = [
 _lock = threading.RLock()
 
 
-# The layers whose codes are held by a form alone.
+# The layers whose codes are held by a form alone, and those of which this was so at any time.
 _packed: weakref.WeakSet[Int8Weight] = weakref.WeakSet()
+_once_packed: weakref.WeakSet[Int8Weight] = weakref.WeakSet()
+
+
+_OTHER_SCALES = (
+    "this {} is called with scales that are not its own, and without the codes that they are of, which are not among "
+    "the buffers of a layer that has packed them. Take them from a copy, whose codes are plain until it is called: "
+    "model = copy.deepcopy(other), {{**dict(model.named_parameters()), **dict(model.named_buffers())}}"
+)
 
 
 class Int8Weight(QuantizedLayer):
@@ -77,10 +84,10 @@ class Int8Weight(QuantizedLayer):
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         nn.Module.__init__(self)  # not super(): the next class may be nn.Linear, which would make a float weight
         self.dtype = dtype
-        self._forms = Forms()
+        self._forms, self._own = Forms(), OwnTensors()
         self._buffers["int8_weights"] = torch.zeros(rows, columns, dtype=torch.int8, device=device)
         self.register_buffer("scales", torch.ones(rows, dtype=torch.float32, device=device))
-        self._forms.own_scales = self.scales
+        self._own.scales = self.scales
         self._keep_a_parameter()
 
     @property
@@ -112,8 +119,8 @@ class Int8Weight(QuantizedLayer):
     def int8_weights(self) -> Tensor:
         """The codes ``[rows, columns]`` int8."""
         if torch.compiler.is_compiling():
-            self._unpack_for_graph()
-        else:
+            self._refuse_other_scales_in_graph(self._unpack_for_graph())
+        elif self._buffers["scales"] is not self._own.scales:
             self._refuse_other_scales()
         codes = self._buffers["int8_weights"]
         if codes is None:
@@ -132,38 +139,42 @@ class Int8Weight(QuantizedLayer):
             self._keep_a_parameter()
 
     def _hold_codes(self, codes: Tensor) -> None:
-        self._buffers["int8_weights"], self._forms.own = codes, TensorSnapshot(codes)
+        self._buffers["int8_weights"] = codes
+        self._own.take_codes(codes)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _refuse_other_scales(self) -> None:
         """Refuse to multiply the layer's own codes by the scales of other layers, as torch.func calls it with them.
 
-        The buffers of a layer that has packed its codes are its scales alone.
+        The buffers of a layer that has packed its codes are its scales alone. A compiler that leaves a call to eager
+        code is not to trace this.
         """
         codes, scales = self._buffers["int8_weights"], cast(Tensor, self._buffers["scales"])
-        if scales is self._forms.own_scales:
-            return
         if in_transform() and is_mapped(scales) and not (codes is not None and is_mapped(codes)):
             raise ModelError(
                 f"vmap maps over the scales of this {type(self).__name__} but not over its codes, which are not among "
                 "the buffers of a layer that has packed them: stack copies, whose codes are plain until they are "
                 "called, as in torch.func.stack_module_state([copy.deepcopy(model) for model in models])"
             )
-        own = self._forms.own_scales
+        own = self._own.scales
         if is_same_memory(scales, own):
             return
         plain = type(scales) is type(own) is Tensor and not in_transform() and scales.device == own.device
         if plain and torch.equal(scales, cast(Tensor, own)):  # a copy of its own
             return
         # of another layer that has packed its codes, or for one that has packed the codes that it shares with this one
-        others = (each._forms.own_scales for each in _packed if each is not self)
+        others = (each._own.scales for each in _once_packed if each is not self)
         of_packed = any(other is own or is_same_memory(scales, other) for other in others)
-        if codes is None or (of_packed and not self._forms.are_lent(codes)):
-            raise ModelError(
-                f"this {type(self).__name__} is called with scales that are not its own, and without the codes that "
-                "they are of, which are not among the buffers of a layer that has packed them. Take them from a copy, "
-                "whose codes are plain until it is called: model = copy.deepcopy(other), {**dict(model."
-                "named_parameters()), **dict(model.named_buffers())}"
-            )
+        if codes is None or (of_packed and not self._own.are_lent(codes, self._forms.holder())):
+            raise ModelError(_OTHER_SCALES.format(type(self).__name__))
+
+    def _refuse_other_scales_in_graph(self, any_packed: bool) -> None:
+        """The same while Dynamo traces a graph, which can tell tensors apart but not what is in them."""
+        own, buffers = self._own, self._buffers
+        if not any_packed or not torch.compiler.is_dynamo_compiling():  # torch.export calls layers with stand-ins
+            return
+        if buffers["scales"] is not own.scales and buffers["int8_weights"] is own.codes_in_graphs:
+            raise ModelError(_OTHER_SCALES.format(type(self).__name__))
 
     def _codes_for_a_call(self) -> Tensor:
         """The codes, as :attr:`int8_weights`, but not kept beside a form that holds them."""
@@ -171,7 +182,8 @@ class Int8Weight(QuantizedLayer):
             codes, holder = self._buffers["int8_weights"], self._forms.holder()
             if codes is not None or holder is None:
                 return self.int8_weights
-            self._refuse_other_scales()
+            if self._buffers["scales"] is not self._own.scales:
+                self._refuse_other_scales()
             return holder.codes()
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -180,14 +192,18 @@ class Int8Weight(QuantizedLayer):
 
         All at once, because a graph is guarded by whether a buffer is there: were equal blocks of a model unpacked one
         by one, each would need a graph of its own.
+
+        Returns:
+            Whether any layer was packed at any time, so that there may be buffers without their codes.
         """
         with outside_modes(), _lock:
             for layer in (self, *_packed):
-                layer._forms.keeps_codes = True
                 if layer._buffers["int8_weights"] is None:
                     layer.unpack()
+                layer._forms.keeps_codes = True
+                layer._own.show_graphs()
             _packed.clear()
-        return True
+            return len(_once_packed) > 0
 
     def form(self, kernel: str) -> WeightForm | None:
         """The weights in the form that ``kernel`` takes: made on the first call, and again when they have changed.
@@ -197,7 +213,7 @@ class Int8Weight(QuantizedLayer):
             None if ``int8_weights`` is temporarily replaced, as by :func:`torch.func.functional_call`.
         """
         codes, scales, form = self._buffers["int8_weights"], self._buffers["scales"], self._forms.get(kernel)
-        if scales is not self._forms.own_scales:
+        if scales is not self._own.scales:
             self._refuse_other_scales()
         if form is None or not form.is_current(codes, scales):  # type: ignore[arg-type]
             with _lock:
@@ -211,7 +227,7 @@ class Int8Weight(QuantizedLayer):
         codes, form = self._buffers["int8_weights"], self._forms.get(kernel)
         if form is None or not form.is_current(codes, self.scales):
             holder = self._forms.holder()
-            if codes is not None and self._forms.are_lent(codes):
+            if codes is not None and self._own.are_lent(codes, holder):
                 return None
             form = self._new_form(kernel)
             if form.holds_codes or (holder is not None and not holder.is_current(self.int8_weights, self.scales)):
@@ -230,6 +246,7 @@ class Int8Weight(QuantizedLayer):
         if self._forms.holder() is not None and not self._forms.keeps_codes and not in_functional_call():
             self._buffers["int8_weights"] = None
             _packed.add(self)
+            _once_packed.add(self)
 
     def quantize(self, weight: Tensor) -> Self:
         """Take ``weight``, of the shape of the codes and any floating dtype, as this layer's weight, quantized.
@@ -320,10 +337,15 @@ class Int8Weight(QuantizedLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold the plain codes, and are packed when they are called.
-        return {**vars(self), "_buffers": {**self._buffers, "int8_weights": self.int8_weights}, "_forms": {}}
+        return {
+            **vars(self),
+            "_buffers": {**self._buffers, "int8_weights": self.int8_weights},
+            "_forms": {},
+            "_own": {},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_forms": Forms()})  # type: ignore[no-untyped-call]
+        super().__setstate__({**state, "_forms": Forms(), "_own": OwnTensors()})  # type: ignore[no-untyped-call]
         self.recall_own_codes()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -368,7 +390,7 @@ class Int8Weight(QuantizedLayer):
             return
         super().__setattr__(name, value)
         if name == "scales":
-            self._forms.own_scales = self.scales
+            self._own.scales = self.scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Casts change the bias and the dequantized view. Codes and scales move, but keep dtype and bits:
@@ -387,9 +409,10 @@ class Int8Weight(QuantizedLayer):
 
     def forget_own_codes(self) -> None:
         """Keep no reference to codes and scales, so that their tensors can be swapped."""
-        self._forms.own = self._forms.own_scales = None
+        self._own.take_codes(None)
+        self._own.scales = None
 
     def recall_own_codes(self) -> None:
         """Take the codes in the buffer, if there are any, and the scales for the layer's own."""
-        codes, self._forms.own_scales = self._buffers["int8_weights"], self._buffers["scales"]
-        self._forms.own = None if codes is None else TensorSnapshot(codes)
+        self._own.take_codes(self._buffers["int8_weights"])
+        self._own.scales = self._buffers["scales"]
