@@ -28,7 +28,7 @@ from tinyq_lightning.file import (
     is_quantized,
     open_checkpoint,
     quantize_file,
-    quantized_path,
+    quantized_paths,
     refuse_existing,
     stem_of,
     write_checkpoint,
@@ -119,7 +119,7 @@ def _write(
 def _target(checkpoint: str, spec: QuantizationSpec, folder: str | None, label: str) -> str:
     """Where a file of this label goes: into ``folder`` if one is given, else where the spec says."""
     save = spec.save if not folder else replace(spec.save, dirpath=folder)
-    return quantized_path(save, os.path.dirname(checkpoint.rstrip("/")), stem_of(checkpoint), label)
+    return next(quantized_paths(save, os.path.dirname(checkpoint.rstrip("/")), stem_of(checkpoint), label))
 
 
 def _quantize_many(args: Namespace) -> Answer:

@@ -4,8 +4,10 @@ from tinyq_lightning.file.archive import Archive
 from tinyq_lightning.file.by_layer import ByLayer
 from tinyq_lightning.file.checkpoint import (
     file_sha256,
+    is_free,
     make_checkpoint,
     read_checkpoint,
+    refuse_foreign,
     warn_of_left_out,
     write_checkpoint,
 )
@@ -18,7 +20,7 @@ from tinyq_lightning.file.from_float import FloatFile, float_content, quantize_f
 from tinyq_lightning.file.hooks import HookView
 from tinyq_lightning.file.loading import load_content, load_quantized, read_content
 from tinyq_lightning.file.mixin import QuantizedCheckpointMixin
-from tinyq_lightning.file.names import check_folder, file_bytes, file_exists, quantized_path, refuse_existing, stem_of
+from tinyq_lightning.file.names import check_folder, file_bytes, file_exists, quantized_paths, refuse_existing, stem_of
 from tinyq_lightning.file.part import content_of_part
 from tinyq_lightning.file.plain import copied, plain
 from tinyq_lightning.file.safetensors import is_safetensors, read_safetensors, write_safetensors
@@ -63,6 +65,7 @@ __all__ = [
     "import_lightning_class",
     "import_named",
     "is_folder",
+    "is_free",
     "is_quantized",
     "is_safetensors",
     "load_content",
@@ -71,11 +74,12 @@ __all__ = [
     "open_checkpoint",
     "plain",
     "quantize_file",
-    "quantized_path",
+    "quantized_paths",
     "read_checkpoint",
     "read_content",
     "read_safetensors",
     "refuse_existing",
+    "refuse_foreign",
     "replace_file",
     "restore_structure",
     "stem_of",

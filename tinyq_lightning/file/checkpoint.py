@@ -36,8 +36,10 @@ from tinyq_lightning.version import __version__
 __all__ = [
     "check_digests",
     "file_sha256",
+    "is_free",
     "make_checkpoint",
     "read_checkpoint",
+    "refuse_foreign",
     "warn_of_left_out",
     "write_checkpoint",
 ]
@@ -177,6 +179,36 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str]) -
     replace_file(path, partial(torch.save, content))
     if before is not None and before["float_sha256"] != content["tinyq"]["float_sha256"]:
         warnings.warn(f"{path}: a quantized checkpoint of another float checkpoint was replaced", stacklevel=2)
+
+
+def is_free(path: str | os.PathLike[str], content: Mapping[str, Any], beside_float: bool) -> bool:
+    """Return True if a quantized checkpoint can be written to ``path`` and nothing is lost by that.
+
+    So it is where there is no file, or one with the same content. Beside its float file it may also replace what was
+    made from a former float file of that name.
+
+    Args:
+        path: a local path or a URL that fsspec can open.
+        content: from :func:`make_checkpoint`.
+        beside_float: whether the float file, if there is one, lies in the same folder and gives this one its name.
+    """
+    try:
+        before = _existing(path)
+    except CheckpointError:
+        return False
+    if before is None or before["digests"] == content["tinyq"]["digests"]:
+        return True
+    former, own = before["float_sha256"], content["tinyq"]["float_sha256"]
+    return beside_float and former != own and None not in (former, own)
+
+
+def refuse_foreign(path: str | os.PathLike[str]) -> None:
+    """Check that no file but a quantized checkpoint would be replaced at ``path``.
+
+    Raises:
+        CheckpointError: there is such a file.
+    """
+    _existing(path)
 
 
 def _existing(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from typing import IO
+from typing import IO, Any, cast
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -55,8 +55,15 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[IO[bytes]], obje
             _replace_local(os.path.realpath(location), write)
         else:
             _replace_remote(fs, location, write)
-    except (OSError, RuntimeError) as error:  # torch's writer turns some OSErrors into RuntimeErrors
-        raise CheckpointError(f"{path}: the file could not be written: {error}") from error
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: the file could not be written: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What hindered a file, without the temporary name that it was written to."""
+    if isinstance(error, OSError) and error.strerror and _is_temporary(os.path.basename(str(error.filename))):
+        return f"{os.path.dirname(error.filename)} takes no file: {error.strerror}"
+    return str(error)
 
 
 @contextmanager
@@ -125,7 +132,7 @@ def _replace_local(target: str, write: Callable[[IO[bytes]], object]) -> None:
     os.makedirs(folder, exist_ok=True)
     _remove_leftovers(folder)
     with _locked_temporary(folder) as file:
-        write(file)
+        _write_all(file, write)
         file.flush()
         os.fsync(file.fileno())
         if fcntl is None:
@@ -137,6 +144,37 @@ def _replace_local(target: str, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _write_all(file: IO[bytes], write: Callable[[IO[bytes]], object]) -> None:
+    """Have a file written. Torch's writer turns an OSError, of a full disk say, into a text about its own position."""
+    failed: list[OSError] = []
+    own = file.write
+
+    def watched(data: bytes) -> int:
+        try:
+            return own(data)
+        except OSError as error:
+            failed.append(error)
+            raise
+
+    watching = cast("IO[bytes]", _Watching(file, watched))
+    try:
+        write(watching)
+    except RuntimeError as error:
+        if failed:
+            raise failed[0] from error
+        raise
+
+
+class _Watching:
+    """An open file whose ``write`` is another."""
+
+    def __init__(self, file: IO[bytes], write: Callable[[bytes], int]) -> None:
+        self._file, self.write = file, write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Collection
+from collections.abc import Iterator
 
 import fsspec
 
@@ -14,7 +15,7 @@ __all__ = [
     "check_folder",
     "file_bytes",
     "file_exists",
-    "quantized_path",
+    "quantized_paths",
     "refuse_existing",
     "stem_of",
 ]
@@ -33,7 +34,7 @@ def check_folder(spec: QuantizationSpec) -> None:
         raise SpecError(f"{spec.origin.where('save', 'dirpath')}: dirpath {folder!r} is a file, not a folder")
 
 
-def quantized_path(save: Save, folder: str, stem: str, label: str, taken: Collection[str | None] = ()) -> str:
+def quantized_paths(save: Save, folder: str, stem: str, label: str) -> Iterator[str]:
     """The path of the quantized file: ``<folder>/<label>-<stem>.ckpt`` unless ``save`` gives another.
 
     Args:
@@ -41,13 +42,14 @@ def quantized_path(save: Save, folder: str, stem: str, label: str, taken: Collec
         folder: the folder of the float checkpoint.
         stem: the float checkpoint's name without its ending.
         label: the label of the plan.
-        taken: paths that other callbacks of this run have written. If the path is one of them, ``-v1``, ``-v2``, …
-            is added to the name.
+
+    Yields:
+        The path, then those to take if it is taken: with ``-v1``, ``-v2``, … added to the name.
     """
     name = (save.filename or f"{label}-{stem}").removesuffix(".ckpt")
-    versions = (f"{name}{version}.ckpt" for version in ("", *(f"-v{number}" for number in range(1, len(taken) + 1))))
-    paths = (os.path.join(save.dirpath or folder, version) for version in versions)
-    return next(path for path in paths if path not in taken)
+    yield os.path.join(save.dirpath or folder, f"{name}.ckpt")
+    for number in itertools.count(1):
+        yield os.path.join(save.dirpath or folder, f"{name}-v{number}.ckpt")
 
 
 def stem_of(path: str | os.PathLike[str]) -> str:

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tinyq_lightning.errors import EvaluationError, ModelError, SpecError, quoted
-from tinyq_lightning.file import check_folder, check_state, typed_entries, why_not_writable
+from tinyq_lightning.file import (
+    check_folder,
+    check_state,
+    quantized_paths,
+    refuse_foreign,
+    typed_entries,
+    why_not_writable,
+)
 from tinyq_lightning.namespaces import derives_from, is_overridden, namespace_of, refuse_other_namespace
 from tinyq_lightning.plan import check_model, sites_for, weights_of, why_stays_float
 from tinyq_lightning.spec import Budget, Mode, QuantizationSpec, nearest, wanted_method
@@ -81,6 +88,7 @@ def check_before_fit(
         for each in spec.each():
             _refuse_missing_weights(each, module, state_dict)
         write_on_rank_zero(trainer, partial(_check_target, trainer, spec))
+        write_on_rank_zero(trainer, partial(_check_named, trainer, spec))
         return _check_hyper_parameters(trainer, module)
     return []
 
@@ -123,6 +131,14 @@ def _check_target(trainer: Trainer, spec: QuantizationSpec) -> None:
             f"{source} {os.fspath(folder)!r} cannot be written to, so the quantized checkpoint could not be saved "
             f"after training: {why_not}. Choose another dirpath, or save=False"
         )
+
+
+def _check_named(trainer: Trainer, spec: QuantizationSpec) -> None:
+    """Refuse a file name of the spec that another kind of file has."""
+    if spec.save.filename is not None:
+        folders = (each.dirpath for each in checkpoint_callbacks(trainer) if each.dirpath is not None)
+        folder = spec.save.dirpath or next(folders, trainer.default_root_dir)
+        refuse_foreign(next(quantized_paths(spec.save, os.fspath(folder), "", "")))
 
 
 def _check_hyper_parameters(trainer: Trainer, module: LightningModule) -> list[str]:

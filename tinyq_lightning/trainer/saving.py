@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from tinyq_lightning.file import quantized_path, warn_of_left_out, write_checkpoint
+from tinyq_lightning.file import is_free, quantized_paths, warn_of_left_out, write_checkpoint
 from tinyq_lightning.plan import Plan
 from tinyq_lightning.trainer.float_weights import FloatWeights, folder_of
 from tinyq_lightning.trainer.ranks import write_on_rank_zero
@@ -31,6 +30,9 @@ def save_quantized(
 ) -> tuple[str, list[str]]:
     """Write a checkpoint on rank 0, where the plan's spec has it, and warn there of what it could not hold.
 
+    A file that says something else than this one stays, and the name gets a version; a name that the spec gives is
+    written to nevertheless.
+
     Args:
         trainer: the user's.
         source: the float weights.
@@ -47,9 +49,17 @@ def save_quantized(
     """
     save = plan.spec.save
     folder = save.dirpath or folder_of(trainer, source)
-    path = quantized_path(save, folder, source.stem, plan.file_label, taken)
-    content = make_content()
-    write_on_rank_zero(trainer, partial(write_checkpoint, content, path))
+    paths = (path for path in quantized_paths(save, folder, source.stem, plan.file_label) if path not in taken)
+    content, beside = make_content(), save.dirpath is None
+    written: list[str] = []
+
+    def write() -> None:
+        path = next(path for path in paths if save.filename is not None or is_free(path, content, beside))
+        write_checkpoint(content, path)
+        written.append(path)
+
+    write_on_rank_zero(trainer, write)
+    (path,) = trainer.strategy.broadcast(written)
     if trainer.is_global_zero:
         warn_of_left_out(content, told)
     if source.path is None:
