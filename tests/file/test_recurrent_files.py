@@ -126,3 +126,16 @@ def test_a_damaged_file_is_refused_by_name(made, tmp_path, change, told):
     write_checkpoint(content, tmp_path / "bad.ckpt")
     with pytest.raises(CheckpointError, match=told):
         load_quantized(tmp_path / "bad.ckpt", Reader)
+
+
+@pytest.mark.parametrize(("name", "tied_to"), [("up", "body.0"), ("head", "rnn"), ("cell", "up"), ("head", "body.0")])
+def test_a_tie_between_weights_of_other_shapes_is_refused_by_name(made, tmp_path, name, tied_to):
+    content = read_checkpoint(made.quantized_path)
+    entries = {entry["name"]: entry for entry in content["tinyq"]["plan"]}
+    entries[name]["tied_to"] = tied_to
+    content["tinyq"]["plan"].sort(key=lambda entry: entry["name"] == name)  # a tie is to a layer before it
+    content["tinyq"]["digests"] = _digests(content)
+    write_checkpoint(content, tmp_path / "bad.ckpt")
+    for load in (lambda path: load_quantized(path, Reader, strict=False), Mixed.load_from_checkpoint):
+        with pytest.raises(CheckpointError, match=f"bad.ckpt: .*layer '{name}' cannot share the codes of '{tied_to}'"):
+            load(tmp_path / "bad.ckpt")

@@ -106,10 +106,21 @@ def prepare_structure(
         layer = site.kind.make_empty(site.module, entry["method"], kernel)
         carry_over(site, layer)
         shared = made.get(entry.get("tied_to"))
+        if shared is not None and _code_shapes(shared[1]) != _code_shapes(layer):
+            raise CheckpointError(
+                f"{source}: the file is damaged: tinyq.plan: layer {name!r} cannot share the codes of "
+                f"{entry['tied_to']!r}, which are of another shape"
+            )
         made[name] = site, layer if shared is None else layer.share(shared[1])
     for site, layer in made.values():
         site.put(layer)
     return list(made.values())
+
+
+def _code_shapes(layer: QuantizedLayer) -> list[tuple[torch.Size, ...]]:
+    """Of codes, scales and multipliers of each weight."""
+    held = (weight.tensors() for weight in layer.coded_weights().values())
+    return [tuple(tensor.shape for tensor in tensors if tensor is not None) for tensors in held]
 
 
 def _materialize(model: nn.Module, entries: Sequence[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
