@@ -55,6 +55,11 @@ def in_a_context():
     return variable, lambda count: variable.set([*variable.get(), count]), lambda: variable.get()
 
 
+def in_a_context_by_default():
+    variable = ContextVar("total", default=0)
+    return variable, lambda count: variable.set(variable.get() + count), lambda: variable.get()
+
+
 def in_a_queue(kind):
     held = kind()
     return held, held.put, lambda: (list(held.queue), held.unfinished_tasks)
@@ -89,6 +94,7 @@ def appended():
 PLACES = {
     "thread": on_a_thread,
     "context": in_a_context,
+    "context by default": in_a_context_by_default,
     "queue": lambda: in_a_queue(queue.Queue),
     "priority queue": lambda: in_a_queue(queue.PriorityQueue),
     "weak keys": by_weak_key,

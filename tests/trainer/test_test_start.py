@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from functools import cached_property
 
 import pytest
 import torch
@@ -452,3 +453,61 @@ def test_an_average_after_it_is_told_to_come_before_it_and_other_errors_are_left
     with pytest.raises(ValueError, match="of the user's own") as other:
         trainer(tmp_path, AverageOfAll(), quiet("w8a32"), Average()).test(Broken(), loader(), verbose=False)
     assert not hasattr(other.value, "__notes__")
+
+
+class Prototypes(nn.Module):
+    """Keeps what it computes once; ``known`` before the test."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    @cached_property
+    def centers(self):
+        return self.linear(torch.ones(8)).detach()
+
+    @cached_property
+    def known(self):
+        return self.linear(-torch.ones(8)).detach()
+
+
+class WithPrototypes(Net):
+    def __init__(self, width=16, lr=0.02):
+        super().__init__(width, lr)
+        self.prototypes = Prototypes()
+
+    @cached_property
+    def all(self):
+        return self.prototypes.centers.sum()
+
+    def test_step(self, batch, batch_idx):
+        super().test_step(batch, batch_idx)
+        self.log("centers", self.all + self.prototypes.known.sum())
+
+
+def test_what_the_quantized_model_has_computed_once_is_not_taken_for_the_float_ones(tmp_path):
+    seed_everything(1, verbose=False)
+    module, callback = WithPrototypes(), quiet("w8a8", save=False)
+    known, want = module.prototypes.known, module.prototypes.linear(torch.ones(8)).detach()
+    trainer(tmp_path, callback).test(module, loader(seed=2), verbose=False)
+    assert callback.results["centers"]["float"] == pytest.approx(float((want + known).sum()))
+    assert callback.results["centers"]["delta"] != 0
+    assert torch.equal(module.prototypes.centers, want)
+    assert module.all == want.sum()
+    assert module.prototypes.known is known
+
+
+class ReadsOn(Net):
+    """Its iterator has nothing left when the second model is tested."""
+
+    def __init__(self, width=16, lr=0.02):
+        super().__init__(width, lr)
+        self.factors = (factor for factor in (1.0, 2.0))
+
+    def test_step(self, batch, batch_idx):
+        self.log("factor", next(self.factors, 0.0))
+
+
+def test_an_iterator_that_the_first_model_has_read_to_its_end_is_named(tmp_path):
+    with pytest.warns(UserWarning, match=r"cannot be put back \(ReadsOn\.factors\)"):
+        trainer(tmp_path, quiet("w8a8", save=False)).test(ReadsOn(), loader(seed=2), verbose=False)

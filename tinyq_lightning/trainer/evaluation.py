@@ -231,13 +231,14 @@ def _isolated(
     roots = state_roots(trainer, module)
     snapshot = Snapshot(*roots, data=dataloaders(trainer, stage), weights=weights, also=start, outside=True)
     before = start.changed_outside() if start else []  # by the user's own run, of another model
+    moved: list[str] = []  # likewise: an iterator that it has read to its end does not move again
     try:
         if start is not None:
-            start.put_back(files=False)
+            moved = start.put_back(files=False)
         yield
     finally:
         outside = list(dict.fromkeys([*before, *snapshot.changed_outside()]))
-        changed = snapshot.put_back()
+        changed = list(dict.fromkeys([*moved, *snapshot.put_back()]))
         if start is not None:
             trainer.strategy.model_to_device()  # an inner Trainer leaves the module on the CPU
         if changed:

@@ -35,10 +35,11 @@ def _of_builtin(value: types.BuiltinFunctionType) -> State:
 
 
 def _of_context_variable(value: ContextVar[Any]) -> State:
-    content = value.get(_MISSING)
-    if content is _MISSING:
+    try:
+        content = value.get()  # or its default
+    except LookupError:  # only who has set it first can take that back
         return watched(lambda: value.get(_MISSING))
-    return State(lambda: value.set(content), [("", content)])
+    return State(lambda: value.get() is content or value.set(content), [("", content)])
 
 
 def _of_queue(value: queue.Queue[Any]) -> State:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from tinyq_lightning.errors import EvaluationError
 from tinyq_lightning.namespaces import namespace_of
@@ -83,6 +85,16 @@ def _noted(trainer: Trainer) -> _TestStart | None:
     return vars(trainer.test_loop).get(_NOTED)
 
 
+def _cached(module: nn.Module) -> set[tuple[nn.Module, str]]:
+    """The cached properties that have a value, each with the module that holds it."""
+    return {
+        (each, name)
+        for each in module.modules()
+        for name in vars(each)
+        if isinstance(getattr(type(each), name, None), cached_property)
+    }
+
+
 class _TestStart:
     """The state that a test run begins with, before its loop opens the dataloaders, and a call when its epoch ends.
 
@@ -105,6 +117,7 @@ class _TestStart:
         self._trainer, self._module, self._loop = trainer, module, trainer.test_loop
         self.snapshot: Snapshot | None = None
         self._attributes: dict[str, Any] = {}  # of the Trainer
+        self._cached: set[tuple[nn.Module, str]] = set()
         self._callbacks: SetByCallbacks | None = None
         self.on_epoch_end: list[Callable[[], object]] = []
         self.runs: list[TestRun] = []
@@ -117,7 +130,7 @@ class _TestStart:
     def _reset(self, own: Callable[[], None]) -> None:
         roots = state_roots(self._trainer, self._module)
         self.snapshot = Snapshot(*roots, data=dataloaders(self._trainer, "test"), outside=True)
-        self._attributes = dict(vars(self._trainer))
+        self._attributes, self._cached = dict(vars(self._trainer)), _cached(self._module)
         own()
 
     def _begin(self, own: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -141,6 +154,8 @@ class _TestStart:
                 hook()
             if self.runs:  # float in each on_test_end: a callback may put its own weights back there
                 self.runs[0].swap.take_out()
+                for holder, name in _cached(self._module) - self._cached:  # computed by the quantized layers
+                    del vars(holder)[name]
                 if may_exchange_weights(self._trainer):
                     self.tested = float_values(self._module, [run.swap for run in self.runs])
         finally:
