@@ -43,6 +43,7 @@ from tinyq_lightning.kernels.tracing import (
     is_exporting,
     is_exporting_for_any_processor,
     is_mapped,
+    is_recorded,
     is_same_memory,
     outside_modes,
 )
@@ -103,6 +104,7 @@ __all__ = [
     "is_exporting",
     "is_exporting_for_any_processor",
     "is_mapped",
+    "is_recorded",
     "is_same_memory",
     "joint_sqnr_db",
     "layout_of",

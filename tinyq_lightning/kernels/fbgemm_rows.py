@@ -53,10 +53,11 @@ class FbgemmRows(CodeHolder):
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         super().__init__(codes, scales)
         self._scales, self._scales_version = scales, version_of(scales)
-        self._begins = torch.arange(0, device=codes.device)
+        self._begins = 0, torch.int64, torch.arange(0, device=codes.device)
         columns = codes.shape[1]
         ends = torch.stack([scales, scales * -_ZERO], 1)
         self.is_exact = bool(ends.isfinite().all())
+        self._look_up = _operator()
         self._packed = codes.new_empty(len(codes), columns + _MORE_BYTES, dtype=torch.uint8)
         torch.bitwise_xor(codes.view(torch.uint8), _ZERO, out=self._packed[:, :columns])
         self._packed[:, columns:] = ends.view(torch.uint8)
@@ -69,17 +70,25 @@ class FbgemmRows(CodeHolder):
         return codes is None if self._source.plain is None else super().is_current(codes, scales)
 
     def rows(self, index: Tensor) -> Tensor:
-        """``index`` ``[n]`` of integers → ``[n, columns]`` float32.
+        """``index`` ``[...]`` of integers → ``[..., columns]`` float32.
 
         Raises:
             RuntimeError: an index is beyond the table.
         """
-        begins, count = self._begins, index.numel()
-        if begins.numel() != count or begins.dtype is not index.dtype:
-            begins = torch.arange(count, dtype=index.dtype, device=index.device)
-            if count <= _KEPT:
-                self._begins = begins
-        return _operator()(self._packed, index.contiguous(), begins)
+        shape = index.shape
+        if len(shape) == 1:
+            count, dtype, begins = self._begins
+            if count != shape[0] or dtype is not index.dtype:
+                begins = self._begins_of(index)
+            return self._look_up(self._packed, index.contiguous(), begins)
+        return self.rows(index.reshape(-1)).view(*shape, self.shape[1])
+
+    def _begins_of(self, index: Tensor) -> Tensor:
+        count, dtype = index.numel(), index.dtype
+        begins = torch.arange(count, dtype=dtype, device=index.device)
+        if count <= _KEPT:
+            self._begins = count, dtype, begins  # one value, because threads may look up at the same time
+        return begins
 
     def sums(
         self, index: Tensor, offsets: Tensor, weights: Tensor | None = None, includes_last: bool = False
@@ -98,7 +107,7 @@ class FbgemmRows(CodeHolder):
         Raises:
             RuntimeError: an index is beyond the table, or a bag beyond the indices.
         """
-        return _operator()(
+        return self._look_up(
             self._packed, index.contiguous(), offsets.contiguous(), False, 0, False, weights, None, includes_last
         )
 
@@ -113,7 +122,8 @@ class FbgemmRows(CodeHolder):
 
 @functools.cache  # because the lookup costs a microsecond
 def _operator() -> Callable[..., Tensor]:
-    return torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default
+    # without the method in Python around it, which takes another microsecond
+    return torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default._op
 
 
 def _is_exact() -> bool:

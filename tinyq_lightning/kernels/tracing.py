@@ -21,6 +21,7 @@ __all__ = [
     "is_exporting_for_any_processor",
     "is_exporting_for_this_processor",
     "is_mapped",
+    "is_recorded",
     "is_same_memory",
     "outside_modes",
 ]
@@ -32,6 +33,9 @@ _in_functorch = torch._C._are_functorch_transforms_active
 in_jit_trace = torch._C._is_tracing
 
 
+_count_modes = torch._C._len_torch_dispatch_stack
+
+
 def in_transform() -> bool:
     """Return True inside ``torch.jit.trace``, ``torch.vmap`` and other transforms of ``torch.func``, and forward AD.
 
@@ -39,6 +43,18 @@ def in_transform() -> bool:
     its gradient.
     """
     return bool(in_jit_trace() or _in_functorch() or forward_ad._current_level >= 0 or _in_make_fx())
+
+
+def is_recorded() -> bool:
+    """Return True if a graph is made of what runs, a transform changes it, or a mode looks at each operator."""
+    # Written out, because a look-up of a few rows asks this, and takes some microseconds.
+    return bool(
+        torch.compiler.is_compiling()
+        or in_jit_trace()
+        or _in_functorch()
+        or forward_ad._current_level >= 0
+        or _count_modes()
+    )
 
 
 def _in_make_fx() -> bool:

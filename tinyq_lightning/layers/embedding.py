@@ -16,6 +16,7 @@ from tinyq_lightning.kernels import (
     WeightForm,
     choose_lookup_kernel,
     in_transform,
+    is_recorded,
     weight_form,
 )
 from tinyq_lightning.layers.int8_weight import Int8Weight
@@ -67,14 +68,16 @@ class _LookUp(Int8Weight):
 
     def _packed_rows(self, input: Tensor) -> FbgemmRows | None:
         """The rows packed for look-ups of ``input``; None where it is looked up in another form."""
-        if type(input) is not Tensor or not input.is_cpu or _is_traced():
+        if type(input) is not Tensor or not input.is_cpu or is_recorded():
             return None  # before the choice, whose questions to this machine no graph can hold
         choice = self._choice or self.choice  # without the property, because a microsecond counts where rows are few
         if choice.kernel != "int8-rows":
             return None
-        if not self._buffers["scales"].is_cpu or torch._C._len_torch_dispatch_stack():  # type: ignore[union-attr]
-            return None
-        form = cast("FbgemmRows | None", self.form("int8-rows"))
+        scales, form = self._buffers["scales"], cast("FbgemmRows | None", self._forms.get("int8-rows"))
+        if form is None or self._buffers["int8_weights"] is not None or not form.is_current(None, scales):  # type: ignore[arg-type]
+            if not scales.is_cpu:  # type: ignore[union-attr]
+                return None
+            form = cast("FbgemmRows | None", self.form("int8-rows"))
         return form if form is not None and form.is_exact else None
 
     def _float_table(self) -> Tensor | None:
@@ -143,12 +146,9 @@ class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
 
     def _look_up(self, input: Tensor) -> Tensor:
         packed = self._packed_rows(input)
-        if packed is not None and input.numel():
+        if packed is not None:
             try:
-                if input.dim() == 1:
-                    rows = packed.rows(input)
-                else:
-                    rows = packed.rows(input.reshape(-1)).view(*input.shape, self.embedding_dim)
+                rows = packed.rows(input)
             except RuntimeError:
                 pass  # an index is beyond the table, which is told below
             else:
