@@ -36,8 +36,10 @@ from tinyq_lightning.kernels.onednn import compiles_packed_product, holds_packed
 from tinyq_lightning.kernels.packed import INPUT_DTYPES, packed_linear
 from tinyq_lightning.kernels.recurrent import choose_recurrent_kernel
 from tinyq_lightning.kernels.tracing import (
+    count_modes,
     exporting_for_this_processor,
     in_functional_call,
+    in_functorch,
     in_jit_trace,
     in_transform,
     is_exporting,
@@ -86,6 +88,7 @@ __all__ = [
     "compiles_packed_product",
     "convolve",
     "convolve_once",
+    "count_modes",
     "count_non_finite",
     "dequantize",
     "expand",
@@ -98,6 +101,7 @@ __all__ = [
     "has_int8_product",
     "holds_packed_constants",
     "in_functional_call",
+    "in_functorch",
     "in_jit_trace",
     "in_transform",
     "is_channels_last",

@@ -75,13 +75,12 @@ class FbgemmRows(CodeHolder):
         Raises:
             RuntimeError: an index is beyond the table.
         """
-        shape = index.shape
-        if len(shape) == 1:
-            count, dtype, begins = self._begins
-            if count != shape[0] or dtype is not index.dtype:
-                begins = self._begins_of(index)
+        count, dtype, begins = self._begins
+        if count != index.numel() or dtype is not index.dtype:
+            begins = self._begins_of(index)
+        if index.dim() == 1:
             return self._look_up(self._packed, index.contiguous(), begins)
-        return self.rows(index.reshape(-1)).view(*shape, self.shape[1])
+        return self._look_up(self._packed, index.reshape(-1), begins).view(*index.shape, self.shape[1])
 
     def _begins_of(self, index: Tensor) -> Tensor:
         count, dtype = index.numel(), index.dtype

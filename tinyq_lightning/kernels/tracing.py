@@ -13,8 +13,10 @@ from torch.nn.utils import stateless
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
+    "count_modes",
     "exporting_for_this_processor",
     "in_functional_call",
+    "in_functorch",
     "in_jit_trace",
     "in_transform",
     "is_exporting",
@@ -27,13 +29,13 @@ __all__ = [
 ]
 
 # torch has no public function for being inside of vmap and its like, and only a slow one for jit.trace.
-_in_functorch = torch._C._are_functorch_transforms_active
+in_functorch = torch._C._are_functorch_transforms_active
 
 
 in_jit_trace = torch._C._is_tracing
 
 
-_count_modes = torch._C._len_torch_dispatch_stack
+count_modes = torch._C._len_torch_dispatch_stack
 
 
 def in_transform() -> bool:
@@ -42,7 +44,7 @@ def in_transform() -> bool:
     And while ``make_fx`` records with gradients on: its graph has the operators of an autograd function alone, without
     its gradient.
     """
-    return bool(in_jit_trace() or _in_functorch() or forward_ad._current_level >= 0 or _in_make_fx())
+    return bool(in_jit_trace() or in_functorch() or forward_ad._current_level >= 0 or _in_make_fx())
 
 
 def is_recorded() -> bool:
@@ -51,9 +53,9 @@ def is_recorded() -> bool:
     return bool(
         torch.compiler.is_compiling()
         or in_jit_trace()
-        or _in_functorch()
+        or in_functorch()
         or forward_ad._current_level >= 0
-        or _count_modes()
+        or count_modes()
     )
 
 

@@ -140,11 +140,6 @@ class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[...]`` of integers → ``[..., dim]`` of the layer's dtype."""
-        if type(input) is not Tensor and has_proxy(input):
-            return leaf_call(self, input)  # type: ignore[no-any-return]
-        return self._look_up(input)
-
-    def _look_up(self, input: Tensor) -> Tensor:
         packed = self._packed_rows(input)
         if packed is not None:
             try:
@@ -153,6 +148,8 @@ class QuantizedEmbedding(_LookUp, nn.Embedding):  # type: ignore[override]
                 pass  # an index is beyond the table, which is told below
             else:
                 return rows if self.dtype is torch.float32 else rows.to(self.dtype)
+        elif type(input) is not Tensor and has_proxy(input):
+            return leaf_call(self, input)  # type: ignore[no-any-return]
         table = self._float_table()
         return self._rows(input) if table is None else nn.functional.embedding(input, table)
 
@@ -188,8 +185,11 @@ class ScaledQuantizedEmbedding(QuantizedEmbedding):
         super().__init__(num_embeddings, embedding_dim, padding_idx, dtype, device, method)
         self.output_scale = output_scale
 
-    def _look_up(self, input: Tensor) -> Tensor:
-        return super()._look_up(input) * self.output_scale
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` ``[...]`` of integers → ``[..., dim]`` of the layer's dtype, multiplied by the number."""
+        if type(input) is not Tensor and has_proxy(input):
+            return leaf_call(self, input)  # type: ignore[no-any-return]
+        return super().forward(input) * self.output_scale
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows in the brackets."""

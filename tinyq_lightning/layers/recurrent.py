@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from operator import is_
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from typing_extensions import Self
 
 from tinyq_lightning.errors import ReadOnlyWeightError
-from tinyq_lightning.kernels import Choice, choose_recurrent_kernel, in_transform
+from tinyq_lightning.kernels import (
+    Choice,
+    choose_recurrent_kernel,
+    count_modes,
+    in_functorch,
+    in_jit_trace,
+    in_transform,
+)
 from tinyq_lightning.layers.computed import float_weight
-from tinyq_lightning.layers.float_copies import FloatCopies
+from tinyq_lightning.layers.float_copies import FloatCopies, StandIn, version_counter
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 from tinyq_lightning.layers.named_codes import NamedCodes
@@ -117,7 +126,24 @@ class QuantizedRecurrent(NamedCodes):
         # Asked here, not in a function: torch.compile, which leaves this one out, would make a graph of that one alone.
         if torch.compiler.is_compiling():
             return self.torch_class.forward(self, input, hx)
-        layer = self._stand_in()
+        # A cell asks this at each step of a sequence, after its weights have taken the place of all else in the caches:
+        # so few Python objects are read, by functions of C.
+        copies = self._copies
+        ready = None if copies is None or copies.dtype is not self.dtype else copies.stand_in
+        if (
+            ready is None
+            or in_jit_trace()
+            or in_functorch()
+            or forward_ad._current_level >= 0
+            or count_modes()
+            or torch.is_autocast_enabled("cpu")
+            or not all(map(is_, ready.buffers, self._buffers.values()))
+            or not all(map(is_, ready.parameters, self._parameters.values()))
+            or [*map(version_counter, ready.counted)] != ready.versions
+        ):
+            layer = self._stand_in()
+        else:
+            layer = ready.layer
         if not layer._is_on_cuda:
             return self.torch_class.forward(layer, input, hx)
         with warnings.catch_warnings():  # cuDNN tells that it joins weights that lie apart, which these do
@@ -134,23 +160,18 @@ class QuantizedRecurrent(NamedCodes):
 
         The layer itself, inside a transform or a tracer, which is to see that weights are computed from the codes.
         """
-        if in_transform() or torch._C._len_torch_dispatch_stack():
+        if in_transform() or count_modes():
             return self
         copies = self.expanded()
-        layer, parameters = copies.layer, self._parameters
-        if layer is None:
-            return self._new_stand_in(copies)
-        for name, bias in layer.__dict__["_biases"]:  # a loop, as in FloatCopies.is_current
-            if parameters[name] is not bias:
-                return self._new_stand_in(copies)
-        return layer
+        if copies.stand_in is None or not all(map(is_, copies.stand_in.parameters, self._parameters.values())):
+            copies.stand_in = StandIn.of(self._new_stand_in(copies), self)
+        return copies.stand_in.layer
 
     def _new_stand_in(self, copies: FloatCopies) -> nn.Module:
         layer: nn.Module = object.__new__(self.torch_class)
         held = {name: value for name, value in vars(self).items() if name not in ("_copies", "_dequantized")}
         vars(layer).update(held, **self._float_weights(copies.weights))
-        vars(layer).update(_biases=[*self._parameters.items()], _is_on_cuda=self._is_on_cuda)
-        copies.layer = layer
+        vars(layer).update(_is_on_cuda=self._is_on_cuda)
         return layer
 
     def keeps_copies(self) -> bool:
@@ -187,7 +208,7 @@ class QuantizedRecurrent(NamedCodes):
             self._copies = self._choice = None
             self._hold()
         if (copies := self.__dict__.get("_copies")) is not None:
-            copies.layer = None  # which has the former value
+            copies.stand_in = None  # which has the former value
 
 
 class _Sequences(QuantizedRecurrent):
