@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,7 +12,7 @@ from tinyq_lightning.kernels import dequantize, outside_modes, version_of
 
 __all__ = [
     "FloatCopies",
-    "StandIn",
+    "Ready",
     "version_counter",
 ]
 
@@ -20,30 +20,22 @@ version_counter = torch._C.TensorBase._version.__get__  # type: ignore[attr-defi
 """``tensor._version`` of a tensor that is no inference tensor, as a function that ``map`` calls without Python."""
 
 
-class StandIn(NamedTuple):
-    """What runs on float copies, and what it was made from.
+class Ready(NamedTuple):
+    """A forward that runs on float copies, and the tensors that must be as they were for it to be called again.
 
     Attributes:
-        layer: of torch's class, with plain float weights.
-        buffers: all of the quantized layer, in turn.
-        parameters: all of the quantized layer, in turn.
-        counted: the buffers whose writes torch counts.
+        forward: of torch's class, bound to a layer that has plain float weights.
+        buffers: the first of the quantized layer, those that the weights come from among them.
+        parameters: all of the quantized layer.
+        counted: of the buffers that the weights come from, those whose writes torch counts.
         versions: their counts.
     """
 
-    layer: nn.Module
+    forward: Callable[..., Any]
     buffers: tuple[Tensor | None, ...]
     parameters: tuple[Tensor | None, ...]
     counted: tuple[Tensor, ...]
     versions: list[int]
-
-    @classmethod
-    def of(cls, layer: nn.Module, quantized: nn.Module) -> StandIn:
-        """For a layer that has the float weights of a quantized one, as that is now."""
-        buffers = tuple(quantized._buffers.values())
-        counted = tuple(each for each in buffers if each is not None and version_of(each) >= 0)
-        versions: list[Any] = [*map(version_counter, counted)]
-        return cls(layer, buffers, tuple(quantized._parameters.values()), counted, versions)
 
 
 class FloatCopies:
@@ -58,10 +50,12 @@ class FloatCopies:
     Attributes:
         weights: ``[rows, columns]`` of ``dtype`` by name; plain tensors that nobody writes to.
         dtype: as above.
-        stand_in: what runs on them, for whoever made it; None until somebody has.
+        layer: what runs on them, for whoever made it; None until somebody has.
+        ready: its forward, if it may be called without a further look; None if not.
     """
 
-    stand_in: StandIn | None = None
+    layer: nn.Module | None = None
+    ready: Ready | None = None
 
     def __init__(
         self,
@@ -84,3 +78,13 @@ class FloatCopies:
             if buffers[key] is not tensor or (version >= 0 and tensor._version != version):
                 return False
         return True
+
+    def ready_for(self, forward: Callable[..., Any], quantized: nn.Module) -> Ready:
+        """What tells a quantized layer on its next calls that it can call ``forward`` at once."""
+        keys = {key for key, _, _ in self._sources}
+        buffers = list(quantized._buffers.items())
+        while buffers[-1][0] not in keys:  # those of others, which may be written to on each call
+            buffers.pop()
+        counted = tuple(tensor for _, tensor, version in self._sources if version >= 0)
+        versions = [version for _, _, version in self._sources if version >= 0]
+        return Ready(forward, tuple(each for _, each in buffers), (*quantized._parameters.values(),), counted, versions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from operator import is_
 from typing import Any, ClassVar, cast
 
@@ -22,7 +23,7 @@ from tinyq_lightning.kernels import (
     in_transform,
 )
 from tinyq_lightning.layers.computed import float_weight
-from tinyq_lightning.layers.float_copies import FloatCopies, StandIn, version_counter
+from tinyq_lightning.layers.float_copies import FloatCopies, version_counter
 from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 from tinyq_lightning.layers.named_codes import NamedCodes
@@ -40,6 +41,9 @@ __all__ = [
     "bias_names",
     "weight_shapes",
 ]
+
+# Under names of this module, because a cell asks them at each step.
+is_autocast_enabled, is_dynamo_compiling = torch.is_autocast_enabled, torch.compiler.is_dynamo_compiling
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
@@ -124,35 +128,27 @@ class QuantizedRecurrent(NamedCodes):
         if type(input) is not Tensor and has_proxy(input, hx):
             return leaf_call(self, input, hx)
         # Asked here, not in a function: torch.compile, which leaves this one out, would make a graph of that one alone.
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling():
             return self.torch_class.forward(self, input, hx)
-        # A cell asks this at each step of a sequence, after its weights have taken the place of all else in the caches:
-        # so few Python objects are read, by functions of C.
+        # A cell asks this at each step of a sequence, when its weights have taken the place of all else in the caches:
+        # few Python objects are read, by functions of C.
         copies = self._copies
-        ready = None if copies is None or copies.dtype is not self.dtype else copies.stand_in
-        if (
-            ready is None
-            or in_jit_trace()
-            or in_functorch()
-            or forward_ad._current_level >= 0
-            or count_modes()
-            or torch.is_autocast_enabled("cpu")
-            or not all(map(is_, ready.buffers, self._buffers.values()))
-            or not all(map(is_, ready.parameters, self._parameters.values()))
-            or [*map(version_counter, ready.counted)] != ready.versions
-        ):
-            layer = self._stand_in()
-        else:
-            layer = ready.layer
-        if not layer._is_on_cuda:
+        if copies is not None and (ready := copies.ready) is not None:
+            forward, buffers, parameters, counted, versions = ready
+            if (
+                not (in_jit_trace() or in_functorch() or count_modes() or forward_ad._current_level >= 0)
+                and not is_autocast_enabled("cpu")
+                and all(map(is_, buffers, self._buffers.values()))
+                and all(map(is_, parameters, self._parameters.values()))
+                and [*map(version_counter, counted)] == versions
+            ):
+                return forward(input, hx)
+        layer = self._stand_in()
+        if self.device.type != "cuda":
             return self.torch_class.forward(layer, input, hx)
         with warnings.catch_warnings():  # cuDNN tells that it joins weights that lie apart, which these do
             warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
             return self.torch_class.forward(layer, input, hx)
-
-    @property
-    def _is_on_cuda(self) -> bool:
-        return self.device.type == "cuda"
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _stand_in(self) -> nn.Module:
@@ -163,15 +159,17 @@ class QuantizedRecurrent(NamedCodes):
         if in_transform() or count_modes():
             return self
         copies = self.expanded()
-        if copies.stand_in is None or not all(map(is_, copies.stand_in.parameters, self._parameters.values())):
-            copies.stand_in = StandIn.of(self._new_stand_in(copies), self)
-        return copies.stand_in.layer
+        layer, parameters = copies.layer, self._parameters
+        if layer is None or any(parameters[name] is not bias for name, bias in layer.__dict__["_biases"]):
+            layer = copies.layer = self._new_stand_in(copies)
+            if copies.dtype is self.dtype and self.device.type == "cpu":
+                copies.ready = copies.ready_for(partial(self.torch_class.forward, layer), self)
+        return layer
 
     def _new_stand_in(self, copies: FloatCopies) -> nn.Module:
         layer: nn.Module = object.__new__(self.torch_class)
         held = {name: value for name, value in vars(self).items() if name not in ("_copies", "_dequantized")}
-        vars(layer).update(held, **self._float_weights(copies.weights))
-        vars(layer).update(_is_on_cuda=self._is_on_cuda)
+        vars(layer).update(held, **self._float_weights(copies.weights), _biases=[*self._parameters.items()])
         return layer
 
     def keeps_copies(self) -> bool:
@@ -208,7 +206,7 @@ class QuantizedRecurrent(NamedCodes):
             self._copies = self._choice = None
             self._hold()
         if (copies := self.__dict__.get("_copies")) is not None:
-            copies.stand_in = None  # which has the former value
+            copies.layer = copies.ready = None  # which has the former value
 
 
 class _Sequences(QuantizedRecurrent):
