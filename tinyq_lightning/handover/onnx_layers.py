@@ -16,7 +16,7 @@ from tinyq_lightning.handover.onnx_operators import (
     round_samples,
     rounded_product,
 )
-from tinyq_lightning.handover.onnx_recurrent import CellForm, SequenceForm
+from tinyq_lightning.handover.onnx_recurrent import CellForm, RecurrentForm, SequenceForm
 from tinyq_lightning.kernels import LONGEST_SUM, Geometry, convolve, is_exporting
 from tinyq_lightning.layers import (
     Int8Matrix,
@@ -27,6 +27,7 @@ from tinyq_lightning.layers import (
     QuantizedLayer,
     QuantizedLinear,
     QuantizedRecurrent,
+    RunsOwnForward,
 )
 from tinyq_lightning.methods import METHODS
 
@@ -182,5 +183,7 @@ def _form_of(own: type[QuantizedLayer], rounds: bool) -> type[QuantizedLayer]:
         return own
     if form is SequenceForm and issubclass(own, nn.RNNCellBase):
         form = CellForm
+    if issubclass(own, RunsOwnForward):
+        form = RecurrentForm  # its forward is traced as it is
     content: dict[str, Any] = {"rounds": rounds, "__module__": own.__module__, "__qualname__": own.__qualname__}
     return cast("type[QuantizedLayer]", type(own.__name__, (form, own), content))

@@ -14,6 +14,7 @@ from tinyq_lightning.layers import QuantizedRecurrent
 
 __all__ = [
     "CellForm",
+    "RecurrentForm",
     "SequenceForm",
 ]
 
@@ -21,7 +22,7 @@ __all__ = [
 _GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
 
 
-class _RecurrentForm(QuantizedRecurrent):
+class RecurrentForm(QuantizedRecurrent):
     """A layer whose weights, where its forward reads them, are DequantizeLinear of their codes."""
 
     def weight_of(self, name: str) -> Tensor:
@@ -31,7 +32,7 @@ class _RecurrentForm(QuantizedRecurrent):
         return dequantize_linear(*self.codes_of(name), axis=0).to(self.dtype)
 
 
-class SequenceForm(_RecurrentForm):
+class SequenceForm(RecurrentForm):
     """One operator a layer."""
 
     mode: str
@@ -110,7 +111,7 @@ def _without_tail(inputs: list[Tensor | None]) -> list[Tensor | None]:
     return inputs
 
 
-class CellForm(_RecurrentForm):
+class CellForm(RecurrentForm):
     """One step, its products as MatMul and Add."""
 
     hidden_size: int

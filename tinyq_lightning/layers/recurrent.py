@@ -218,7 +218,7 @@ class _Sequences(QuantizedRecurrent):
         parameters = self._parameters
         flat = [weights[name] if name in weights else parameters[name] for name in self._flat_weights_names]
         # without names and references there is nothing that torch would find changed
-        return {"_flat_weights": flat, "_flat_weights_names": [], "_flat_weight_refs": []}
+        return {**weights, "_flat_weights": flat, "_flat_weights_names": [], "_flat_weight_refs": []}
 
     @property
     def _flat_weights(self) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,40 @@ from torch.nn.utils.rnn import PackedSequence
 from tinyq_lightning.layers.computed import float_weight
 
 __all__ = [
+    "inner_calls",
     "step_inputs",
 ]
 
 _RUN = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
+
+
+def inner_calls(layer: Any, base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """The input and the hidden state of each call of torch's forward in a call of a layer.
+
+    Args:
+        layer: float. One with a forward of its own is called again, to see what that gives to torch's.
+        base: torch's class.
+        args: of the call.
+        kwargs: of the call.
+    """
+    own: Any = type(layer)
+    if own.forward is base.forward:
+        return [_as_torchs(*args, **kwargs)]
+    calls: list[tuple[Any, Any]] = []
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(_as_torchs(*args, **kwargs))
+        return base.forward(self, *args, **kwargs)
+
+    watched: Any = object.__new__(type(own.__name__, (own, type(base.__name__, (base,), {"forward": forward})), {}))
+    vars(watched).update(vars(layer))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        own.forward(watched, *args, **kwargs)
+    return calls
+
+
+def _as_torchs(input: Any, hx: Any = None) -> tuple[Any, Any]:
+    return input, hx
 
 
 def step_inputs(layer: Any, input: Any, hx: Any = None) -> Iterator[tuple[str, Tensor]]:

@@ -16,8 +16,9 @@ from tinyq_lightning.layers.int8_weight import Int8Weight
 from tinyq_lightning.layers.kind import Candidate, Kind, WeightSize, first_tensor
 from tinyq_lightning.layers.quantized_layer import QuantizedLayer
 from tinyq_lightning.layers.recurrent import RECURRENT, QuantizedRecurrent, bias_names, weight_shapes
-from tinyq_lightning.layers.recurrent_inputs import step_inputs
-from tinyq_lightning.layers.why_float import why_holds_more, why_own_way, why_weight
+from tinyq_lightning.layers.recurrent_inputs import inner_calls, step_inputs
+from tinyq_lightning.layers.recurrent_subclass import quantized_class, torch_class, why_own_code
+from tinyq_lightning.layers.why_float import why_holds_more, why_weight
 from tinyq_lightning.methods import METHODS, KernelName
 
 __all__ = [
@@ -26,7 +27,7 @@ __all__ = [
 
 
 class RecurrentKind(Kind):
-    """``nn.RNN``, ``nn.LSTM``, ``nn.GRU``, their cells, and subclasses that do what they do."""
+    """``nn.RNN``, ``nn.LSTM``, ``nn.GRU``, their cells, and subclasses whose code can run on float weights."""
 
     name = "recurrent"
     methods = ("w8a32", "w4a32")
@@ -43,7 +44,7 @@ class RecurrentKind(Kind):
     def candidates(self, module: nn.Module, closed: str | None) -> Iterator[Candidate]:
         names, biases = weight_shapes(module), bias_names(module)
         reasons = (why_weight(module, name, hooks=False) for name in names)
-        why = closed or why_own_way(module, _torch_class(module)) or next(filter(None, reasons), None)
+        why = closed or why_own_code(module, torch_class(module)) or next(filter(None, reasons), None)
         why = why or _why_bias(module, biases) or why_holds_more(module, {*names, *biases}) or _why_mixed(module, names)
         yield Candidate(self, module, {name: (module, name) for name in names}, why)
 
@@ -57,13 +58,13 @@ class RecurrentKind(Kind):
 
     @override
     def make(self, layer: Any, codes: Mapping[str, Int8Weight], method: str, kernel: KernelName) -> QuantizedRecurrent:
-        made = RECURRENT[_torch_class(layer)].from_float(layer, codes, method)
+        made = quantized_class(layer).from_float(layer, codes, method)
         made.kernel = kernel
         return made
 
     @override
     def make_empty(self, layer: Any, method: str, kernel: KernelName) -> QuantizedRecurrent:
-        made = RECURRENT[_torch_class(layer)](layer, method)
+        made = quantized_class(layer)(layer, method)
         made.kernel = kernel
         return made
 
@@ -81,8 +82,9 @@ class RecurrentKind(Kind):
         self, layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Iterator[tuple[str, Tensor]]:
         if first_tensor(args, kwargs).numel():
-            for name, inputs in step_inputs(layer, *args, **kwargs):
-                yield name, inputs[None]
+            for inner in inner_calls(layer, torch_class(layer), args, kwargs):
+                for name, inputs in step_inputs(layer, *inner):
+                    yield name, inputs[None]
 
     @override
     def plain(self, layer: nn.Module) -> nn.Module:
@@ -92,10 +94,6 @@ class RecurrentKind(Kind):
         for name in list(cast(nn.ModuleDict, layer.parametrizations)):
             parametrize.remove_parametrizations(layer, name)
         return layer
-
-
-def _torch_class(module: nn.Module) -> type[nn.Module]:
-    return next(each for each in RECURRENT if isinstance(module, each))
 
 
 def _why_bias(module: nn.Module, names: tuple[str, ...]) -> str | None:
