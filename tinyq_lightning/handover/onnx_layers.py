@@ -27,7 +27,6 @@ from tinyq_lightning.layers import (
     QuantizedLayer,
     QuantizedLinear,
     QuantizedRecurrent,
-    RunsOwnForward,
 )
 from tinyq_lightning.methods import METHODS
 
@@ -183,7 +182,7 @@ def _form_of(own: type[QuantizedLayer], rounds: bool) -> type[QuantizedLayer]:
         return own
     if form is SequenceForm and issubclass(own, nn.RNNCellBase):
         form = CellForm
-    if issubclass(own, RunsOwnForward):
+    if issubclass(own, QuantizedRecurrent) and own.forward_is_own:
         form = RecurrentForm  # its forward is traced as it is
     content: dict[str, Any] = {"rounds": rounds, "__module__": own.__module__, "__qualname__": own.__qualname__}
     return cast("type[QuantizedLayer]", type(own.__name__, (form, own), content))

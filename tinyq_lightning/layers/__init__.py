@@ -29,7 +29,6 @@ from tinyq_lightning.layers.recurrent import (
     QuantizedRNN,
     QuantizedRNNCell,
 )
-from tinyq_lightning.layers.recurrent_subclass import RunsOwnForward
 from tinyq_lightning.layers.weight_hooks import without_weight_hooks
 from tinyq_lightning.layers.why_float import static_functions
 
@@ -55,7 +54,6 @@ __all__ = [
     "QuantizedRNN",
     "QuantizedRNNCell",
     "QuantizedRecurrent",
-    "RunsOwnForward",
     "ScaledQuantizedEmbedding",
     "W4A8LinearLayer",
     "W4A16LinearLayer",

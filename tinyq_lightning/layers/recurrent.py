@@ -73,11 +73,14 @@ class QuantizedRecurrent(NamedCodes):
         method: ``w8a32`` or ``w4a32``.
 
     Attributes:
+        torch_class: the class whose forward runs: torch's, or one that is derived from it.
+        forward_is_own: whether that is a forward of the derived class.
         kernel: ``auto`` keeps a float copy of the weights in memory once the layer has run; ``compact``, ``int8`` and
             ``reference`` expand them on each call. With ``compact``, codes of four bits are held two a byte.
     """
 
     torch_class: ClassVar[Any]
+    forward_is_own: ClassVar[bool] = False
     _choice: Choice | None
 
     def __init__(self, like: nn.Module, method: str = "w8a32") -> None:
@@ -123,13 +126,13 @@ class QuantizedRecurrent(NamedCodes):
             self._choice = choose_recurrent_kernel(self.kernel, self.bits)
         return self._choice
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        """As the forward of torch's class: the output, and the last hidden state if that class returns it."""
-        if type(input) is not Tensor and has_proxy(input, hx):
-            return leaf_call(self, input, hx)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the forward of the float layer's class: of torch's classes for an input and a hidden state."""
+        if (not args or type(args[0]) is not Tensor) and has_proxy(*args, *kwargs.values()):
+            return leaf_call(self, *args, **kwargs)
         # Asked here, not in a function: torch.compile, which leaves this one out, would make a graph of that one alone.
         if is_dynamo_compiling():
-            return self.torch_class.forward(self, input, hx)
+            return self.torch_class.forward(self, *args, **kwargs)
         # A cell asks this at each step of a sequence, when its weights have taken the place of all else in the caches:
         # few Python objects are read, by functions of C.
         copies = self._copies
@@ -142,13 +145,13 @@ class QuantizedRecurrent(NamedCodes):
                 and all(map(is_, parameters, self._parameters.values()))
                 and [*map(version_counter, counted)] == versions
             ):
-                return forward(input, hx)
+                return forward(*args, **kwargs)
         layer = self._stand_in()
         if self.device.type != "cuda":
-            return self.torch_class.forward(layer, input, hx)
+            return self.torch_class.forward(layer, *args, **kwargs)
         with warnings.catch_warnings():  # cuDNN tells that it joins weights that lie apart, which these do
             warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
-            return self.torch_class.forward(layer, input, hx)
+            return self.torch_class.forward(layer, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _stand_in(self) -> nn.Module:

@@ -6,43 +6,25 @@ on an object of their own class with float weights, if it reads what the layer h
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from tinyq_lightning.layers.behaviour import writes
-from tinyq_lightning.layers.leaf import has_proxy, leaf_call
 from tinyq_lightning.layers.recurrent import RECURRENT, QuantizedRecurrent
 from tinyq_lightning.layers.why_float import why_own_way, why_replaced
 
 __all__ = [
-    "RunsOwnForward",
     "quantized_class",
     "torch_class",
     "why_own_code",
 ]
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
-
-
-class RunsOwnForward(QuantizedRecurrent):
-    """A quantized layer that runs the forward of a class of the user's."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the forward of the float layer's class."""
-        if has_proxy(*args, *kwargs.values()):
-            return leaf_call(self, *args, **kwargs)
-        if torch.compiler.is_dynamo_compiling():
-            return self.torch_class.forward(self, *args, **kwargs)
-        with warnings.catch_warnings():  # as in QuantizedRecurrent
-            warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
-            return self.torch_class.forward(self._stand_in(), *args, **kwargs)
 
 
 def torch_class(module: nn.Module) -> type[nn.Module]:
@@ -103,14 +85,14 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 @lru_cache(maxsize=256)
 def _derived(quantized: Any, kind: Any) -> Any:
     """A subclass of a quantized class and of a class of the user's."""
-    runs = kind.forward is not quantized.torch_class.forward
     content = {
-        "torch_class": kind if runs else quantized.torch_class,
+        "torch_class": kind,
+        "forward_is_own": kind.forward is not quantized.torch_class.forward,
         "__reduce_ex__": _reduce,
         "__module__": kind.__module__,
         "__doc__": kind.__doc__,
     }
-    return type(f"Quantized{kind.__name__}", (*((RunsOwnForward,) if runs else ()), quantized, kind), content)
+    return type(f"Quantized{kind.__name__}", (quantized, kind), content)
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
