@@ -45,7 +45,8 @@ class Last(nn.Module):
 
 class OwnForward(nn.LSTM):
     def forward(self, input, hx=None):
-        return super().forward(2 * input, hx)
+        self.times = 2
+        return super().forward(self.times * input, hx)
 
 
 class OwnCheck(nn.GRU):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import product
+from types import CodeType
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "LEADS",
     "SIZES",
     "aside",
+    "codes",
     "computes_linear",
     "computes_scaled_embedding",
     "forward_takes_one_input",
@@ -268,11 +270,18 @@ def own_functions(kind: type, names: Collection[str] = ("forward",)) -> Iterator
 def writes(function: Callable[..., Any]) -> bool:
     """Whether a function may change anything but its own names, so that to try it would leave a trace."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return (
-        code is None
-        or not _CHANGING.isdisjoint(code.co_names)
-        or any(each.opname in _WRITES for each in dis.get_instructions(code))
+    return code is None or any(
+        not _CHANGING.isdisjoint(part.co_names) or any(each.opname in _WRITES for each in dis.get_instructions(part))
+        for part in codes(code)
     )
+
+
+def codes(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function, and of the functions and comprehensions in it."""
+    yield code
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from codes(each)
 
 
 def _stand_in(kind: Any, values: dict[str, Any]) -> Any:

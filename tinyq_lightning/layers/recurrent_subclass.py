@@ -6,15 +6,14 @@ on an object of their own class with float weights, if it reads what the layer h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tinyq_lightning.layers.behaviour import writes
+from tinyq_lightning.layers.behaviour import codes, writes
 from tinyq_lightning.layers.recurrent import RECURRENT, QuantizedRecurrent
 from tinyq_lightning.layers.why_float import why_own_way, why_replaced
 
@@ -70,16 +69,8 @@ def _only_reads(function: Any) -> bool:
     """Whether a function changes nothing that the layer, or anybody else, holds."""
     if not isinstance(function, FunctionType) or writes(function):
         return False
-    names = {name for code in _codes(function.__code__) for name in code.co_names}
+    names = {name for code in codes(function.__code__) for name in code.co_names}
     return not any(name == "data" or (name.endswith("_") and not name.endswith("__")) for name in names)
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """A function's code, and that of the functions in it."""
-    yield code
-    for each in code.co_consts:
-        if isinstance(each, CodeType):
-            yield from _codes(each)
 
 
 @lru_cache(maxsize=256)
