@@ -365,3 +365,10 @@ def test_a_graph_of_bags_takes_any_number_of_them(mode, padding):
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(model, (words[:3],), dynamic_shapes=({0: batch},)).module()
     torch.testing.assert_close(program(words), model(words), rtol=1e-5, atol=1e-5)
+
+
+def test_as_many_rows_are_looked_up_by_indices_of_any_dtype_and_shape(table):
+    ours, theirs = put_beside(nn.Embedding(10, 16))
+    index = torch.tensor([3, 9, 0, 3, 7, 1])
+    for each in (index, index.int(), index, index.view(2, 3), index.int().view(3, 2), index.flip(0)[::2], index[2]):
+        assert torch.equal(ours(each), theirs(each))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from tinyq_lightning import load_quantized, quantize, quantized
+from tinyq_lightning import export, load_quantized, quantize, quantized
 from tinyq_lightning.file import Archive, quantize_file, write_checkpoint
 from tinyq_lightning.layers import QuantizedGRU, QuantizedLSTM, QuantizedLSTMCell
 from tinyq_lightning.spec import as_spec
@@ -198,6 +198,27 @@ def test_codes_are_chosen_with_what_the_code_gives_to_torchs_forward():
     assert plan.decisions[0].output_error is not None
     assert not torch.equal(model.layer.weight_hh_l1, plain.layer.weight_hh_l1)
     assert (model(X) - wanted).norm() / wanted.norm() < 0.2
+
+
+class Given(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = Scaled(SIZE, SIZE, share=0.7, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+@pytest.mark.skipif(not hasattr(torch.onnx, "ops"), reason="needs torch 2.8")
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its exporter
+def test_the_code_is_in_the_onnx_file(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = Given().eval()
+    quantize(model, "w8a32")
+    report = export(model, tmp_path / "model.onnx", (X,))
+    assert report.relative_error < 1e-5
 
 
 class Counting(nn.LSTM):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conv_nets import UNet
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from tinyq_lightning import QuantizationSpec, quantize
@@ -20,6 +21,7 @@ from tinyq_lightning.errors import ModelError, SpecError
 from tinyq_lightning.layers import QuantizedLayer, kind_of
 from tinyq_lightning.plan import Swap
 from tinyq_lightning.search import calibration
+from tinyq_lightning.search.layer_calls import counted_calls
 
 
 def digits(count, seed):
@@ -318,6 +320,28 @@ def test_a_weight_that_is_looked_up_too_keeps_its_codes():
     decisions = {decision.name: decision for decision in plan}
     assert decisions["head"].uncalibrated == "tied to embed: its rows are looked up, not multiplied"
     assert decisions["body"].output_error <= 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_layers_whose_weight_a_hook_computes_are_calibrated_and_their_calls_counted():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.utils.weight_norm(nn.Conv2d(4, 16, 3)),
+        nn.utils.spectral_norm(nn.Conv2d(16, 16, 3)),
+        nn.Flatten(),
+        prune.l1_unstructured(nn.Linear(64, 32), "weight", 0.3),
+    ).eval()
+    mixed, counts = torch.randn(4, 4), {}
+    batches = [torch.einsum("bchw,cd->bdhw", torch.randn(64, 4, 6, 6), mixed) for _ in range(8)]
+    swap = Swap(model, QuantizationSpec(method="w8a8"))
+    with counted_calls(swap, counts):
+        model(batches[0])
+        swap.put_in()
+        model(batches[0])
+    swap.take_out()
+    assert [sum(calls.values()) for calls in counts.values()] == [2, 2, 2]
+    plan = quantize(model, "w4a32", calibration=batches)
+    assert all(each.uncalibrated is None and each.output_error < 1 for each in plan)
 
 
 def test_a_layer_that_the_data_does_not_reach_is_left_and_told():

@@ -160,6 +160,16 @@ class Swap:
             if site.kind.is_called:
                 yield site.name, site.module, layer
 
+    def called_places(self) -> Iterator[tuple[str, QuantizedLayer, tuple[nn.Module, ...]]]:
+        """The name of each layer of :meth:`called`, the quantized layer, and where a hook sees all calls of both.
+
+        That is the quantized layer, whose hooks are those of the float one too; and the float one, where hooks of its
+        own compute its weight.
+        """
+        for name, module, layer in self.called():
+            shared = layer._forward_pre_hooks is module._forward_pre_hooks
+            yield name, layer, (layer,) if shared else (layer, module)
+
     def joint_projections(self) -> Iterator[tuple[str, nn.Module]]:
         """The names of attention's joint projections, each with the module that may multiply its rows one by one."""
         for site, _ in self._pairs:

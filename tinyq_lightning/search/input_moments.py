@@ -51,7 +51,7 @@ class InputWatch:
     def __init__(self, swap: Swap, names: Collection[str]) -> None:
         self.batches = 0
         self.layers = {name: _moments_of(layer) for name, _, layer in swap.called() if name in names}
-        self._quantized = {name: layer for name, _, layer in swap.called() if name in names}
+        self._quantized = {name: (layer, places) for name, layer, places in swap.called_places() if name in names}
         self._attentions = {name: module for name, module in swap.joint_projections() if name in names}
 
     def next_batch(self) -> None:
@@ -63,10 +63,10 @@ class InputWatch:
         """Sum up what the layers are called with inside the block."""
         with ExitStack() as stack:
             for name, moments in self.layers.items():
-                hook = self._guarded(moments, partial(_add_call, moments, self._quantized[name]))
-                # hooks are those of the float layer too
-                handle = self._quantized[name].register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
+                layer, places = self._quantized[name]
+                hook = self._guarded(moments, partial(_add_call, moments, layer))
+                for place in places:
+                    stack.callback(place.register_forward_pre_hook(hook, with_kwargs=True).remove)
                 if name in self._attentions:
                     hook = self._guarded(moments, partial(_add_attention, moments["weight"]))
                     handle = self._attentions[name].register_forward_pre_hook(hook, with_kwargs=True)

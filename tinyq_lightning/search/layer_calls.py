@@ -58,10 +58,10 @@ def counted_calls(swap: Swap, calls: dict[str, Counter[Call]]) -> Iterator[None]
         calls: counters by the name of the layer; those that are missing are added, empty.
     """
     with ExitStack() as stack:
-        for name, _, layer in swap.called():
+        for name, layer, places in swap.called_places():
             tally = _Tally(layer, calls.setdefault(name, Counter()))
-            # hooks are those of the float layer too
-            stack.callback(layer.register_forward_pre_hook(tally.before_forward, with_kwargs=True).remove)
+            for place in places:
+                stack.callback(place.register_forward_pre_hook(tally.before_forward, with_kwargs=True).remove)
             if hasattr(layer, "forward_rows"):  # attention calls this method, which runs no hook
                 vars(layer)["forward_rows"] = tally.forward_rows
                 stack.callback(vars(layer).pop, "forward_rows")
