@@ -25,6 +25,11 @@ def samples(count: int = 192, seed: int = 0) -> TensorDataset:
     return TensorDataset(centres[labels] + torch.randn(count, FEATURES, generator=generator), labels)
 
 
+def has_trained(run: Trainer) -> bool:
+    """Whether the epochs of a fit are over, so that a validation loop is the comparison's."""
+    return run.fit_loop.epoch_progress.current.completed == run.max_epochs
+
+
 def loader(count: int = 192, seed: int = 0, **kwargs) -> DataLoader:
     return DataLoader(samples(count, seed), **{"batch_size": 32, **kwargs})
 

@@ -51,6 +51,7 @@ from tinyq_lightning.trainer import (
     tell_of_interrupt,
     tell_of_quantized_layers,
     tested_weights,
+    validation_data_lent,
     warn_of_no_limit,
     warn_of_worst_checkpoint,
 )
@@ -204,7 +205,7 @@ class TinyQCallback(HoldsRun):
                 outcome = outcome_of_shards(made, self._column_name(made.plan), source)
                 outcomes.append(self._save(trainer, None, source, outcome, made.take_content, outcomes))
             return outcomes
-        with preserved(module, weights=source.path is not None):
+        with preserved(module, weights=source.path is not None), validation_data_lent(trainer, module):
             source.load_into(trainer, module)
             run = MethodsRun(trainer, module, self.spec, source, self.validated)
             for measured in run.methods:

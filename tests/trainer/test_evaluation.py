@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from lightnings import Callback, CombinedLoader, CSVLogger, ModelCheckpoint
-from models import Net, keeper, loader, trainer
+from models import Net, has_trained, keeper, loader, trainer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -28,10 +28,12 @@ ASKED = {
     "best score": lambda module: str(module.trainer.checkpoint_callback.best_model_score),
     "callback by type": lambda module: [c.monitor for c in module.trainer.callbacks if isinstance(c, ModelCheckpoint)],
     "logger": lambda module: (module.logger.name, module.logger.version, module.logger.root_dir, module.logger.log_dir),
+    "what runs": lambda module: module.trainer.state.fn,
     "folders": lambda module: (module.trainer.log_dir, module.logger.save_dir),
     "training batches": lambda module: module.trainer.num_training_batches,
     "the user's own": lambda module: module.trainer.my_setting,
     "training loss": lambda module: float(module.trainer.callback_metrics["train_loss"]),
+    "logged loss": lambda module: float(module.trainer.logged_metrics["train_loss"]),
 }
 
 
@@ -100,7 +102,7 @@ class Normalizes(Callback):
 
 class Writes(Callback):
     def on_validation_epoch_end(self, trainer, pl_module):
-        assert trainer.state.fn == "fit", "a callback that changes no batch is not to be run again"
+        assert not has_trained(trainer), "a callback that changes no batch is not to be run again"
 
 
 class LogsItsData(Net):

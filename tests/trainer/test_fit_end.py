@@ -20,7 +20,7 @@ from lightnings import (
     WeightAveraging,
     seed_everything,
 )
-from models import CLASSES, FEATURES, Blobs, Net, NetOfHooks, keeper, loader, trainer
+from models import CLASSES, FEATURES, Blobs, Data, Net, NetOfHooks, has_trained, keeper, loader, trainer
 from torch import nn
 
 from tinyq_lightning import TinyQCallback, TinyQError, load_quantized, quantize
@@ -267,10 +267,31 @@ def test_a_schedule_with_an_entry_for_each_epoch_is_asked_for_that_of_the_best_c
     assert callback.results["val_scheduled"]["float"] == kept.best_model_score == 1
 
 
+class Sometimes(Net):
+    """Logs what is costly in every fourth epoch, and in the last."""
+
+    def on_validation_epoch_end(self):
+        if self.current_epoch % 4 == 0 or self.current_epoch == self.trainer.max_epochs - 1:
+            self.log("val_costly", float(self.current_epoch))
+
+
+class NothingElse(Sometimes):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize(("kind", "budget"), [(Sometimes, True), (NothingElse, False), (NothingElse, True)])
+def test_a_metric_that_some_epochs_log_is_measured_as_in_an_epoch_that_did(tmp_path, kind, budget):
+    limit = {"monitor": "val_costly", "mode": "max", "max_drop": 0.5} if budget else {}
+    callback = quiet("w8a32", strict=True, **limit)
+    fit(tmp_path, callback, keeper(tmp_path, monitor="val_costly"), keep=False, module=kind(), max_epochs=3)
+    assert callback.results["val_costly"] == {"float": 2.0, "w8a32": 2.0, "delta": 0.0}
+
+
 def test_a_look_up_that_fails_in_any_epoch_is_told_as_it_failed_first(tmp_path):
     class Fails(Net):
         def validation_step(self, batch, batch_idx):
-            if self.trainer.state.fn != "fit":
+            if has_trained(self.trainer):
                 raise KeyError(f"no entry for {self.current_epoch}")
 
     callback = quiet("w8a32", save=False)
@@ -386,6 +407,36 @@ def test_without_a_checkpoint_the_current_weights_are_written_below_the_root(tmp
 def test_runs_that_hardly_train_still_end_with_a_file(tmp_path, settings):
     callback = quiet("w8a32")
     fit(tmp_path, callback, **settings)
+    assert set(callback.results["val_acc"]) == {"float", "w8a32", "delta"}
+    assert isinstance(load_quantized(callback.quantized_path, Net).head, QuantizedLinear)
+
+
+class CountsItsLoaders(Data):
+    asked = 0
+    reads = 0.0
+
+    def val_dataloader(self):
+        self.asked += 1
+        self.reads = float(torch.rand(1))
+        return super().val_dataloader()
+
+
+class OfAUser(TinyQCallback):
+    """A class that is not the package's."""
+
+
+@pytest.mark.parametrize("kind", [TinyQCallback, OfAUser])
+def test_a_fit_that_never_validated_has_no_validation_data_afterwards(tmp_path, kind):
+    found = []
+    for callbacks in ([], [kind("w8a32", report=False, strict=True)]):
+        data = CountsItsLoaders()
+        settings = {"check_val_every_n_epoch": 5, "num_sanity_val_steps": 0}
+        run, _ = fit(tmp_path / str(len(callbacks)), *callbacks, data=data, **settings)
+        loop = vars(run.fit_loop.epoch_loop.val_loop)
+        of_loaders = [loop[name] for name in ("_seen_batches_per_dataloader", "_last_val_dl_reload_epoch")]
+        found.append((data.asked, data.reads, run.val_dataloaders, run.num_val_batches, of_loaders, torch.rand(1)))
+    assert found[0] == found[1]
+    (callback,) = callbacks
     assert set(callback.results["val_acc"]) == {"float", "w8a32", "delta"}
     assert isinstance(load_quantized(callback.quantized_path, Net).head, QuantizedLinear)
 
@@ -528,7 +579,7 @@ def test_a_folder_that_is_a_file_stops_the_run_before_it_trains(tmp_path):
 
 class FailsLater(Net):
     def validation_step(self, batch, batch_idx):
-        if self.trainer.state.fn == "validate":
+        if has_trained(self.trainer):
             raise ValueError("not again")
         super().validation_step(batch, batch_idx)
 

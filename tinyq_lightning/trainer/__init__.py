@@ -7,6 +7,7 @@ from tinyq_lightning.trainer.checks import (
     warn_of_no_limit,
     warn_of_worst_checkpoint,
 )
+from tinyq_lightning.trainer.evaluation import validation_data_lent
 from tinyq_lightning.trainer.exports import export_beside_file
 from tinyq_lightning.trainer.failures import step_after_run, tell_of_interrupt, tell_of_quantized_layers
 from tinyq_lightning.trainer.float_weights import (
@@ -57,6 +58,7 @@ __all__ = [
     "tell_of_interrupt",
     "tell_of_quantized_layers",
     "tested_weights",
+    "validation_data_lent",
     "warn_of_no_limit",
     "warn_of_worst_checkpoint",
     "with_removed_hyper_parameters",

@@ -15,9 +15,8 @@ from tinyq_lightning.methods import METHODS
 from tinyq_lightning.plan import Recoded, Swap
 from tinyq_lightning.search import calibrate, why_of_no_use
 from tinyq_lightning.trainer.checks import why_never_validated
-from tinyq_lightning.trainer.evaluation import dataloaders, run_evaluation
-from tinyq_lightning.trainer.inner_trainer import Moment, quiet, state_roots
-from tinyq_lightning.trainer.isolation import Snapshot
+from tinyq_lightning.trainer.evaluation import dataloaders, run_evaluation, validation_data_lent
+from tinyq_lightning.trainer.inner_trainer import Moment, quiet
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -108,16 +107,13 @@ def validation_data_in_test(trainer: Trainer, module: LightningModule, needs: st
     Raises:
         EvaluationError: there are none.
     """
-    loop = trainer.fit_loop.epoch_loop.val_loop
     if why := why_never_validated(trainer, module):
         raise EvaluationError(f"{needs} the validation loop, but {why}")
-    before, former = Snapshot(*state_roots(trainer, module)), (loop._combined_loader, loop._max_batches)
     try:
-        _set_up_validation_data(trainer, needs)
-        yield
+        with validation_data_lent(trainer, module):
+            _set_up_validation_data(trainer, needs)
+            yield
     finally:
-        loop._combined_loader, loop._max_batches = former
-        before.put_back()
         trainer.strategy.model_to_device()  # an inner Trainer leaves the module on the CPU
 
 

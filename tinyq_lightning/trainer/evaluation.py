@@ -38,6 +38,7 @@ __all__ = [
     "Evaluation",
     "dataloaders",
     "run_evaluation",
+    "validation_data_lent",
     "why_no_validation",
 ]
 
@@ -49,6 +50,7 @@ class _Watch(CallbackOfBoth):
         self,
         module: LightningModule,
         known: Mapping[str, Any],
+        logged: Mapping[str, Any],
         cut_short: bool,
         each_batch: Callable[[], object],
         device: torch.device,
@@ -57,11 +59,13 @@ class _Watch(CallbackOfBoth):
         self.higher_is_better: dict[str, bool] = {}
         self.metrics: dict[str, float] = {}
         self.other_weights = False
-        self._known, self._cut_short, self._each_batch = known, cut_short, each_batch
+        self._known, self._logged, self._cut_short, self._each_batch = known, logged, cut_short, each_batch
         self._weights = weights_digest(module)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer._logger_connector._callback_metrics.update(self._known)
+        connector = trainer._logger_connector
+        connector._callback_metrics.update(self._known)
+        connector._logged_metrics.update(self._logged)
         self.loop.loop_started(_loop(trainer))
 
     def _batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kw: Any) -> None:
@@ -122,9 +126,28 @@ _SETUP_HOOKS = ("prepare_data", "setup", "teardown", "configure_model", "configu
 
 _DATA_SETUP_HOOKS = ("prepare_data", "setup", "teardown")
 
+_OF_LOADERS = ("_combined_loader", "_max_batches", "_seen_batches_per_dataloader", "_last_val_dl_reload_epoch")
+
+
+@contextmanager
+def validation_data_lent(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Context manager in which validation dataloaders may be asked for that the run has not; then all is as before."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if loop._combined_loader is not None:
+        yield
+        return
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    roots = [root for root in state_roots(trainer, module) if root is not callbacks]  # ours have results in the block
+    before, former = Snapshot(*roots), {name: vars(loop)[name] for name in _OF_LOADERS}
+    try:
+        yield
+    finally:
+        vars(loop).update(former)
+        before.put_back()
+
 
 def why_no_validation(trainer: Trainer, module: LightningModule) -> str | None:
-    """Why the user's validation loop cannot be run, or None where it can."""
+    """Why the user's validation loop cannot be run, or None where it can; in a block of ``validation_data_lent``."""
     if why_not := why_never_validated(trainer, module):
         return why_not
     loop = trainer.fit_loop.epoch_loop.val_loop
@@ -182,8 +205,8 @@ def run_evaluation(
     loaders = combined.iterables  # as the user's method gave them
     if combined._mode != "sequential":
         loaders = namespace_of(trainer).pytorch.utilities.CombinedLoader(combined.iterables, combined._mode)
-    known = dict(trainer.callback_metrics) if stage == "validate" else {}
-    watch = _Watch(module, known, batches is not None, each_batch, trainer.strategy.root_device)
+    known, logged = (trainer.callback_metrics, trainer.logged_metrics) if stage == "validate" else ({}, {})
+    watch = _Watch(module, dict(known), dict(logged), batches is not None, each_batch, trainer.strategy.root_device)
     inner = inner_trainer(trainer, watch, stage, batches, moment, attributes)
     data: dict[str, Any] = {"dataloaders": loaders}
     shadows: list[tuple[Any, dict[str, Any]]] = [(module, dict.fromkeys(_SETUP_HOOKS, do_nothing))]

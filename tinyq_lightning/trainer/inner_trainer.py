@@ -119,7 +119,7 @@ def inner_trainer(
 
 
 class _SilentTrainer(Trainer):
-    """Says of a run's files, and of how far it has come, what the user's Trainer says, or said at a moment."""
+    """Says of a run what the user's Trainer says, or said at a moment: which it is, its files, how far it has come."""
 
     derives = "Trainer"
     outer: Trainer
@@ -128,6 +128,26 @@ class _SilentTrainer(Trainer):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self.fit_loop = self.outer.fit_loop  # only now: attaching data to a Trainer empties its loops
         return super()._run(*args, **kwargs)
+
+    def _run_stage(self) -> Any:
+        """What a fit validates again is told that it is a fit; Lightning itself must know which loop runs."""
+        fn, loop = self.state.fn, self._evaluation_loop
+        begin = loop.on_run_start
+
+        def on_run_start(*args: Any, **kwargs: Any) -> None:
+            if self.outer.state.fn == "fit":
+                self.state.fn = self.outer.state.fn
+            begin(*args, **kwargs)
+
+        try:
+            with shadowed([(loop, {"on_run_start": on_run_start})]):
+                return super()._run_stage()
+        finally:
+            self.state.fn = fn
+
+    @property
+    def _evaluation_loop(self) -> Any:
+        return self.test_loop if self.testing else self.validate_loop
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is saved: the file that the user's hooks name holds what the fit gave."""

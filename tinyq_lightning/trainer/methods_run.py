@@ -190,12 +190,16 @@ class MethodsRun:
         return shared
 
     def _evaluate_float(self, source: FloatWeights) -> Evaluation:
-        """As trainer.validate would; once more as in the fit if a schedule has no entry for the epoch after the last.
+        """In the epoch after the last; once more as in the fit if a schedule has no entry for it, or it logs nothing.
 
-        One process among several that tried again would leave the others waiting.
+        Of what raises, one process among several that tried again would leave the others waiting; what is logged they
+        share.
         """
+        wanted = self._spec.budget.monitor if self._spec.budget else None
         try:
-            return self._evaluate()
+            found = self._evaluate()
+            if wanted in found.metrics if wanted else found.metrics:
+                return found
         except EvaluationError as error:
             if self._trainer.world_size > 1 or not isinstance(error.__cause__, LookupError):
                 raise
@@ -203,6 +207,8 @@ class MethodsRun:
             with suppress(EvaluationError):
                 return self._evaluate()
             raise
+        self._moment = source.moment(self._trainer)
+        return self._evaluate()
 
     def _evaluate(self, batches: int | None = None) -> Evaluation:
         return run_evaluation(self._trainer, self._module, "validate", batches=batches, moment=self._moment)
