@@ -20,7 +20,7 @@ from lightnings import (
     WeightAveraging,
     seed_everything,
 )
-from models import CLASSES, FEATURES, Blobs, Data, Net, NetOfHooks, has_trained, keeper, loader, trainer
+from models import CLASSES, FEATURES, Blobs, Data, Net, NetOfHooks, has_trained, keeper, loader, loops_of, trainer
 from torch import nn
 
 from tinyq_lightning import TinyQCallback, TinyQError, load_quantized, quantize
@@ -286,6 +286,18 @@ def test_a_metric_that_some_epochs_log_is_measured_as_in_an_epoch_that_did(tmp_p
     callback = quiet("w8a32", strict=True, **limit)
     fit(tmp_path, callback, keeper(tmp_path, monitor="val_costly"), keep=False, module=kind(), max_epochs=3)
     assert callback.results["val_costly"] == {"float": 2.0, "w8a32": 2.0, "delta": 0.0}
+
+
+def test_a_module_that_logs_nothing_is_validated_once(tmp_path):
+    loops_of.clear()
+
+    class Silent(WithoutValidation):
+        def validation_step(self, batch, batch_idx):
+            loops_of["Silent"] += has_trained(self.trainer)
+
+    with pytest.warns(UserWarning, match="validation_step logged no metric"):
+        fit(tmp_path, quiet("w8a32", strict=True), keep=False, module=Silent())
+    assert loops_of["Silent"] == 6, "batches"
 
 
 def test_a_look_up_that_fails_in_any_epoch_is_told_as_it_failed_first(tmp_path):

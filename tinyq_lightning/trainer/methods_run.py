@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
@@ -195,10 +196,14 @@ class MethodsRun:
         Of what raises, one process among several that tried again would leave the others waiting; what is logged they
         share.
         """
-        wanted = self._spec.budget.monitor if self._spec.budget else None
+        monitor = self._spec.budget.monitor if self._spec.budget else None
+
+        def tells(logged: Mapping[str, Any]) -> bool:
+            return monitor in logged if monitor else bool(logged)
+
         try:
             found = self._evaluate()
-            if wanted in found.metrics if wanted else found.metrics:
+            if tells(found.metrics) or not tells(self._trainer.callback_metrics):
                 return found
         except EvaluationError as error:
             if self._trainer.world_size > 1 or not isinstance(error.__cause__, LookupError):
