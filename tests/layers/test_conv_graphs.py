@@ -72,7 +72,7 @@ def test_a_convolution_of_one_place_lies_in_memory_as_the_float_one(method, stri
 def test_an_exported_convolution_of_one_place_is_exact_if_asked_for_int8():
     model = nn.Sequential(nn.Conv2d(8, 12, 1))
     quantize(model, {"method": "w8a16", "kernel": "int8"})
-    program = torch.export.export(model, (normal(3, 8, 10, 12),))
+    program = torch.export.export(model, (normal(3, 8, 10, 12),), strict=False)
     graphs = [each.graph for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
     of_convolution = [node for graph in graphs for node in graph.nodes if "conv2d" in str(node.target)]
     assert [node.meta["val"].dtype for node in of_convolution] == [torch.float64]

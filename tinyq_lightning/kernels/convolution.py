@@ -19,7 +19,7 @@ from tinyq_lightning.kernels.autocast import autocast_dtype
 from tinyq_lightning.kernels.base import SUM_MAX, WeightForm
 from tinyq_lightning.kernels.conv_layout import LAYOUTS
 from tinyq_lightning.kernels.integer import digits_of_integers, int_mm, put_together, scaled_sums
-from tinyq_lightning.kernels.tracing import in_transform, is_exporting
+from tinyq_lightning.kernels.tracing import in_transform, is_exporting, without_gradient
 from tinyq_lightning.kernels.weights import CODE_MAX, dequantize, divisor
 from tinyq_lightning.methods import Method
 
@@ -255,11 +255,11 @@ def _product(
     """``[N, in, ...]`` → ``[N, out, ...]``, both of the dtype that is computed in."""
     if not method.rounds and kernel == "reference":
         return convolve(x, dequantize(codes, scales, x.dtype, geometry.transposed_groups), bias, geometry)
-    step = sample_steps(x.detach() if differentiable else x, method.steps)
+    step = sample_steps(without_gradient(x) if differentiable else x, method.steps)
     unrounded = x / step
     integers = torch.round(unrounded)
     if differentiable:  # the sum is exact, because an integer is at most half from its quotient
-        integers = unrounded + (integers - unrounded).detach()
+        integers = unrounded + without_gradient(integers - unrounded)
     out = _sums(integers, codes, scales, geometry, method, kernel).to(x.dtype) * step
     return out if bias is None else out + per_channel(bias, x.dim())
 

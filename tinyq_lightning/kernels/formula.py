@@ -18,7 +18,7 @@ from tinyq_lightning.kernels.autocast import autocast_dtype
 from tinyq_lightning.kernels.base import Choice, Kernel, LayerShape
 from tinyq_lightning.kernels.gradient import HALF_DTYPES, StraightThrough, row_blocks
 from tinyq_lightning.kernels.integer import integer_product
-from tinyq_lightning.kernels.tracing import in_transform, is_exporting
+from tinyq_lightning.kernels.tracing import in_transform, is_exporting, without_gradient
 from tinyq_lightning.kernels.weights import dequantize, quantize_rows_to_steps
 from tinyq_lightning.methods import METHODS, Method
 
@@ -160,10 +160,10 @@ def _product(
 
 def _rounded_straight(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """As ``quantize_rows_to_steps``, with the same bits, and a derivative as if nothing was rounded."""
-    integers, step = quantize_rows_to_steps(x.detach(), steps)
+    integers, step = quantize_rows_to_steps(without_gradient(x), steps)
     unrounded = x / step
     # The difference and the sum are exact in floating point, because an integer is at most half from its quotient.
-    return unrounded + (integers - unrounded).detach(), step
+    return unrounded + without_gradient(integers - unrounded), step
 
 
 def _scaled_product(x: Tensor, int8_weights: Tensor, scales: Tensor) -> Tensor:

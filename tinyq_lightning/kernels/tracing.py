@@ -26,6 +26,7 @@ __all__ = [
     "is_recorded",
     "is_same_memory",
     "outside_modes",
+    "without_gradient",
 ]
 
 # torch has no public function for being inside of vmap and its like, and only a slow one for jit.trace.
@@ -66,6 +67,13 @@ def _in_make_fx() -> bool:
 
 
 _PROXIES = torch._C._TorchDispatchModeKey.PROXY
+
+
+def without_gradient(x: Tensor) -> Tensor:
+    """Return ``x.detach()``, in a form that the graphs of ``make_fx`` keep: torch 2.14 writes an alias for ``detach``."""
+    if torch.compiler.is_compiling() or _in_functorch() or not _in_make_fx():
+        return x.detach()
+    return x.view(torch.int64 if x.dtype == torch.float64 else torch.int32).view(x.dtype)
 
 
 def in_functional_call() -> bool:
