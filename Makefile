@@ -7,7 +7,7 @@ OLDER := tests/kernels tests/layers tests/file tests/search
 VERSIONS := tests/constraints.txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(VERSIONS)
 
-.PHONY: demo test test-namespace test-older test-oldest test-newest test-slow test-forecasters lint format docs bench real-models clean
+.PHONY: demo test test-namespace test-older test-oldest test-newest test-oldest-runtimes test-slow test-forecasters lint format docs bench real-models clean
 
 # One stamp for each set of extras: installing again is needed only when the requirements change.
 $(VENV)/installed-%: pyproject.toml $(VERSIONS)
@@ -36,6 +36,10 @@ test-oldest test-newest: test-%:  ## the tests with the oldest and the newest re
 
 test-slow: $(VENV)/installed-test $(VENV)/installed-models $(VENV)/pretrained  ## the long ones
 	$(BIN)/python -m pytest -m slow
+
+test-oldest-runtimes:  ## export with the oldest libraries that it accepts
+	$(MAKE) .venv-oldest-runtimes/installed-test VENV=.venv-oldest-runtimes VERSIONS=tests/oldest-runtimes.txt
+	.venv-oldest-runtimes/bin/python -m pytest tests/handover tests/file/test_safetensors.py
 
 # In an environment of its own; the constraints keep pip from fetching another torch.
 test-forecasters:  ## models of darts and neuralforecast, which train with pytorch_lightning

@@ -70,7 +70,7 @@ _PROXIES = torch._C._TorchDispatchModeKey.PROXY
 
 
 def without_gradient(x: Tensor) -> Tensor:
-    """Return ``x.detach()``, in a form that the graphs of ``make_fx`` keep: torch 2.14 writes an alias for ``detach``."""
+    """Return ``x.detach()``, also in the graphs of ``make_fx``, where torch 2.14 writes an alias for it."""
     if torch.compiler.is_compiling() or _in_functorch() or not _in_make_fx():
         return x.detach()
     return x.view(torch.int64 if x.dtype == torch.float64 else torch.int32).view(x.dtype)
