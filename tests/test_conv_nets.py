@@ -39,7 +39,7 @@ def test_a_network_of_random_weights_takes_a_quarter_of_the_bytes_and_gives_near
     assert (got - wanted).norm() <= (0.05 if method == "w8a8" else 0.03) * wanted.norm()
 
 
-@pytest.mark.skipif(not has_int8_convolution(), reason="no int8 convolution on this processor")
+@pytest.mark.skipif(not has_int8_convolution(), reason="this torch has no int8 convolution for this processor")
 @each_net
 def test_an_image_has_the_same_bits_in_any_batch(name):
     make, (_, *sizes) = NETS[name]

@@ -23,7 +23,9 @@ from tinyq_lightning.kernels.onednn import has_onednn_product
 from tinyq_lightning.layers.conv_sizes import conv_shape
 from tinyq_lightning.methods import METHODS
 
-int8_only = pytest.mark.skipif(not has_int8_convolution(), reason="no int8 convolution on this processor")
+int8_only = pytest.mark.skipif(
+    not has_int8_convolution(), reason="this torch has no int8 convolution for this processor"
+)
 
 
 @st.composite

@@ -243,7 +243,9 @@ def test_an_export_takes_the_int8_product_where_it_is_asked_for_and_batches_of_a
             torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-4)
 
 
-needs_packing = pytest.mark.skipif(not compiles_packed_product(), reason="needs AVX512-VNNI")
+needs_packing = pytest.mark.skipif(
+    not compiles_packed_product(), reason="needs AVX512-VNNI, and a torch that compiles for it"
+)
 
 
 def program_for_a_package(layer, x):
