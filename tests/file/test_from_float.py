@@ -18,7 +18,7 @@ from tinyq_lightning.command import main
 from tinyq_lightning.errors import CheckpointError, ModelError, SpecError
 from tinyq_lightning.file.archive import Archive
 from tinyq_lightning.file.checkpoint import file_sha256, make_checkpoint, write_checkpoint
-from tinyq_lightning.file.from_float import FloatFile, quantize_file
+from tinyq_lightning.file.from_float import FloatFile, float_content, quantize_file
 from tinyq_lightning.spec.spec import as_spec
 
 SPEC = {"method": "w8a32", "exclude": ["head"], "rules": [{"match": "body.2", "method": "w8a8"}]}
@@ -137,6 +137,43 @@ def test_what_cannot_be_quantized_is_refused_as_ever(tmp_path):
     with Archive(tmp_path / "nan.ckpt") as source:
         made = quantize_file(source, Net, QuantizationSpec(non_finite="float"), {})[0]
     assert [entry["reason"] for entry in made["tinyq"]["plan"]] == ["non-finite weights", "spec", "spec"]
+
+
+def test_state_dicts_of_training_scripts_are_taken_and_what_is_unclear_is_named(tmp_path):
+    module = Net()
+    state, others = module.state_dict(), {"optimizer": {"state": {0: torch.ones(2)}, "param_groups": []}, "epoch": 3}
+    parallel = {f"module.{name}": value for name, value in state.items()}
+    wanted = _written(tmp_path / "bare.ckpt", state)
+    for name, content in {"model": {"model": state, **others}, "ddp": parallel, "both": {"net": parallel}}.items():
+        made = _written(tmp_path / f"{name}.ckpt", content)
+        assert made.keys() == wanted.keys()
+        assert all(torch.equal(made[entry], wanted[entry]) for entry in wanted), name
+    wide = {**state, "body.0.weight": torch.ones(5, 8), "more": torch.ones(1)}
+    for name, content, trust, message in (
+        (
+            "two",
+            {"model": state, "ema": state},
+            (),
+            r"two\.ckpt: it has several state dicts, 'model', 'ema': write a file of",
+        ),
+        ("whole", module, True, r"whole\.ckpt: it holds a whole Net, not its weights: torch\.save\(module\.state_dict"),
+        (
+            "wide",
+            wide,
+            (),
+            r"it does not fit Net: 'body\.0\.weight' is \[5, 8\] in the file and \[16, 8\] in Net \(and 1 m",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            _written(tmp_path / f"{name}.ckpt", content, trust)
+
+
+def _written(path, content, trust=()):
+    torch.save(content, path)
+    if trust:
+        return float_content(torch.load(path, weights_only=False), str(path))
+    with Archive(path) as source:
+        return quantize_file(source, Net, as_spec("w8a32"), {})[0]["state_dict"]
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), ValueError("a"), AssertionError("a"), ModelError("mine")], ids=repr)

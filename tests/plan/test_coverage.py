@@ -43,6 +43,12 @@ def test_a_small_head_on_a_large_backbone_is_not_all_of_the_model():
     assert str(whole.coverage) == whole.table().splitlines()[-1]
 
 
+def test_layers_whose_kind_lacks_the_method_are_told_apart():
+    model = nn.ModuleList([nn.Linear(8, 8), nn.LSTM(8, 8), nn.Embedding(9, 8)])
+    found = str(Swap(model, QuantizationSpec(method="w8a8")).plan.coverage)
+    assert "in int8 (w8a8, 2 by w8a32), 3 of 3 layers" in found
+
+
 def test_a_parameter_of_no_layer_is_one_of_its_module():
     model = Vision()
     model.position = nn.Parameter(torch.zeros(64, 64))

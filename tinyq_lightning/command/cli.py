@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tinyq_lightning.command.shapes import Shapes
-from tinyq_lightning.errors import TinyQError
+from tinyq_lightning.errors import CheckpointError, TinyQError
 from tinyq_lightning.methods import ACTIVATIONS, FORMAT_NAMES
 from tinyq_lightning.namespaces import OF_LIGHTNING
 from tinyq_lightning.version import __version__
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's modules are importable from their folder
     try:
+        _refuse_missing(args)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             warnings.filterwarnings("ignore", module=OF_LIGHTNING)  # advice for training
@@ -61,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     _print(json.dumps(answer.data, indent=2, default=str) if args.json else answer.text)
     return 0 if answer.good else 1
+
+
+def _refuse_missing(args: argparse.Namespace) -> None:
+    """Say that the only file is missing before torch is imported, which takes seconds."""
+    files = [getattr(args, "checkpoint", None), *getattr(args, "checkpoints", ())]
+    given = [each for each in files if each is not None]
+    if len(given) == 1 and "://" not in given[0] and not os.path.exists(given[0]):
+        raise CheckpointError(f"{given[0]}: there is no such file")
 
 
 def _print(text: str) -> None:

@@ -163,8 +163,9 @@ class FloatFile:
 
     def _loaded(self, factory: Callable[..., nn.Module], init_args: Mapping[str, Any]) -> nn.Module:
         content: Any = self._source.read_all(without_training_entries(self.content))
+        module: Any = None
         try:
-            module: Any = build(factory, content, init_args, self._trust, self._source.path)
+            module = build(factory, content, init_args, self._trust, self._source.path)
             content["state_dict"] = named_as_in(module, content["state_dict"])
             if is_lightning_class(type(module)):
                 content = HookView(content, factory, self._source.path)
@@ -173,8 +174,10 @@ class FloatFile:
         except TinyQError:
             raise
         except Exception as error:  # the class, its hook or load_state_dict can raise anything
-            message = f"{self._source.path}: it does not fit {name_of(factory)}: {error}"
-            raise CheckpointError(message) from error
+            of_entries = str(error).startswith("Error(s) in loading state_dict")
+            why = _why_not(module, content["state_dict"]) if of_entries else None
+            what = why or (str(error) if of_entries else f"{type(error).__name__}: {error}")
+            raise CheckpointError(f"{self._source.path}: it does not fit {name_of(factory)}: {what}") from error
         made: nn.Module = module
         return made
 
@@ -182,16 +185,54 @@ class FloatFile:
 def float_content(content: Any, path: str) -> dict[str, Any]:
     """What a float file holds, as a checkpoint: a file of ``torch.save(module.state_dict())`` holds weights alone.
 
+    So does one of ``torch.save({"model": module.state_dict(), …})``, under whatever name, if there are no others.
+
     Raises:
-        CheckpointError: it holds neither.
+        CheckpointError: it holds neither, or several.
     """
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        return content
-    if isinstance(content, dict) and any(isinstance(value, Tensor) for value in content.values()):
-        return {"state_dict": content}
+    if isinstance(content, nn.Module):
+        raise CheckpointError(
+            f"{path}: it holds a whole {type(content).__name__}, not its weights: "
+            "torch.save(module.state_dict(), path) writes a file of them"
+        )
+    entries = content if isinstance(content, dict) else {}
+    if isinstance(entries.get("state_dict"), dict):
+        return entries
+    if _is_state_dict(entries):
+        return {"state_dict": entries}
+    found = [name for name, value in entries.items() if isinstance(value, dict) and _is_state_dict(value)]
+    if len(found) == 1:
+        return {"state_dict": entries[found[0]]}
+    if found:
+        raise CheckpointError(
+            f"{path}: it has several state dicts, {', '.join(map(repr, found))}: write a file of the one you mean, "
+            f"as torch.save(torch.load(path)[{found[0]!r}], new_path) does"
+        )
     raise CheckpointError(
         f"{path}: it has no state_dict: it is neither a Lightning checkpoint nor a state dict that torch.save wrote"
     )
+
+
+def _is_state_dict(entries: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in entries.values()) and all(
+        isinstance(name, str) for name in entries
+    )
+
+
+def _why_not(module: nn.Module, state_dict: Mapping[str, Any]) -> str | None:
+    """The first thing that keeps a state dict from a module, and how many more there are; None if that is not told."""
+    own, here = module.state_dict(keep_vars=True), type(module).__name__
+    told = [
+        f"{name!r} is {list(value.shape)} in the file and {list(own[name].shape)} in {here}"
+        for name, value in state_dict.items()
+        if isinstance(value, Tensor) and isinstance(own.get(name), Tensor) and value.shape != own[name].shape
+    ]
+    told += [f"{name!r} is in {here} and not in the file" for name in own if name not in state_dict]
+    told += [f"{name!r} is in the file and not in {here}" for name in state_dict if name not in own]
+    if not told:
+        return None
+    more = f" (and {len(told) - 1} more differ)" if len(told) > 1 else ""
+    return f"{told[0]}{more}: build it with the arguments it was trained with, or give the class that it is of"
 
 
 def _loads_as_it_stands(module: nn.Module, state_dict: Mapping[str, Any]) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +57,7 @@ class Coverage:
         quantized_layers: the number of layers that the plan quantizes.
         layers: the number of layers of the plan, and of the other modules that hold a matrix or more.
         bits: of the codes, from the fewest; none where nothing is quantized.
+        others: the number of layers by another method than the label's, whose kind lacks that one.
     """
 
     label: str
@@ -65,6 +66,7 @@ class Coverage:
     quantized_layers: int
     layers: int
     bits: tuple[int, ...] = (8,)
+    others: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -75,7 +77,8 @@ class Coverage:
         """``94.7 % of the weight bytes in int8 (w8a32), 19 of 20 layers; in float 5.3 % Conv2d``."""
         total = self.total_bytes or 1
         held = " and ".join(f"int{bits}" for bits in self.bits) or "int8"
-        text = f"{_percent(self.quantized_bytes / total)} of the weight bytes in {held} ({self.label}), "
+        methods = ", ".join([self.label, *(f"{count} by {name}" for name, count in self.others.items())])
+        text = f"{_percent(self.quantized_bytes / total)} of the weight bytes in {held} ({methods}), "
         text += f"{self.quantized_layers} of {self.layers} layer{'s' * (self.layers != 1)}"
         named = [(name, size) for name, size in self.float_bytes.items() if size]
         shown = [f"{_percent(size / total)} {name}" for name, size in named[:_SHOWN]]
@@ -140,6 +143,7 @@ def coverage_of(plan: Plan, held: Iterable[HeldWeight]) -> Coverage:
         quantized_layers=len(quantized),
         layers=len(plan) + len(others),
         bits=tuple(sorted({METHODS[decision.method].bits for decision in quantized})),
+        others=Counter(each.method for each in quantized if each.method != plan.label) if plan.label in METHODS else {},
     )
 
 

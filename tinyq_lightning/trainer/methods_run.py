@@ -239,7 +239,8 @@ class MethodsRun:
                     f"TinyQ: {monitor} of the best checkpoint is {before.metrics[monitor]:.6g}, where ModelCheckpoint "
                     f"recorded {score:.6g}: validation saw other data then, or other weights, such as an average that "
                     "a callback puts in for validation, or the score depends on the epoch, or on training "
-                    "batches that the same metric object saw. The checkpoint's own weights are quantized"
+                    "batches that the same metric object saw, or is of the weights before, where every_n_train_steps "
+                    "saves between two validations. The checkpoint's own weights are quantized"
                 )
 
     @cached_property
