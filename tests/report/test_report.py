@@ -22,7 +22,7 @@ from tinyq_lightning import QuantizationSpec, TinyQCallback, load_quantized
 from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.plan.swap import Swap
 from tinyq_lightning.report.outcome import Outcome
-from tinyq_lightning.report.tables import comparison_table
+from tinyq_lightning.report.tables import comparison_table, speed_advice
 from tinyq_lightning.search import BatchTimes
 from tinyq_lightning.search.layer_errors import measured_layers
 
@@ -206,14 +206,20 @@ def test_times_that_are_noise_are_left_out_of_the_table():
 
     plan = Swap(nn.Sequential(nn.Linear(4, 4)), QuantizationSpec("w8a8")).plan
 
+    def outcome_of(before, after):
+        return Outcome("w8a8", plan, plan.coverage, {}, 4, 1, before, after)
+
     def row(before, after):
-        outcome = Outcome("w8a8", plan, plan.coverage, {}, 4, 1, before, after)
+        outcome = outcome_of(before, after)
         return next((list(each) for each in comparison_table([outcome]).rows if each[0] == "ms per batch"), None)
 
     assert row(steady, quicker) == ["ms per batch", "2.0 ±0.1", "1.0 ±0.1", "-50%"]
     assert row(steady, steady) == ["ms per batch", "2.0 ±0.1", "2.0 ±0.1", ""]
     assert row(steady, busy) is None
     assert row(BatchTimes(2e-3, 1e-4, 3), quicker) is None
+    assert "never_slower=True" in speed_advice(outcome_of(quicker, steady))
+    for before, after in ((steady, quicker), (steady, BatchTimes(2.15e-3, 1e-6, 9)), (busy, steady)):
+        assert speed_advice(outcome_of(before, after)) is None
 
 
 def test_output_sqnr_is_that_of_the_layer_on_its_inputs(tmp_path):

@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from tinyq_lightning.plan import MANY_LAYERS, Plan
 from tinyq_lightning.report.outcome import Outcome, log_entries
-from tinyq_lightning.report.tables import comparison_table, export_table, layer_table, methods_table
+from tinyq_lightning.report.tables import comparison_table, export_table, layer_table, methods_table, speed_advice
 from tinyq_lightning.table import Table, fill, screen_width
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def show(trainer: Trainer, outcomes: Sequence[Outcome]) -> None:
     sentences: list[str] = []
     for each in outcomes:
         coverage = str(each.coverage) if len(outcomes) > 1 else None  # of one method it is in the headline
-        told = filter(None, (coverage, each.calibration(), each.verdict(), each.speed_verdict(), each.shared_file()))
+        speed = each.speed_verdict() or speed_advice(each)
+        told = filter(None, (coverage, each.calibration(), each.verdict(), speed, each.shared_file()))
         sentences += told if len(outcomes) == 1 else [f"{each.name}: {sentence}" for sentence in told]
     if sentences:
         print("\n".join(fill(sentence, width) for sentence in sentences), end="\n\n")

@@ -18,6 +18,7 @@ __all__ = [
     "kind_table",
     "layer_table",
     "methods_table",
+    "speed_advice",
 ]
 
 # Times of fewer batches, besides the first, are left out: they say little.
@@ -51,6 +52,16 @@ def comparison_table(outcomes: Sequence[Outcome]) -> Table:
 def _is_noise(times: BatchTimes) -> bool:
     """Whether a time tells nothing: of few batches, or of a machine that was busy with other work."""
     return times.batches < _BATCHES or times.spread > times.seconds / 3
+
+
+def speed_advice(outcome: Outcome) -> str | None:
+    """What to do where a batch takes a tenth longer than in float, beyond the noise; None elsewhere."""
+    before, now = outcome.float_seconds, outcome.seconds
+    if outcome.stopwatch is not None or _is_noise(before) or _is_noise(now) or not _change(now, before):
+        return None
+    if now.seconds < 1.1 * before.seconds:
+        return None
+    return "a batch takes longer than in float on this machine: never_slower=True leaves float what is slower quantized"
 
 
 def _milliseconds(times: BatchTimes) -> str:
