@@ -179,6 +179,7 @@ class TinyQCallback(HoldsRun):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the budget against the metrics of each validation; the first is the sanity check before training."""
+        super().on_validation_end(trainer, pl_module)
         if self.spec.when != "fit_end" or trainer.state.fn != "fit":
             return
         if self.spec.budget:

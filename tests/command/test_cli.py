@@ -480,7 +480,7 @@ def test_a_wrong_command_line_gives_exit_code_2(command, capsys):
 
 
 def test_the_disk_being_full_leaves_nothing_half(folder):
-    command = f"ulimit -f 1; {sys.executable} -m tinyq_lightning quantize epoch=7.ckpt --model nets:Net --output q.ckpt"
+    command = f"ulimit -f 4; {sys.executable} -m tinyq_lightning quantize epoch=7.ckpt --model nets:Net --output q.ckpt"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=folder, env=environment)

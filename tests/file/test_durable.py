@@ -70,9 +70,18 @@ def test_a_full_disk_leaves_the_former_file(tmp_path):
     run = subprocess.run([sys.executable, script, path], capture_output=True, text=True, env=environment)
     assert run.returncode == 1
     assert "CheckpointError" in run.stderr.splitlines()[-1]
-    assert "could not be written" in run.stderr.splitlines()[-1]
+    assert f"could not be written: [Errno {errno.EFBIG}] File too large" in run.stderr.splitlines()[-1]
     assert path.read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["q.ckpt", "run.py"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_folder_that_takes_no_files_is_named_not_the_temporary_file_in_it():
+    with pytest.raises(CheckpointError) as caught:
+        write_checkpoint(content(), "/proc/q.ckpt")
+    assert str(caught.value) == "/proc/q.ckpt: the file could not be written: /proc takes no file: " + os.strerror(
+        errno.ENOENT
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX permissions")

@@ -172,7 +172,8 @@ def test_a_graph_refuses_the_tensors_of_another_that_lack_its_packed_codes(net, 
     def call(x, tensors):
         return torch.func.functional_call(models[0], tensors, (x,))
 
-    for fullgraph, told in ((True, (ModelError, Unsupported)), (False, ModelError)):
+    for fullgraph in (True, False):
+        told = (RuntimeError, ModelError, Unsupported)
         with pytest.raises(told, match="scales that are not its own" if graph_first or not fullgraph else None):
             torch.compile(call, backend="eager", fullgraph=fullgraph)(x, theirs)
     with pytest.raises(ModelError, match="scales that are not its own"):
@@ -182,3 +183,6 @@ def test_a_graph_refuses_the_tensors_of_another_that_lack_its_packed_codes(net, 
     torch.compile(models[0], backend="eager")(x)
     got = torch.compile(call, backend="eager", fullgraph=True)(x, taken_now)
     torch.testing.assert_close(got, wanted[1], rtol=1e-4, atol=1e-5)
+    for own in ("buffers", "detached"):
+        got = torch.compile(call, backend="eager", fullgraph=True)(x, OTHERS[own](models[0]))
+        torch.testing.assert_close(got, wanted[0], rtol=1e-4, atol=1e-5)

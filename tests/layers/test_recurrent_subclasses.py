@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import functools
 import pickle
 
 import pytest
@@ -43,13 +44,13 @@ class FlexibleLSTM(Flexible, nn.LSTM):
 class Scaled(nn.GRU):
     factor = 2
 
-    def __init__(self, *args, share=0.5, **kwargs):
+    def __init__(self, *args, portion=0.5, **kwargs):
         super().__init__(*args, **kwargs)
-        self.share = share
+        self.portion = portion
 
     @property
     def gain(self):
-        return self.factor * self.share
+        return self.factor * self.portion
 
     @staticmethod
     def halved(x):
@@ -84,7 +85,7 @@ LENGTHS = torch.tensor([2, 5, 1])
 CASES = {
     "lengths": (flexible, QuantizedLSTM, lambda layer: layer(X, lengths=LENGTHS)[0]),
     "without lengths": (flexible, QuantizedLSTM, lambda layer: layer(x=X)[0]),
-    "scaled": (lambda: Scaled(SIZE, SIZE, share=0.7), QuantizedGRU, lambda layer: layer(X)[0]),
+    "scaled": (lambda: Scaled(SIZE, SIZE, portion=0.7), QuantizedGRU, lambda layer: layer(X)[0]),
     "cell": (lambda: Kept(SIZE, SIZE), QuantizedLSTMCell, lambda layer: layer(X[0], (X[1], X[2]))[1]),
     "method": (lambda: Named(SIZE, SIZE), QuantizedGRU, lambda layer: layer(X)[0] * sum(layer.state_sizes())),
 }
@@ -203,7 +204,7 @@ def test_codes_are_chosen_with_what_the_code_gives_to_torchs_forward():
 class Given(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = Scaled(SIZE, SIZE, share=0.7, batch_first=True)
+        self.layer = Scaled(SIZE, SIZE, portion=0.7, batch_first=True)
 
     def forward(self, x):
         return self.layer(x)[0]
@@ -248,9 +249,89 @@ class OwnWay(nn.GRU):
         return super().__call__(input)[0]
 
 
+class Method(nn.GRU):
+    """Has an attribute whose name a quantized layer has for its own."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.method = "mean"
+
+    def forward(self, input, hx=None):
+        out = super().forward(input, hx)[0]
+        return out.mean(0) if self.method == "mean" else out[-1]
+
+
+class Decorated(nn.GRU):
+    @torch.no_grad()
+    def forward(self, input, hx=None):
+        self.weight_hh_l0.mul_(0.5)
+        return super().forward(input, hx)
+
+
+def counted(function):
+    @functools.wraps(function)
+    def wrapper(self, *args):
+        self.calls += 1
+        return function(self, *args)
+
+    return wrapper
+
+
+class Wrapped(nn.GRU):
+    calls = 0
+
+    @counted
+    def forward(self, input, hx=None):
+        return super().forward(input, hx)
+
+
+class Sets(nn.GRU):
+    def forward(self, input, hx=None):
+        setattr(self, "n", 1)  # noqa: B010
+        return super().forward(input, hx)
+
+
+class Local(nn.GRU):
+    def forward(self, input, hx=None):
+        weight = self.weight_hh_l0
+        weight *= 0.5
+        return super().forward(input, hx)
+
+
+class Parameters(nn.GRU):
+    def forward(self, input, hx=None):
+        return super().forward(input, hx)[0] * sum(each.norm() for each in self.parameters())
+
+
+registered = []
+
+
+class Registers(nn.GRU):
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        registered.append(cls)
+
+
+class Registered(Registers):
+    def forward(self, input, hx=None):
+        return super().forward(2 * input, hx)
+
+
+class Mixin:
+    def doubled(self, x):
+        return 2 * self.forward(x)[0] + setattr(self, "n", 1)
+
+
+class MixedIn(nn.GRU, Mixin):
+    pass
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        *((kind, f"{kind.__name__} has a forward of its own") for kind in (Method, Decorated, Wrapped, Sets, Local)),
+        *((kind, f"{kind.__name__} has a forward of its own") for kind in (Parameters, Registered)),
+        (MixedIn, "MixedIn adds doubled to nn.GRU"),
         (Counting, "Counting has a forward of its own"),
         (InPlace, "InPlace has a forward of its own"),
         (Listing, "Listing has a forward of its own"),
@@ -261,3 +342,4 @@ class OwnWay(nn.GRU):
 def test_code_that_writes_or_takes_the_place_of_the_layers_own_keeps_a_layer_float(kind, reason):
     with quantized(nn.ModuleList([kind(SIZE, SIZE), nn.Linear(SIZE, SIZE)]), "w8a32") as plan:
         assert (plan.decisions[0].method, plan.decisions[0].reason) == ("float", reason)
+    assert registered == [Registered]

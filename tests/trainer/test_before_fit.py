@@ -87,6 +87,17 @@ def test_a_folder_below_a_file(tmp_path, settings):
         assert callback.results
 
 
+@pytest.mark.parametrize("dirpath", [None, "files"])
+def test_a_name_that_another_kind_of_file_has(tmp_path, dirpath):
+    folder = tmp_path / (dirpath or "")
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.ckpt").write_text("a file of the user's")
+    callback = TinyQCallback(dirpath=dirpath and str(folder), filename="mine", report=False)
+    match = r"mine\.ckpt: there is a file already that is not a quantized"
+    refused(tmp_path, callback, CheckpointError, match, callbacks=[keeper(tmp_path)])
+    assert (folder / "mine.ckpt").read_text() == "a file of the user's"
+
+
 def test_a_root_folder_that_takes_no_files(tmp_path):
     (tmp_path / "file").write_text("")
     callback = TinyQCallback(report=False)

@@ -292,12 +292,29 @@ def test_a_module_that_logs_nothing_is_validated_once(tmp_path):
     loops_of.clear()
 
     class Silent(WithoutValidation):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train_loss", loss)
+            return loss
+
         def validation_step(self, batch, batch_idx):
             loops_of["Silent"] += has_trained(self.trainer)
 
     with pytest.warns(UserWarning, match="validation_step logged no metric"):
         fit(tmp_path, quiet("w8a32", strict=True), keep=False, module=Silent())
     assert loops_of["Silent"] == 6, "batches"
+
+
+def test_a_second_try_that_fails_costs_nothing(tmp_path):
+    class Breaks(NothingElse):
+        def validation_step(self, batch, batch_idx):
+            if has_trained(self.trainer) and self.current_epoch == 2:
+                raise ValueError("not again")
+
+    callback = quiet("w8a32", strict=True)
+    with pytest.warns(UserWarning, match="validation_step logged no metric"):
+        fit(tmp_path, callback, keeper(tmp_path, monitor="val_costly"), keep=False, module=Breaks(), max_epochs=3)
+    assert callback.quantized_path
 
 
 def test_a_look_up_that_fails_in_any_epoch_is_told_as_it_failed_first(tmp_path):
@@ -676,10 +693,13 @@ def test_a_logger_that_fails_costs_neither_the_file_nor_the_results(tmp_path):
 
 
 def test_a_file_that_cannot_be_saved_costs_neither_the_results_nor_what_is_logged(tmp_path):
-    (tmp_path / "q.ckpt").write_text("a file of the user's")
+    class WritesAFile(Net):
+        def on_train_end(self):
+            (tmp_path / "q.ckpt").write_text("a file of the user's")
+
     callback = quiet("w8a32", filename="q")
     with pytest.warns(UserWarning, match="Saving the quantized checkpoint failed: .*is not overwritten"):
-        run, _ = fit(tmp_path, callback)
+        run, _ = fit(tmp_path, callback, module=WritesAFile())
     assert isinstance(callback.error, CheckpointError)
     assert callback.quantized_path is None
     assert callback.results["val_acc"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from functools import cached_property
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +201,50 @@ def test_a_callback_for_fits_tells_in_a_test_of_a_float_model_how_to_quantize_th
     both = [quiet("w8a32"), callback, TinyQCallback("w8a8", report=False)]
     trainer(tmp_path, *both).test(Net(), loader(seed=2), ckpt_path=path, verbose=False, weights_only=True)
     assert len(told) == 1
+
+
+def test_a_file_that_says_something_else_stays_and_the_next_one_has_a_version(tmp_path):
+    path = trained(tmp_path)
+    stem = Path(path).stem
+
+    def tested(data=None, **settings):
+        callback = TinyQCallback("w8a32", when="test_start", **settings)
+        trainer(tmp_path, callback).test(Net(), data or loader(seed=2), ckpt_path=path, weights_only=True)
+        return Path(callback.quantized_path).name
+
+    first = f"w8a32-{stem}.ckpt"
+    assert tested() == first
+    files = {each: each.read_bytes() for each in tmp_path.glob("w8a32-*")}
+    assert len(files) > 1  # its report
+    assert tested(exclude=["head"]) == f"w8a32-{stem}-v1.ckpt"
+    assert tested(loader(seed=3)) == f"w8a32-{stem}-v2.ckpt", "the metrics are others"
+    assert {each: each.read_bytes() for each in files} == files
+    assert tested() == first, "the same once more"
+    (tmp_path / f"w8a32-{stem}-v3.ckpt").write_text("a file of the user's")
+    assert tested(loader(seed=4)) == f"w8a32-{stem}-v4.ckpt"
+    assert tested(loader(seed=4), filename="mine") == "mine.ckpt"
+    assert tested(filename="mine") == "mine.ckpt", "a name that was asked for is taken"
+
+
+def test_a_quantized_file_follows_its_float_file_and_what_has_none_stays(tmp_path):
+    path = trained(tmp_path)
+    for width, warned in (
+        (16, nullcontext()),
+        (24, pytest.warns(UserWarning, match="another float checkpoint was rep")),
+    ):
+        run, callback = trainer(tmp_path), quiet("w8a32")
+        run.strategy.connect(Net(width))
+        torch.save({**torch.load(path, weights_only=True), "state_dict": Net(width).state_dict()}, path)
+        with warned:
+            trainer(tmp_path, callback).test(Net(width), loader(seed=2), ckpt_path=path, weights_only=True)
+        assert Path(callback.quantized_path).name == f"w8a32-{Path(path).stem}.ckpt"
+    names = []
+    for seed in (1, 2):  # weights of the module itself, which are in no other file
+        seed_everything(seed, verbose=False)
+        callback = TinyQCallback("w8a32", weights="current", report=False)
+        trainer(tmp_path / "none", callback, enable_checkpointing=False).fit(Net(), loader(), loader(seed=1))
+        names.append(callback.quantized_path)
+    assert names[1] == names[0].replace(".ckpt", "-v1.ckpt")
 
 
 def test_nothing_happens_in_a_fit(tmp_path):

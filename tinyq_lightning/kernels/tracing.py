@@ -71,9 +71,12 @@ _PROXIES = torch._C._TorchDispatchModeKey.PROXY
 
 def without_gradient(x: Tensor) -> Tensor:
     """Return ``x.detach()``, also in the graphs of ``make_fx``, where torch 2.14 writes an alias for it."""
-    if torch.compiler.is_compiling() or _in_functorch() or not _in_make_fx():
+    if torch.compiler.is_compiling() or in_functorch() or not _in_make_fx():
         return x.detach()
-    return x.view(torch.int64 if x.dtype == torch.float64 else torch.int32).view(x.dtype)
+    return x.view(_INTEGERS[x.itemsize]).view(x.dtype)
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def in_functional_call() -> bool:

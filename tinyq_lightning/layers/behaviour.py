@@ -25,6 +25,7 @@ __all__ = [
     "LEADS",
     "SIZES",
     "aside",
+    "code_writes",
     "codes",
     "computes_linear",
     "computes_scaled_embedding",
@@ -46,7 +47,22 @@ LEADS = ((4,), (2, 3), (), (1000,))
 _ROWS, _COLUMNS = 5, 3
 _AMBIGUOUS = 3  # attributes of a square weight that may tell either of its sizes
 _CHANGING = {"append", "extend", "insert", "update", "pop", "remove", "clear", "setdefault", "discard", "popleft"}
-_CHANGING |= {"print", "log", "log_dict", "info", "warn", "warning", "debug", "write", "next", "sleep"}
+_CHANGING |= {
+    "print",
+    "log",
+    "log_dict",
+    "info",
+    "warn",
+    "warning",
+    "debug",
+    "write",
+    "next",
+    "sleep",
+    "setattr",
+    "delattr",
+    "__setattr__",
+    "__dict__",
+}
 _WRITES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_DEREF", "DELETE_ATTR", "DELETE_GLOBAL", "DELETE_SUBSCR")
 
 
@@ -270,10 +286,13 @@ def own_functions(kind: type, names: Collection[str] = ("forward",)) -> Iterator
 def writes(function: Callable[..., Any]) -> bool:
     """Whether a function may change anything but its own names, so that to try it would leave a trace."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return code is None or any(
-        not _CHANGING.isdisjoint(part.co_names) or any(each.opname in _WRITES for each in dis.get_instructions(part))
-        for part in codes(code)
-    )
+    return code is None or any(map(code_writes, codes(code)))
+
+
+def code_writes(code: CodeType) -> bool:
+    """The same of a code object, without those within it."""
+    instructions = dis.get_instructions(code)
+    return not _CHANGING.isdisjoint(code.co_names) or any(each.opname in _WRITES for each in instructions)
 
 
 def codes(code: CodeType) -> Iterator[CodeType]:

@@ -163,7 +163,8 @@ class Int8Weight(QuantizedLayer):
         if plain and torch.equal(scales, cast(Tensor, own)):  # a copy of its own
             return
         # of another layer that has packed its codes, or for one that has packed the codes that it shares with this one
-        others = (each._own.scales for each in _once_packed if each is not self)
+        with _lock:
+            others = [each._own.scales for each in _once_packed if each is not self]
         of_packed = any(other is own or is_same_memory(scales, other) for other in others)
         if codes is None or (of_packed and not self._own.are_lent(codes, self._forms.holder())):
             raise ModelError(_OTHER_SCALES.format(type(self).__name__))
@@ -173,8 +174,9 @@ class Int8Weight(QuantizedLayer):
         own, buffers = self._own, self._buffers
         if not any_packed or not torch.compiler.is_dynamo_compiling():  # torch.export calls layers with stand-ins
             return
-        if buffers["scales"] is not own.scales and buffers["int8_weights"] is own.codes_in_graphs:
-            raise ModelError(_OTHER_SCALES.format(type(self).__name__))
+        scales: Tensor = buffers["scales"]  # type: ignore[assignment]
+        if scales is not own.scales and buffers["int8_weights"] is own.codes_in_graphs:  # or a copy of its own
+            torch._assert_async(scales.eq(cast(Tensor, own.scales)).all(), _OTHER_SCALES.format(type(self).__name__))
 
     def _codes_for_a_call(self) -> Tensor:
         """The codes, as :attr:`int8_weights`, but not kept beside a form that holds them."""

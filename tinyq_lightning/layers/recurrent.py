@@ -208,8 +208,16 @@ class QuantizedRecurrent(NamedCodes):
         if name == "kernel":
             self._copies = self._choice = None
             self._hold()
+        self._renew_stand_in()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._renew_stand_in()
+
+    def _renew_stand_in(self) -> None:
+        """Let the next call make another, since this one has the former attributes."""
         if (copies := self.__dict__.get("_copies")) is not None:
-            copies.layer = copies.ready = None  # which has the former value
+            copies.layer = copies.ready = None
 
 
 class _Sequences(QuantizedRecurrent):

@@ -6,14 +6,16 @@ on an object of their own class with float weights, if it reads what the layer h
 
 from __future__ import annotations
 
+import dis
+from abc import ABCMeta
 from functools import lru_cache
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tinyq_lightning.layers.behaviour import codes, writes
+from tinyq_lightning.layers.behaviour import code_writes, codes
 from tinyq_lightning.layers.recurrent import RECURRENT, QuantizedRecurrent
 from tinyq_lightning.layers.why_float import why_own_way, why_replaced
 
@@ -24,6 +26,18 @@ __all__ = [
 ]
 
 _PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+# What a class body has of its own accord, and what makes and shows a layer.
+_MADE = {"__module__", "__doc__", "__init__", "__annotations__", "__qualname__", "__dict__", "__weakref__", "__slots__"}
+_MADE |= {"__abstractmethods__", "__orig_bases__", "__parameters__", "__constants__", "__repr__", "__firstlineno__"}
+_MADE |= {"__static_attributes__", "__annotate__", "__annotate_func__", "_abc_impl", "_version", "reset_parameters"}
+_MADE |= {"extra_repr"}
+
+
+# By these a function finds weights that a quantized layer does not hold as parameters, or what only torch's code knows.
+_FINDS = {"parameters", "named_parameters", "get_parameter", "state_dict", "apply", "vars", "getattr", "_parameters"}
+_FINDS |= {"_flat_weights_names", "_flat_weight_refs", "_buffers", "buffers", "named_buffers", "data"}
 
 
 def torch_class(module: nn.Module) -> type[nn.Module]:
@@ -40,22 +54,37 @@ def quantized_class(module: nn.Module) -> type[QuantizedRecurrent]:
     return _derived(quantized, parametrize.type_before_parametrizations(module))  # type: ignore[no-any-return]
 
 
-def why_own_code(module: nn.Module, base: type[nn.Module]) -> str | None:
+def why_own_code(module: nn.Module, base: Any) -> str | None:
     """Why what a subclass has of its own keeps it float; None if it has nothing, or functions that write nothing."""
     why = why_own_way(module, base)
     if why is None or why_replaced(module):
         return why
     kind: Any = parametrize.type_before_parametrizations(module)
-    own = [item for each in kind.__mro__[: kind.__mro__.index(base)] for item in vars(each).items()]
-    return None if all(_is_taken_over(name, value, base) for name, value in own) else why
+    if type(kind) not in (type, ABCMeta):
+        return why
+    classes: list[Any] = [each for each in kind.__mro__ if each not in base.__mro__]
+    own = [(name, value) for each in classes for name, value in vars(each).items()]
+    names = {*vars(module), *(name for name, _ in own if not name.startswith("__"))}
+    taken_over = names.isdisjoint(_held_by_quantized(base)) and all(
+        _is_taken_over(name, value, base) for name, value in own
+    )
+    return None if taken_over else why
 
 
-def _is_taken_over(name: str, value: Any, base: type[nn.Module]) -> bool:
+@lru_cache(maxsize=16)
+def _held_by_quantized(base: Any) -> frozenset[str]:
+    """The attributes of a quantized layer's own, which would be read in the place of a float one's."""
+    like = base(1, 1)
+    made = RECURRENT[base](like)
+    return frozenset({*vars(made), *dir(made)} - {*vars(like), *dir(base)})
+
+
+def _is_taken_over(name: str, value: Any, base: Any) -> bool:
     """Whether an attribute of a class does on a quantized layer what it does on a float one."""
-    if name in ("__call__", "__getattr__", "__getattribute__", "__setattr__"):
-        return False
-    if name.startswith("__") or name in ("_abc_impl", "_version", "reset_parameters", "extra_repr"):
+    if name in _MADE:
         return True
+    if name.startswith("__"):
+        return False
     if name != "forward" and hasattr(RECURRENT[base], name):
         return False  # the quantized layer has one of its own
     if isinstance(value, property):
@@ -66,11 +95,23 @@ def _is_taken_over(name: str, value: Any, base: type[nn.Module]) -> bool:
 
 
 def _only_reads(function: Any) -> bool:
-    """Whether a function changes nothing that the layer, or anybody else, holds."""
-    if not isinstance(function, FunctionType) or writes(function):
-        return False
-    names = {name for code in codes(function.__code__) for name in code.co_names}
-    return not any(name == "data" or (name.endswith("_") and not name.endswith("__")) for name in names)
+    """Whether a function, and what is wrapped in it, changes nothing that the layer, or anybody else, holds."""
+    while function is not None:
+        if not isinstance(function, FunctionType) or any(map(_may_write, codes(function.__code__))):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def _may_write(code: CodeType) -> bool:
+    if code_writes(code) or not _FINDS.isdisjoint(code.co_names):
+        return True
+    # `w *= 2` writes to what `w` names
+    in_place = (
+        "INPLACE_" in each.opname or (each.opname == "BINARY_OP" and each.argrepr.endswith("="))
+        for each in dis.get_instructions(code)
+    )
+    return any(in_place) or any(name.endswith("_") and not name.endswith("__") for name in code.co_names)
 
 
 @lru_cache(maxsize=256)

@@ -75,7 +75,7 @@ def why_own_way(module: nn.Module, base: Any, forward: bool = False) -> str | No
         return f"{kind.__name__} has a forward of its own"
     if why := why_replaced(module):
         return why
-    own = {name for each in kind.__mro__[: kind.__mro__.index(base)] for name in vars(each)}
+    own = {name for each in kind.__mro__ if each not in base.__mro__ for name in vars(each)}
     own = {name for name in own - _HARMLESS if not name.startswith("__") or name in _TELLING}
     own -= set(OWN_FUNCTIONS) if forward else set()
     own -= static_functions(module).keys()

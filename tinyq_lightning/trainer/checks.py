@@ -136,9 +136,12 @@ def _check_target(trainer: Trainer, spec: QuantizationSpec) -> None:
 def _check_named(trainer: Trainer, spec: QuantizationSpec) -> None:
     """Refuse a file name of the spec that another kind of file has."""
     if spec.save.filename is not None:
-        folders = (each.dirpath for each in checkpoint_callbacks(trainer) if each.dirpath is not None)
-        folder = spec.save.dirpath or next(folders, trainer.default_root_dir)
-        refuse_foreign(next(quantized_paths(spec.save, os.fspath(folder), "", "")))
+        folders = {os.fspath(each.dirpath or "") for each in checkpoint_callbacks(trainer)} or {
+            trainer.default_root_dir
+        }
+        folder = spec.save.dirpath or (folders.pop() if len(folders) == 1 else "")
+        if folder:  # of several it is that of the weights which will be chosen
+            refuse_foreign(next(quantized_paths(spec.save, os.fspath(folder), "", "")))
 
 
 def _check_hyper_parameters(trainer: Trainer, module: LightningModule) -> list[str]:

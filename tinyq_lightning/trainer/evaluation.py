@@ -133,7 +133,7 @@ _OF_LOADERS = ("_combined_loader", "_max_batches", "_seen_batches_per_dataloader
 def validation_data_lent(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Context manager in which validation dataloaders may be asked for that the run has not; then all is as before."""
     loop = trainer.fit_loop.epoch_loop.val_loop
-    if loop._combined_loader is not None:
+    if loop._combined_loader is not None or why_never_validated(trainer, module):
         yield
         return
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

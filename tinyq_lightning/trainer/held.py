@@ -39,7 +39,7 @@ def _of_context_variable(value: ContextVar[Any]) -> State:
         content = value.get()  # or its default
     except LookupError:  # only who has set it first can take that back
         return watched(lambda: value.get(_MISSING))
-    return State(lambda: value.get() is content or value.set(content), [("", content)])
+    return State(lambda: value.get(_MISSING) is content or value.set(content), [("", content)])
 
 
 def _of_queue(value: queue.Queue[Any]) -> State:

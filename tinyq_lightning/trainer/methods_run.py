@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
@@ -124,6 +123,7 @@ class MethodsRun:
         self._trainer, self._module, self._spec = trainer, module, spec
         self._began = time.monotonic()
         self._moment: Moment | None = None
+        self._validated = validated
         why_not = why_no_validation(trainer, module)
         refuse_without_validation(spec, why_not)
         self.stopwatch = Stopwatch() if spec.never_slower else None
@@ -132,7 +132,7 @@ class MethodsRun:
         self.why_not = why_not or (None if before and before.metrics else "validation_step logged no metric")
         self.before = before if before and before.metrics else None
         if before:
-            self._warn_of_other_weights(before, validated, source.path)
+            self._warn_of_other_weights(before, source.path)
         self.float_bytes = state_bytes(module.state_dict())
         self._float_value = math.nan
         if spec.budget and before:
@@ -193,18 +193,12 @@ class MethodsRun:
     def _evaluate_float(self, source: FloatWeights) -> Evaluation:
         """In the epoch after the last; once more as in the fit if a schedule has no entry for it, or it logs nothing.
 
-        Of what raises, one process among several that tried again would leave the others waiting; what is logged they
-        share.
+        Of what raises, one process among several that tried again would leave the others waiting. Whether the fit has
+        logged more is for rank 0 to say.
         """
-        monitor = self._spec.budget.monitor if self._spec.budget else None
-
-        def tells(logged: Mapping[str, Any]) -> bool:
-            return monitor in logged if monitor else bool(logged)
-
+        after, logged = self._moment, self._validated.logged
         try:
             found = self._evaluate()
-            if tells(found.metrics) or not tells(self._trainer.callback_metrics):
-                return found
         except EvaluationError as error:
             if self._trainer.world_size > 1 or not isinstance(error.__cause__, LookupError):
                 raise
@@ -212,13 +206,22 @@ class MethodsRun:
             with suppress(EvaluationError):
                 return self._evaluate()
             raise
+        monitor = self._spec.budget.monitor if self._spec.budget else None
+        name = (monitor or "").partition("/dataloader_idx_")[0].removesuffix("_epoch")
+        tells_less = name in logged and monitor not in found.metrics if monitor else logged and not found.metrics
+        if not self._trainer.strategy.broadcast(bool(tells_less)):
+            return found
         self._moment = source.moment(self._trainer)
-        return self._evaluate()
+        try:
+            return self._evaluate()
+        except EvaluationError:  # which each rank hears of
+            self._moment = after
+            return found
 
     def _evaluate(self, batches: int | None = None) -> Evaluation:
         return run_evaluation(self._trainer, self._module, "validate", batches=batches, moment=self._moment)
 
-    def _warn_of_other_weights(self, before: Evaluation, validated: ValidatedWeights, path: str | None) -> None:
+    def _warn_of_other_weights(self, before: Evaluation, path: str | None) -> None:
         """Warn if the float metrics are not those of the weights that are quantized."""
         if before.other_weights:
             rank_zero_warn(
@@ -226,7 +229,7 @@ class MethodsRun:
                 "average. The float metrics are of those, but the weights of the checkpoint are quantized; load the "
                 "others into the module and quantize it to compare like with like"
             )
-        elif validated.are_others(self._module):
+        elif self._validated.are_others(self._module):
             rank_zero_warn(
                 "TinyQ: during training, other weights were put in for validation, such as an average that a callback "
                 "keeps, and none of its runs was on the weights that are quantized, so the metrics logged then are of "

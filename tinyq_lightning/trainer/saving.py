@@ -50,7 +50,7 @@ def save_quantized(
     save = plan.spec.save
     folder = save.dirpath or folder_of(trainer, source)
     paths = (path for path in quantized_paths(save, folder, source.stem, plan.file_label) if path not in taken)
-    content, beside = make_content(), save.dirpath is None
+    content, beside = make_content(), folder == source.folder
     written: list[str] = []
 
     def write() -> None:

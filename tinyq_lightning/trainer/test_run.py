@@ -85,10 +85,10 @@ def _noted(trainer: Trainer) -> _TestStart | None:
     return vars(trainer.test_loop).get(_NOTED)
 
 
-def _cached(module: nn.Module) -> set[tuple[nn.Module, str]]:
+def _cached(module: nn.Module) -> dict[tuple[nn.Module, str], Any]:
     """The cached properties that have a value, each with the module that holds it."""
     return {
-        (each, name)
+        (each, name): vars(each)[name]
         for each in module.modules()
         for name in vars(each)
         if isinstance(getattr(type(each), name, None), cached_property)
@@ -117,7 +117,7 @@ class _TestStart:
         self._trainer, self._module, self._loop = trainer, module, trainer.test_loop
         self.snapshot: Snapshot | None = None
         self._attributes: dict[str, Any] = {}  # of the Trainer
-        self._cached: set[tuple[nn.Module, str]] = set()
+        self._cached: dict[tuple[nn.Module, str], Any] = {}
         self._callbacks: SetByCallbacks | None = None
         self.on_epoch_end: list[Callable[[], object]] = []
         self.runs: list[TestRun] = []
@@ -154,8 +154,9 @@ class _TestStart:
                 hook()
             if self.runs:  # float in each on_test_end: a callback may put its own weights back there
                 self.runs[0].swap.take_out()
-                for holder, name in _cached(self._module) - self._cached:  # computed by the quantized layers
-                    del vars(holder)[name]
+                for (holder, name), value in _cached(self._module).items():
+                    if self._cached.get((holder, name), self) is not value:  # computed by the quantized layers
+                        del vars(holder)[name]
                 if may_exchange_weights(self._trainer):
                     self.tested = float_values(self._module, [run.swap for run in self.runs])
         finally:

@@ -18,12 +18,17 @@ __all__ = [
 
 
 class ValidatedWeights:
-    """Digests of the weights that the validations of a fit ran on, and whether training went on with them."""
+    """Digests of the weights that the validations of a fit ran on, and whether training went on with them.
+
+    Attributes:
+        logged: the names that these validations have logged, without what Lightning adds to them.
+    """
 
     def __init__(self) -> None:
         self._digests: set[int] = set()
         self._last: int | None = None
         self._exchanged = False
+        self.logged: set[str] = set()
 
     def in_validation(self, module: LightningModule) -> None:
         """Note the weights of a validation, once its first batch begins."""
@@ -69,6 +74,12 @@ class WatchesValidation(CallbackOfBoth):
         """Keep a copy of the first batch, if it is wanted."""
         if self.keeps_batch and self.first_batch is None and trainer.is_global_zero:
             self.first_batch = copies_on_cpu(batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the validation has logged."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            results = trainer.fit_loop.epoch_loop.val_loop._results
+            self.validated.logged.update(each.meta.name for each in results.values() if not each.has_reset)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """After a validation within an epoch, training goes on here."""
