@@ -148,30 +148,29 @@ def _replace_local(target: str, write: Callable[[IO[bytes]], object]) -> None:
 
 def _write_all(file: IO[bytes], write: Callable[[IO[bytes]], object]) -> None:
     """Have a file written. Torch's writer turns an OSError, of a full disk say, into a text about its own position."""
-    failed: list[OSError] = []
-    own = file.write
-
-    def watched(data: bytes) -> int:
-        try:
-            return own(data)
-        except OSError as error:
-            failed.append(error)
-            raise
-
-    watching = cast("IO[bytes]", _Watching(file, watched))
+    watched = _Watched(file)
     try:
-        write(watching)
+        write(cast("IO[bytes]", watched))
     except RuntimeError as error:
-        if failed:
-            raise failed[0] from error
+        if watched.failure is not None:
+            raise watched.failure from error
         raise
 
 
-class _Watching:
-    """An open file whose ``write`` is another."""
+class _Watched:
+    """An open file that keeps the error of a write."""
 
-    def __init__(self, file: IO[bytes], write: Callable[[bytes], int]) -> None:
-        self._file, self.write = file, write
+    failure: OSError | None = None
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

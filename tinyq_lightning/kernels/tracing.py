@@ -61,7 +61,7 @@ def is_recorded() -> bool:
 
 
 def _in_make_fx() -> bool:
-    if not torch._C._len_torch_dispatch_stack() or not torch.is_grad_enabled():
+    if not count_modes() or not torch.is_grad_enabled():
         return False
     return torch._C._get_dispatch_mode(_PROXIES) is not None
 

@@ -47,22 +47,8 @@ LEADS = ((4,), (2, 3), (), (1000,))
 _ROWS, _COLUMNS = 5, 3
 _AMBIGUOUS = 3  # attributes of a square weight that may tell either of its sizes
 _CHANGING = {"append", "extend", "insert", "update", "pop", "remove", "clear", "setdefault", "discard", "popleft"}
-_CHANGING |= {
-    "print",
-    "log",
-    "log_dict",
-    "info",
-    "warn",
-    "warning",
-    "debug",
-    "write",
-    "next",
-    "sleep",
-    "setattr",
-    "delattr",
-    "__setattr__",
-    "__dict__",
-}
+_CHANGING |= {"print", "log", "log_dict", "info", "warn", "warning", "debug", "write", "next", "sleep"}
+_CHANGING |= {"setattr", "delattr", "__setattr__", "__dict__"}
 _WRITES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_DEREF", "DELETE_ATTR", "DELETE_GLOBAL", "DELETE_SUBSCR")
 
 

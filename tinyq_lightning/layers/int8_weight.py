@@ -21,6 +21,7 @@ from tinyq_lightning.kernels import (
     in_functional_call,
     in_transform,
     is_mapped,
+    is_recorded,
     is_same_memory,
     outside_modes,
     packed_shapes,
@@ -323,7 +324,7 @@ class Int8Weight(QuantizedLayer):
         Reading its shape, dtype and device costs nothing. Its values are computed when they are read, once within a
         forward pass: weights that were read last are kept, 32 MiB of them in the whole process.
         """
-        if torch.compiler.is_compiling() or in_transform() or torch._C._len_torch_dispatch_stack():
+        if is_recorded():
             # a tracer would record the read-only type
             weight = dequantize(self.int8_weights, self.scales, self.dtype, self._transposed_groups)
             return weight.contiguous(memory_format=self._layout)

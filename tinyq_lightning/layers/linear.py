@@ -20,6 +20,7 @@ from tinyq_lightning.kernels import (
     FormulaName,
     TensorSnapshot,
     choose_kernel,
+    count_modes,
     holds_packed_constants,
     in_jit_trace,
     in_transform,
@@ -212,7 +213,7 @@ class QuantizedLinear(MultiplyingLayer, nn.Linear):  # type: ignore[override]
             if layer.choice.kernel.startswith("int8") and takes_integers(self.in_features):
                 # The whole layer holds plain codes for its parts: packed ones would lie beside them.
                 layer._choices["cpu"] = replace(layer.choice, kernel="int8")
-            if torch._C._len_torch_dispatch_stack():  # its slices may be those of a tracer, such as fake tensors
+            if count_modes():  # its slices may be those of a tracer, such as fake tensors
                 return layer
             found = self._parts[rows.start, rows.stop] = TensorSnapshot(codes), TensorSnapshot(self.scales), layer
         return found[2]

@@ -14,7 +14,7 @@ from tinyq_lightning.errors import ModelError, ReadOnlyWeightError
 from tinyq_lightning.kernels import (
     dequantize,
     expand,
-    in_transform,
+    is_recorded,
     packed_shapes,
     quantize_groups_expanded,
     quantize_per_row,
@@ -200,7 +200,7 @@ class NamedCodes(QuantizedLayer):
         Reading its shape, dtype and device costs nothing. Its values are computed when they are read.
         """
         codes, scales = self.codes_of(name)
-        if torch.compiler.is_compiling() or in_transform() or torch._C._len_torch_dispatch_stack():
+        if is_recorded():
             return dequantize(codes, scales, self.dtype)  # a tracer would record the read-only type
         return self._dequantized[name].weight(WeightSource(codes, scales, self.dtype), codes.shape)
 

@@ -88,7 +88,6 @@ def check_before_fit(
         for each in spec.each():
             _refuse_missing_weights(each, module, state_dict)
         write_on_rank_zero(trainer, partial(_check_target, trainer, spec))
-        write_on_rank_zero(trainer, partial(_check_named, trainer, spec))
         return _check_hyper_parameters(trainer, module)
     return []
 
@@ -120,6 +119,12 @@ def _memory(tensor: Tensor) -> int | None:
 
 
 def _check_target(trainer: Trainer, spec: QuantizationSpec) -> None:
+    """Refuse a folder that takes no files, and a file name of the spec that another kind of file has."""
+    _check_writable(trainer, spec)
+    _check_named(trainer, spec)
+
+
+def _check_writable(trainer: Trainer, spec: QuantizationSpec) -> None:
     """Write a small file to the folder of the quantized checkpoint, if that folder is known before training."""
     folder, source = spec.save.dirpath, f"{spec.origin.where('save', 'dirpath')}: dirpath"
     if folder is None:
@@ -134,14 +139,13 @@ def _check_target(trainer: Trainer, spec: QuantizationSpec) -> None:
 
 
 def _check_named(trainer: Trainer, spec: QuantizationSpec) -> None:
-    """Refuse a file name of the spec that another kind of file has."""
-    if spec.save.filename is not None:
-        folders = {os.fspath(each.dirpath or "") for each in checkpoint_callbacks(trainer)} or {
-            trainer.default_root_dir
-        }
-        folder = spec.save.dirpath or (folders.pop() if len(folders) == 1 else "")
-        if folder:  # of several it is that of the weights which will be chosen
-            refuse_foreign(next(quantized_paths(spec.save, os.fspath(folder), "", "")))
+    """Refuse a file name of the spec that another kind of file has, if its folder is known before training."""
+    if spec.save.filename is None:
+        return
+    folders = {os.fspath(each.dirpath or "") for each in checkpoint_callbacks(trainer)} or {trainer.default_root_dir}
+    folder = spec.save.dirpath or (folders.pop() if len(folders) == 1 else "")
+    if folder:  # of several it is that of the weights which will be chosen
+        refuse_foreign(next(quantized_paths(spec.save, os.fspath(folder), "", "")))
 
 
 def _check_hyper_parameters(trainer: Trainer, module: LightningModule) -> list[str]:

@@ -66,7 +66,7 @@ class _Watch(CallbackOfBoth):
         connector = trainer._logger_connector
         connector._callback_metrics.update(self._known)
         connector._logged_metrics.update(self._logged)
-        self.loop.loop_started(_loop(trainer))
+        self.loop.loop_started(trainer._evaluation_loop)
 
     def _batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kw: Any) -> None:
         if not self.loop.digests:
@@ -81,7 +81,7 @@ class _Watch(CallbackOfBoth):
 
     def _epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.loop.batches_ended()
-        self.loop.refuse_lost_batch(pl_module, _loop(trainer))
+        self.loop.refuse_lost_batch(pl_module, trainer._evaluation_loop)
         if self._cut_short:
             raise _EnoughBatchesError
 
@@ -283,10 +283,6 @@ def weights_digest(module: LightningModule) -> int:
 
 def _datamodule(trainer: Trainer) -> LightningDataModule | None:
     return cast("LightningDataModule | None", trainer.datamodule)  # type: ignore[attr-defined]
-
-
-def _loop(trainer: Trainer) -> Any:
-    return trainer.test_loop if trainer.testing else trainer.validate_loop
 
 
 def _combined_loader(trainer: Trainer, stage: Stage) -> CombinedLoader | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -12,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from tinyq_lightning.errors import EvaluationError, ExportError
 from tinyq_lightning.handover import ExportReport, export_beside, recorded_calls, session_forward
 from tinyq_lightning.plan import Plan
-from tinyq_lightning.spec import Export, QuantizationSpec
+from tinyq_lightning.spec import QuantizationSpec
 from tinyq_lightning.trainer.calibrating import validation_data_in_test
 from tinyq_lightning.trainer.evaluation import run_evaluation, why_no_validation
 from tinyq_lightning.trainer.failures import Failing, step_after_run
@@ -54,22 +55,20 @@ def export_beside_file(
         return ()
     reports: list[ExportReport] = []
     for asked in owner.spec.export:
-        made: list[ExportReport] = []
+        made: ExportReport | None = None
         with step_after_run(owner, trainer, f"Exporting to {asked.to}"):
             calls = _validation_calls(trainer, module, asked.batches) if asked.is_static else []
-
-            def write(asked: Export = asked, calls: list[Any] = calls, made: list[ExportReport] = made) -> None:
-                batch = owner.first_batch
-                made.append(export_beside(module, quantized_path, asked.to, batch, asked.activations, calls))
-
-            write_on_rank_zero(trainer, write)
-        if made and asked.is_measured and trainer.world_size > 1:
+            batch = owner.first_batch
+            export = partial(export_beside, module, quantized_path, asked.to, batch, asked.activations, calls)
+            made = write_on_rank_zero(trainer, export)
+        if made is not None and asked.is_measured and trainer.world_size > 1:
             note = "not measured by the user's own loop, since the run has several processes"
-            made = [replace(made[0], notes=(*made[0].notes, note))]
-        elif made and asked.is_measured:
+            made = replace(made, notes=(*made.notes, note))
+        elif made is not None and asked.is_measured:
             with step_after_run(owner, trainer, f"Measuring the export to {asked.to}"):
-                made = [_measured(trainer, module, made[0])]
-        reports += made
+                made = _measured(trainer, module, made)
+        if made is not None:
+            reports.append(made)
     return tuple(reports)
 
 

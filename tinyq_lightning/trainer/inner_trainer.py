@@ -147,6 +147,7 @@ class _SilentTrainer(Trainer):
 
     @property
     def _evaluation_loop(self) -> Any:
+        """The loop that runs, where Lightning goes by which run the Trainer says it is."""
         return self.test_loop if self.testing else self.validate_loop
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

@@ -196,7 +196,7 @@ class MethodsRun:
         Of what raises, one process among several that tried again would leave the others waiting. Whether the fit has
         logged more is for rank 0 to say.
         """
-        after, logged = self._moment, self._validated.logged
+        logged = self._validated.logged
         try:
             found = self._evaluate()
         except EvaluationError as error:
@@ -215,7 +215,7 @@ class MethodsRun:
         try:
             return self._evaluate()
         except EvaluationError:  # which each rank hears of
-            self._moment = after
+            self._moment = None
             return found
 
     def _evaluate(self, batches: int | None = None) -> Evaluation:

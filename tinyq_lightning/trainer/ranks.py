@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -29,17 +29,24 @@ __all__ = [
 ]
 
 
-def write_on_rank_zero(trainer: Trainer, write: Callable[[], object]) -> None:
+_T = TypeVar("_T")
+
+
+def write_on_rank_zero(trainer: Trainer, write: Callable[[], _T]) -> _T | None:
     """Call ``write`` on rank 0 only; if it raises, raise on every rank.
+
+    Returns:
+        What it returned on rank 0, None on the others.
 
     Raises:
         TinyQError: on every rank, if ``write`` raised one; a CheckpointError if it raised another exception.
     """
     failure: tuple[type[TinyQError], str] | None = None
     cause: Exception | None = None
+    made: _T | None = None
     if trainer.is_global_zero:
         try:
-            write()
+            made = write()
         except Exception as error:
             cause = error
             failure = as_tinyq_error(error, CheckpointError)
@@ -47,6 +54,7 @@ def write_on_rank_zero(trainer: Trainer, write: Callable[[], object]) -> None:
     if failure is not None:
         kind, text = failure
         raise kind(text) from cause
+    return made
 
 
 def as_tinyq_error(error: Exception, other: type[TinyQError] = TinyQError) -> tuple[type[TinyQError], str]:

@@ -51,15 +51,13 @@ def save_quantized(
     folder = save.dirpath or folder_of(trainer, source)
     paths = (path for path in quantized_paths(save, folder, source.stem, plan.file_label) if path not in taken)
     content, beside = make_content(), folder == source.folder
-    written: list[str] = []
 
-    def write() -> None:
+    def write() -> str:
         path = next(path for path in paths if save.filename is not None or is_free(path, content, beside))
         write_checkpoint(content, path)
-        written.append(path)
+        return path
 
-    write_on_rank_zero(trainer, write)
-    (path,) = trainer.strategy.broadcast(written)
+    path = cast(str, trainer.strategy.broadcast(write_on_rank_zero(trainer, write)))
     if trainer.is_global_zero:
         warn_of_left_out(content, told)
     if source.path is None:

@@ -148,20 +148,19 @@ def _quantize_on_ranks(
     Whichever rank fails, all make the same calls to one another in the same order: some backends would wait for ever.
     """
     gather = None if source.path else Gather(module)
-    made: list[QuantizedShards] = []
 
-    def make() -> None:
+    def make() -> QuantizedShards:
         try:
-            made.append(_quantize(module, spec, source, gather))
+            return _quantize(module, spec, source, gather)
         finally:
             if gather is not None:
                 gather.end()
 
     if gather is not None and not trainer.is_global_zero:
         gather.answer()
-    write_on_rank_zero(trainer, make)
-    told = trainer.strategy.broadcast(made[0].without_tensors() if made else None)
-    return made[0] if made else cast("QuantizedShards", told)
+    made = write_on_rank_zero(trainer, make)
+    told = trainer.strategy.broadcast(made.without_tensors() if made is not None else None)
+    return made if made is not None else cast("QuantizedShards", told)
 
 
 def _quantize(
