@@ -334,8 +334,8 @@ kinds = dict(
     attention=lambda: [nn.MultiheadAttention(1024, 8) for _ in range(8)],
     parametrized=lambda: [nn.utils.parametrizations.weight_norm(nn.Linear(1024, 1024)) for _ in range(24)],
 )
-for dtype in (torch.float32, torch.bfloat16):  # what is loaded once and for all
-    Quantizer(nn.ModuleList([nn.utils.parametrizations.weight_norm(nn.Linear(8, 8, dtype=dtype))])).quantize()
+for dtype in (torch.float32, torch.bfloat16):  # what is loaded, and started for threads, once and for all
+    Quantizer(nn.ModuleList([nn.utils.parametrizations.weight_norm(nn.Linear(512, 512, dtype=dtype))])).quantize()
 model = nn.ModuleList(kinds[sys.argv[1]]())
 size = sum(parameter.nbytes for parameter in model.parameters())
 before = measured("VmHWM")
