@@ -166,7 +166,13 @@ class Odd(str):
     """Text with a meaning of its own."""
 
 
+class Marked(torch.Tensor):
+    """A tensor with a meaning of its own."""
+
+
 UNHELD = {
+    "tensor of a class": torch.ones(2).as_subclass(Marked),
+    "tensor without values": torch.ones(2, device="meta"),
     "module": nn.GELU(),
     "class": nn.GELU,
     "function": len,
@@ -258,3 +264,28 @@ def test_what_contains_itself_or_is_too_deep_is_dropped_by_name(tmp_path):
     assert torch.load(path, weights_only=True)["hyper_parameters"] == {"value": {"cycle": {"a": 1}, "b": 2}}
     with pytest.raises(CheckpointError, match=r"could not hold value\.cycle\.self, value\.deep"):
         load_quantized(path, Loose)
+
+
+TENSORS = {
+    "tensor": torch.ones(2),
+    "parameter": nn.Parameter(torch.ones(2)),
+    "frozen parameter": nn.Parameter(torch.ones(2), requires_grad=False),
+    "whole numbers": nn.Parameter(torch.ones(2, dtype=torch.int32), requires_grad=False),
+    "buffer": nn.Buffer(torch.ones(2)),
+    "buffer of no file": nn.Buffer(torch.ones(2), persistent=False),
+    "gradient": torch.ones(2, requires_grad=True),
+}
+
+
+def traits(tensor):
+    """What a module registers it as."""
+    is_buffer = isinstance(tensor, nn.Buffer)
+    return type(tensor), is_buffer, is_buffer and tensor.persistent, tensor.requires_grad, tensor.tolist()
+
+
+@pytest.mark.parametrize("value", TENSORS.values(), ids=TENSORS)
+def test_tensors_come_back_as_what_a_module_registered_them_as(tmp_path, value):
+    path = saved(tmp_path / "q.ckpt", {"value": value, "deep": {"a": [1, (value,)]}, "width": 4}, lambda: Loose(value))
+    for module in (load_quantized(path, Loose), Mixed.load_from_checkpoint(path)):
+        assert traits(module.value) == traits(module.more["deep"]["a"][1][0]) == traits(value)
+        assert set(dict(module.named_parameters())) - {"linear.bias"} == ({"value"} if isinstance(value, nn.Parameter) else set())

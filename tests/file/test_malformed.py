@@ -89,6 +89,7 @@ MALFORMED = [
     (("tinyq", "types"), [{"path": [], "kind": "call"}], r"tinyq\.types"),
     (("tinyq", "types"), [{"path": ["width"], "kind": "enum"}], r"tinyq\.types"),
     (("tinyq", "types"), [{"path": ["no", 3], "kind": "path", "name": "PosixPath"}], r"hyper-parameter 'no\.3'"),
+    (("tinyq", "types"), [{"path": ["width"], "kind": "tensor", "name": "Buffer"}], "'width' is no tensor"),
     (("tinyq", "float_sha256"), 3, r"tinyq\.float_sha256"),
     (("tinyq", "versions"), [], r"tinyq\.versions"),
     (("hyper_parameters",), [1, 2], "hyper_parameters"),

@@ -22,6 +22,7 @@ from tinyq_lightning.errors import CheckpointError
 __all__ = [
     "VERSION_TYPES",
     "as_plain_tensor",
+    "can_be_held",
     "copied",
     "odd_version",
     "plain",
@@ -63,7 +64,9 @@ def plain(value: Any) -> Any:
         return value if exact else next(kind(value) for kind in kinds if isinstance(value, kind))
     if isinstance(value, str | PurePath):
         return sys.intern(str(value))
-    if type(value) in (Tensor, nn.Parameter):
+    if isinstance(value, Tensor):
+        if value.is_meta or not can_be_held(value):
+            raise TypeError(type(value).__name__)
         return value.detach().cpu().resolve_conj().resolve_neg()
     if isinstance(value, torch.dtype | torch.device):
         return value
@@ -77,9 +80,18 @@ def plain(value: Any) -> Any:
         kind = next(kind for kind in (list, tuple, set, frozenset) if isinstance(value, kind))
         items = map(plain, value)
         return list(items) if kind is frozenset else kind(items)
-    if not isinstance(value, Tensor) and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return plain(value.item())  # a NumPy scalar
     raise TypeError(type(value).__name__)
+
+
+def can_be_held(value: Tensor) -> bool:
+    """Whether a file can hold a tensor: none of a subclass, dense or ``sparse_coo``, and not quantized by torch."""
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and value.layout in (torch.strided, torch.sparse_coo)
+        and not (value.is_quantized or value.is_nested)
+    )
 
 
 def as_plain_tensor(value: Any) -> Any:

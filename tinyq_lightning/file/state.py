@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyq_lightning.errors import ModelError
-from tinyq_lightning.file.plain import as_plain_tensor, odd_version, plain
+from tinyq_lightning.file.plain import as_plain_tensor, can_be_held, odd_version, plain
 
 __all__ = [
     "check_state",
@@ -20,15 +19,16 @@ def check_state(state_dict: Mapping[str, Any]) -> None:
     """Refuse a state dict that a quantized file cannot hold. No values are read.
 
     Raises:
-        ModelError: an entry is a tensor that is neither dense nor ``sparse_coo``, or it or a module's version is
+        ModelError: an entry is a tensor that is neither dense nor ``sparse_coo`` or is quantized by torch, or it or a module's version is
             more than plain data.
     """
     for name, value in state_dict.items():
         tensor = as_plain_tensor(value)
         if isinstance(tensor, Tensor):
-            if type(tensor) in (Tensor, nn.Parameter) and tensor.layout in (torch.strided, torch.sparse_coo):
+            if can_be_held(tensor):
                 continue
-            what = f"a {type(tensor).__name__} of layout {str(tensor.layout).removeprefix('torch.')}"
+            of = tensor.dtype if tensor.is_quantized else f"layout {str(tensor.layout).removeprefix('torch.')}"
+            what = f"a {type(tensor).__name__} of {of}"
             cure = "register it with persistent=False and make it in __init__, or give TinyQCallback save=False"
         else:
             try:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedValueType
+from torch import Tensor, nn
 
 from tinyq_lightning.file.factory import is_lightning_class
 from tinyq_lightning.file.plain import plain
@@ -45,6 +46,13 @@ _BUILTIN: dict[str, Callable[[Any], Any]] = {
     "Counter": Counter,
     "frozenset": frozenset,
     "Size": torch.Size,
+}
+_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Parameter": nn.Parameter,
+    "Parameter without gradient": lambda value: nn.Parameter(value, requires_grad=False),
+    "Buffer": nn.Buffer,
+    "Buffer that is not persistent": lambda value: nn.Buffer(value, persistent=False),
+    "tensor with gradient": Tensor.requires_grad_,
 }
 _LIVE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 """Text in which OmegaConf would resolve something: ``${`` after an even number of backslashes."""
@@ -140,6 +148,8 @@ class _Writer:
             return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, set | frozenset):
             return self._set(value, path, in_config)
+        if isinstance(value, Tensor) and (name := _kind_of(value)):
+            self._note(path, "tensor", name=name)
         if isinstance(value, str | int | float | complex | bytes) and not _is_simple(kind):
             raise TypeError(kind.__name__)
         return plain(value)
@@ -229,6 +239,10 @@ def restored(
         return _attribute_dict(value, module_class)
     if kind == "path":
         return _PATHS[str(name)](value)
+    if kind == "tensor":
+        if type(value) is not Tensor:  # nn.Parameter(None) is an empty one
+            raise TypeError(type(value).__name__)
+        return _TENSORS[str(name)](value)
     if kind == "defaultdict":
         return defaultdict(_FACTORIES[name] if name else None, value)
     return _BUILTIN[kind](value)
@@ -296,6 +310,15 @@ def _named(kind: Any, known: Mapping[str, Any]) -> str:
     if name not in known or (known is _FACTORIES and known[name] is not kind):
         raise TypeError(str(kind))
     return str(name)
+
+
+def _kind_of(value: Tensor) -> str:
+    """What a tensor is beyond its values, as a module would register it; empty if nothing."""
+    if isinstance(value, nn.Parameter):
+        return "Parameter" if value.requires_grad else "Parameter without gradient"
+    if isinstance(value, nn.Buffer):
+        return "Buffer" if value.persistent else "Buffer that is not persistent"
+    return "tensor with gradient" if value.requires_grad else ""
 
 
 def _is_simple(kind: type) -> bool:

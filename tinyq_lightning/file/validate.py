@@ -68,6 +68,7 @@ _NOTE_KINDS = {
     "Counter": False,
     "frozenset": False,
     "Size": False,
+    "tensor": False,
 }
 """Kinds of notes; True if the note names a class, None if it may."""
 
