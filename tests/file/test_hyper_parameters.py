@@ -288,4 +288,6 @@ def test_tensors_come_back_as_what_a_module_registered_them_as(tmp_path, value):
     path = saved(tmp_path / "q.ckpt", {"value": value, "deep": {"a": [1, (value,)]}, "width": 4}, lambda: Loose(value))
     for module in (load_quantized(path, Loose), Mixed.load_from_checkpoint(path)):
         assert traits(module.value) == traits(module.more["deep"]["a"][1][0]) == traits(value)
-        assert set(dict(module.named_parameters())) - {"linear.bias"} == ({"value"} if isinstance(value, nn.Parameter) else set())
+        assert set(dict(module.named_parameters())) - {"linear.bias"} == (
+            {"value"} if isinstance(value, nn.Parameter) else set()
+        )

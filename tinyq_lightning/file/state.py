@@ -19,8 +19,8 @@ def check_state(state_dict: Mapping[str, Any]) -> None:
     """Refuse a state dict that a quantized file cannot hold. No values are read.
 
     Raises:
-        ModelError: an entry is a tensor that is neither dense nor ``sparse_coo`` or is quantized by torch, or it or a module's version is
-            more than plain data.
+        ModelError: an entry is a tensor that is neither dense nor ``sparse_coo``, or quantized by torch, or it or a
+            module's version is more than plain data.
     """
     for name, value in state_dict.items():
         tensor = as_plain_tensor(value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 from tinyq_lightning.errors import TinyQError
 from tinyq_lightning.plan import Plan
@@ -34,7 +35,13 @@ _OUTCOME = ("quantized_paths", "float_path", "plan", "plans", "results", "search
 
 
 class HoldsRun(WatchesValidation):
-    """The attributes of :class:`~tinyq_lightning.TinyQCallback`, where they are documented."""
+    """The attributes of :class:`~tinyq_lightning.TinyQCallback`, where they are documented.
+
+    Attributes:
+        of_a_run: names of those that a run sets: they stay where the module holds a callback and is put back.
+    """
+
+    of_a_run: ClassVar[Collection[str]] = (*_OF_A_RUN, *_OUTCOME)
 
     def _begin(self) -> None:
         self._key = registered(self)

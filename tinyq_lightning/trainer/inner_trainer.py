@@ -15,7 +15,7 @@ import torch
 
 from tinyq_lightning.namespaces import NAMESPACES, OF_LIGHTNING, derives_from, namespace_of
 from tinyq_lightning.trainer.ranks import JoinedDDPStrategy
-from tinyq_lightning.trainer.state import package_of
+from tinyq_lightning.trainer.state import is_ours, package_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -217,7 +217,7 @@ def _callbacks(trainer: Trainer, stage: Stage, watch: Callback) -> Iterator[Call
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     known = vars(namespace_of(trainer).pytorch.Callback)
     hooks = [name for name in known if name.startswith("on_") or name in ("setup", "teardown")]
-    ours = [index for index, callback in enumerate(callbacks) if _is_ours(callback)]
+    ours = [index for index, callback in enumerate(callbacks) if is_ours(type(callback))]
     for index, callback in enumerate(callbacks):
         if index == min(ours, default=0):
             yield watch
@@ -226,13 +226,17 @@ def _callbacks(trainer: Trainer, stage: Stage, watch: Callback) -> Iterator[Call
         name = type(callback).__name__
         local = {"__qualname__": f"_callbacks.<locals>.{name}"}  # else LightningCLI finds two classes of the name
         with suppress(TypeError):  # a class that cannot be derived from
-            copied: Any = object.__new__(type(name, (type(callback),), muted | local))
+            bases = (type(callback), *_silent(type(callback), hooks))
+            copied: Any = object.__new__(type(name, bases, muted | local))
             vars(copied).update({name: value for name, value in vars(callback).items() if name not in muted})
             yield cast("Callback", copied)
 
 
-def _is_ours(callback: Callback) -> bool:
-    return any(package_of(kind) == "tinyq_lightning" for kind in type(callback).__mro__)
+def _silent(kind: type, hooks: Iterable[str]) -> Iterator[type]:
+    """Of a user's class that derives from one of ours: a base whose hooks do nothing, which ``super()`` finds first."""
+    of_ours = next((base for base in kind.__mro__ if package_of(base) == "tinyq_lightning"), kind)
+    if of_ours is not kind:
+        yield type(of_ours.__name__, (of_ours,), dict.fromkeys(hooks, do_nothing))
 
 
 def changes_batches(callback: Callback, stage: Stage) -> bool:

@@ -14,7 +14,7 @@ import random
 import types
 import warnings
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -42,6 +42,7 @@ from tinyq_lightning.trainer.values import (
 
 __all__ = [
     "class_state",
+    "is_ours",
     "package_of",
     "state_of",
 ]
@@ -76,6 +77,11 @@ def package_of(kind: Any) -> str:
     """The name of the top-level package that a class or function comes from; empty if it says none."""
     module = getattr(kind, "__module__", None)
     return module.partition(".")[0] if isinstance(module, str) else ""
+
+
+def is_ours(kind: type) -> bool:
+    """Whether a class is one of this package, or derives from one."""
+    return any(package_of(base) == "tinyq_lightning" for base in kind.__mro__)
 
 
 def state_of(value: Any, weights: bool) -> State | None:
@@ -123,13 +129,15 @@ def _of_object(
         return None
     before = dict(attributes or {})
     skipped = ("state",) if isinstance(value, torch.optim.Optimizer) else ()  # moments: as large as the weights
+    of_a_run: Collection[str] = _set_by_a_run(cast(Hashable, type(value)))
 
     def restore() -> None:
         if contents is not None:
             contents()
         if attributes is not None:
+            stays = {name: part for name, part in attributes.items() if name in of_a_run}
             attributes.clear()
-            attributes.update(before)
+            attributes.update(before | stays)
         for member, slot in slots:
             if slot is not _MISSING:
                 member.__set__(value, slot)
@@ -137,7 +145,15 @@ def _of_object(
                 member.__delete__(value)
 
     named = {**before, **{member.__name__: slot for member, slot in slots}}
-    return State(restore, [*items, *((f".{name}", part) for name, part in named.items() if name not in skipped)])
+    return State(
+        restore, [*items, *((f".{name}", part) for name, part in named.items() if name not in (*skipped, *of_a_run))]
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _set_by_a_run(kind: Hashable) -> Collection[str]:
+    """What a run sets in a callback of a user's class that derives from ours."""
+    return getattr(kind, "of_a_run", ()) if is_ours(cast(type, kind)) else ()
 
 
 def _slots(value: object) -> list[tuple[types.MemberDescriptorType, object]]:
