@@ -260,6 +260,30 @@ def test_evaluate_gives_the_trainers_numbers(folder, capsys):
     assert json.loads(capsys.readouterr().out)["metrics"][files[0]] == wanted
 
 
+def test_a_bad_file_stops_no_other_evaluation_and_the_exit_code_tells(folder, capsys):
+    Path("bad.ckpt").write_text("no checkpoint")
+    torch.save({"state_dict": {"head.bias": torch.ones(3)}}, "other.ckpt")
+    command = ["evaluate", "--model", "nets:Net", "--data", "nets:Data"]
+    files = ["bad.ckpt", "epoch=7.ckpt", "other.ckpt", "missing.ckpt", "w8a32-epoch=7.ckpt"]
+    assert main([*command, *files]) == 1
+    told = capsys.readouterr()
+    rows = {row.split()[0]: row.split()[1:] for row in told.out.splitlines()[2:]}
+    assert list(rows) == files
+    assert [name for name in files if rows[name] == ["failed"]] == [files[0], *files[2:4]]
+    for name in (files[0], *files[2:4]):
+        assert f"failed: {name}" in told.err
+    assert main([*command, "--json", *files]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert list(answer["failed"]) == [files[0], *files[2:4]]
+    assert {name for name, found in answer["metrics"].items() if found} == {files[1], files[4]}
+    assert main([*command, files[0], files[3]]) == 1
+    assert main([*command, files[0]]) == 1
+    for wrong in (["--model", "nets:No"], ["--data-init", "no=1"]):
+        capsys.readouterr()
+        assert main([*command, *files, *wrong]) == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1, "what is wrong for all files is told once"
+
+
 def test_bench_times_model_and_layers(folder, capsys):
     assert (
         main(

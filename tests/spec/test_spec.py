@@ -203,7 +203,7 @@ def test_errors_name_the_file_of_several_that_is_wrong(write):
     [
         ("weights: best\nmetod: w8a8", 2, "metod", "unknown key 'metod'. Did you mean 'method'?"),
         ("method: w8a9", 1, "method", "'w8a9' is not a method. Did you mean 'w8a8'? Choose from: w8a32"),
-        ("method: [w8a8, w8a9]", 1, "method.1", "'w8a9' cannot be compared. Did you mean "),
+        ("method: [w8a8, w8a9]", 1, "method.1", "'w8a9' is not a method. Did you mean 'w8a8'?"),
         ("method:", 1, "method", "None is not a method"),
         ("\nwhen: fit_ende", 2, "when", "'fit_ende' is not a value of when. Did you mean 'fit_end'?"),
         ("weights: bests", 1, "weights", "'bests' is not a value of weights. Did you mean 'best'"),

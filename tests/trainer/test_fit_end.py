@@ -58,7 +58,8 @@ def quiet(*args, **kwargs):
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")
 def test_current_weights_lie_where_the_run_keeps_its_checkpoints_and_of_averages_the_best_one_tells(tmp_path):
     best, current = TinyQCallback("w8a32", strict=True), TinyQCallback("w8a32", weights="current", strict=True)
-    run, module = fit(tmp_path, best, current, StochasticWeightAveraging(1e-2, 0.5), max_epochs=4)
+    with pytest.warns(UserWarning, match="the best checkpoint is quantized, without what Stochastic.*'current'"):
+        run, module = fit(tmp_path, best, current, StochasticWeightAveraging(1e-2, 0.5), max_epochs=4)
     assert {Path(each.quantized_path).parent for each in (best, current)} == {Path(run.checkpoint_callback.dirpath)}
     assert best.quantized_path != current.quantized_path
     notes = [json.loads(Path(each.quantized_path).with_suffix(".json").read_text())["note"] for each in (best, current)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from tinyq_lightning.errors import ModelError
+from tinyq_lightning.errors import ModelError, TinyQError, quoted
 from tinyq_lightning.file import Archive, Folder, as_factory
 from tinyq_lightning.plan import WithValues
 from tinyq_lightning.table import format_bytes
@@ -23,6 +24,7 @@ __all__ = [
     "model_class",
     "note",
     "progress",
+    "why_failed",
 ]
 
 
@@ -69,6 +71,15 @@ def file_size(path: str) -> str:
 def note(text: str) -> None:
     """A line on stderr, above a bar if there is one."""
     tqdm.write(text, file=sys.stderr)
+
+
+def why_failed(path: str, error: Exception) -> str:
+    """What went wrong with one of several files, by its name; of an error that is not ours, where in the code too."""
+    text = str(error)
+    if not isinstance(error, TinyQError):  # the user's class can raise anything
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{quoted(error)} ({where.filename}:{where.lineno})"
+    return text if path in text else f"{path}: {text}"
 
 
 @contextmanager

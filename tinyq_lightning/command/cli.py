@@ -165,7 +165,10 @@ def _parser() -> argparse.ArgumentParser:
         "your test or validation loop on each file, float or quantized, in one table",
         "tinyq-lightning evaluate --model nets:Net --data nets:Data epoch=7.ckpt w8a32-epoch=7.ckpt",
     )
-    files = "float and quantized checkpoints, saved state dicts, safetensors files made from quantized ones"
+    files = (
+        "float and quantized checkpoints, saved state dicts, safetensors files made from quantized ones; of several, "
+        "bad ones do not stop the rest"
+    )
     command.add_argument("checkpoints", metavar="FILE.ckpt", nargs="+", help=files)
     _add_model(command)
     command.add_argument("--data", required=True, metavar="M:CLASS", help="the LightningDataModule class")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import traceback
 import warnings
 from argparse import Namespace
 from collections import Counter, defaultdict
@@ -16,10 +15,10 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from tinyq_lightning.command.answer import Answer, file_size, model_class, note, progress
+from tinyq_lightning.command.answer import Answer, file_size, model_class, note, progress, why_failed
 from tinyq_lightning.command.file_commands import described, on_screen, plan_of, spec_of
 from tinyq_lightning.command.workers import run_each
-from tinyq_lightning.errors import CheckpointError, TinyQError, quoted
+from tinyq_lightning.errors import CheckpointError
 from tinyq_lightning.file import (
     as_factory,
     file_exists,
@@ -175,13 +174,8 @@ def _quantize_one(args: Namespace, spec: QuantizationSpec, bar: bool, checkpoint
                 with progress(os.path.basename(checkpoint)) if bar else nullcontext(nullcontext) as around:
                     path, content, _ = _write(args, checkpoint, spec, around, args.output)
                 result = _described_file(checkpoint, "quantized", path, content["tinyq"])
-        except TinyQError as error:
-            text = str(error)
-            result = FileResult(checkpoint, "failed", error=text if checkpoint in text else f"{checkpoint}: {text}")
-        except Exception as error:  # the user's class can raise anything
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{checkpoint}: {quoted(error)} ({where.filename}:{where.lineno})"
-            result = FileResult(checkpoint, "failed", error=text)
+        except Exception as error:
+            result = FileResult(checkpoint, "failed", error=why_failed(checkpoint, error))
     told = tuple(str(each.message) for each in caught)
     return replace(result, seconds=time.perf_counter() - start, warnings=told)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from tinyq_lightning.command.answer import Answer, file_size, model_class
+from tinyq_lightning.command.answer import Answer, file_size, model_class, note, why_failed
 from tinyq_lightning.command.bench import example_input, time_layers, time_model
 from tinyq_lightning.command.file_commands import spec_of
 from tinyq_lightning.command.loop import STEPS, made_data, run_loop
@@ -41,22 +41,36 @@ __all__ = [
 
 
 def evaluate(args: Namespace) -> Answer:
-    """Run the user's test or validation loop on every file; the results are one table."""
+    """Run the user's test or validation loop on every file; of several, a bad one does not stop the others."""
     data_class = import_lightning_class(args.data, "LightningDataModule")
+    several = len(args.checkpoints) > 1
+    if several and args.model is not None:
+        as_factory(args.model)  # a name that is none is told once
     metrics: dict[str, dict[str, float]] = {}
+    failed: dict[str, str] = {}
     for path in args.checkpoints:
-        module = _load(args, path)
         data = made_data(data_class, args.data, args.data_init)
         limits = {"accelerator": args.accelerator, "limit": args.limit_batches}
-        metrics[path] = run_loop(module, data, args.loop, path, shows=not args.json, **limits)
+        try:
+            metrics[path] = run_loop(_load(args, path), data, args.loop, path, shows=not args.json, **limits)
+        except Exception as error:
+            if not several:
+                raise
+            metrics[path], failed[path] = {}, why_failed(path, error)
+            note(f"failed: {failed[path]}")
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    if not names:
+    if not names and not failed:
         raise EvaluationError(f"{STEPS[args.loop]}_step of {args.model or 'the model'} logs no metric")
     rows = [
-        [path, file_size(path), *(f"{values[name]:.6g}" if name in values else "" for name in names)]
+        [
+            path,
+            "failed" if path in failed else file_size(path),
+            *(f"{values[name]:.6g}" if name in values else "" for name in names),
+        ]
         for path, values in metrics.items()
     ]
-    return Answer(Table(["checkpoint", "size", *names], rows).text(screen_width()), {"metrics": metrics})
+    table = Table(["checkpoint", "size", *names], rows).text(screen_width())
+    return Answer(table, {"metrics": metrics, "failed": failed}, good=not failed)
 
 
 def bench(args: Namespace) -> Answer:

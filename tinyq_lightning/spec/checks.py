@@ -19,7 +19,7 @@ from tinyq_lightning.methods import (
     TENSOR_FORMATS,
 )
 from tinyq_lightning.spec.parts import Budget, Calibrate, Export, Rule, RuleBy, Save
-from tinyq_lightning.spec.reader import Reader, nearest, shown
+from tinyq_lightning.spec.reader import Reader, shown
 
 __all__ = [
     "METHOD_NAMES",
@@ -135,10 +135,9 @@ def check_methods(method: Any, methods: Sequence[Any], reader: Reader) -> None:
         reader.choice(method, METHOD_NAMES, "method")
     below = reader.below("method")
     for index, each in enumerate(methods):
-        if not isinstance(each, str) or each not in METHODS:
-            hint = nearest(each, METHODS) if isinstance(each, str) else ""
-            why = " The float model is measured in any case." if each == "float" else hint
-            below.fail(f"{shown(each)} cannot be compared.{why} Choose from: {', '.join(METHODS)}", index)
+        if each == "float":
+            below.fail("'float' is no method to compare: the float model is measured in any case", index)
+        below.choice(each, tuple(METHODS), "method", index)
         if each in methods[:index]:
             below.fail(f"{each!r} is in the list twice", index)
 

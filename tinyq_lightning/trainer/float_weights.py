@@ -127,6 +127,8 @@ def choose_float_weights(
     if chosen is None:
         return current_weights(trainer, _note_on_current(wanted))
     path, note, own = chosen
+    if averaging := _note_on_averaging(trainer):
+        rank_zero_warn(f"TinyQ: the {wanted} checkpoint is quantized{averaging}")
     if is_sharded(trainer):  # the strategy would load the checkpoint into the module
         return FloatWeights(path, {}, stem_of(path), os.path.dirname(path), note, own)
     try:  # a file that this run wrote may hold objects of the user's classes
