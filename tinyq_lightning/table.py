@@ -15,6 +15,7 @@ from shutil import get_terminal_size
 __all__ = [
     "Table",
     "fill",
+    "first_of",
     "format_bytes",
     "screen_width",
 ]
@@ -23,7 +24,7 @@ _NARROWEST = 8  # Characters; no column of text is made narrower to fit a screen
 _COMFORTABLE = 12  # Nor than so many, if the table can be cut in parts instead, or a word is so long.
 _SHORT_REASON = 20  # A reason of so many characters stays in its row.
 _LONG = 30  # Characters from which a cell of HTML is a sentence that wraps.
-_NAMED = 3  # Rows that a reason below the table names.
+_NAMED = 3  # Rows, or layers, that a sentence names.
 _GAP = "  "
 
 
@@ -126,8 +127,7 @@ class Table:
             rows.append(row)
         notes = []
         for (what, why), names in told.items():
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            notes.append(f"{what}, {', '.join(names[:_NAMED])}{more}: {why}")
+            notes.append(f"{what}, {first_of(names)}: {why}")
         return replace(self, rows=rows), notes
 
     def _without_what_is_the_same(self) -> tuple[Table, list[str]]:
@@ -215,6 +215,12 @@ def fill(sentence: str, width: int | None) -> str:
     if width is None:
         return sentence
     return textwrap.fill(sentence, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of many names for a sentence, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def screen_width() -> int | None:

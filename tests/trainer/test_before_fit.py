@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchmetrics import MeanSquaredError, MetricCollection
 
-from tinyq_lightning import TinyQCallback, load_quantized
+from tinyq_lightning import TinyQCallback, load_quantized, quantize
 from tinyq_lightning.errors import CheckpointError, ModelError, SpecError
 
 
@@ -327,3 +327,17 @@ def test_a_budget_that_limits_nothing_is_told_of_once(tmp_path, max_drop, monito
         warnings.simplefilter("always")
         run.fit(Net(), loader(shuffle=True), loader(seed=1))
     assert sum("limits nothing where" in str(each.message) for each in caught) == warns
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_whose_codes_the_training_leaves_are_named_unless_they_are_frozen(tmp_path, frozen):
+    module, callback = Net(), TinyQCallback(report=False)
+    quantize(module, {"exclude": ["head"]})
+    module.body.requires_grad_(not frozen)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, callback).fit(module, loader(), loader(seed=1))
+    told = [str(each.message) for each in caught if "will not change the weights" in str(each.message)]
+    assert callback.quantized_path
+    assert len(told) == (not frozen)
+    assert frozen or ("body.0, body.2, which are codes" in told[0] and "module.body.0.requires_grad_(False)" in told[0])

@@ -87,7 +87,7 @@ class QuantizedLayer(nn.Module):
                 self._parameters[PLACEHOLDER] = nn.Parameter(values, requires_grad=False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """As of any module. Who asks for this very layer, as PEFT does for ``modules_to_save``, is told what stays."""
+        """As of any module. Who asks for this very layer is told what stays."""
         if requires_grad:
             warnings.warn(
                 f"TinyQ: the weights of {type(self).__name__} are codes, which cannot be trained; only biases can. "
