@@ -15,7 +15,10 @@ from torch import nn
 
 from tinyq_lightning import QuantizedCheckpointMixin, load_quantized, quantize
 from tinyq_lightning.errors import CheckpointError
+from tinyq_lightning.file import open_checkpoint
 from tinyq_lightning.file.checkpoint import make_checkpoint, warn_of_left_out, write_checkpoint
+from tinyq_lightning.file.from_float import quantize_file
+from tinyq_lightning.spec import as_spec
 
 
 class Act(Enum):
@@ -291,3 +294,13 @@ def test_tensors_come_back_as_what_a_module_registered_them_as(tmp_path, value):
         assert set(dict(module.named_parameters())) - {"linear.bias"} == (
             {"value"} if isinstance(value, nn.Parameter) else set()
         )
+
+
+@pytest.mark.parametrize("value", TENSORS.values(), ids=TENSORS)
+def test_a_float_file_gives_them_to_the_class_as_they_were(tmp_path, value):
+    base = {"state_dict": Loose(value).state_dict(), "hyper_parameters": {"value": value}}
+    torch.save(base | {"pytorch-lightning_version": "2.5.0"}, tmp_path / "float.ckpt")
+    with open_checkpoint(tmp_path / "float.ckpt") as source:
+        content, _ = quantize_file(source, Loose, as_spec("w8a32"), {})
+    write_checkpoint(content, tmp_path / "q.ckpt")
+    assert traits(load_quantized(tmp_path / "q.ckpt", Loose).value) == traits(value)

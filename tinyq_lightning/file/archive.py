@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, _weights_only_unpickler
 
 from tinyq_lightning.errors import CheckpointError, quoted
+from tinyq_lightning.file.tensor_kind import kind_of_tensor, with_kind
 
 __all__ = [
     "Archive",
@@ -280,9 +281,8 @@ def with_tensors(value: Any, read: Callable[[Tensor], Tensor], done: dict[int, t
         return done[id(value)][1]
     result = value
     if isinstance(value, Tensor):
-        result = read(value)
-        if isinstance(value, torch.nn.Parameter):
-            result = torch.nn.Parameter(result, value.requires_grad)
+        kind, result = kind_of_tensor(value), read(value)
+        result = with_kind(result, kind) if kind else result
     elif isinstance(value, dict | list):
         result = copy.copy(value)  # keeps attributes, such as _metadata of a state dict
         done[id(value)] = value, result  # before the items, because an item may refer to its container

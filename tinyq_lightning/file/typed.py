@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, UnsupportedValueType
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyq_lightning.file.factory import is_lightning_class
 from tinyq_lightning.file.plain import plain
+from tinyq_lightning.file.tensor_kind import kind_of_tensor, with_kind
 from tinyq_lightning.namespaces import namespace_of
 
 __all__ = [
@@ -46,13 +47,6 @@ _BUILTIN: dict[str, Callable[[Any], Any]] = {
     "Counter": Counter,
     "frozenset": frozenset,
     "Size": torch.Size,
-}
-_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "Parameter": nn.Parameter,
-    "Parameter without gradient": lambda value: nn.Parameter(value, requires_grad=False),
-    "Buffer": nn.Buffer,
-    "Buffer that is not persistent": lambda value: nn.Buffer(value, persistent=False),
-    "tensor with gradient": Tensor.requires_grad_,
 }
 _LIVE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
 """Text in which OmegaConf would resolve something: ``${`` after an even number of backslashes."""
@@ -148,7 +142,7 @@ class _Writer:
             return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, set | frozenset):
             return self._set(value, path, in_config)
-        if isinstance(value, Tensor) and (name := _kind_of(value)):
+        if isinstance(value, Tensor) and (name := kind_of_tensor(value)):
             self._note(path, "tensor", name=name)
         if isinstance(value, str | int | float | complex | bytes) and not _is_simple(kind):
             raise TypeError(kind.__name__)
@@ -240,9 +234,7 @@ def restored(
     if kind == "path":
         return _PATHS[str(name)](value)
     if kind == "tensor":
-        if type(value) is not Tensor:  # nn.Parameter(None) is an empty one
-            raise TypeError(type(value).__name__)
-        return _TENSORS[str(name)](value)
+        return with_kind(value, str(name))
     if kind == "defaultdict":
         return defaultdict(_FACTORIES[name] if name else None, value)
     return _BUILTIN[kind](value)
@@ -310,15 +302,6 @@ def _named(kind: Any, known: Mapping[str, Any]) -> str:
     if name not in known or (known is _FACTORIES and known[name] is not kind):
         raise TypeError(str(kind))
     return str(name)
-
-
-def _kind_of(value: Tensor) -> str:
-    """What a tensor is beyond its values, as a module would register it; empty if nothing."""
-    if isinstance(value, nn.Parameter):
-        return "Parameter" if value.requires_grad else "Parameter without gradient"
-    if isinstance(value, nn.Buffer):
-        return "Buffer" if value.persistent else "Buffer that is not persistent"
-    return "tensor with gradient" if value.requires_grad else ""
 
 
 def _is_simple(kind: type) -> bool:
