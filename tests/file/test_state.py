@@ -79,10 +79,9 @@ class VersionedByPair(QuantizedCheckpointMixin, Net):
 def test_a_model_may_count_its_versions_as_it_likes(tmp_path, kind):
     callback, model = TinyQCallback("w8a32", report=False, strict=True), kind()
     trainer(tmp_path, keeper(tmp_path), callback, max_epochs=1).fit(model, loader(), loader(seed=1))
-    doors = [load_quantized(callback.quantized_path, kind), kind.load_from_checkpoint(callback.quantized_path)]
-    if kind is Versioned:
-        export(callback.quantized_path, tmp_path / "net.safetensors")
-        doors.append(load_quantized(tmp_path / "net.safetensors", kind))
+    export(callback.quantized_path, tmp_path / "net.safetensors")
+    paths = callback.quantized_path, tmp_path / "net.safetensors"
+    doors = [kind.load_from_checkpoint(paths[0]), *(load_quantized(path, kind) for path in paths)]
     x = torch.randn(5, 8)
     assert len({tuple(module.eval()(x).flatten().tolist()) for module in doors}) == 1
     assert all(module.state_dict()._metadata[""] == {"version": kind._version} for module in doors)

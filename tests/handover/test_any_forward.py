@@ -293,6 +293,19 @@ def test_lengths_that_recurrent_layers_of_a_program_cannot_change_are_named(tmp_
     assert not list(tmp_path.iterdir())
 
 
+class Shifted(nn.LSTM):
+    def forward(self, x, hx=None):
+        return super().forward(x + 1, hx)
+
+
+@needs_onnx
+def test_an_own_forward_of_a_recurrent_layer_is_not_said_to_take_any_length(tmp_path):
+    model = OfAnyLength()
+    model.lstm = Shifted(6, 4, batch_first=True)
+    with pytest.raises(TinyQError, match=r"pad to one length \(its forward is the user's own"):
+        export(made(model), tmp_path / "net.onnx", rows(3, 5, 6), dynamic={0: "batch", 1: "steps"})
+
+
 class Choosing(Net):
     def forward(self, x):
         return torch.cond(x.mean() > 0, self.layer, lambda x: self.layer(-x), (x,))

@@ -6,6 +6,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from tinyq_lightning.handover.outputs import others_of, tensors_of
 from tinyq_lightning.handover.place import check_place, move_into_place, workshop
 from tinyq_lightning.handover.report import ExportReport
 from tinyq_lightning.handover.request import Request
-from tinyq_lightning.handover.source import callable_module, model_from, on_cpu, rounding_noise
+from tinyq_lightning.handover.source import callable_module, methods_that_round, model_from, on_cpu, rounding_noise
 from tinyq_lightning.handover.untouched import untouched
 from tinyq_lightning.methods import Activations
 from tinyq_lightning.plan import state_bytes
@@ -78,8 +79,10 @@ def export(
             runtimes are faster with; ``static-signed``: likewise, with a zero point of 0, as TensorRT needs it.
         calibration: for static activations: inputs, each like ``example_inputs``.
         max_error: the largest relative error of any output: the norm of the difference, relative to the norm of the
-            model's output. By default what the format is known to keep, and with ``w8a8`` layers 0.15: activations
-            that differ in the last bit may be rounded to another step, and this adds up from layer to layer.
+            model's output, as the runtime computes by default. Without it, what the format is known to keep, and with
+            ``w8a8`` layers 0.15: activations that differ in the last bit may be rounded to another step, and this
+            adds up from layer to layer. A file that is as near only where the runtime rounds no activations on its own
+            is then written, too, and a note says so.
         overwrite: whether to replace files that are there.
         trust: for a path: as in :func:`~tinyq_lightning.load_quantized`.
         init_args: for a path: arguments of the class; they replace the hyper-parameters stored in the file.
@@ -113,8 +116,19 @@ def export(
         notes = [f"not exported, since graphs do not hold such: {each}" for each in others_of(outputs)]
         traced = dims.large_enough(example)
         request = Request(module, traced, dims, names, activations, calibration, torch.get_num_threads())
-        bound = max(wanted.bound(activations), rounding_noise(model)) if max_error is None else max_error
+        bound = _Bound(max_error, max(wanted.bound(activations), rounding_noise(model)))
         return _write_program(wanted, request, example, target, bound, overwrite, notes)
+
+
+class _Bound(NamedTuple):
+    """The relative error that is allowed: what the user has given, or else what the format keeps."""
+
+    given: float | None
+    known: float
+
+    @property
+    def value(self) -> float:
+        return self.known if self.given is None else self.given
 
 
 def _check_activations(wanted: Program, activations: str, calibration: Iterable[Any] | None) -> None:
@@ -142,7 +156,7 @@ def _write_program(
     request: Request,
     example: Example,
     target: str,
-    bound: float,
+    bound: _Bound,
     overwrite: bool,
     left_out: Sequence[str],
 ) -> ExportReport:
@@ -151,7 +165,7 @@ def _write_program(
             warnings.simplefilter("ignore")  # of libraries, about themselves
             notes = _guarded(wanted, request, "written", lambda: wanted.write(request, written))
             trial = _tried(wanted, request, example, written)
-        _refuse_errors(wanted, request, trial, bound)
+            own = _judged(wanted, request, trial, bound, written)
         files = move_into_place(written, target, overwrite)
     return ExportReport(
         path=target,
@@ -159,13 +173,13 @@ def _write_program(
         files=files,
         bytes=sum(file_bytes(each) for each in files),
         model_bytes=state_bytes(request.module.state_dict()),
-        max_error=bound,
+        max_error=bound.value,
         outputs=tuple(trial.outputs),
         inputs=tuple({name: tuple(tensor.shape) for name, tensor in case.tensors().items()} for case in trial.cases),
         ms=trial.timing.ms,
         model_ms=trial.timing.float_ms,
         threads=request.threads,
-        notes=(*notes, *trial.notes, *left_out),
+        notes=(*own, *notes, *trial.notes, *left_out),
     )
 
 
@@ -229,12 +243,13 @@ def _errors(request: Request, run: Run, case: Example) -> list[OutputError]:
     return output_errors(wanted, run(case.fresh()))
 
 
-def _refuse_errors(wanted: Format, request: Request, trial: _Trial, bound: float) -> None:
+def _judged(wanted: Program, request: Request, trial: _Trial, bound: _Bound, written: str) -> list[str]:
+    """Refuse what is too far from the model; a note if that is the runtime's own rounding and no bound was given."""
     off = max(trial.outputs, key=_relative)
-    if off.relative <= bound:
-        return
+    if off.relative <= bound.value:
+        return []
     again = max(_errors(request, lambda case: tensors_of(_called(request.module, case)), trial.cases[0]), key=_relative)
-    if again.relative > min(bound, off.relative * _SHARE):
+    if again.relative > min(bound.value, off.relative * _SHARE):
         raise ExportError(
             f"{wanted.name}: the model itself gives other numbers for the same inputs each time ({again.name} is "
             f"{again.relative:.2g} from what it was before, and what was written {off.relative:.2g}), so nothing can "
@@ -242,10 +257,43 @@ def _refuse_errors(wanted: Format, request: Request, trial: _Trial, bound: float
             "without training=self.training, or keeps state from call to call. Export a method that does not, or that "
             "takes such tensors as inputs"
         )
-    advice = "" if request.activations == "dynamic" else ". Calibrate with more inputs, of the kind that you serve"
+    rounding = _own_rounding(wanted, request, trial, bound, written)
+    far = f"{off.name} of what was written is {off.relative:.2g} from the quantized model"
+    if rounding and bound.given is None:
+        return [f"{far}, more than the {bound.value:g} that is usual{rounding}."]
     raise ExportError(
-        f"{wanted.name}: {off.name} of what was written is {off.relative:.2g} from the quantized model, more than "
-        f"the {bound:g} allowed (max_error), so no file was left; the largest difference is {off.largest:.2g}{advice}"
+        f"{wanted.name}: {far}, more than the {bound.value:g} allowed (max_error), so no file was left; the largest "
+        f"difference is {off.largest:.2g}{rounding or _advice(wanted, request)}"
+    )
+
+
+def _own_rounding(wanted: Program, request: Request, trial: _Trial, bound: _Bound, written: str) -> str:
+    """That the file is right and its runtime rounds, if it is near the model with the runtime's exact settings."""
+    if not wanted.exact or request.activations != "dynamic":
+        return ""
+    exactly = replace(request, settings=wanted.exact)
+    run: Run = _guarded(wanted, request, "loaded", lambda: wanted.open(written, exactly))
+    found = _guarded(wanted, request, "run", lambda: worst([_errors(request, run, case) for case in trial.cases]))
+    off = max(found, key=_relative)
+    if off.relative > bound.value:
+        return ""
+    settings = " and ".join(f"{name} = {value}" for name, value in wanted.exact.items())
+    return (
+        f", because on this processor the runtime rounds on its own: with {settings} it is {off.relative:.2g}. A model "
+        "that rounds, compares or chooses by its values (floor, >, argmax, topk) makes much of small differences. "
+        "Serve it with these settings, or measure your own metric without them"
+    )
+
+
+def _advice(wanted: Program, request: Request) -> str:
+    if request.activations != "dynamic":
+        return ". Calibrate with more inputs, of the kind that you serve"
+    rounding = methods_that_round(request.module)
+    if wanted.rounds_as_layers or not rounding:
+        return ""
+    return (
+        f". {wanted.name} gets the weights alone, so that activations are not rounded there as {' and '.join(rounding)} "
+        "say: quantize with methods that end in a32, give a larger max_error, or write another format"
     )
 
 

@@ -7,9 +7,9 @@ To add a format that runs somewhere, write one file with two functions and add a
   names that begin with the stem of ``path``. It is called with gradients off and warnings silenced, and need not put
   anything back. It raises :class:`~tinyq_lightning.errors.ExportError` for a model that the format cannot hold; any
   other exception becomes one that says what failed.
-- ``open(path, request)`` loads the file into the real runtime, with ``request.threads`` threads, and returns a function
-  from an :class:`~tinyq_lightning.handover.example.Example` to the output's tensors, in the order of
-  ``request.output_names``.
+- ``open(path, request)`` loads the file into the real runtime, with ``request.threads`` threads and, if the format has
+  ``exact`` ones, with ``request.settings``. It returns a function from an
+  :class:`~tinyq_lightning.handover.example.Example` to the output's tensors, in the order of ``request.output_names``.
 
 Libraries are imported inside of these functions. ``modules`` names them, so that a missing one is an error that names
 the ``extra`` of the package; the extra goes into ``pyproject.toml``, and the format's line for the help into
@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ from tinyq_lightning.file import read_checkpoint, read_safetensors, write_checkp
 from tinyq_lightning.handover.aoti import open_aoti, write_aoti
 from tinyq_lightning.handover.compressed_tensors import open_compressed_tensors, write_compressed_tensors
 from tinyq_lightning.handover.example import Example
-from tinyq_lightning.handover.onnx_file import open_onnx, write_onnx
-from tinyq_lightning.handover.openvino_file import open_openvino, write_openvino
+from tinyq_lightning.handover.onnx_file import ONNX_EXACT, open_onnx, write_onnx
+from tinyq_lightning.handover.openvino_file import OPENVINO_EXACT, open_openvino, write_openvino
 from tinyq_lightning.handover.programs import open_pt2, write_pt2
 from tinyq_lightning.handover.request import Request
 from tinyq_lightning.methods import ACTIVATIONS, STATIC_FORMATS
@@ -96,12 +96,16 @@ class Program(Format):
         open: loads it into its runtime.
         max_error: the relative error that is allowed if the user gives none.
         max_static_error: the same for static activations.
+        exact: settings of the runtime with which it rounds no activations on its own; none if it never does.
+        rounds_as_layers: whether activations are rounded in it as the methods of the layers say.
     """
 
     write: Callable[[Request, str], Sequence[str]] = lambda request, path: ()
     open: Callable[[str, Request], Run] = lambda path, request: lambda example: ()
     max_error: float = 0.01
     max_static_error: float = 0.3
+    exact: Mapping[str, str] = field(default_factory=dict)
+    rounds_as_layers: bool = True
 
     @property
     def static(self) -> bool:
@@ -160,6 +164,7 @@ _LIST: tuple[Format, ...] = (
         write=write_onnx,
         open=open_onnx,
         max_error=0.1,
+        exact=ONNX_EXACT,
     ),
     Program(
         name="openvino",
@@ -170,6 +175,8 @@ _LIST: tuple[Format, ...] = (
         write=write_openvino,
         open=open_openvino,
         max_error=0.15,
+        exact=OPENVINO_EXACT,
+        rounds_as_layers=False,
     ),
     Tensors(
         name="safetensors",

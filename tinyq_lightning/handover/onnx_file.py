@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     import onnx_ir
 
 __all__ = [
+    "ONNX_EXACT",
     "onnx_session",
     "open_onnx",
     "write_onnx",
 ]
+
+ONNX_EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""Session options with which ONNX Runtime rounds no activations on its own."""
 
 _WEIGHTS_NOTE = (
     "ONNX Runtime rounds the activations that it multiplies by DequantizeLinear weights, to int8 in blocks of 32. The "
@@ -69,7 +73,7 @@ def _notes(graph: onnx_ir.Model, activations: str) -> list[str]:
 
 def open_onnx(path: str, request: Request) -> Callable[[Example], Sequence[Tensor]]:
     """Load an ``.onnx`` file into ONNX Runtime, on the CPU."""
-    session = onnx_session(path, request.threads)
+    session = onnx_session(path, request.threads, request.settings)
     taken = {each.name for each in session.get_inputs()}
 
     def run(example: Example) -> Sequence[Tensor]:

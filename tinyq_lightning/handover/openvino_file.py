@@ -19,9 +19,13 @@ from tinyq_lightning.handover.onnx_recurrent_weights import expand_recurrent
 from tinyq_lightning.handover.request import Request
 
 __all__ = [
+    "OPENVINO_EXACT",
     "open_openvino",
     "write_openvino",
 ]
+
+OPENVINO_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+"""Properties with which OpenVINO rounds no activations on its own."""
 
 _ROUNDING_NOTE = (
     "OpenVINO multiplies the int8 weights as it finds fastest, whatever the layers' method: it may round activations "
@@ -66,8 +70,7 @@ def write_openvino(request: Request, path: str) -> Sequence[str]:
 def _float_runner(path: str) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
     import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    compiled = openvino.Core().compile_model(path, "CPU", OPENVINO_EXACT)
     return lambda feed: list(compiled(dict(feed)).values())
 
 
@@ -75,7 +78,7 @@ def open_openvino(path: str, request: Request) -> Callable[[Example], Sequence[T
     """Load an ``.xml`` file into OpenVINO, on the CPU."""
     import openvino
 
-    settings = {"INFERENCE_NUM_THREADS": request.threads, "PERFORMANCE_HINT": "LATENCY"}
+    settings = {"INFERENCE_NUM_THREADS": request.threads, "PERFORMANCE_HINT": "LATENCY", **request.settings}
     compiled = openvino.Core().compile_model(path, "CPU", settings)
     taken = {each.any_name for each in compiled.inputs}
 

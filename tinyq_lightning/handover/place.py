@@ -29,12 +29,7 @@ def check_place(path: str) -> None:
         fs, location = fsspec.core.url_to_fs(path)
     except (ValueError, ImportError) as error:
         raise ExportError(f"{path}: the file cannot be written there: {error}") from error
-    folder = (
-        os.path.dirname(os.path.abspath(location))
-        if isinstance(fs, LocalFileSystem)
-        else fs.unstrip_protocol(fs._parent(location))
-    )
-    if why_not := why_not_writable(folder):
+    if why_not := why_not_writable(fs.unstrip_protocol(fs._parent(location))):
         raise ExportError(f"{path}: the file cannot be written there: {why_not}")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -31,6 +31,7 @@ class Request:
             ``calibration``; ``static-signed``: to int8 with zero point 0 by such ranges.
         calibration: inputs, each like the example, to take the ranges from; None unless activations are static.
         threads: for the runtime that runs what was written, so that times can be compared with the model's.
+        settings: of that runtime, by name; its own defaults for all others.
     """
 
     module: nn.Module
@@ -40,3 +41,4 @@ class Request:
     activations: Activations = "dynamic"
     calibration: Iterable[Any] | None = None
     threads: int = 1
+    settings: Mapping[str, str] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from tinyq_lightning.methods import METHODS
 __all__ = [
     "Method",
     "callable_module",
+    "methods_that_round",
     "model_from",
     "on_cpu",
     "rounding_noise",
@@ -96,8 +97,14 @@ def rounding_noise(model: nn.Module) -> float:
     and the layers after it see other inputs: measured on MiniLM, the outputs are apart by 0.05, near the error of 0.07
     that int8 activations have themselves.
     """
-    coarse = any(isinstance(each, QuantizedLayer) and METHODS[each.method].digits == 1 for each in model.modules())
+    coarse = any(METHODS[method].digits == 1 for method in methods_that_round(model))
     return _COARSE if coarse else 0.0
+
+
+def methods_that_round(model: nn.Module) -> list[str]:
+    """The methods of its layers that round activations."""
+    methods = {each.method for each in model.modules() if isinstance(each, QuantizedLayer)}
+    return sorted(method for method in methods if METHODS[method].rounds)
 
 
 def callable_module(model: nn.Module, method: str) -> nn.Module:

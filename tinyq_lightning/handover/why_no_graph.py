@@ -57,11 +57,16 @@ def why_no_graph(request: Request, error: Exception) -> str:
             f"a branch of torch.cond holds what ONNX has no graph for, such as a quantized layer{place}: compute both "
             f"branches and choose by torch.where, or leave the layers in them float. torch itself says: {own}"
         )
-    if lengths := _lengths_of_recurrent(request):
+    if name := _lengths_of_recurrent(request):
+        runs_own = getattr(request.module.get_submodule(name), "forward_is_own", False)
+        others = (
+            "its forward is the user's own, which is traced as it is"
+            if runs_own
+            else "in ONNX and OpenVINO files quantized ones take any"
+        )
         return (
-            f"torch.export makes recurrent layers such as {lengths} for one length of sequence: leave that dimension "
-            "out of dynamic and pad to one length. In ONNX and OpenVINO files quantized ones take any. torch itself "
-            f"says: {own}"
+            f"torch.export makes recurrent layers such as {name} for one length of sequence: leave that dimension "
+            f"out of dynamic and pad to one length ({others}). torch itself says: {own}"
         )
     return own
 

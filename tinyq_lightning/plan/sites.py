@@ -299,7 +299,8 @@ def _with_ties(sites: list[Site], model: nn.Module) -> list[Site]:
                         continue
                     partner = owners.get((id(module), name))
                     if partner is None or not same or not _shares(site, weight, partner, (module, name)):
-                        others.append(path)
+                        computed = partner is not None and _computes(site, partner)
+                        others.append(path + ", of which layers compute weights of their own" * computed)
                     elif partner is not site:
                         found[partner.name] = path
             partners.append(found)
@@ -312,7 +313,7 @@ def _with_ties(sites: list[Site], model: nn.Module) -> list[Site]:
 
 def _shares(site: Site, weight: str, partner: Site, place: tuple[nn.Module, str]) -> bool:
     """Whether two layers would have the same codes for a tensor that is a weight of both."""
-    if any(sources_of(holder, name) for each in (site, partner) for holder, name in each.weights.values()):
+    if _computes(site, partner):
         return False
     names = list(partner.weights)
     other = next(name for name, (module, held) in partner.weights.items() if module is place[0] and held == place[1])
@@ -321,6 +322,11 @@ def _shares(site: Site, weight: str, partner: Site, place: tuple[nn.Module, str]
     if _is_turned(partner, other) != _is_turned(site, weight):
         return False
     return site.is_lazy or partner.is_lazy or partner.sizes[other] == site.sizes[weight]
+
+
+def _computes(*sites: Site) -> bool:
+    """Whether one of the layers computes its weight from others that it holds."""
+    return any(sources_of(holder, name) for site in sites for holder, name in site.weights.values())
 
 
 def _is_turned(site: Site, weight: str) -> bool:
