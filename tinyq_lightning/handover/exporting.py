@@ -292,7 +292,7 @@ def _advice(wanted: Program, request: Request) -> str:
     if wanted.rounds_as_layers or not rounding:
         return ""
     return (
-        f". {wanted.name} gets the weights alone, so that activations are not rounded there as {' and '.join(rounding)} "
+        f". {wanted.name} gets the weights alone: activations are not rounded there as {' and '.join(rounding)} "
         "say: quantize with methods that end in a32, give a larger max_error, or write another format"
     )
 
