@@ -108,7 +108,7 @@ def carry_out(plan: Plan, sites: list[Site], with_values: WithValues = nullconte
         if made is not None:
             for _, layer in pairs:
                 made(layer)
-        if freed > worth_returning or not by_name:
+        if freed * (1 + in_cycles) > worth_returning or not by_name:  # the original and what was computed of it
             pairs.clear()
             if in_cycles:  # torch has the properties of a parametrized module hold that module
                 gc.collect()
