@@ -41,7 +41,7 @@ CODE_MAX = 127
 
 # Work happens in blocks of about this many weights: fewer, and calling the operators costs as much as their work;
 # more, and a block leaves the cache between one operator and the next.
-_BLOCK_WEIGHTS = 262_144
+_BLOCK_WEIGHTS = 131_072
 
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
@@ -53,7 +53,8 @@ LARGEST_SCALE = torch.finfo(torch.float32).max / CODE_MAX * (1 - torch.finfo(tor
 
 
 def _block_rows(weight: Tensor) -> int:
-    return max(1, min(weight.shape[0], _BLOCK_WEIGHTS // max(1, weight.shape[1])))
+    blocks = max(1, round(weight.numel() / _BLOCK_WEIGHTS))
+    return max(1, math.ceil(weight.shape[0] / blocks))
 
 
 def row_blocks(weight: Tensor, *beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -88,7 +89,7 @@ def quantize_per_row(weight: Tensor) -> tuple[Tensor, Tensor]:
             are not finite in float32 (the message tells how many).
     """
     weight, codes, scales = _with_outputs(weight)
-    for quotients, _, out in _quotients(weight, scales, codes):
+    for quotients, out in _quotients(weight, scales, codes):
         out.copy_(quotients.round_())
     return codes, _finished(scales, weight)
 
@@ -97,11 +98,12 @@ def quantize_per_row_with_sqnr(weight: Tensor) -> tuple[Tensor, Tensor, float]:
     """As :func:`quantize_per_row`, and :func:`weight_sqnr_db` of the result from the same pass over the weight."""
     weight, codes, scales = _with_outputs(weight)
     rounded, sqnr = _buffer(weight), _Sqnr(weight)
-    for quotients, scale, out in _quotients(weight, scales, codes):
+    for quotients, out in _quotients(weight, scales, codes):
         whole = torch.round(quotients, out=rounded[: len(out)])
         out.copy_(whole)
-        sqnr.add(quotients, whole, scale)
-    return codes, _finished(scales, weight), sqnr.db()
+        sqnr.add(quotients, whole)
+    decibels = sqnr.db(scales)
+    return codes, _finished(scales, weight), decibels
 
 
 def refuse_unfit(weight: Tensor) -> None:
@@ -125,8 +127,8 @@ def _with_outputs(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return weight.detach(), codes, scales
 
 
-def _quotients(weight: Tensor, scales: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each block of rows over its scales, which are filled in; the scales; and the place of its codes.
+def _quotients(weight: Tensor, scales: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each block of rows over its scales, which are filled in, and the place of its codes.
 
     The quotients of one block lie where those of the next will be.
     """
@@ -136,7 +138,7 @@ def _quotients(weight: Tensor, scales: Tensor, codes: Tensor) -> Iterator[tuple[
         # the greatest and the least are only read; absolute values would have to be written before they are
         torch.maximum(block.amax(1, True), block.amin(1, True).neg_(), out=scale)
         scale.div_(divisor(scale, CODE_MAX)).clamp_min_(SMALLEST_SCALE)
-        yield torch.div(block, scale, out=buffer[: len(block)]), scale, out
+        yield torch.div(block, scale, out=buffer[: len(block)]), out
 
 
 def _finished(scales: Tensor, weight: Tensor) -> Tensor:
@@ -215,8 +217,8 @@ def weight_sqnr_db(weight: Tensor, codes: Tensor, scales: Tensor) -> float:
     sqnr, buffer = _Sqnr(weight), _buffer(weight)
     for block, code, scale in row_blocks(weight, codes, scales):
         quotients = torch.div(block.to(torch.float32), scale, out=buffer[: len(block)])
-        sqnr.add(quotients, code.to(torch.float32), scale)
-    return sqnr.db()
+        sqnr.add(quotients, code.to(torch.float32))
+    return sqnr.db(scales)
 
 
 def joint_sqnr_db(weights: Sequence[Tensor], sqnr_db: Sequence[float]) -> float:
@@ -235,20 +237,20 @@ class _Sqnr:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._norms = torch.empty(_block_rows(weight), 2, dtype=torch.float32, device=weight.device)
-        self._power = torch.zeros(2, dtype=torch.float64, device=weight.device)
+        self._norms = torch.zeros(2, len(weight), dtype=torch.float32, device=weight.device)
+        self._places = torch.split(self._norms, _block_rows(weight), 1)
+        self._counted = 0
 
-    def add(self, quotients: Tensor, codes: Tensor, scale: Tensor) -> None:
-        """Count a block in, ``scale`` being ``[rows, 1]``; the quotients are overwritten."""
-        norms = self._norms[: len(scale)]
-        signal, noise = norms.unbind(1)
+    def add(self, quotients: Tensor, codes: Tensor) -> None:
+        """Count the next block in; the quotients are overwritten."""
+        signal, noise = self._places[self._counted].unbind()
         torch.linalg.vector_norm(quotients, dim=1, out=signal)
         torch.linalg.vector_norm(quotients.sub_(codes), dim=1, out=noise)
-        self._power += norms.double().mul_(scale).square_().sum(0)
+        self._counted += 1
 
-    def db(self) -> float:
-        """The ratio of all rows."""
-        signal, noise = self._power.tolist()
+    def db(self, scales: Tensor) -> float:
+        """The ratio of all rows, whose scales are ``[out, 1]``."""
+        signal, noise = self._norms.double().mul_(scales.view(-1)).square_().sum(1).tolist()
         return 10 * math.log10(signal / noise) if signal and noise else math.inf
 
 
