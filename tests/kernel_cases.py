@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinyq_lightning.kernels import float16, float32, int8, integer
+from tinyq_lightning.kernels import fixed_point, float16, float32, int8, integer
 from tinyq_lightning.kernels.float16 import has_float16_product
 from tinyq_lightning.kernels.formula import quantized_linear
 from tinyq_lightning.kernels.weights import dequantize
@@ -88,7 +88,8 @@ def with_products(
     monkeypatch.setattr(int8, "has_onednn_product", lambda: has_onednn)
     monkeypatch.setattr(int8, "has_fbgemm_product", lambda: has_fbgemm)
     monkeypatch.setattr(int8, "has_split_product", lambda: has_split)
-    monkeypatch.setattr(int8, "has_amx", lambda: has_amx)
+    for module in (int8, fixed_point):
+        monkeypatch.setattr(module, "has_amx", lambda: has_amx)
     for module in (int8, float16, float32):
         monkeypatch.setattr(module, "has_float16_product", lambda: has_float16)
 

@@ -20,6 +20,7 @@ from kernel_cases import (
 from torch import nn
 
 from tinyq_lightning import quantize, w8_a8_forward, w8_a16_forward
+from tinyq_lightning.kernels import fbgemm, fixed_point, split
 from tinyq_lightning.kernels.float16 import has_float16_product
 from tinyq_lightning.methods import METHODS
 
@@ -131,6 +132,29 @@ def test_plain_and_packed_codes_give_the_same_bits(method, rows, monkeypatch):
         layer.kernel = "int8"
         outs.append(layer(x))
     assert torch.equal(*outs)
+
+
+@each_method
+@pytest.mark.parametrize("products", [("plain",), ("onednn",), ("onednn", "fbgemm"), ("split",)], ids=" ".join)
+def test_blocks_of_rows_are_as_large_as_the_processor_wants_and_change_no_bit(products, method, monkeypatch):
+    one = METHODS[method].digits == 1
+    if products[-1] in ("fbgemm", "split") and not one:
+        pytest.skip("a product of one digit")
+    with_products(monkeypatch, **{f"has_{name}": True for name in products})
+    monkeypatch.setattr(fixed_point, "_BLOCK_WITH_AMX", 300 * LARGE[1])
+    monkeypatch.setattr(fixed_point, "_WHOLE_WITH_AMX", 800 * LARGE[1])
+    finish, sizes = fixed_point.plus_bias, []
+    for module in (fixed_point, fbgemm, split):
+        monkeypatch.setattr(module, "plus_bias", lambda out, bias: sizes.append(len(out)) or finish(out, bias))
+    layer, x = random_layer(method, *LARGE), normal(900, LARGE[1])
+    layer.kernel = "int8"
+    out = layer(x)
+    assert sizes == [561, 339]  # of 393,216 outputs at most
+    monkeypatch.setattr(fixed_point, "has_amx", lambda: True)
+    for rows, blocks in ((900, [300, 300, 300] if one else [561, 339]), (800, [800] if one else [561, 239])):
+        sizes.clear()
+        assert torch.equal(layer(x[:rows]), out[:rows])
+        assert sizes == blocks
 
 
 @pytest.mark.parametrize("engine", ["onednn", "qnnpack"])

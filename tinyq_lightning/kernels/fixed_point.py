@@ -31,9 +31,9 @@ __all__ = [
 _BLOCK_OUTPUTS = 393_216
 
 
-# With AMX products are so fast that it counts how often the weights are read for them: once for each block. Outputs of one
-# digit are finished where they lie, and would be copied out of a block. So up to the second number of inputs or outputs,
-# whichever are more, all rows are one block; beyond, blocks have the first. Measured on an Intel Xeon.
+# With AMX products are so fast that it counts how often the weights are read for them: once for each block. And outputs
+# of one digit are finished where they lie, but would be copied out of a block. So up to the second number of inputs or
+# outputs, whichever are more, all rows are one block; beyond, blocks have the first. Measured on an Intel Xeon.
 _BLOCK_WITH_AMX, _WHOLE_WITH_AMX = 2_359_296, 4_194_304
 
 
