@@ -52,8 +52,8 @@ def test_what_prints_the_figures_is_there():
 
 
 def rows(page: str, heading: str = "") -> dict[str, list[str]]:
-    """The rows of a page's tables of Markdown, by their first cell, from a heading on."""
-    text = PAGES[page].partition(heading)[2] if heading else PAGES[page]
+    """The rows of a page's tables of Markdown, by their first cell; of the section below a heading, if one is named."""
+    text = PAGES[page].partition(heading)[2].partition("\n#")[0] if heading else PAGES[page]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
     return {first: rest for first, *rest in cells if first.strip(":-")}
 
