@@ -102,8 +102,7 @@ def quantize_per_row_with_sqnr(weight: Tensor) -> tuple[Tensor, Tensor, float]:
         whole = torch.round(quotients, out=rounded[: len(out)])
         out.copy_(whole)
         sqnr.add(quotients, whole)
-    decibels = sqnr.db(scales)
-    return codes, _finished(scales, weight), decibels
+    return codes, _finished(scales, weight), sqnr.db(scales)
 
 
 def refuse_unfit(weight: Tensor) -> None:
@@ -238,15 +237,13 @@ class _Sqnr:
 
     def __init__(self, weight: Tensor) -> None:
         self._norms = torch.zeros(2, len(weight), dtype=torch.float32, device=weight.device)
-        self._places = torch.split(self._norms, _block_rows(weight), 1)
-        self._counted = 0
+        self._places = iter(torch.split(self._norms, _block_rows(weight), 1))
 
     def add(self, quotients: Tensor, codes: Tensor) -> None:
         """Count the next block in; the quotients are overwritten."""
-        signal, noise = self._places[self._counted].unbind()
+        signal, noise = next(self._places).unbind()
         torch.linalg.vector_norm(quotients, dim=1, out=signal)
         torch.linalg.vector_norm(quotients.sub_(codes), dim=1, out=noise)
-        self._counted += 1
 
     def db(self, scales: Tensor) -> float:
         """The ratio of all rows, whose scales are ``[out, 1]``."""
